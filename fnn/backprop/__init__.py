@@ -1,0 +1,1 @@
+"""The computational graph and backpropagation."""

@@ -1,0 +1,61 @@
+"""The form in which a primitive's backward rule is written down.
+
+A rule answers one question, the only one that backpropagation asks of an operation
+(CS231n, lecture 4): *given the upstream gradient g of my output, what is the gradient of
+each of my inputs?* The files in `fnn/backprop/primitives/` are tables of such answers:
+
+    "mul": each(lambda g, y, a, b: mul(g, b), lambda g, y, a, b: mul(g, a), says=("b", "a")),
+    "sin": each(lambda g, y, x: mul(g, cos(x)), says=("cos(x)",)),
+
+`g` is the upstream gradient, `y` the output, then come the inputs and, as keywords, the
+equation's parameters. JAX's convention for complex numbers is kept: nothing is conjugated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+
+class LocalRule(NamedTuple):
+    """How one primitive passes a gradient from its output to its inputs.
+
+    pullback: `(needed, g, y, args, params) -> cotangents`, one for each argument, None for
+        zero. `needed` says which arguments' gradients anybody wants.
+    says: for each argument, the local gradient in words, e.g. ("b", "a") for `a * b`.
+    elementwise: the output's entry i depends on the inputs' entries i alone, so that the
+        local gradient is an array of the output's shape and not a matrix.
+    """
+
+    pullback: Callable[[Sequence[bool], Any, Any, Sequence[Any], dict], Sequence[Any]]
+    says: tuple[str, ...] = ()
+    elementwise: bool = False
+
+
+def each(*functions: Callable | None, says: tuple[str, ...] = (), elementwise: bool = False):
+    """A rule with one function `f(g, y, *args, **params)` for each argument.
+
+    Only the functions of those arguments whose gradient is needed are called; None stands
+    for a gradient of zero.
+    """
+
+    def pullback(needed, g, y, args, params):
+        return [
+            f(g, y, *args, **params) if wanted and f is not None else None
+            for f, wanted in zip(functions, needed, strict=True)
+        ]
+
+    return LocalRule(pullback, says, elementwise)
+
+
+def joint(function: Callable, says: tuple[str, ...] = (), elementwise: bool = False):
+    """A rule that finds all gradients at once: `f(needed, g, y, *args, **params) -> tuple`."""
+
+    def pullback(needed, g, y, args, params):
+        return function(needed, g, y, *args, **params)
+
+    return LocalRule(pullback, says, elementwise)
+
+
+# The output is constant wherever it is differentiable at all: floor, sign, comparisons.
+zero = LocalRule(lambda needed, g, y, args, params: [None] * len(args), ("0",))
