@@ -1,0 +1,888 @@
+"""`fnn.rule`: an operation with a hand-written backward rule, valid under every JAX transform.
+
+What a person writes is what the lecture teaches, a forward and a backward side by side:
+
+    @fnn.rule
+    def sigmoid(x):
+        return jax.nn.sigmoid(x)
+
+    @sigmoid.forward            # the value, and what the backward needs (the residuals)
+    def _(x):
+        y = jax.nn.sigmoid(x)
+        return y, y
+
+    @sigmoid.backward           # local gradient times upstream gradient
+    def _(y, dy):
+        return (dy * y * (1 - y),)
+
+Everything else follows from these two:
+
+* The operation is a JAX primitive of its own. A jaxpr shows one `sigmoid`, not its insides.
+* Its derivative (JVP) runs `forward` and emits one *linear* primitive on the residuals and
+  the tangents. The transpose of that primitive is the hand-written `backward`; its own
+  action, the tangent map, is the transpose of `backward`, so that forward mode needs only
+  the residuals too. (`op.tangent` replaces it where `backward` can't be transposed.)
+* The linear primitive's derivative is itself on the tangents' tangents, plus the derivative
+  of the tangent map by the residuals. Hence second, third, ... derivatives.
+* `vmap` of an operation is the same operation over the vmapped forward and backward. A
+  residual that doesn't depend on the batch (a weight, say) stays unbatched.
+
+Four small classes mirror this: `Call` (an operation at given static arguments) and
+`MappedCall` (the same under vmap); `LinearMap` (its derivative at given residuals) and
+`MappedLinearMap`. This is the only file of fnn that touches `jax.extend` and
+`jax.interpreters`; what the rest of fnn needs of them stands at its end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal, Primitive
+from jax.interpreters import ad, batching, mlir
+
+
+class RuleError(TypeError):
+    """A hand-written rule doesn't fit its operation: the message says which, where and how."""
+
+
+# ----------------------------------------------------------------------- what a person writes
+
+
+class Operation:
+    """A function of arrays with a hand-written backward rule; made by `fnn.rule`.
+
+    Positional arguments are pytrees of arrays (integer arrays and PRNG keys get no
+    gradient); keyword-only arguments are static configuration and must be hashable.
+
+    Attributes:
+        name: the function's name; JAX prints the operation under it.
+        definition: the undecorated function.
+    """
+
+    def __init__(self, definition: Callable):
+        functools.update_wrapper(self, definition)
+        self.definition = definition
+        self.name = definition.__name__
+        self._signature = inspect.signature(definition)
+        self._forward: Callable | None = None
+        self._backward: Callable | None = None
+        self._tangent: Callable | None = None
+        self._primitive = _primitive_of_operation(self.name)
+        self._linear_primitive = _primitive_of_linear_map(self.name)
+
+    def __repr__(self):
+        return f"<fnn operation {self.name}{self._signature}>"
+
+    def forward(self, function: Callable) -> Callable:
+        """Register `function(*args, **static) -> (value, residuals)`; a decorator.
+
+        The residuals, any pytree of arrays, are all that `backward` gets to see: keep as
+        little as you can. Without a forward they are the positional arguments.
+        """
+        self._forward = function
+        return function
+
+    def backward(self, function: Callable) -> Callable:
+        """Register `function(residuals, dy, **static) -> (dx, ...)`; a decorator.
+
+        It returns a tuple with one gradient for each positional argument, of the argument's
+        structure, shapes and dtypes, or None where the gradient is zero, and is linear in
+        `dy`.
+
+        Raises:
+            RuleError: the function doesn't take (residuals, dy) and the static keywords.
+        """
+        self._must_take(function, "backward", ("residuals", "dy"))
+        self._backward = function
+        return function
+
+    def tangent(self, function: Callable) -> Callable:
+        """Register `function(residuals, *dx, **static) -> dy`, the forward-mode rule; optional.
+
+        Each dx has its argument's structure, with None in the place of integer arrays. Only
+        needed where `backward` can't be transposed by JAX: where it holds a while loop, say.
+        """
+        self._tangent = function
+        return function
+
+    def __call__(self, *args, **kwargs):
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self.name}: {error}") from None
+        bound.apply_defaults()
+        leaves, in_tree = jax.tree.flatten(bound.args)
+        call = Call(self, in_tree, self._hashable(bound.kwargs))
+        outs = self._primitive.bind(*_same_varying_axes(self._arrays(leaves, bound)), call=call)
+        return jax.tree.unflatten(call.out_tree([jax.typeof(x) for x in leaves]), outs)
+
+    def _arrays(self, leaves, bound):
+        for leaf in leaves:
+            try:
+                jax.typeof(leaf)
+            except TypeError:
+                names = ", ".join(f"'{n}'" for n in self.argument_names(len(bound.args)))
+                raise TypeError(
+                    f"{self.name}: its positional arguments ({names}) are pytrees of arrays, but "
+                    f"one holds {leaf!r} of type {type(leaf).__name__}. Configuration goes into "
+                    "keyword-only arguments (after a `*` in the operation's signature)."
+                ) from None
+        return leaves
+
+    def _hashable(self, static: dict) -> tuple[tuple[str, Hashable], ...]:
+        for name, value in static.items():
+            try:
+                hash(value)
+            except TypeError:
+                raise TypeError(
+                    f"{self.name}: the keyword argument '{name}' is static configuration and "
+                    f"must be hashable, but got a {type(value).__name__}. Pass arrays by position."
+                ) from None
+        return tuple(static.items())
+
+    def _must_take(self, function, role, positional):
+        keywords = [p.name for p in self._signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+        try:
+            inspect.signature(function).bind(*positional, **dict.fromkeys(keywords))
+        except TypeError as error:
+            wanted = ", ".join((*positional, *(["*", *keywords] if keywords else [])))
+            raise RuleError(
+                f"{self.name}.{role}: its signature must be ({wanted}), but it is "
+                f"{inspect.signature(function)}: {error}."
+            ) from None
+
+    def argument_names(self, count: int) -> tuple[str, ...]:
+        """The names of `count` positional arguments, numbered where `*args` gathers them."""
+        names = []
+        for p in self._signature.parameters.values():
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD):
+                names.append(p.name)
+            elif p.kind is p.VAR_POSITIONAL:
+                names += [f"{p.name}[{i}]" for i in range(count - len(names))]
+        return tuple(names[:count])
+
+
+def rule(definition: Callable) -> Operation:
+    """Make a function of arrays an operation with a hand-written backward rule.
+
+    Write the plain function under `@fnn.rule`, then `@op.forward` (optional: the value and
+    the residuals), `@op.backward` (residuals and upstream gradient to the gradients of the
+    arguments) and, seldom, `@op.tangent`. The operation works under jit, grad, jvp, vmap,
+    jacfwd, jacrev, hessian, linearize, linear_transpose, checkpoint, scan, cond, shard_map
+    and export, in any nesting, which `jax.custom_vjp` does not (it refuses forward mode).
+
+    Args:
+        definition: a function whose positional arguments are pytrees of arrays and whose
+            keyword-only arguments are static configuration. It must be pure.
+
+    Returns:
+        The `Operation`, called like the function.
+
+    Raises:
+        RuleError: when the operation is differentiated and its backward is missing, returns
+            the wrong number of gradients or a wrong shape or dtype, or isn't linear in the
+            upstream gradient. The message names the operation, the argument and both shapes.
+
+    >>> @rule
+    ... def cube(x):
+    ...     return x**3
+    >>> @cube.backward
+    ... def _(residuals, dy):
+    ...     (x,) = residuals
+    ...     return (3 * x**2 * dy,)
+    >>> float(jax.grad(cube)(2.0)), float(jax.grad(jax.grad(cube))(2.0))
+    (12.0, 12.0)
+    """
+    return Operation(definition)
+
+
+# ------------------------------------------------------ an operation, and an operation under vmap
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """An operation together with what is static in one use of it. All methods take flat lists."""
+
+    operation: Operation
+    in_tree: Any
+    static: tuple[tuple[str, Hashable], ...]
+
+    def __repr__(self):
+        return ", ".join(f"{k}={v}" for k, v in self.static) or "()"
+
+    def primal(self, *leaves):
+        args = jax.tree.unflatten(self.in_tree, leaves)
+        return jax.tree.leaves(self.operation.definition(*args, **dict(self.static)))
+
+    def out_tree(self, in_avals):
+        return _out_tree(self, tuple(map(_shape_and_dtype, in_avals)), *_context())
+
+    def forward(self, *leaves) -> tuple[list, Any, LinearMap]:
+        """The value, the residuals, and the operation's derivative as a function of them."""
+        op, in_avals = self.operation, tuple(jax.typeof(x) for x in leaves)
+        linear = _checked_linear_map(self, in_avals, *_context())
+        args = jax.tree.unflatten(self.in_tree, leaves)
+        if op._forward is None:
+            return jax.tree.leaves(op.definition(*args, **dict(self.static))), args, linear
+        y, residuals = op._forward(*args, **dict(self.static))
+        return jax.tree.leaves(y), residuals, linear
+
+
+@dataclasses.dataclass(frozen=True)
+class MappedCall:
+    """A call under `vmap`: in_axes[i] is the mapped axis of the i-th array, None if shared."""
+
+    call: Call | MappedCall
+    in_axes: tuple[int | None, ...]
+    axis_size: int
+    spmd_axis_name: Any = None
+
+    def __repr__(self):
+        return f"{self.call} vmapped over {self.axis_size}"
+
+    @property
+    def operation(self):
+        return self.call.operation
+
+    def _vmap(self, function, in_axes, out_axes):
+        return jax.vmap(
+            function,
+            in_axes,
+            out_axes,
+            axis_size=self.axis_size,
+            spmd_axis_name=self.spmd_axis_name,
+        )
+
+    def primal(self, *leaves):
+        return self._vmap(self.call.primal, self.in_axes, 0)(*leaves)
+
+    def forward(self, *leaves) -> tuple[list, Any, MappedLinearMap]:
+        residual_axes = _mapped_residuals(self, tuple(jax.typeof(x) for x in leaves), *_context())
+        derivatives = []
+
+        def outs_and_residuals(*leaves):
+            outs, residuals, linear = self.call.forward(*leaves)
+            derivatives.append(linear)
+            return outs, residuals
+
+        outs, residuals = self._vmap(outs_and_residuals, self.in_axes, (0, residual_axes))(*leaves)
+        inner = derivatives[0]
+        dx_axes = tuple(a for a, is_in in zip(self.in_axes, inner.takes, strict=True) if is_in)
+        axes = tuple(jax.tree.leaves(residual_axes, is_leaf=lambda a: a is None))
+        structure = jax.tree.structure(residuals)
+        return (
+            outs,
+            residuals,
+            MappedLinearMap(
+                inner, structure, axes, dx_axes, inner.takes, self.axis_size, self.spmd_axis_name
+            ),
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def _mapped_residuals(mapped: MappedCall, in_avals, *context):
+    """For each residual, 0 if it depends on a mapped argument, None if it doesn't.
+
+    This is the trap in vmap. A weight that the examples share is a residual of `W @ x`;
+    broadcast to the batch it would cost batch-size times its memory and a batch of
+    matrix-vector products where one matrix product does.
+    """
+    is_mapped = []
+
+    @jax.custom_batching.custom_vmap
+    def observe(*leaves):
+        return leaves
+
+    @observe.def_vmap
+    def _(axis_size, in_batched, *leaves):
+        is_mapped.extend(in_batched)
+        return leaves, tuple(in_batched)
+
+    structure = None
+
+    def residuals_of(*leaves):
+        nonlocal structure
+        flat, structure = jax.tree.flatten(mapped.call.forward(*leaves)[1])
+        return observe(*flat) if flat else ()
+
+    jax.eval_shape(mapped._vmap(residuals_of, mapped.in_axes, 0), *in_avals)
+    return jax.tree.unflatten(structure, [0 if m else None for m in is_mapped])
+
+
+# --------------------------------------------------- the derivative, and the derivative under vmap
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearMap:
+    """The derivative of a call, linear in the tangents, at residuals given at each use.
+
+    in_avals, out_avals: the types of the call's arrays, in and out.
+    may: which of the call's arrays can get a gradient at all: not the integers, and not those
+        whose gradient `backward` says is None.
+    takes: of which of the call's arrays this map takes a tangent.
+    """
+
+    call: Call
+    in_avals: tuple
+    out_avals: tuple
+    out_tree: Any
+    residual_tree: Any
+    takes: tuple[bool, ...]
+
+    def __repr__(self):
+        return repr(self.call)
+
+    def restrict(self, keep: Sequence[bool]) -> LinearMap:
+        """The same map with a tangent of zero for all but the kept ones of its arguments."""
+        return dataclasses.replace(self, takes=_restrict(self.takes, keep))
+
+    def backward(self, residuals: Sequence, dys: Sequence) -> list:
+        """The hand-written backward: one gradient (or None) for each argument of this map."""
+        op = self.call.operation
+        dy = jax.tree.unflatten(self.out_tree, dys)
+        grads = op._backward(
+            jax.tree.unflatten(self.residual_tree, residuals), dy, **dict(self.call.static)
+        )
+        flat = _flat_gradients(self.call, self.in_avals, grads)
+        return [g for g, is_in in zip(flat, self.takes, strict=True) if is_in]
+
+    def tangent(self, residuals: Sequence, dxs: Sequence) -> list:
+        """The pushforward: the transpose of `backward`, or the hand-written `tangent`."""
+        op = self.call.operation
+        if op._tangent is not None:
+            given = iter(dxs)
+            flat = [
+                next(given) if is_in else _zeros_or_none(aval)
+                for is_in, aval in zip(self.takes, self.in_avals, strict=True)
+            ]
+            dx = jax.tree.unflatten(self.call.in_tree, flat)
+            dy = op._tangent(
+                jax.tree.unflatten(self.residual_tree, residuals), *dx, **dict(self.call.static)
+            )
+            leaves = self.out_tree.flatten_up_to(dy)
+            return [d for d, a in zip(leaves, self.out_avals, strict=True) if _is_inexact(a)]
+
+        def from_dys(*dys):
+            cotangents = self.backward(residuals, self._with_integer_outputs(dys))
+            return [g for g in cotangents if g is not None]
+
+        avals = [a for a in self.out_avals if _is_inexact(a)]
+        dxs = _match_types(dxs, [a for a, t in zip(self.in_avals, self.takes) if t])
+        return list(jax.linear_transpose(from_dys, *avals)(list(dxs)))
+
+    def _with_integer_outputs(self, dys):
+        given = iter(dys)
+        return [next(given) if _is_inexact(a) else None for a in self.out_avals]
+
+    def full_backward(self, residuals, dys):
+        """`backward` with dys for the inexact outputs only."""
+        return self.backward(residuals, self._with_integer_outputs(dys))
+
+
+@dataclasses.dataclass(frozen=True)
+class MappedLinearMap:
+    """A linear map under vmap; an axis is None for what all examples share."""
+
+    linear: LinearMap | MappedLinearMap
+    residual_tree: Any
+    residual_axes: tuple[int | None, ...]
+    dx_axes: tuple[int | None, ...]
+    takes: tuple[bool, ...]
+    axis_size: int
+    spmd_axis_name: Any = None
+
+    def __repr__(self):
+        return f"{self.linear} vmapped over {self.axis_size}"
+
+    def _vmap(self, function, in_axes, out_axes):
+        return jax.vmap(
+            function,
+            in_axes,
+            out_axes,
+            axis_size=self.axis_size,
+            spmd_axis_name=self.spmd_axis_name,
+        )
+
+    def restrict(self, keep: Sequence[bool]) -> MappedLinearMap:
+        return dataclasses.replace(
+            self,
+            linear=self.linear.restrict(keep),
+            dx_axes=tuple(a for a, k in zip(self.dx_axes, keep, strict=True) if k),
+            takes=_restrict(self.takes, keep),
+        )
+
+    def tangent(self, residuals: Sequence, dxs: Sequence) -> list:
+        axes = (list(self.residual_axes), list(self.dx_axes))
+        return self._vmap(self.linear.tangent, axes, 0)(list(residuals), list(dxs))
+
+    def full_backward(self, residuals: Sequence, dys: Sequence) -> list:
+        """Each example's gradients where arguments are mapped; their sum where they are shared.
+
+        The sum is the transpose of the vmapped tangent map, which for a weight is one
+        contraction over the batch, and for a convolution one convolution.
+        """
+        is_shared = [axis is None for axis in self.dx_axes]
+        grads: list = [None] * len(is_shared)
+        if any(is_shared):
+            shared = self.restrict(is_shared)
+            for i, g in zip(_where(is_shared), shared._summed(residuals, dys), strict=True):
+                grads[i] = g
+        if not all(is_shared):
+            is_mapped = [not s for s in is_shared]
+            own = self.restrict(is_mapped)
+            vmapped = self._vmap(
+                own.linear.full_backward, (list(self.residual_axes), 0), list(own.dx_axes)
+            )
+            for i, g in zip(_where(is_mapped), vmapped(list(residuals), list(dys)), strict=True):
+                grads[i] = g
+        return grads
+
+    def _summed(self, residuals, dys):
+        if _base(self).call.operation._tangent is None:
+            avals = _unmapped_avals(self)
+            transpose = jax.linear_transpose(lambda *dxs: self.tangent(residuals, dxs), *avals)
+            return transpose(list(dys))
+        # A hand-written tangent need not be transposable: sum the gradients themselves.
+        vmapped = self._vmap(self.linear.full_backward, (list(self.residual_axes), 0), 0)
+        return [
+            None if g is None else jnp.sum(g, axis=0, dtype=g.dtype)
+            for g in vmapped(list(residuals), list(dys))
+        ]
+
+
+def _base(linear) -> LinearMap:
+    while isinstance(linear, MappedLinearMap):
+        linear = linear.linear
+    return linear
+
+
+def _unmapped_avals(linear) -> list:
+    """The types of the arguments of a linear map, none of which the outermost vmap maps."""
+    if isinstance(linear, LinearMap):
+        return [a for a, t in zip(linear.in_avals, linear.takes, strict=True) if t]
+    return [
+        a if axis is None else _with_axis(a, axis, linear.axis_size)
+        for a, axis in zip(_unmapped_avals(linear.linear), linear.dx_axes, strict=True)
+    ]
+
+
+# ----------------------------------------------------------------------- is the rule well-formed?
+
+
+@functools.lru_cache(maxsize=4096)
+def _checked_linear_map(call: Call, in_avals, *context) -> LinearMap:
+    """Trace the rule once for these types, and complain if forward and backward don't fit."""
+    op, static = call.operation, dict(call.static)
+    if op._backward is None:
+        raise RuleError(
+            f"{op.name} has no backward rule, so it can't be differentiated. Write one:\n\n"
+            f"    @{op.name}.backward\n    def _(residuals, dy): return (...)"
+        )
+    args = jax.tree.unflatten(call.in_tree, list(in_avals))
+    wanted = jax.eval_shape(functools.partial(op.definition, **static), *args)
+    if op._forward is None:
+        value, residuals = wanted, args
+    else:
+        pair = jax.eval_shape(functools.partial(op._forward, **static), *args)
+        if not (isinstance(pair, tuple) and len(pair) == 2):
+            raise RuleError(
+                f"{op.name}.forward must return a pair, (value, residuals), but it returned "
+                f"{_describe(pair)}."
+            )
+        value, residuals = pair
+    out_tree = jax.tree.structure(wanted)
+    same = jax.tree.structure(value) == out_tree and all(
+        v.shape == w.shape and v.dtype == w.dtype
+        for v, w in zip(jax.tree.leaves(value), jax.tree.leaves(wanted), strict=True)
+    )
+    if not same:
+        raise RuleError(
+            f"{op.name}.forward returned the value {_describe(value)}, but {op.name} itself "
+            f"returns {_describe(wanted)}."
+        )
+    out_avals = tuple(jax.make_jaxpr(call.primal)(*in_avals).out_avals)
+    inexact = [_is_inexact(a) for a in in_avals]
+    residual_tree = jax.tree.structure(residuals)
+    linear = LinearMap(call, in_avals, out_avals, out_tree, residual_tree, tuple(inexact))
+    residual_leaves = jax.tree.leaves(residuals)
+    dy_avals = [a for a in out_avals if _is_inexact(a)]
+    has_gradient = [False] * len(in_avals)
+    nothing_flows = not dy_avals or not any(inexact)
+
+    def gradients(residual_leaves, dys):
+        dy = jax.tree.unflatten(out_tree, linear._with_integer_outputs(dys))
+        grads = op._backward(jax.tree.unflatten(residual_tree, residual_leaves), dy, **static)
+        flat = _flat_gradients(call, in_avals, grads)
+        for i, (g, ok) in enumerate(zip(flat, inexact, strict=True)):
+            has_gradient[i] = ok and g is not None
+        return [g for g, has in zip(flat, has_gradient, strict=True) if has]
+
+    if not nothing_flows:
+        jaxpr = jax.make_jaxpr(gradients)(residual_leaves, dy_avals)
+        _must_be_linear(op, jaxpr, len(residual_leaves), call, in_avals, has_gradient)
+    return dataclasses.replace(linear, takes=tuple(has_gradient))
+
+
+def _flat_gradients(call: Call, in_avals, grads) -> list:
+    """What `backward` returned, as one gradient or None for each array of the call."""
+    op = call.operation
+    arg_trees = call.in_tree.children()
+    names = op.argument_names(len(arg_trees))
+    if not isinstance(grads, (tuple, list)):
+        raise RuleError(
+            f"{op.name}.backward must return a tuple with one gradient for each of its "
+            f"{len(arg_trees)} arguments ({', '.join(names)}), but it returned "
+            f"{_describe(grads)}. (A single gradient is written with a comma: `return (dx,)`.)"
+        )
+    if len(grads) != len(arg_trees):
+        raise RuleError(
+            f"{op.name}.backward returned {len(grads)} gradients, but {op.name} has "
+            f"{len(arg_trees)} arguments: {', '.join(names)}. (None stands for no gradient.)"
+        )
+    flat, start = [], 0
+    for name, tree, grad in zip(names, arg_trees, grads, strict=True):
+        avals = in_avals[start : start + tree.num_leaves]
+        start += tree.num_leaves
+        if grad is None:
+            flat += [None] * tree.num_leaves
+            continue
+        try:
+            leaves = tree.flatten_up_to(grad)
+        except ValueError as error:
+            raise RuleError(
+                f"{op.name}.backward: the gradient of argument '{name}' has the wrong structure: "
+                f"{error}."
+            ) from None
+        for leaf, aval in zip(leaves, avals, strict=True):
+            if leaf is None or not _is_inexact(aval):
+                flat.append(None)
+                continue
+            got = jax.typeof(leaf)
+            if got.shape != aval.shape:
+                raise RuleError(
+                    f"{op.name}.backward: the gradient of argument '{name}' has shape "
+                    f"{got.shape}, but '{name}' has shape {aval.shape}."
+                )
+            if got.dtype != aval.dtype and not got.weak_type:
+                raise RuleError(
+                    f"{op.name}.backward: the gradient of argument '{name}' has dtype "
+                    f"{got.dtype}, but '{name}' of shape {aval.shape} has dtype {aval.dtype}."
+                )
+            flat.append(jnp.asarray(leaf, aval.dtype))
+    return flat
+
+
+def _must_be_linear(op, closed, num_residuals, call, in_avals, has_gradient):
+    """Backward must be linear in dy: transposable by JAX, and without a constant term."""
+    names = _leaf_names(call)
+    of = [(n, a.shape) for n, a, has in zip(names, in_avals, has_gradient, strict=True) if has]
+    jaxpr, invars = closed.jaxpr, closed.jaxpr.invars
+    shapes = ", ".join(str(v.aval.shape) for v in invars[num_residuals:])
+    depends = [_CONSTANT] * num_residuals + [_LINEAR] * (len(invars) - num_residuals)
+    for how, (name, shape) in zip(_dependence(jaxpr, depends), of, strict=True):
+        if how == _CONSTANT:
+            how = "doesn't depend on dy at all (a gradient of zero is written None)"
+        if how not in (_ZERO, _LINEAR):
+            raise RuleError(
+                f"{op.name}.backward isn't linear in dy: the gradient of argument '{name}' "
+                f"(shape {shape}, dy's shape {shapes}) {how}."
+            )
+    if op._tangent is not None:
+        return
+    for i, (name, shape) in enumerate(of):
+
+        def one(residuals, dys, i=i):
+            return jax.core.eval_jaxpr(jaxpr, closed.consts, *residuals, *dys)[i]
+
+        def transposed(residuals, ct, one=one):
+            dys = [v.aval for v in invars[num_residuals:]]
+            return jax.linear_transpose(lambda *d: one(residuals, d), *dys)(ct)
+
+        residuals = [v.aval for v in invars[:num_residuals]]
+        try:
+            jax.eval_shape(transposed, residuals, jaxpr.outvars[i].aval)
+        except Exception as error:
+            raise RuleError(
+                f"{op.name}.backward can't be transposed: JAX finds that the gradient of "
+                f"argument '{name}' (shape {shape}) isn't linear in dy (shape {shapes}). If it "
+                f"is linear, but in a form that JAX can't transpose (a while loop), write its "
+                f"forward-mode rule under @{op.name}.tangent."
+            ) from error
+
+
+# How a value in `backward` depends on dy; anything else is a reason why it isn't linear in dy.
+_ZERO, _CONSTANT, _LINEAR = "is zero", "is constant", "is linear"
+_SUMS = ("add", "sub", "add_any", "concatenate", "select_n")
+_KEEP_ZERO = ("broadcast_in_dim", "convert_element_type", "reshape", "neg", "copy", "transpose")
+
+
+def _dependence(jaxpr, in_dependences: Sequence[str]) -> list[str]:
+    """How each output depends on dy, given how the inputs do.
+
+    JAX's transposition drops constant terms silently (`dy + 1` transposes like `dy`), so
+    complain where a constant that isn't known to be zero is added to a term in dy, or takes
+    its place in a `where`.
+    """
+    known = dict(zip(jaxpr.invars, in_dependences, strict=True))
+
+    def read(v):
+        if isinstance(v, Literal):
+            return _ZERO if jnp.ndim(v.val) == 0 and v.val == 0 else _CONSTANT
+        return known.get(v, _CONSTANT)
+
+    for eqn in jaxpr.eqns:
+        name, ins = eqn.primitive.name, [read(v) for v in eqn.invars]
+        if name == "jit":
+            known.update(zip(eqn.outvars, _dependence(eqn.params["jaxpr"].jaxpr, ins), strict=True))
+            continue
+        bad = [how for how in ins if how not in (_ZERO, _CONSTANT, _LINEAR)]
+        terms = ins[1:] if name == "select_n" else ins
+        if bad:
+            out = bad[0]
+        elif name in _SUMS and _LINEAR in terms and _CONSTANT in terms:
+            constant = eqn.invars[ins.index(_CONSTANT, len(ins) - len(terms))]
+            what = (
+                constant.val if isinstance(constant, Literal) else f"of shape {constant.aval.shape}"
+            )
+            out = f"has a constant term ({what}) beside dy's term"
+        elif _LINEAR in ins:
+            out = _LINEAR
+        elif ins and (
+            (name in _KEEP_ZERO + _SUMS and all(how == _ZERO for how in terms))
+            or (name == "mul" and _ZERO in ins)
+        ):
+            out = _ZERO
+        else:
+            out = _CONSTANT
+        known.update(dict.fromkeys(eqn.outvars, out))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _leaf_names(call: Call) -> list[str]:
+    names, trees = [], call.in_tree.children()
+    for name, tree in zip(call.operation.argument_names(len(trees)), trees, strict=True):
+        names += [name] * tree.num_leaves
+    return names
+
+
+# ------------------------------------------------------------------------------ the two primitives
+
+
+def _primitive_of_operation(name: str) -> Primitive:
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+
+    @functools.partial(jax.jit, static_argnames="call")
+    def compiled(*leaves, call):
+        return call.primal(*leaves)
+
+    def jvp(primals, tangents, *, call):
+        if all(type(t) is ad.Zero for t in tangents):
+            outs = primitive.bind(*primals, call=call)
+            return outs, [ad.Zero(jax.typeof(y).to_tangent_aval()) for y in outs]
+        outs, residuals, linear = call.forward(*primals)
+        given = [t for t, is_in in zip(tangents, linear.takes, strict=True) if is_in]
+        keep = [type(t) is not ad.Zero for t in given]
+        out_avals = [jax.typeof(y) for y in outs]
+        if not any(keep) or not any(map(_is_inexact, out_avals)):
+            return outs, [ad.Zero(a.to_tangent_aval()) for a in out_avals]
+        dxs = [t for t, k in zip(given, keep, strict=True) if k]
+        residuals = jax.tree.leaves(residuals)
+        dys = iter(_bind_linear(call.operation, residuals, dxs, linear.restrict(keep)))
+        return outs, [
+            next(dys) if _is_inexact(a) else ad.Zero(a.to_tangent_aval()) for a in out_avals
+        ]
+
+    def batch(axis_data, leaves, axes, *, call):
+        if all(axis is None for axis in axes):
+            outs = primitive.bind(*leaves, call=call)
+            return outs, [None] * len(outs)
+        mapped = MappedCall(call, tuple(axes), axis_data.size, axis_data.spmd_name)
+        outs = primitive.bind(*leaves, call=mapped)
+        return outs, [0] * len(outs)
+
+    def abstract_eval(*in_avals, call):
+        return _out_avals(call, in_avals, *_context())
+
+    primitive.def_impl(lambda *leaves, call: compiled(*leaves, call=call))
+    primitive.def_abstract_eval(abstract_eval)
+    ad.primitive_jvps[primitive] = jvp
+    batching.fancy_primitive_batchers[primitive] = batch
+    mlir.register_lowering(primitive, mlir.lower_fun(lambda *leaves, call: call.primal(*leaves)))
+    return primitive
+
+
+def _bind_linear(operation, residuals, dxs, linear):
+    """Apply a derivative to tangents, as one equation."""
+    arrays = _same_varying_axes([*residuals, *dxs])
+    return operation._linear_primitive.bind(*arrays, linear=linear, num_residuals=len(residuals))
+
+
+def _primitive_of_linear_map(name: str) -> Primitive:
+    primitive = Primitive(f"{name}_tangent")
+    primitive.multiple_results = True
+
+    def act(*arrays, linear, num_residuals):
+        return linear.tangent(arrays[:num_residuals], arrays[num_residuals:])
+
+    @functools.partial(jax.jit, static_argnames=("linear", "num_residuals"))
+    def compiled(*arrays, linear, num_residuals):
+        return act(*arrays, linear=linear, num_residuals=num_residuals)
+
+    def jvp(primals, tangents, *, linear, num_residuals):
+        bind = functools.partial(_bind_linear, _base(linear).call.operation)
+        residuals, dxs = primals[:num_residuals], primals[num_residuals:]
+        outs = bind(residuals, dxs, linear)
+        total = [ad.Zero(jax.typeof(y)) for y in outs]
+        # Linear in dx: the same map on the tangents of dx.
+        keep = [type(t) is not ad.Zero for t in tangents[num_residuals:]]
+        if any(keep):
+            given = [t for t, k in zip(tangents[num_residuals:], keep, strict=True) if k]
+            total = bind(residuals, given, linear.restrict(keep))
+        # Not linear in the residuals: differentiate the tangent map by those that move.
+        moves = [type(t) is not ad.Zero for t in tangents[:num_residuals]]
+        if any(moves):
+
+            def by_residuals(*moving):
+                given = iter(moving)
+                full = [next(given) if m else r for m, r in zip(moves, residuals, strict=True)]
+                return linear.tangent(full, dxs)
+
+            moving = [r for r, m in zip(residuals, moves, strict=True) if m]
+            rates = [t for t, m in zip(tangents[:num_residuals], moves, strict=True) if m]
+            _, more = jax.jvp(by_residuals, moving, rates)
+            total = [ad.add_tangents(t, m) for t, m in zip(total, more, strict=True)]
+        return outs, total
+
+    def transpose(cotangents, *arrays, linear, num_residuals):
+        dxs = arrays[num_residuals:]
+        wanted = [ad.is_undefined_primal(x) for x in dxs]
+        dys = [ad.instantiate_zeros(ct) for ct in cotangents]
+        residuals = arrays[:num_residuals]
+        found = iter(linear.restrict(wanted).full_backward(residuals, dys))
+        grads: list = [None] * len(arrays)
+        for i in _where(wanted):
+            g = next(found)
+            grads[num_residuals + i] = ad.Zero(dxs[i].aval) if g is None else g
+        return grads
+
+    def batch(axis_data, arrays, axes, *, linear, num_residuals):
+        params = {"num_residuals": num_residuals}
+        if all(axis is None for axis in axes):
+            outs = primitive.bind(*arrays, linear=linear, **params)
+            return outs, [None] * len(outs)
+        mapped = MappedLinearMap(
+            linear,
+            None,
+            tuple(axes[:num_residuals]),
+            tuple(axes[num_residuals:]),
+            linear.takes,
+            axis_data.size,
+            axis_data.spmd_name,
+        )
+        outs = primitive.bind(*arrays, linear=mapped, **params)
+        return outs, [0] * len(outs)
+
+    def abstract_eval(*in_avals, linear, num_residuals):
+        return _linear_out_avals(linear, num_residuals, in_avals, *_context())
+
+    primitive.def_impl(compiled)
+    primitive.def_abstract_eval(abstract_eval)
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose
+    batching.fancy_primitive_batchers[primitive] = batch
+    mlir.register_lowering(primitive, mlir.lower_fun(act))
+    return primitive
+
+
+# -------------------------------------------------------------------------------- small services
+
+
+def _context():
+    """What tracing depends on besides the types: the mesh around us and 64-bit mode."""
+    return jax.sharding.get_abstract_mesh(), jax.config.jax_enable_x64
+
+
+@functools.lru_cache(maxsize=4096)
+def _out_avals(call, in_avals, *context):
+    return tuple(jax.make_jaxpr(call.primal)(*in_avals).out_avals)
+
+
+@functools.lru_cache(maxsize=4096)
+def _linear_out_avals(linear, num_residuals, in_avals, *context):
+    jaxpr = jax.make_jaxpr(linear.tangent)(
+        list(in_avals[:num_residuals]), list(in_avals[num_residuals:])
+    )
+    return tuple(jaxpr.out_avals)
+
+
+@functools.lru_cache(maxsize=4096)
+def _out_tree(call: Call, shapes, *context):
+    args = jax.tree.unflatten(call.in_tree, [jax.ShapeDtypeStruct(s, d) for s, d in shapes])
+    definition = functools.partial(call.operation.definition, **dict(call.static))
+    return jax.tree.structure(jax.eval_shape(definition, *args))
+
+
+def _shape_and_dtype(aval):
+    return aval.shape, aval.dtype
+
+
+def _is_inexact(aval) -> bool:
+    return jax.dtypes.issubdtype(aval.dtype, jnp.inexact)
+
+
+def _zeros_or_none(aval):
+    return jnp.zeros(aval.shape, aval.dtype) if _is_inexact(aval) else None
+
+
+def _with_axis(aval, axis, size):
+    shape = list(aval.shape)
+    shape.insert(axis, size)
+    return jax.core.ShapedArray(tuple(shape), aval.dtype)
+
+
+def _restrict(takes, keep):
+    kept = iter(keep)
+    return tuple(is_in and next(kept) for is_in in takes)
+
+
+def _where(flags):
+    return [i for i, flag in enumerate(flags) if flag]
+
+
+def _describe(tree) -> str:
+    def leaf(x):
+        return f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else repr(x)
+
+    return str(jax.tree.map(leaf, tree)).replace("'", "")
+
+
+def _varying_axes(x) -> frozenset:
+    kind = getattr(jax.typeof(x), "manual_axis_type", None)
+    return getattr(kind, "varying", frozenset())
+
+
+def _same_varying_axes(arrays):
+    """Under shard_map, mark what is equal on all devices as varying where its partners vary.
+
+    JAX's own operations do the same. Its transpose is the sum over the devices, which is how
+    a replicated weight gets the gradient of the whole batch.
+    """
+    axes = [_varying_axes(x) for x in arrays]
+    union = frozenset().union(*axes)
+    if not union or all(a == union for a in axes):
+        return arrays
+    return [
+        x if a == union else jax.lax.pcast(x, tuple(union - a), to="varying")
+        for x, a in zip(arrays, axes, strict=True)
+    ]
+
+
+def _match_types(arrays, avals):
+    return [jnp.asarray(x, a.dtype) for x, a in zip(arrays, avals, strict=True)]
