@@ -1,0 +1,133 @@
+"""A function's gradient, cut into a forward half and a backward half.
+
+A loop can't keep a tape of Python objects; it has to say beforehand, as arrays, what its
+forward pass keeps for its backward pass: the residuals. To find them, run the forward and
+the reverse sweep once on types alone, which gives one program of both, and cut it: what
+depends on an upstream gradient is the backward half, all else the forward half, and the
+values that cross the cut are the residuals. `scan`, `cond`, `checkpoint` and `fnn.vjp`
+are built on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+
+from fnn.backprop import sweep
+from fnn.jaxpr import Equation, Program, is_inexact, program, trace
+
+# Made again in the backward pass rather than kept: it costs nothing, and is larger than
+# what it is made from.
+_CHEAP = ("broadcast_in_dim", "iota")
+
+
+@dataclasses.dataclass(eq=False)
+class Halves:
+    """The two halves of a function's gradient.
+
+    joint: the program `(ins, cotangents of the inexact outputs) -> (outs, gradients)`.
+    forward, backward: the equations of each half.
+    residuals: the numbers of the values that cross from one to the other.
+    """
+
+    joint: Program
+    ins: list[int]
+    cotangents: list[int]
+    outs: list[int]
+    gradients: list[int]
+    forward: list[Equation]
+    backward: list[Equation]
+    residuals: list[int]
+
+    def run_forward(self, args: Sequence) -> tuple[list, list]:
+        """The outputs and the residuals."""
+        values = dict(self.joint.constants)
+        values.update(zip(self.ins, args, strict=True))
+        run(self.forward, values)
+        return [values[i] for i in self.outs], [values[i] for i in self.residuals]
+
+    def run_backward(self, residuals: Sequence, cotangents: Sequence) -> list:
+        """The gradients of the needed inputs, from residuals and upstream gradients."""
+        values = dict(self.joint.constants)
+        values.update(zip(self.residuals, residuals, strict=True))
+        values.update(zip(self.cotangents, cotangents, strict=True))
+        run(self.backward, values)
+        return [values[i] for i in self.gradients]
+
+
+def run(equations: Iterable[Equation], values: dict) -> None:
+    """Apply equations in order; `values` is filled by number."""
+    for equation in equations:
+        outs = equation.apply([values[i] for i in equation.ins])
+        values.update(zip(equation.outs, outs, strict=True))
+
+
+def halves(
+    closed_jaxpr,
+    needed: Sequence[bool],
+    has_cotangent: Sequence[bool] | None = None,
+    recompute: Callable[[Equation, Program], bool] | None = None,
+) -> Halves:
+    """Cut the gradient of a jaxpr in two.
+
+    Args:
+        closed_jaxpr: the function.
+        needed: of which of its inputs a gradient is wanted.
+        has_cotangent: which of its outputs get an upstream gradient; all inexact ones unless
+            given.
+        recompute: which equations of the forward half the backward half does again rather
+            than keep their results.
+    """
+    flat = program(closed_jaxpr)
+    in_avals = [flat.avals[i] for i in flat.inputs]
+    out_avals = [flat.avals[i] for i in flat.outputs]
+    if has_cotangent is None:
+        has_cotangent = [is_inexact(a) for a in out_avals]
+    ct_avals = [a for a, has in zip(out_avals, has_cotangent, strict=True) if has]
+
+    def both(*args):
+        ins, given = args[: len(in_avals)], iter(args[len(in_avals) :])
+        cotangents = [next(given) if has else None for has in has_cotangent]
+        outs, gradients = sweep.gradients_of(flat, ins, needed, cotangents, opaque=True)
+        return [*outs, *gradients]
+
+    joint = program(trace(both, [*in_avals, *ct_avals]), inline=False)
+    ins, cotangents = joint.inputs[: len(in_avals)], joint.inputs[len(in_avals) :]
+    outs, gradients = joint.outputs[: len(out_avals)], joint.outputs[len(out_avals) :]
+
+    depends = set(cotangents)
+    for equation in joint.equations:
+        if any(i in depends for i in equation.ins):
+            depends.update(equation.outs)
+
+    def again(equation) -> bool:
+        if any(i in depends for i in equation.ins):
+            return True
+        if equation.has_effects:
+            return False
+        return equation.name in _CHEAP or (recompute is not None and recompute(equation, joint))
+
+    backward, wanted = _needed_for(joint.equations, gradients, again)
+    made = {i for equation in backward for i in equation.outs}
+    residuals = [
+        i
+        for i in sorted(wanted)
+        if i not in made and i not in joint.constants and i not in cotangents
+    ]
+    forward, _ = _needed_for(
+        joint.equations,
+        [*outs, *residuals],
+        lambda equation: not any(i in depends for i in equation.ins),
+    )
+    return Halves(joint, ins, cotangents, outs, gradients, forward, backward, residuals)
+
+
+def _needed_for(equations, targets, allowed) -> tuple[list[Equation], set[int]]:
+    """The allowed equations that the targets need, in order, and all the values they need."""
+    wanted, chosen = set(targets), []
+    for equation in reversed(equations):
+        is_needed = equation.has_effects or any(i in wanted for i in equation.outs)
+        if is_needed and allowed(equation):
+            chosen.append(equation)
+            wanted.update(equation.ins)
+    return chosen[::-1], wanted

@@ -1,0 +1,50 @@
+"""The hand-written backward rules of JAX's own primitives, a file a family.
+
+The table is put together here and nowhere else; a primitive without a rule falls back to
+`jax.vjp` of its one equation.
+"""
+
+from __future__ import annotations
+
+from fnn.backprop.local import LocalRule
+from fnn.backprop.primitives import (
+    contraction,
+    control_flow,
+    elementwise,
+    fourier,
+    indexing,
+    linear_algebra,
+    reductions,
+    structural,
+    windows,
+)
+from fnn.backprop.sweep import ControlRule
+from fnn.jaxpr import Equation
+
+RULES: dict[str, LocalRule | ControlRule] = {
+    **elementwise.RULES,
+    **reductions.RULES,
+    **structural.RULES,
+    **indexing.RULES,
+    **contraction.RULES,
+    **windows.RULES,
+    **fourier.RULES,
+    **linear_algebra.RULES,
+    **control_flow.RULES,
+}
+
+FALLBACK = ControlRule(*control_flow.THROUGH_JAX)
+
+
+def rule_of(equation: Equation) -> LocalRule | ControlRule:
+    """The rule of an equation: its operation's, its primitive's, or JAX's own as a fallback."""
+    if equation.operation() is not None:
+        return control_flow.OPERATION
+    if equation.is_derivative_of_operation():
+        return control_flow.THROUGH_JAX
+    return RULES.get(equation.name, FALLBACK)
+
+
+def is_ruled(equation: Equation) -> bool:
+    """Has this equation a hand-written rule?"""
+    return rule_of(equation) is not FALLBACK

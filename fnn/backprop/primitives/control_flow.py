@@ -1,0 +1,485 @@
+"""Backward rules of what holds whole functions: scan, cond, while, checkpoint, custom rules.
+
+A loop's gradient is a loop that runs the other way; a conditional's gradient is a
+conditional with the same index; a checkpoint computes its inside again before it goes back.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy
+from jax import lax
+
+from fnn.backprop import sweep
+from fnn.backprop.halves import halves, run
+from fnn.backprop.sweep import ControlRule, hidden
+from fnn.jaxpr import close, is_inexact, program, scan_layout, trace, zeros
+
+# ------------------------------------------------------------------------------------------ scan
+
+
+def _scan_forward(equation, needed, ins, opaque):
+    """Run the loop; keep, stacked over the steps, what each step's backward needs.
+
+    What doesn't depend on the step (on constants of the loop alone) is kept once.
+    """
+    params = equation.params
+    body, length = params["jaxpr"], params["length"]
+    num_consts, num_carry = scan_layout(params)
+    consts, init, xs = _cut(ins, num_consts, num_carry)
+    active = _active_in_loop(body, needed, num_consts, num_carry)
+    cut = halves(body, active, _cotangents_of_loop(body, active, num_consts, num_carry))
+
+    const_ids, carry_ids, xs_ids = _cut(cut.ins, num_consts, num_carry)
+    fixed = set(const_ids) | set(cut.joint.constants)
+    once, each_step = [], []
+    for eqn in cut.forward:
+        is_fixed = not eqn.has_effects and all(i in fixed for i in eqn.ins)
+        (once if is_fixed else each_step).append(eqn)
+        if is_fixed:
+            fixed.update(eqn.outs)
+    values = dict(cut.joint.constants)
+    values.update(zip(const_ids, consts, strict=True))
+    run(once, values)
+
+    kept_once = [i for i in cut.residuals if i in fixed]
+    kept_xs = [i for i in cut.residuals if i in xs_ids and i not in fixed]
+    stacked = [i for i in cut.residuals if i not in fixed and i not in xs_ids]
+
+    def step(carry, x):
+        here = values | dict(zip(carry_ids, carry, strict=True)) | dict(zip(xs_ids, x, strict=True))
+        run(each_step, here)
+        outs = [here[i] for i in cut.outs]
+        return outs[:num_carry], (outs[num_carry:], [here[i] for i in stacked])
+
+    carry, (ys, stacks) = _scan(step, init, xs, params)
+    by_id = dict(zip(xs_ids, xs, strict=True))
+    saved = (
+        cut,
+        active,
+        dict(zip(kept_once, [values[i] for i in kept_once], strict=True)),
+        {i: by_id[i] for i in kept_xs} | dict(zip(stacked, stacks, strict=True)),
+    )
+    return [*carry, *ys], saved
+
+
+def _scan_backward(equation, needed, saved, cotangents, opaque):
+    """The loop backwards: the carry is the gradient of the carry, and each constant's sum."""
+    params = equation.params
+    num_consts, num_carry = scan_layout(params)
+    cut, active, once, per_step = saved
+    outs_active = _cotangents_of_loop(params["jaxpr"], active, num_consts, num_carry)
+    joint_avals = cut.joint.avals
+    full = [
+        g if g is not None else _zero_cotangent(joint_avals[i], n >= num_carry, params["length"])
+        for n, (i, g) in enumerate(zip(cut.outs, cotangents, strict=True))
+        if outs_active[n]
+    ]
+    num_active_carry = sum(outs_active[:num_carry])
+    ct_carry, ct_ys = full[:num_active_carry], full[num_active_carry:]
+    active_consts, active_carry, active_xs = _cut(active, num_consts, num_carry)
+    sums = [zeros(joint_avals[i]) for i, a in zip(cut.ins[:num_consts], active_consts) if a]
+
+    def step(state, given):
+        sums, ct_carry = state
+        ct_ys, kept = given
+        here = once | kept
+        gradients = cut.run_backward([here[i] for i in cut.residuals], [*ct_carry, *ct_ys])
+        d_consts, d_carry, d_xs = _cut(gradients, len(sums), len(ct_carry))
+        sums = [lax.add(s, d) for s, d in zip(sums, d_consts, strict=True)]
+        return (sums, _of_types(d_carry, ct_carry)), d_xs
+
+    start = (sums, [_of_type_of(g, a) for g, a in zip(ct_carry, _carry_avals(cut, active, params))])
+    (sums, ct_init), d_xs = _scan(step, start, (ct_ys, per_step), params, backwards=True)
+    flat = iter([*sums, *ct_init, *d_xs])
+    return [next(flat) if a else None for a in active]
+
+
+def _scan(step, init, xs, params, backwards=False):
+    return lax.scan(
+        step,
+        init,
+        xs,
+        length=params["length"],
+        reverse=params["reverse"] != backwards,
+        unroll=params["unroll"],
+    )
+
+
+def _cut(values, *sizes):
+    """Cut a list into pieces of the given sizes and the rest."""
+    pieces, start = [], 0
+    for size in sizes:
+        pieces.append(list(values[start : start + size]))
+        start += size
+    return [*pieces, list(values[start:])]
+
+
+def _active_in_loop(body, needed, num_consts, num_carry) -> list[bool]:
+    """Which inputs of a loop's body depend on a needed input, in any step (a fixed point)."""
+    avals = body.in_avals
+    active = [n and is_inexact(a) for n, a in zip(needed, avals, strict=True)]
+    flat = program(body)
+    while True:
+        reached = _reached(flat, active)
+        carry = active[num_consts : num_consts + num_carry]
+        grown = [c or r for c, r in zip(carry, reached[:num_carry], strict=True)]
+        if grown == carry:
+            return active
+        active[num_consts : num_consts + num_carry] = grown
+
+
+def _cotangents_of_loop(body, active, num_consts, num_carry) -> list[bool]:
+    """Which outputs of the body get an upstream gradient: active carries, inexact ys."""
+    carry = active[num_consts : num_consts + num_carry]
+    return [*carry, *_reached(program(body), active)[num_carry:]]
+
+
+def _reached(flat, active) -> list[bool]:
+    """Which outputs of a program depend on its active inputs."""
+    reach = {i for i, a in zip(flat.inputs, active, strict=True) if a}
+    for equation in flat.equations:
+        if any(i in reach for i in equation.ins):
+            reach.update(i for i in equation.outs if is_inexact(flat.avals[i]))
+    return [i in reach for i in flat.outputs]
+
+
+def _zero_cotangent(aval, is_stacked, length):
+    return zeros(aval.update(shape=(length, *aval.shape))) if is_stacked else zeros(aval)
+
+
+def _carry_avals(cut, active, params):
+    num_consts, num_carry = scan_layout(params)
+    carry = slice(num_consts, num_consts + num_carry)
+    return [cut.joint.avals[i] for i, a in zip(cut.ins[carry], active[carry], strict=True) if a]
+
+
+def _of_type_of(value, aval):
+    """Under shard_map a carry must vary over the same devices in each step."""
+    varying = getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())
+    has = getattr(getattr(jax.typeof(value), "manual_axis_type", None), "varying", frozenset())
+    missing = tuple(varying - has)
+    return lax.pcast(value, missing, to="varying") if missing else value
+
+
+def _of_types(values, like):
+    return [_of_type_of(v, jax.typeof(x)) for v, x in zip(values, like, strict=True)]
+
+
+# ----------------------------------------------------------------------------------- cond, switch
+
+
+def _cond_forward(equation, needed, ins, opaque):
+    """Run the chosen branch; keep its residuals in slots that the branches share."""
+    index, *operands = ins
+    branches = [close(b) for b in equation.params["branches"]]
+    cotangents = _cond_cotangents(branches, needed[1:])
+    cuts = [halves(b, needed[1:], cotangents) for b in branches]
+    types = [[_slot(c.joint.avals[i]) for i in c.residuals] for c in cuts]
+    slots = _shared_slots(types)
+
+    def taken(cut, own):
+        def branch(*operands):
+            outs, residuals = cut.run_forward(operands)
+            filled = [zeros_of_slot(s) for s in slots]
+            for place, residual in zip(_places(own, slots), residuals, strict=True):
+                filled[place] = residual
+            return outs, filled
+
+        return branch
+
+    outs, filled = _switch(index, [taken(c, t) for c, t in zip(cuts, types)], operands)
+    return outs, (index, cuts, types, slots, filled, cotangents)
+
+
+def _cond_backward(equation, needed, saved, cotangents, opaque):
+    index, cuts, types, slots, filled, has_cotangent = saved
+    given = [
+        zeros(cuts[0].joint.avals[i]) if g is None else g
+        for i, g, has in zip(cuts[0].outs, cotangents, has_cotangent, strict=True)
+        if has
+    ]
+
+    def back(cut, own):
+        def branch(filled, given):
+            return cut.run_backward([filled[p] for p in _places(own, slots)], given)
+
+        return branch
+
+    gradients = iter(_switch(index, [back(c, t) for c, t in zip(cuts, types)], (filled, given)))
+    return [None, *(next(gradients) if n else None for n in needed[1:])]
+
+
+def _switch(index, branches, operands):
+    """`lax.switch` without its clamp: JAX's own index is in range; bool means two branches."""
+    if len(branches) == 1:
+        return branches[0](*operands)
+    return lax.switch(index, branches, *operands)
+
+
+def _cond_cotangents(branches, needed) -> list[bool]:
+    reached = [_reached(program(b), needed) for b in branches]
+    return [any(column) for column in zip(*reached, strict=True)]
+
+
+def _slot(aval):
+    return aval.update(weak_type=False)
+
+
+def zeros_of_slot(aval):
+    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        impl = jax.random.key_impl(lax.full(aval.shape, 0, aval.dtype))
+        return lax.full(aval.shape, jax.random.key(0, impl=impl))
+    return zeros(aval)
+
+
+def _shared_slots(types) -> list:
+    """For each type, as many slots as the branch with the most residuals of it needs."""
+    slots = []
+    for own in types:
+        missing = list(own)
+        for slot in slots:
+            if slot in missing:
+                missing.remove(slot)
+        slots += missing
+    return slots
+
+
+def _places(own, slots) -> list[int]:
+    """For each residual, the first free slot of its type."""
+    taken, places = set(), []
+    for aval in own:
+        place = next(i for i, s in enumerate(slots) if s == aval and i not in taken)
+        taken.add(place)
+        places.append(place)
+    return places
+
+
+# ----------------------------------------------------------------------------------------- while
+
+
+def _while_forward(equation, needed, ins, opaque):
+    """A loop with a known number of steps is a scan; any other has no backward pass."""
+    params = equation.params
+    num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
+    cond_consts, body_consts, init = _cut(ins, num_cond, num_body)
+    length = _trip_count(params, cond_consts, init)
+    if length is None:
+        raise ValueError(
+            "Reverse-mode differentiation does not work for lax.while_loop or lax.fori_loop with "
+            "dynamic start/stop values: how many steps' values to keep for the backward pass is "
+            "unknown when the loop is compiled. Use lax.scan or a lax.fori_loop with static "
+            "bounds, count with `i < n`, `i + 1` and literal bounds, or bound the number of "
+            "steps and stop early with lax.cond inside a scan."
+        )
+    body = close(params["body_jaxpr"])
+    num_init = len(init)
+
+    def loop(*args):
+        consts, init = args[:num_body], args[num_body:]
+
+        def step(carry, _):
+            return jax.core.eval_jaxpr(body.jaxpr, body.consts, *consts, *carry), None
+
+        return lax.scan(step, list(init), None, length=length)[0]
+
+    args = [*body_consts, *init]
+    wanted = needed[num_cond:]
+    scan = program(trace(loop, [jax.typeof(a) for a in args]))
+    tape = sweep.forward(scan, args, wanted, opaque=opaque)
+    return tape.outputs, (tape, num_cond, num_init)
+
+
+def _while_backward(equation, needed, saved, cotangents, opaque):
+    tape, num_cond, _ = saved
+    gradients = sweep.backward(tape, cotangents)
+    return [None] * num_cond + [gradients[i] for i in tape.program.inputs]
+
+
+def _trip_count(params, cond_consts, init) -> int | None:
+    """The number of steps of a loop that counts: `while i < n: ...; i = i + step`."""
+    cond, body = program(close(params["cond_jaxpr"])), program(close(params["body_jaxpr"]))
+    num_cond, num_body = len(cond_consts), params["body_nconsts"]
+    if len(cond.equations) != 1 or cond.equations[0].name not in ("lt", "le", "gt", "ge"):
+        return None
+    test = cond.equations[0]
+    if cond.outputs != list(test.outs):
+        return None
+
+    def known(number):
+        if number in cond.constants:
+            return _concrete(cond.constants[number])
+        place = cond.inputs.index(number)
+        if place < num_cond:
+            return _concrete(cond_consts[place])
+        return None
+
+    def counter(number):
+        if number in cond.constants or cond.inputs.index(number) < num_cond:
+            return None
+        return cond.inputs.index(number) - num_cond
+
+    left, right = test.ins
+    name = test.name
+    if counter(left) is None:
+        left, right = right, left
+        name = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le"}[name]
+    place, bound = counter(left), known(right)
+    if place is None or bound is None:
+        return None
+    start = _concrete(init[place])
+    step = _increment(body, num_body + place, body.outputs[place])
+    if start is None or not step:
+        return None
+    rises = name in ("lt", "le")
+    if rises != (step > 0):
+        return None
+    stop = bound + (1 if name == "le" else -1 if name == "ge" else 0)
+    return len(range(start, stop, step))
+
+
+def _increment(body, in_place, out) -> int | None:
+    """The constant that the body adds to a counter, None if it does anything else to it."""
+    for equation in body.equations:
+        if out in equation.outs and equation.name in ("add", "sub"):
+            counter = body.inputs[in_place]
+            a, b = equation.ins
+            if equation.name == "add" and b == counter:
+                a, b = b, a
+            if a == counter and b in body.constants:
+                amount = _concrete(body.constants[b])
+                return amount if amount is None or equation.name == "add" else -amount
+    return None
+
+
+def _concrete(value) -> int | None:
+    """A whole number that is known now, else None."""
+    if isinstance(value, jax.core.Tracer):
+        return None
+    dtype = jax.typeof(value).dtype
+    is_integer = jax.dtypes.issubdtype(dtype, jax.numpy.integer) and jax.numpy.ndim(value) == 0
+    return int(value) if is_integer else None
+
+
+# ------------------------------------------------------------------------------------ checkpoint
+
+
+def _checkpoint_forward(equation, needed, ins, opaque):
+    """Keep the inputs, and what the policy says is worth keeping; forget the rest."""
+    params = equation.params
+    policy = params["policy"]
+
+    def recompute(eqn, joint):
+        if policy is None:
+            return True
+        verdict = policy(eqn.primitive, *(joint.avals[i] for i in eqn.ins), **eqn.params)
+        if isinstance(verdict, bool):
+            return not verdict
+        return type(verdict).__name__ == "RecomputeType"
+
+    cut = halves(close(params["jaxpr"]), needed, recompute=recompute)
+    outs, residuals = cut.run_forward(ins)
+    return outs, (cut, residuals)
+
+
+def _checkpoint_backward(equation, needed, saved, cotangents, opaque):
+    cut, residuals = saved
+    given = _instantiated(cut, cotangents)
+
+    def again(residuals, given):
+        if equation.params["prevent_cse"]:
+            # Else the compiler would see that the inside was computed before, and keep it.
+            residuals, given = lax.optimization_barrier((residuals, given))
+        return cut.run_backward(residuals, given)
+
+    # As one call: taken apart, a loop around it would keep what it is here to forget.
+    found = iter(jax.checkpoint(again, prevent_cse=False)(residuals, given) if opaque else again(
+        residuals, given
+    ))
+    return [next(found) if n else None for n in needed]
+
+
+def _instantiated(cut, cotangents):
+    avals = [cut.joint.avals[i] for i in cut.outs]
+    return [
+        zeros(a) if g is None else g
+        for a, g in zip(avals, cotangents, strict=True)
+        if is_inexact(a)
+    ]
+
+
+# -------------------------------------------------------- rules that people wrote: custom_jvp/vjp
+
+
+def _through_jax_forward(equation, needed, ins, opaque):
+    """Let JAX differentiate this one equation: it knows the rule that somebody wrote for it."""
+    places = [i for i, n in enumerate(needed) if n]
+
+    def outs_of(*moving):
+        full = list(ins)
+        for i, value in zip(places, moving, strict=True):
+            full[i] = value
+        return equation.apply(full)
+
+    outs, pullback = jax.vjp(outs_of, *(ins[i] for i in places))
+    return outs, (pullback, [jax.typeof(y) for y in outs])
+
+
+def _through_jax_backward(equation, needed, saved, cotangents, opaque):
+    pullback, avals = saved
+    real = [
+        zeros(a) if g is None else g
+        for a, g in zip(avals, cotangents, strict=True)
+        if is_inexact(a)
+    ]
+
+    def back(pullback, real):
+        given = iter(real)
+        return pullback(
+            [
+                next(given) if is_inexact(a) else numpy.zeros(a.shape, jax.dtypes.float0)
+                for a in avals
+            ]
+        )
+
+    found = iter(hidden(back, opaque)(pullback, real))
+    return [next(found) if n else None for n in needed]
+
+
+# --------------------------------------------------------------------------- operations of our own
+
+
+def _operation_forward(equation, needed, ins, opaque):
+    """An fnn operation brings its own forward and backward."""
+    call = equation.operation()
+    outs, residuals, linear = call.forward(*ins)
+    gets = [n and takes for n, takes in zip(needed, linear.takes, strict=True)]
+    linear = linear.restrict([g for g, takes in zip(gets, linear.takes, strict=True) if takes])
+    return outs, (linear, jax.tree.leaves(residuals), gets, [jax.typeof(y) for y in outs])
+
+
+def _operation_backward(equation, needed, saved, cotangents, opaque):
+    linear, residuals, gets, avals = saved
+    dys = [
+        zeros(a) if g is None else g
+        for a, g in zip(avals, cotangents, strict=True)
+        if is_inexact(a)
+    ]
+    if not dys or not any(gets):
+        return [None] * len(needed)
+    found = iter(hidden(linear.full_backward, opaque)(residuals, dys))
+    return [next(found) if g else None for g in gets]
+
+
+THROUGH_JAX = ControlRule(_through_jax_forward, _through_jax_backward)
+OPERATION = ControlRule(_operation_forward, _operation_backward)
+
+RULES = {
+    "scan": ControlRule(_scan_forward, _scan_backward),
+    "cond": ControlRule(_cond_forward, _cond_backward),
+    "while": ControlRule(_while_forward, _while_backward),
+    "remat2": ControlRule(_checkpoint_forward, _checkpoint_backward),
+    "checkpoint": ControlRule(_checkpoint_forward, _checkpoint_backward),
+    "custom_jvp_call": THROUGH_JAX,
+    "custom_vjp_call": THROUGH_JAX,
+}
