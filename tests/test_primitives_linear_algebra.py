@@ -1,0 +1,657 @@
+"""The hand-written rules of contraction, windows, Fourier transforms and linear algebra.
+
+Each is compared with `jax.vjp` of the same function for random upstream gradients; where JAX
+has no gradient, or a doubtful one, with central differences or a plain definition.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+from primitive_checks import check_cost, check_primitive, compare, jax_vjp, our_vjp, random_like
+
+from fnn.backprop.primitives import contraction, fourier, linear_algebra, windows
+
+RULES = contraction.RULES | windows.RULES | fourier.RULES | linear_algebra.RULES
+
+# What the functions around a primitive are traced to belongs to other files' rules.
+try:
+    from fnn.backprop.primitives import RULES as ALL_RULES
+except ImportError:  # pragma: no cover - only while the other families are being written
+    ALL_RULES = RULES
+
+quick = settings(
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+
+
+def normal(*shape, dtype=jnp.float64, seed=0):
+    (x,) = random_like(jax.ShapeDtypeStruct(shape, dtype), seed)
+    return x
+
+
+def check(fun, *args, primitive=None, **options):
+    check_primitive(fun, *args, primitive=primitive, rules=ALL_RULES, **options)
+
+
+def check_by_differences(fun, *args, tol=1e-6):
+    """⟨g, df⟩ by central differences along a random direction, for where JAX has no answer."""
+    gs = random_like(jax.eval_shape(fun, *args), 0)
+    gradients = our_vjp(fun, args, gs, ALL_RULES)
+    directions = random_like(list(args), 7)
+    h = 1e-6
+    ahead, behind = (
+        jax.tree.leaves(fun(*(a + s * h * d for a, d in zip(args, directions, strict=True))))
+        for s in (1, -1)
+    )
+    numeric = sum(
+        jnp.sum(g * (p - m)).real / (2 * h)
+        for g, p, m in zip(gs, ahead, behind, strict=True)
+        if g is not None
+    )
+    analytic = sum(
+        jnp.sum(g * d).real for g, d in zip(gradients, directions, strict=True) if g is not None
+    )
+    np.testing.assert_allclose(analytic, numeric, rtol=tol, atol=tol)
+
+
+# ------------------------------------------------------------------------ products of matrices
+
+
+@st.composite
+def products(draw):
+    """Shapes and dimension numbers of a dot_general, with axes in any order on both sides."""
+    sizes = st.integers(0, 3)
+    batch, contract, a_kept, b_kept = (
+        draw(st.lists(sizes, max_size=2)) for _ in range(4)
+    )
+    a_kinds = [("batch", i) for i in range(len(batch))]
+    a_kinds += [("contract", i) for i in range(len(contract))]
+    b_kinds = list(a_kinds) + [("kept", i) for i in range(len(b_kept))]
+    a_kinds += [("kept", i) for i in range(len(a_kept))]
+    a_order, b_order = draw(st.permutations(a_kinds)), draw(st.permutations(b_kinds))
+    shape_of = lambda order, kept: tuple(
+        {"batch": batch, "contract": contract, "kept": kept}[kind][i] for kind, i in order
+    )
+    places = lambda order, kind, n: tuple(order.index((kind, i)) for i in range(n))
+    numbers = (
+        (places(a_order, "contract", len(contract)), places(b_order, "contract", len(contract))),
+        (places(a_order, "batch", len(batch)), places(b_order, "batch", len(batch))),
+    )
+    return shape_of(a_order, a_kept), shape_of(b_order, b_kept), numbers
+
+
+@quick
+@given(products(), st.sampled_from([jnp.float64, jnp.complex128]))
+def test_dot_general(shapes, dtype):
+    a, b, numbers = shapes
+    check(
+        lambda a, b: lax.dot_general(a, b, numbers),
+        normal(*a, dtype=dtype),
+        normal(*b, dtype=dtype, seed=1),
+        primitive="dot_general",
+    )
+
+
+def test_dot_general_second_order():
+    check(
+        lambda a, b: jnp.einsum("bij,bkj->bik", jnp.sin(a), b),
+        normal(2, 3, 4),
+        normal(2, 5, 4, seed=1),
+        second_order=True,
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_dot_general_keeps_dtypes(dtype):
+    """A wider output (preferred_element_type) still gives gradients of the arguments' dtypes."""
+    a, b = normal(3, 4, dtype=dtype), normal(4, 5, dtype=dtype, seed=1)
+    numbers = (((1,), (0,)), ((), ()))
+    for wider in (None, jnp.float32):
+        check(
+            lambda a, b: lax.dot_general(a, b, numbers, preferred_element_type=wider),  # noqa: B023
+            a,
+            b,
+            tol=0.0,
+        )
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [(jnp.float64, jnp.complex128), (jnp.complex128, jnp.float64), (jnp.bfloat16, jnp.float32)],
+)
+def test_dot_general_of_two_dtypes(left, right):
+    a, b = normal(3, 4, dtype=left), normal(4, 5, dtype=right, seed=1)
+    check(lambda a, b: lax.dot_general(a, b, (((1,), (0,)), ((), ()))), a, b, tol=1e-6)
+
+
+def test_dot_general_keeps_precision():
+    """Two precisions and an algorithm arrive in the transposed product as JAX passes them on."""
+    a, b = normal(3, 4, dtype=jnp.float32), normal(4, 5, dtype=jnp.float32, seed=1)
+    for precision in ((lax.Precision.HIGHEST, lax.Precision.DEFAULT), "F32_F32_F32"):
+        product = lambda a, b: lax.dot_general(  # noqa: E731
+            a, b, (((1,), (0,)), ((), ())), precision=precision  # noqa: B023
+        )
+        g = random_like(jax.eval_shape(product, a, b), 0)
+        ours = jax.make_jaxpr(lambda a, b: our_vjp(product, [a, b], g, RULES))(a, b)
+        theirs = jax.make_jaxpr(lambda a, b: jax_vjp(product, [a, b], g))(a, b)
+        found = [
+            [e.params["precision"] for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+            for jaxpr in (ours, theirs)
+        ]
+        assert found[0] == found[1] and len(found[0]) == 3
+
+
+@pytest.mark.parametrize(
+    "expression", ["ij,jk->ik", "oi,ni->no", "bhqd,bhkd->bhqk", "bqhd,bkhd->bhqk", "ij,j->i"]
+)
+def test_dot_general_compiles_to_the_same_program(expression):
+    sizes = dict(zip("ijkonbhqd", (32, 48, 24, 16, 40, 3, 4, 20, 8), strict=True))
+    a, b = (
+        normal(*(sizes[axis] for axis in axes), dtype=jnp.float32)
+        for axes in expression.split("->")[0].split(",")
+    )
+    check_cost(lambda a, b: jnp.einsum(expression, a, b), a, b, rules=RULES, slack=1.0)
+
+
+def test_dot_general_on_a_mesh_with_explicit_axes():
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        a = jax.device_put(normal(4, 6), PartitionSpec("x", None))
+        b = jax.device_put(normal(6, 8, seed=1), PartitionSpec(None, "y"))
+        product = lambda a, b: a @ b  # noqa: E731
+        g = jax.device_put(normal(4, 8, seed=2), PartitionSpec("x", "y"))
+        ours = jax.jit(lambda a, b, g: our_vjp(product, [a, b], [g], RULES))(a, b, g)
+        theirs = jax.jit(lambda a, b, g: jax_vjp(product, [a, b], [g]))(a, b, g)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert jax.typeof(mine).sharding == jax.typeof(other).sharding
+        compare(ours, theirs, 1e-12)
+
+
+def ragged(a, b, sizes, numbers, ragged, group):
+    return lax.ragged_dot_general(
+        a,
+        b,
+        sizes,
+        lax.RaggedDotDimensionNumbers(
+            dot_dimension_numbers=numbers, lhs_ragged_dimensions=ragged, rhs_group_dimensions=group
+        ),
+    )
+
+
+@pytest.mark.parametrize("sizes", [[2, 3, 2], [0, 5, 1], [7, 0, 0]])
+def test_ragged_dot(sizes):
+    sizes = jnp.array(sizes, jnp.int32)
+    check(
+        lambda a, b: lax.ragged_dot(a, b, sizes),
+        normal(7, 4),
+        normal(3, 4, 5, seed=1),
+        primitive="ragged_dot_general",
+    )
+
+
+def test_ragged_dot_with_batch_and_axes_out_of_order():
+    sizes = jnp.array([[2, 3], [4, 0]], jnp.int32)
+    numbers = (((0, 3), (3, 2)), ((2,), (1,)))  # a: k, m, b, l    b: e, b, l, k, n
+    a, b = normal(3, 5, 2, 4), normal(2, 2, 4, 3, 6, seed=1)
+    check(lambda a, b: ragged(a, b, sizes, numbers, [1], [0]), a, b)
+
+
+def test_ragged_dot_that_sums_in_groups():
+    """JAX has no gradient here; compare with a sum over masks, group by group."""
+    sizes = jnp.array([2, 0, 3], jnp.int32)
+    ends = np.cumsum(sizes)
+    numbers = (((2,), (1,)), ((0,), (0,)))  # a: b, m, k    b: b, k, n
+    a, b = normal(2, 4, 6), normal(2, 6, 5, seed=1)
+
+    def plain(a, b):
+        masks = [
+            ((np.arange(6) >= end - size) & (np.arange(6) < end)).astype(a.dtype)
+            for end, size in zip(ends, sizes, strict=True)
+        ]
+        return jnp.stack([jnp.einsum("bmk,k,bkn->bmn", a, mask, b) for mask in masks])
+
+    product = lambda a, b: ragged(a, b, sizes, numbers, [2], [])  # noqa: E731
+    np.testing.assert_allclose(product(a, b), plain(a, b), atol=1e-12)
+    g = random_like(jax.eval_shape(product, a, b), 0)
+    compare(our_vjp(product, [a, b], g, RULES), jax_vjp(plain, [a, b], g), 1e-12)
+
+
+# --------------------------------------------------------------------------------- convolution
+
+
+@st.composite
+def convolutions(draw):
+    """A convolution whose axes, strides, padding, dilations and groups are anything allowed."""
+    space = draw(st.integers(0, 2))
+    small = lambda low, high: st.tuples(*[st.integers(low, high)] * space)
+    strides, base, holes = draw(small(1, 3)), draw(small(1, 3)), draw(small(1, 2))
+    inputs, kernel = draw(small(2, 6)), draw(small(1, 3))
+    padding = []
+    for n, dilation in zip(inputs, base, strict=True):
+        n = 1 + dilation * (n - 1)
+        low = draw(st.integers(-min(2, n - 1), 3))
+        padding.append((low, draw(st.integers(-min(2, n - 1 + min(low, 0)), 3))))
+    groups, kind = draw(st.integers(1, 3)), draw(st.sampled_from(["feature", "batch"]))
+    batch, features, outs = (draw(st.integers(1, 2)) for _ in range(3))
+    outs *= groups
+    x_features = features * groups if kind == "feature" else features
+    batch = batch * groups if kind == "batch" else batch
+    x_sizes = (batch, x_features, *inputs)
+    w_sizes = (outs, features, *kernel)
+    specs = [tuple(draw(st.permutations(range(space + 2)))) for _ in range(3)]
+    place = lambda sizes, spec: tuple(sizes[spec.index(i)] for i in range(len(spec)))
+    return (
+        place(x_sizes, specs[0]),
+        place(w_sizes, specs[1]),
+        dict(
+            window_strides=strides,
+            padding=padding,
+            lhs_dilation=base,
+            rhs_dilation=holes,
+            dimension_numbers=lax.ConvDimensionNumbers(*specs),
+            feature_group_count=groups if kind == "feature" else 1,
+            batch_group_count=groups if kind == "batch" else 1,
+        ),
+    )
+
+
+@settings(quick, max_examples=40)
+@given(convolutions())
+def test_convolution(case):
+    x, w, options = case
+    check(
+        lambda x, w: lax.conv_general_dilated(x, w, **options),
+        normal(*x),
+        normal(*w, seed=1),
+        primitive="conv_general_dilated",
+    )
+
+
+NHWC = dict(window_strides=(2, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def test_convolution_complex_and_second_order():
+    for dtype in (jnp.float64, jnp.complex128):
+        x, w = normal(2, 5, 6, 4, dtype=dtype), normal(3, 2, 2, 6, dtype=dtype, seed=1)
+        check(
+            lambda x, w: lax.conv_general_dilated(x, w, **NHWC, feature_group_count=2),
+            x,
+            w,
+            second_order=True,
+        )
+
+
+def test_convolution_keeps_dtypes():
+    x, w = normal(2, 5, 6, 3, dtype=jnp.bfloat16), normal(3, 3, 3, 4, dtype=jnp.bfloat16, seed=1)
+    for wider in (None, jnp.float32):
+        check(
+            lambda x, w: lax.conv_general_dilated(x, w, **NHWC, preferred_element_type=wider),  # noqa: B023
+            x,
+            w,
+            tol=0.0,
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window_strides": (1, 1), "padding": "VALID"},
+        {"feature_group_count": 4},
+        {"rhs_dilation": (2, 2), "window_strides": (1, 1)},
+        {"padding": ((-1, 2), (0, 0))},
+    ],
+)
+def test_convolution_compiles_to_the_same_program(options):
+    options = NHWC | options
+    groups = options.get("feature_group_count", 1)
+    x = normal(4, 12, 12, 8, dtype=jnp.float32)
+    w = normal(3, 3, 8 // groups, 16, dtype=jnp.float32)
+    check_cost(lambda x, w: lax.conv_general_dilated(x, w, **options), x, w, rules=RULES, slack=1.0)
+
+
+def test_convolution_without_output():
+    """An input smaller than the kernel: no output, and a gradient of zero."""
+    check(lambda x, w: lax.conv_general_dilated(x, w, (1,), "VALID"), normal(1, 2, 2), normal(3, 2, 3))
+
+
+# ------------------------------------------------------------------------------------- windows
+
+
+@st.composite
+def window_options(draw):
+    """A sliding window over a 2-D array."""
+    pair = lambda low, high: st.tuples(*[st.integers(low, high)] * 2)
+    padding = tuple(draw(pair(0, 2)) for _ in range(2))
+    return draw(pair(3, 6)), dict(
+        window_dimensions=draw(pair(1, 3)),
+        window_strides=draw(pair(1, 3)),
+        padding=padding,
+        base_dilation=draw(pair(1, 2)),
+        window_dilation=draw(pair(1, 2)),
+    )
+
+
+@quick
+@given(window_options())
+def test_window_sum(case):
+    shape, options = case
+    check(
+        lambda x: lax.reduce_window(x, 0.0, lax.add, **options),
+        normal(*shape),
+        primitive="reduce_window_sum",
+    )
+
+
+@quick
+@given(window_options(), st.booleans())
+def test_window_extremum(case, largest):
+    shape, options = case
+    options["window_dilation"] = (1, 1)
+    worst, reducer = (-jnp.inf, lax.max) if largest else (jnp.inf, lax.min)
+    check(
+        lambda x: lax.reduce_window(x, worst, reducer, **options),
+        normal(*shape),
+        primitive="reduce_window_max" if largest else "reduce_window_min",
+    )
+
+
+@quick
+@given(window_options(), st.booleans())
+def test_window_extremum_with_holes(case, largest):
+    """JAX has no gradient for dilated windows; the same maximum over explicit slices has one."""
+    shape, options = case
+    worst, reducer = (-jnp.inf, lax.max) if largest else (jnp.inf, lax.min)
+    pool = lambda x: lax.reduce_window(x, worst, reducer, **options)  # noqa: E731
+
+    def plain(x):
+        x = lax.pad(
+            x,
+            worst,
+            [(lo, hi, d - 1) for (lo, hi), d in zip(options["padding"], options["base_dilation"])],
+        )
+        outs = jax.eval_shape(pool, normal(*shape)).shape
+        slices = []
+        for place in itertools.product(*map(range, options["window_dimensions"])):
+            index = tuple(
+                slice(i * d, i * d + s * (n - 1) + 1, s)
+                for i, d, s, n in zip(
+                    place, options["window_dilation"], options["window_strides"], outs
+                )
+            )
+            slices.append(x[index] if min(outs) else jnp.zeros(outs))
+        return (jnp.max if largest else jnp.min)(jnp.stack(slices), 0)
+
+    x = normal(*shape)
+    np.testing.assert_array_equal(pool(x), plain(x))
+    # Windows that lie in the padding alone tie, harmlessly: their gradient falls on padding.
+    g = random_like(jax.eval_shape(pool, x), 0)
+    compare(our_vjp(pool, [x], g, RULES), jax_vjp(plain, [x], g), 1e-12)
+
+
+def test_max_pool_gives_a_tie_to_its_first_entry():
+    x = jnp.ones((2, 2))
+    pool = lambda x: lax.reduce_window(x, -jnp.inf, lax.max, (2, 2), (1, 1), "VALID")  # noqa: E731
+    (gradient,) = our_vjp(pool, [x], [jnp.ones((1, 1))], RULES)
+    np.testing.assert_array_equal(gradient, [[1, 0], [0, 0]])
+    dilated = lambda x: lax.reduce_window(  # noqa: E731
+        x, -jnp.inf, lax.max, (2, 1), (1, 1), "VALID", window_dilation=(2, 1)
+    )
+    (gradient,) = our_vjp(dilated, [jnp.ones((3, 1))], [jnp.ones((1, 1))], RULES)
+    np.testing.assert_array_equal(gradient, [[1], [0], [0]])
+
+
+def test_what_max_pooling_is_made_of():
+    window = dict(window_dimensions=(2, 2), window_strides=(2, 1), padding=((0, 0), (1, 0)))
+    x, source = normal(4, 5), normal(2, 5, seed=1)
+    check(
+        lambda s, x: lax.select_and_scatter_add_p.bind(s, x, select_prim=lax.ge_p, **window),
+        source,
+        x,
+        primitive="select_and_scatter_add",
+    )
+    for base in ((1, 1), (2, 1)):
+        window |= dict(base_dilation=base, window_dilation=(1, 1))
+        check(
+            lambda t, x: lax.select_and_gather_add_p.bind(t, x, select_prim=lax.le_p, **window),
+            normal(4, 5, seed=2),
+            x,
+            primitive="select_and_gather_add",
+        )
+
+
+def test_pooling_second_order_dtype_and_cost():
+    pool = lambda x: lax.reduce_window(  # noqa: E731
+        x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "SAME"
+    )
+    mean = lambda x: lax.reduce_window(x, 0.0, lax.add, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")  # noqa: E731
+    x = normal(2, 7, 8, 3)
+    check(lambda x: pool(x) ** 2, x, second_order=True)
+    check(lambda x: mean(x * x), x, second_order=True)
+    for function in (pool, mean):
+        check(function, normal(2, 7, 8, 3, dtype=jnp.bfloat16), tol=0.0)
+        check_cost(function, normal(4, 12, 12, 8, dtype=jnp.float32), rules=RULES, slack=1.0)
+
+
+# ----------------------------------------------------------------------------- Fourier transform
+
+
+@pytest.mark.parametrize("lengths", [(8,), (7,), (1,), (2,), (4, 6), (3, 5), (2, 3, 4)])
+@pytest.mark.parametrize("kind", list(lax.FftType))
+def test_fft(kind, lengths):
+    if kind == lax.FftType.RFFT:
+        x = normal(2, *lengths)
+    elif kind == lax.FftType.IRFFT:
+        x = normal(2, *lengths[:-1], lengths[-1] // 2 + 1, dtype=jnp.complex128)
+    else:
+        x = normal(2, *lengths, dtype=jnp.complex128)
+    check(lambda x: lax.fft(x, kind, lengths), x, primitive="fft", second_order=True)
+    single = x.astype(jnp.float32 if kind == lax.FftType.RFFT else jnp.complex64)
+    check(lambda x: lax.fft(x, kind, lengths), single, tol=1e-4)
+    check_cost(lambda x: lax.fft(x, kind, lengths), x, rules=RULES)
+
+
+# ------------------------------------------------------------------------------- linear algebra
+
+real_and_complex = pytest.mark.parametrize("dtype", [jnp.float64, jnp.complex128])
+
+
+def positive(*shape, dtype=jnp.float64):
+    x = normal(*shape, dtype=dtype)
+    return x @ x.mT.conj() + shape[-1] * jnp.eye(shape[-1], dtype=dtype)
+
+
+@real_and_complex
+@pytest.mark.parametrize("shape", [(4, 4), (2, 3, 3), (1, 1), (0, 0)])
+def test_cholesky(shape, dtype):
+    check(lax.linalg.cholesky, positive(*shape, dtype=dtype), primitive="cholesky")
+
+
+@real_and_complex
+def test_cholesky_gives_its_gradient_to_the_triangle_it_reads(dtype):
+    a = positive(4, 4, dtype=dtype)
+    plain = lambda a: lax.linalg.cholesky(a, symmetrize_input=False)  # noqa: E731
+    g = random_like(jax.eval_shape(plain, a), 0)
+    (gradient,) = our_vjp(plain, [a], g, ALL_RULES)
+    np.testing.assert_array_equal(gradient, jnp.tril(gradient))
+    check_by_differences(lambda x: plain(positive(4, 4, dtype=dtype) + x), 0.0 * a)
+
+
+@real_and_complex
+@pytest.mark.parametrize("left_side", [True, False])
+@pytest.mark.parametrize("lower", [True, False])
+@pytest.mark.parametrize("transpose_a", [True, False])
+@pytest.mark.parametrize("conjugate_a", [True, False])
+@pytest.mark.parametrize("unit_diagonal", [True, False])
+def test_triangular_solve(dtype, left_side, lower, transpose_a, conjugate_a, unit_diagonal):
+    for columns in (2, 6):
+        a = normal(2, 4, 4, dtype=dtype) + 3 * jnp.eye(4)
+        b = normal(2, *((4, columns) if left_side else (columns, 4)), dtype=dtype, seed=1)
+        solve = lambda a, b: lax.linalg.triangular_solve(  # noqa: E731
+            a,
+            b,
+            left_side=left_side,
+            lower=lower,
+            transpose_a=transpose_a,
+            conjugate_a=conjugate_a,
+            unit_diagonal=unit_diagonal,
+        )
+        check(solve, a, b, primitive="triangular_solve")
+        check(lambda a: solve(a, b), a)  # a alone is needed: another order of operations
+
+
+@real_and_complex
+def test_tridiagonal_solve(dtype):
+    below, diagonal, above = (normal(2, 5, dtype=dtype, seed=i) for i in range(3))
+    b = normal(2, 5, 3, dtype=dtype, seed=3)
+    check(
+        lax.linalg.tridiagonal_solve, below, diagonal + 5, above, b, primitive="tridiagonal_solve"
+    )
+
+
+@real_and_complex
+@pytest.mark.parametrize("shape", [(4, 4), (2, 5, 3), (2, 3, 5), (2, 3, 4, 4)])
+def test_lu(shape, dtype):
+    check(lambda a: lax.linalg.lu(a)[0], normal(*shape, dtype=dtype), primitive="lu")
+
+
+def test_lu_pivots():
+    check(
+        lambda a: lax.linalg.lu_pivots_to_permutation(lax.linalg.lu(a)[1], 4) * a[0],
+        normal(4, 4),
+        primitive="lu_pivots_to_permutation",
+    )
+
+
+@real_and_complex
+@pytest.mark.parametrize("shape", [(4, 4), (5, 3), (2, 3, 5), (2, 6, 3)])
+@pytest.mark.parametrize("full_matrices", [True, False])
+def test_qr(shape, full_matrices, dtype):
+    decompose = lambda a: lax.linalg.qr(a, full_matrices=full_matrices)  # noqa: E731
+    check(decompose, normal(*shape, dtype=dtype), primitive="qr", tol=1e-8)
+
+
+@real_and_complex
+@pytest.mark.parametrize("shape", [(4, 4), (5, 3), (3, 5), (2, 6, 3), (2, 3, 5)])
+@pytest.mark.parametrize("full_matrices", [True, False])
+def test_qr_with_pivoting(shape, full_matrices, dtype):
+    """Also wide matrices and batches, where JAX's own derivative is wrong or fails."""
+    decompose = lambda a: lax.linalg.qr(a, pivoting=True, full_matrices=full_matrices)[:2]  # noqa: E731
+    a = normal(*shape, dtype=dtype)
+    if len(shape) == 2 and shape[0] >= shape[1]:
+        check(decompose, a, primitive="qr", tol=1e-8)
+    check_by_differences(decompose, a)
+
+
+@real_and_complex
+@pytest.mark.parametrize("shape", [(4, 4), (2, 3, 3), (1, 1)])
+@pytest.mark.parametrize("symmetrize_input", [True, False])
+def test_eigh(shape, symmetrize_input, dtype):
+    check(
+        lambda a: lax.linalg.eigh(a, symmetrize_input=symmetrize_input),
+        positive(*shape, dtype=dtype),
+        primitive="eigh",
+        tol=1e-8,
+    )
+    check(jnp.linalg.eigvalsh, positive(*shape, dtype=dtype), tol=1e-8)
+
+
+@real_and_complex
+@pytest.mark.parametrize("shape", [(4, 4), (5, 3), (2, 3, 5)])
+def test_svd(shape, dtype):
+    a = normal(*shape, dtype=dtype)
+    check(lambda a: lax.linalg.svd(a, full_matrices=False), a, primitive="svd", tol=1e-8)
+    check(lambda a: lax.linalg.svd(a, compute_uv=False), a, primitive="svd", tol=1e-8)
+    if shape[-1] == shape[-2]:
+        check(lambda a: lax.linalg.svd(a, full_matrices=True), a, primitive="svd", tol=1e-8)
+
+
+def test_svd_of_some_singular_values():
+    check(
+        lambda a: lax.linalg.svd(a, compute_uv=False, full_matrices=False, subset_by_index=(0, 3)),
+        normal(4, 3),
+        primitive="svd",
+    )
+
+
+@real_and_complex
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("right", [True, False])
+def test_eig(left, right, dtype):
+    check(
+        lambda a: lax.linalg.eig(
+            a,
+            compute_left_eigenvectors=left,
+            compute_right_eigenvectors=right,
+            enable_eigvec_derivs=True,
+        ),
+        normal(2, 4, 4, dtype=dtype),
+        primitive="eig",
+        tol=1e-8,
+    )
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a: lax.linalg.svd(a, full_matrices=True),
+        lambda a: lax.linalg.eig(a[:3]),
+        lambda a: lax.linalg.eigh(a[:3], subset_by_index=(0, 2)),
+    ],
+)
+def test_what_has_no_gradient_says_so(function):
+    a = normal(4, 3)
+    try:
+        g = random_like(jax.eval_shape(function, a), 0)
+    except NotImplementedError:
+        pytest.skip("JAX can't even compute it here")
+    with pytest.raises(NotImplementedError, match="gradient"):
+        jax.make_jaxpr(lambda a: our_vjp(function, [a], g, ALL_RULES))(a)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lax.linalg.cholesky,
+        lambda a: lax.linalg.eigh(a)[1],
+        lambda a: lax.linalg.lu(a)[0],
+        lax.linalg.qr,
+        lambda a: lax.linalg.svd(a, full_matrices=False),
+    ],
+)
+def test_linear_algebra_second_order_and_dtype(function):
+    check(function, positive(3, 3), second_order=True, tol=1e-7)
+    check(function, positive(3, 3).astype(jnp.float32), tol=1e-2)
+
+
+def test_upstream_gradients_may_be_missing():
+    """A decomposition's rule takes None for an output without gradient, and skips its part."""
+    a = normal(4, 4)
+    for function, outputs in (
+        (lambda a: lax.linalg.svd(a, full_matrices=False), 3),
+        (lambda a: lax.linalg.qr(a), 2),
+        (lambda a: lax.linalg.eigh(a + a.T), 2),
+    ):
+        for i in range(outputs):
+            jaxpr = jax.make_jaxpr(function)(a)
+            (eqn,) = [e for e in jaxpr.eqns if e.primitive.name in linear_algebra.RULES]
+            y = eqn.primitive.bind(a + a.T if eqn.primitive.name == "eigh" else a, **eqn.params)
+            g = normal(*y[i].shape)
+            pull = RULES[eqn.primitive.name].pullback
+            alone = [g if j == i else None for j in range(outputs)]
+            filled = [g if j == i else jnp.zeros_like(y[j]) for j in range(outputs)]
+            x = a + a.T if eqn.primitive.name == "eigh" else a
+            compare(
+                pull([True], alone, y, [x], eqn.params),
+                pull([True], filled, y, [x], eqn.params),
+                1e-12,
+            )
