@@ -1,0 +1,218 @@
+"""Initialisers: functions `init(key, shape, dtype) -> array` for the weights of a layer.
+
+Weights are `(out, in)`, and convolution kernels `(out, in, *window)`. An initialiser that
+looks at the fans reads them from there: `fan_in = in * window`, the number of inputs that
+one output sums over, and `fan_out = out * window`, the number of outputs that one input
+feeds.
+
+Options are keyword-only. To set one, use `functools.partial`:
+
+    Linear(100, weight_init=partial(he_normal, slope=0.1))
+
+Most of these are `jax.nn.initializers`, told which axis is which (JAX takes weights to be
+`(in, out)`). Any function of the same signature will do in their place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+Initializer = Callable[[jax.Array, Sequence[int], Any], jax.Array]
+
+
+def fans(shape: Sequence[int]) -> tuple[int, int]:
+    """`(fan_in, fan_out)` of a weight of shape `(out, in)` or `(out, in, *window)`.
+
+    Raises:
+        ValueError: the shape has fewer than two axes, as a bias has.
+
+    >>> fans((100, 784)), fans((64, 3, 5, 5))
+    ((784, 100), (75, 1600))
+    """
+    if len(shape) < 2:
+        raise ValueError(
+            f"the fans of a weight are those of a shape (out, in) or (out, in, *window), but the "
+            f"shape is {tuple(shape)}. For a bias use an initialiser that needs no fans: zeros, "
+            "constant, normal, uniform."
+        )
+    out, in_, *window = shape
+    positions = math.prod(window)
+    return in_ * positions, out * positions
+
+
+# ------------------------------------------------------------------------------- without fans
+
+
+def zeros(key, shape, dtype=jnp.float32) -> jax.Array:
+    """All 0: the usual start of a bias.
+
+    Never of weights: "if every neuron in the network computes the same output, then they
+    will also all compute the same gradients" (CS231n, notes on neural networks 2).
+    """
+    del key
+    return jnp.zeros(shape, dtype)
+
+
+def ones(key, shape, dtype=jnp.float32) -> jax.Array:
+    """All 1: the usual start of a scale."""
+    del key
+    return jnp.ones(shape, dtype)
+
+
+def constant(key, shape, dtype=jnp.float32, *, value: float) -> jax.Array:
+    """All `value`."""
+    del key
+    return jnp.full(shape, value, dtype)
+
+
+def normal(key, shape, dtype=jnp.float32, *, stddev: float = 0.01) -> jax.Array:
+    """N(0, stddev²): "small random numbers" (CS231n, notes on neural networks 2)."""
+    return jax.nn.initializers.normal(stddev)(key, shape, dtype)
+
+
+def uniform(key, shape, dtype=jnp.float32, *, bound: float = 0.01) -> jax.Array:
+    """U(-bound, bound)."""
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def truncated_normal(
+    key,
+    shape,
+    dtype=jnp.float32,
+    *,
+    stddev: float = 0.02,
+    lower: float = -2.0,
+    upper: float = 2.0,
+) -> jax.Array:
+    """N(0, stddev²), redrawn outside [lower·stddev, upper·stddev].
+
+    `stddev` is that of the normal before it is cut, as in BERT (Devlin et al. 2018, code)
+    and ViT; the cut at ±2 leaves 0.8796 of it.
+    """
+    return jax.nn.initializers.truncated_normal(stddev, lower=lower, upper=upper)(key, shape, dtype)
+
+
+# ---------------------------------------------------------------------------------- with fans
+
+
+def variance_scaling(
+    key,
+    shape,
+    dtype=jnp.float32,
+    *,
+    scale: float = 1.0,
+    fan: Literal["in", "out", "average"] = "in",
+    distribution: Literal["normal", "uniform", "truncated_normal"] = "normal",
+) -> jax.Array:
+    """Mean 0 and variance `scale / fan`: the family that Xavier, He and LeCun belong to.
+
+    The variance is right for each distribution: uniform draws from ±√(3·scale/fan), and the
+    truncated normal, cut at ±2 of its deviations, is widened for what the cut takes away.
+
+    Raises:
+        ValueError: the shape has fewer than two axes.
+    """
+    fans(shape)
+    if 0 in shape:
+        return jnp.zeros(shape, dtype)
+    mode = {"in": "fan_in", "out": "fan_out", "average": "fan_avg"}
+    if fan not in mode:
+        raise ValueError(f"fan must be one of {sorted(mode)}, got {fan!r}.")
+    init = jax.nn.initializers.variance_scaling(
+        scale, mode[fan], distribution, in_axis=1, out_axis=0
+    )
+    return init(key, shape, dtype)
+
+
+def xavier_uniform(key, shape, dtype=jnp.float32, *, gain: float = 1.0) -> jax.Array:
+    """U(±gain·√(6 / (fan_in + fan_out))), variance gain²·2 / (fan_in + fan_out).
+
+    For tanh and its kind: keeps the variance of the activations (fan_in) and of the
+    gradients (fan_out) about the same from layer to layer.
+
+    Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural
+    networks", AISTATS 2010, equation 16.
+    """
+    return variance_scaling(
+        key, shape, dtype, scale=gain**2, fan="average", distribution="uniform"
+    )
+
+
+def xavier_normal(key, shape, dtype=jnp.float32, *, gain: float = 1.0) -> jax.Array:
+    """N(0, gain²·2 / (fan_in + fan_out)). Glorot and Bengio 2010, equation 12."""
+    return variance_scaling(key, shape, dtype, scale=gain**2, fan="average")
+
+
+def he_normal(
+    key,
+    shape,
+    dtype=jnp.float32,
+    *,
+    slope: float = 0.0,
+    fan: Literal["in", "out"] = "in",
+) -> jax.Array:
+    """N(0, 2 / ((1 + slope²)·fan)): for relu, which halves the variance that reaches it.
+
+    He et al., "Delving deep into rectifiers", ICCV 2015, equations 10 (fan in), 14 (fan out)
+    and 15 (`slope`, the leaky relu's on the negative side). A normal that isn't truncated,
+    as in the paper; Flax's and Keras' of the same name are.
+    """
+    return variance_scaling(key, shape, dtype, scale=2 / (1 + slope**2), fan=fan)
+
+
+def he_uniform(
+    key,
+    shape,
+    dtype=jnp.float32,
+    *,
+    slope: float = 0.0,
+    fan: Literal["in", "out"] = "in",
+) -> jax.Array:
+    """U(±√(6 / ((1 + slope²)·fan))): `he_normal`'s variance, uniformly."""
+    return variance_scaling(
+        key, shape, dtype, scale=2 / (1 + slope**2), fan=fan, distribution="uniform"
+    )
+
+
+def lecun_normal(key, shape, dtype=jnp.float32) -> jax.Array:
+    """N(0, 1 / fan_in): keeps the variance through a linear layer; what selu assumes.
+
+    LeCun et al., "Efficient backprop", 1998, equation 16; Klambauer et al.,
+    "Self-normalizing neural networks", NeurIPS 2017.
+    """
+    return variance_scaling(key, shape, dtype)
+
+
+def lecun_uniform(key, shape, dtype=jnp.float32) -> jax.Array:
+    """U(±√(3 / fan_in)), variance 1 / fan_in. LeCun et al. 1998."""
+    return variance_scaling(key, shape, dtype, distribution="uniform")
+
+
+glorot_uniform, glorot_normal = xavier_uniform, xavier_normal
+kaiming_uniform, kaiming_normal = he_uniform, he_normal
+
+
+# --------------------------------------------------------------------------------- orthogonal
+
+
+def orthogonal(key, shape, dtype=jnp.float32, *, gain: float = 1.0) -> jax.Array:
+    """gain · a random matrix with orthonormal rows (or columns, if it has more rows).
+
+    W, seen as `(out, in * window)`, has W Wᵀ = gain²·I if out <= in * window, and
+    WᵀW = gain²·I otherwise, so that products keep their length through any depth. In 16-bit
+    floats it is computed in float32 and rounded.
+
+    Saxe, McClelland and Ganguli, "Exact solutions to the nonlinear dynamics of learning in
+    deep linear neural networks", ICLR 2014.
+
+    Raises:
+        ValueError: the shape has fewer than two axes.
+    """
+    fans(shape)
+    exact = dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+    return jax.nn.initializers.orthogonal(gain, column_axis=0)(key, shape, exact).astype(dtype)
