@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
+from fnn.jaxpr import Equation
+
 
 def check_primitive(
     fun,
@@ -151,14 +153,17 @@ def random_like(avals, seed: int) -> list:
 
 
 def _pull_back(jaxpr, consts, args, gs, rules):
-    values, gradients = {}, {}
+    values, gradients, saved = {}, {}, {}
     values.update(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
     read = lambda v: v.val if isinstance(v, Literal) else values[v]
-    for eqn in jaxpr.eqns:
-        params = eqn.primitive.get_bind_params(eqn.params)
-        outs = eqn.primitive.bind(*[read(v) for v in eqn.invars], **params)
-        outs = outs if eqn.primitive.multiple_results else [outs]
+    for i, eqn in enumerate(jaxpr.eqns):
+        ins = [read(v) for v in eqn.invars]
+        if _has_own_forward(rules.get(eqn.primitive.name)) and any(_needed(eqn)):
+            rule = rules[eqn.primitive.name]
+            outs, saved[i] = rule.forward(_equation(eqn), _needed(eqn), ins, False)
+        else:
+            outs = _equation(eqn).apply(ins)
         values.update(zip(eqn.outvars, outs, strict=True))
 
     def accumulate(v, g):
@@ -167,9 +172,9 @@ def _pull_back(jaxpr, consts, args, gs, rules):
 
     for v, g in zip(jaxpr.outvars, gs, strict=True):
         accumulate(v, g)
-    for eqn in reversed(jaxpr.eqns):
+    for i, eqn in reversed(list(enumerate(jaxpr.eqns))):
         upstream = [gradients.get(v) for v in eqn.outvars]
-        needed = [_is_inexact(v.aval) and not isinstance(v, Literal) for v in eqn.invars]
+        needed = _needed(eqn)
         if all(g is None for g in upstream) or not any(needed):
             continue
         full = [
@@ -181,6 +186,9 @@ def _pull_back(jaxpr, consts, args, gs, rules):
         inner = _call(eqn)
         if inner is not None:
             products = _pull_back(inner.jaxpr, inner.consts, ins, full, rules)[1]
+        elif i in saved:
+            rule = rules[eqn.primitive.name]
+            products = rule.backward(_equation(eqn), needed, saved[i], upstream, False)
         else:
             assert eqn.primitive.name in rules, f"no rule for {eqn.primitive.name!r}: {eqn}"
             many = eqn.primitive.multiple_results
@@ -195,6 +203,21 @@ def _pull_back(jaxpr, consts, args, gs, rules):
                 )
                 accumulate(v, g)
     return [read(v) for v in jaxpr.outvars], [gradients.get(v) for v in jaxpr.invars]
+
+
+def _has_own_forward(rule) -> bool:
+    """Is it a `ControlRule`, which also takes part in the forward pass?"""
+    return hasattr(rule, "forward")
+
+
+def _needed(eqn) -> list[bool]:
+    return [_is_inexact(v.aval) and not isinstance(v, Literal) for v in eqn.invars]
+
+
+def _equation(eqn) -> Equation:
+    return Equation(
+        eqn.primitive, eqn.params, (), (), (), eqn.ctx, eqn.source_info, bool(eqn.effects)
+    )
 
 
 def _call(eqn):

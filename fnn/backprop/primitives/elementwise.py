@@ -1,0 +1,459 @@
+"""Functions of numbers, applied entry by entry: the derivative table of calculus.
+
+Each line is what a formula collection says: the function, and its derivative (in words: the
+local gradient) times the upstream gradient g. Where the output y makes the derivative
+cheaper, it is used: it is there already, and the input need not be kept.
+
+    y = tanh(x)      g · (1 + y)(1 − y)              y = a·b       g · b,  g · a
+    y = exp(x)       g · y                           y = a / b     g / b,  −g · y / b
+
+Kinks follow JAX: `max(a, b)` splits the gradient evenly at a tie, `|x|` has slope 1 at 0,
+`clamp` passes nothing to x at its bounds, `floor`, `sign` and comparisons pass nothing at all.
+Complex numbers follow JAX too: the gradient isn't conjugated, so that a holomorphic function's
+rule reads as the real one's. Where two arguments were broadcast against each other, the
+gradient is summed over what was repeated.
+
+Sources: Abramowitz & Stegun, "Handbook of Mathematical Functions", chapters 4 to 9; CS231n,
+lecture 4 (the gates add, mul, max).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.lax import (
+    add,
+    cos,
+    cosh,
+    div,
+    eq,
+    exp,
+    gt,
+    integer_pow,
+    log,
+    lt,
+    mul,
+    neg,
+    rsqrt,
+    select,
+    sign,
+    sin,
+    sinh,
+    square,
+    sub,
+)
+
+from fnn.backprop.local import LocalRule, each, joint, zero
+
+# ------------------------------------------------------------------ how the tables are read
+
+
+def unary(f: Callable, says: str) -> LocalRule:
+    """A function of one array: `f(g, y, x)`."""
+    return each(lambda g, y, x, **_: f(g, y, x), says=(says,), elementwise=True)
+
+
+def binary(fa: Callable, fb: Callable, says: tuple[str, str]) -> LocalRule:
+    """A function of two arrays: `fa(g, y, a, b)` and `fb(g, y, a, b)`."""
+    return each(
+        lambda g, y, a, b, **_: summed_to(a, fa(g, y, a, b)),
+        lambda g, y, a, b, **_: summed_to(b, fb(g, y, a, b)),
+        says=says,
+        elementwise=True,
+    )
+
+
+def summed_to(x, g):
+    """The gradient of an x that was broadcast to g's shape: each entry's uses, summed."""
+    if x.shape == g.shape:
+        return g
+    if x.shape == ():
+        return lax.reduce_sum(g, range(g.ndim))
+    axes = [i for i, (n, m) in enumerate(zip(x.shape, g.shape, strict=True)) if n != m]
+    return lax.expand_dims(lax.reduce_sum(g, axes), axes)
+
+
+def number(value: complex, like) -> np.ndarray:
+    """A constant in the dtype of `like`."""
+    return np.array(value, like.dtype)
+
+
+def one_minus_square(x):
+    """1 − x² = (1 + x)(1 − x), which doesn't cancel where |x| is almost 1."""
+    one = number(1, x)
+    return mul(add(one, x), sub(one, x))
+
+
+def one_plus_square(x):
+    return add(number(1, x), square(x))
+
+
+def where_zero(x, value: float):
+    """x, with its zeros replaced."""
+    return select(eq(x, number(0, x)), lax.full_like(x, value), x)
+
+
+def is_complex(x) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.complexfloating)
+
+
+# ------------------------------------------------------------------------ rules of more lines
+
+
+def _mul(g, a, b, out_dtype):
+    """g · b in the dtype of a; a product of another dtype than its factors has both converted."""
+    if out_dtype is None:
+        return summed_to(a, mul(g, b))
+    product = mul(g, lax.convert_element_type(b, g.dtype))
+    return summed_to(a, lax.convert_element_type(product, a.dtype))
+
+
+def _sign(g, y, x):
+    """0 on the real line. In the plane sign(x) = x/|x| turns with x: dy = i y Im(ȳ dx) / |x|."""
+    if not is_complex(x):
+        return None
+    turn = div(lax.imag(mul(g, y)), where_zero(lax.abs(x), 1))
+    return mul(lax.conj(y), lax.complex(lax.full_like(turn, 0), turn))
+
+
+def _abs(g, y, x):
+    """±g on the real line. In the plane |x|² = x x̄, so d|x| = Re(x̄ dx) / |x|."""
+    if not is_complex(x):
+        return select(lax.ge(x, number(0, x)), g, neg(g))
+    scale = div(g, where_zero(y, 1))
+    return lax.complex(mul(scale, lax.real(x)), neg(mul(scale, lax.imag(x))))
+
+
+def _acosh(g, y, x):
+    """1/√(x² − 1); in the plane the root of each factor by itself, for the right branch."""
+    below, above = sub(x, number(1, x)), add(x, number(1, x))
+    if is_complex(x):
+        return mul(g, mul(rsqrt(below), rsqrt(above)))
+    return mul(g, rsqrt(mul(below, above)))
+
+
+def _pow_base(g, y, a, b):
+    """b aᵇ⁻¹; an integer b = 0 gives 0, also at a = 0."""
+    if jnp.issubdtype(b.dtype, jnp.inexact):
+        return mul(g, mul(b, lax.pow(a, sub(b, number(1, b)))))
+    b = lax.convert_element_type(b, y.dtype)
+    exponent = select(eq(b, number(0, b)), lax.full_like(b, 0), sub(b, number(1, b)))
+    return mul(g, mul(b, lax.pow(a, exponent)))
+
+
+def _pow_exponent(g, y, a, b):
+    """aᵇ log a, and 0 at a = 0."""
+    return mul(g, mul(log(where_zero(a, 1)), y))
+
+
+def _integer_pow(g, y_out, x, *, y):
+    """n xⁿ⁻¹."""
+    if y == 0:
+        return None
+    if y == 1:
+        return g
+    power = x if y == 2 else integer_pow(x, y - 1)
+    return mul(g, mul(number(y, x), power))
+
+
+def _rem_divisor(g, y, a, b):
+    """a mod b = a − b·trunc(a/b), and trunc is constant between its jumps."""
+    quotient = div(a, b)
+    return mul(neg(g), mul(sign(quotient), lax.floor(lax.abs(quotient))))
+
+
+def _share(winner, other):
+    """The share of a maximum's gradient: 1 for the larger argument, ½ each at a tie."""
+    one, half, none = (number(v, winner) for v in (1, 0.5, 0))
+    shape = jnp.broadcast_shapes(winner.shape, other.shape)
+    tie = select(eq(winner, other), lax.full(shape, half), lax.full(shape, none))
+    return select(gt(winner, other), lax.full(shape, one), tie)
+
+
+def _select_n(needed, g, y, which, *cases):
+    """The case that was selected gets the gradient."""
+    nothing = lax.full_like(g, 0)
+
+    def of_case(i):
+        return lax.select_n(which, *[g if j == i else nothing for j in range(len(cases))])
+
+    return (None, *[of_case(i) if wanted else None for i, wanted in enumerate(needed[1:])])
+
+
+def _clamp_low(g, y, low, x, high):
+    return summed_to(low, _where(lax.bitwise_and(gt(low, x), lt(low, high)), g))
+
+
+def _clamp_x(g, y, low, x, high):
+    return _where(lax.bitwise_and(gt(x, low), lt(x, high)), g)
+
+
+def _clamp_high(g, y, low, x, high):
+    return summed_to(high, _where(lt(high, x), g))
+
+
+def _where(condition, g):
+    return select(condition, g, lax.full_like(g, 0))
+
+
+def _polynomial(needed, g, y, x, *coefficients, unroll=None):
+    """y = Σₖ cₖ xᵏ: Σₖ k cₖ xᵏ⁻¹ for x, and xᵏ for the coefficient cₖ."""
+    slopes = [mul(number(k, c), c) for k, c in enumerate(coefficients) if k > 0]
+    found = [None]
+    if needed[0] and slopes:
+        found = [summed_to(x, mul(g, lax.polynomial(x, slopes, unroll=unroll)))]
+    power = g
+    for k, (c, wanted) in enumerate(zip(coefficients, needed[1:], strict=True)):
+        found.append(summed_to(c, power) if wanted else None)
+        if any(needed[k + 2 :]):
+            power = mul(power, x)
+    return found
+
+
+def _igamma_x(g, y, a, x):
+    """The integrand at its upper end: xᵃ⁻¹ e⁻ˣ / Γ(a)."""
+    return mul(g, exp(sub(sub(mul(sub(a, number(1, a)), log(x)), x), lax.lgamma(a))))
+
+
+def _betainc_x(g, y, a, b, x):
+    """The integrand at its upper end: xᵃ⁻¹ (1 − x)ᵇ⁻¹ / B(a, b)."""
+    log_beta = sub(add(lax.lgamma(a), lax.lgamma(b)), lax.lgamma(add(a, b)))
+    one = number(1, x)
+    log_integrand = add(mul(sub(b, one), lax.log1p(neg(x))), mul(sub(a, one), log(x)))
+    return summed_to(x, mul(g, exp(sub(log_integrand, log_beta))))
+
+
+def _bessel_i1e(g, y, x):
+    """I₁'(x) = I₀(x) − I₁(x)/x, times the decay e^−|x|; ½ at 0."""
+    tiny = number(jnp.finfo(x.dtype).eps, x)
+    far = gt(lax.abs(x), tiny)
+    safe = select(far, x, lax.full_like(x, tiny))
+    slope = sub(lax.bessel_i0e(safe), mul(y, add(sign(safe), div(number(1, x), safe))))
+    return mul(g, select(far, slope, lax.full_like(x, 0.5)))
+
+
+def _random_gamma(g, y, key, a, *, log_space):
+    """How the sample moves with a, at a fixed random number (Figurnov et al. 2018).
+
+    With F the distribution function, F(y; a) stays constant: dy/da = −∂F/∂a / ∂F/∂y.
+    """
+    if not log_space:
+        return mul(g, lax.random_gamma_grad(a, y))
+    sample = lax.max(exp(y), number(jnp.finfo(y.dtype).tiny, y))
+    return mul(g, div(lax.random_gamma_grad(a, sample), sample))
+
+
+def _no_gradient(of: str, by: str) -> Callable:
+    def refuse(*_, **__):
+        raise ValueError(
+            f"{of} has no gradient by {by}: no closed form is known to JAX or fnn. "
+            f"Wrap {by} in jax.lax.stop_gradient if it is a constant."
+        )
+
+    return refuse
+
+
+# ------------------------------------------------------------------------------- arithmetic
+
+ARITHMETIC = {
+    "neg": unary(lambda g, y, x: neg(g), "−1"),
+    "add": binary(lambda g, y, a, b: g, lambda g, y, a, b: g, ("1", "1")),
+    "add_any": binary(lambda g, y, a, b: g, lambda g, y, a, b: g, ("1", "1")),
+    "sub": binary(lambda g, y, a, b: g, lambda g, y, a, b: neg(g), ("1", "−1")),
+    "mul": each(
+        lambda g, y, a, b, out_dtype=None: _mul(g, a, b, out_dtype),
+        lambda g, y, a, b, out_dtype=None: _mul(g, b, a, out_dtype),
+        says=("b", "a"),
+        elementwise=True,
+    ),
+    "div": binary(
+        lambda g, y, a, b: div(g, b),
+        lambda g, y, a, b: neg(mul(g, div(y, b))),
+        ("1 / b", "−(a / b) / b"),
+    ),
+    "rem": binary(lambda g, y, a, b: g, _rem_divisor, ("1", "−trunc(a / b)")),
+    "square": unary(lambda g, y, x: mul(g, mul(number(2, x), x)), "2x"),
+    "one_minus_square": unary(lambda g, y, x: mul(g, mul(number(-2, x), x)), "−2x"),
+    "integer_pow": each(_integer_pow, says=("n xⁿ⁻¹",), elementwise=True),
+    "pow": binary(_pow_base, _pow_exponent, ("b aᵇ⁻¹", "aᵇ log(a)")),
+    "polynomial": joint(_polynomial, says=("Σ k cₖ xᵏ⁻¹", "1", "x", "x²", "…"), elementwise=True),
+    "nextafter": binary(lambda g, y, a, b: g, lambda g, y, a, b: lax.full_like(g, 0), ("1", "0")),
+}
+
+# ----------------------------------------------------------- roots, exponentials, logarithms
+
+POWERS_AND_LOGARITHMS = {
+    "sqrt": unary(lambda g, y, x: mul(g, div(number(0.5, y), y)), "1 / 2y"),
+    "rsqrt": unary(lambda g, y, x: mul(g, mul(number(-0.5, y), div(y, x))), "−y / 2x"),
+    "cbrt": unary(lambda g, y, x: mul(g, mul(number(1 / 3, y), integer_pow(y, -2))), "1 / 3y²"),
+    "exp": unary(lambda g, y, x: mul(g, y), "y"),
+    "exp2": unary(lambda g, y, x: mul(mul(g, y), number(math.log(2), y)), "y log(2)"),
+    "expm1": unary(lambda g, y, x: mul(g, exp(x)), "exp(x)"),
+    "log": unary(lambda g, y, x: div(g, x), "1 / x"),
+    "log2": unary(lambda g, y, x: div(g, mul(x, number(math.log(2), x))), "1 / (x log(2))"),
+    "log1p": unary(lambda g, y, x: div(g, add(x, number(1, x))), "1 / (1 + x)"),
+    "logistic": unary(lambda g, y, x: mul(g, mul(y, sub(number(1, y), y))), "y(1 − y)"),
+}
+
+# --------------------------------------------------------- circular and hyperbolic functions
+
+ANGLES = {
+    "sin": each(
+        lambda g, y, x, **accuracy: mul(g, cos(x, **accuracy)), says=("cos(x)",), elementwise=True
+    ),
+    "cos": each(
+        lambda g, y, x, **accuracy: neg(mul(g, sin(x, **accuracy))),
+        says=("−sin(x)",),
+        elementwise=True,
+    ),
+    "tan": unary(lambda g, y, x: mul(g, one_plus_square(y)), "1 + y²"),
+    "asin": unary(lambda g, y, x: mul(g, rsqrt(one_minus_square(x))), "1 / √(1 − x²)"),
+    "acos": unary(lambda g, y, x: neg(mul(g, rsqrt(one_minus_square(x)))), "−1 / √(1 − x²)"),
+    "atan": unary(lambda g, y, x: div(g, one_plus_square(x)), "1 / (1 + x²)"),
+    "atan2": binary(
+        lambda g, y, a, b: mul(g, div(b, add(square(a), square(b)))),
+        lambda g, y, a, b: mul(g, div(neg(a), add(square(a), square(b)))),
+        ("b / (a² + b²)", "−a / (a² + b²)"),
+    ),
+    "sinh": unary(lambda g, y, x: mul(g, cosh(x)), "cosh(x)"),
+    "cosh": unary(lambda g, y, x: mul(g, sinh(x)), "sinh(x)"),
+    "tanh": unary(lambda g, y, x: mul(g, one_minus_square(y)), "1 − y²"),
+    "asinh": unary(lambda g, y, x: mul(g, rsqrt(one_plus_square(x))), "1 / √(1 + x²)"),
+    "acosh": unary(_acosh, "1 / √(x² − 1)"),
+    "atanh": unary(lambda g, y, x: div(g, one_minus_square(x)), "1 / (1 − x²)"),
+}
+
+# ------------------------------------------------------- corners, choices, piecewise constants
+
+CHOICES = {
+    "abs": unary(_abs, "sign(x)"),
+    "sign": unary(_sign, "0"),
+    "max": binary(
+        lambda g, y, a, b: mul(g, _share(a, b)),
+        lambda g, y, a, b: mul(g, _share(b, a)),
+        ("a > b", "b > a"),
+    ),
+    "min": binary(
+        lambda g, y, a, b: mul(g, _share(b, a)),
+        lambda g, y, a, b: mul(g, _share(a, b)),
+        ("a < b", "b < a"),
+    ),
+    "clamp": each(
+        _clamp_low,
+        _clamp_x,
+        _clamp_high,
+        says=("x < low", "low < x < high", "x > high"),
+        elementwise=True,
+    ),
+    "select_n": joint(_select_n, says=("0", "which = 0", "which = 1", "…"), elementwise=True),
+}
+
+# ------------------------------------------------------------------------ complex numbers
+#
+# JAX's gradient of a real function L of x = u + iv is ∂L/∂u − i ∂L/∂v.
+
+COMPLEX = {
+    "complex": binary(
+        lambda g, y, a, b: lax.real(g),
+        lambda g, y, a, b: neg(lax.imag(g)),
+        ("Re", "−Im"),
+    ),
+    "real": unary(lambda g, y, x: lax.complex(g, lax.full_like(g, 0)), "1"),
+    "imag": unary(lambda g, y, x: lax.complex(lax.full_like(g, 0), neg(g)), "−i"),
+    "conj": unary(lambda g, y, x: lax.conj(g) if is_complex(x) else lax.real(g), "conj"),
+}
+
+# --------------------------------------------------------------------- special functions
+
+SPECIAL = {
+    "erf": unary(
+        lambda g, y, x: mul(number(2 / math.sqrt(math.pi), x), mul(g, exp(neg(square(x))))),
+        "2/√π exp(−x²)",
+    ),
+    "erfc": unary(
+        lambda g, y, x: mul(number(-2 / math.sqrt(math.pi), x), mul(g, exp(neg(square(x))))),
+        "−2/√π exp(−x²)",
+    ),
+    "erf_inv": unary(
+        lambda g, y, x: mul(number(math.sqrt(math.pi) / 2, x), mul(g, exp(square(y)))),
+        "√π/2 exp(y²)",
+    ),
+    "lgamma": unary(lambda g, y, x: mul(g, lax.digamma(x)), "digamma(x)"),
+    "digamma": unary(lambda g, y, x: mul(g, lax.polygamma(lax.full_like(x, 1), x)), "ψ₁(x)"),
+    "polygamma": binary(
+        _no_gradient("polygamma(m, x)", "m"),
+        lambda g, y, m, x: mul(g, lax.polygamma(add(m, number(1, m)), x)),
+        ("unknown", "ψₘ₊₁(x)"),
+    ),
+    "zeta": binary(
+        _no_gradient("zeta(s, q)", "s"),
+        lambda g, y, s, q: neg(mul(g, mul(s, lax.zeta(add(s, number(1, s)), q)))),
+        ("unknown", "−s ζ(s + 1, q)"),
+    ),
+    "igamma": binary(
+        lambda g, y, a, x: mul(g, lax.igamma_grad_a(a, x)),
+        _igamma_x,
+        ("∂P(a, x)/∂a", "xᵃ⁻¹ exp(−x) / Γ(a)"),
+    ),
+    "igammac": binary(
+        lambda g, y, a, x: neg(mul(g, lax.igamma_grad_a(a, x))),
+        lambda g, y, a, x: neg(_igamma_x(g, y, a, x)),
+        ("−∂P(a, x)/∂a", "−xᵃ⁻¹ exp(−x) / Γ(a)"),
+    ),
+    "regularized_incomplete_beta": each(
+        _no_gradient("betainc(a, b, x)", "a"),
+        _no_gradient("betainc(a, b, x)", "b"),
+        _betainc_x,
+        says=("unknown", "unknown", "xᵃ⁻¹ (1 − x)ᵇ⁻¹ / B(a, b)"),
+        elementwise=True,
+    ),
+    "bessel_i0e": unary(
+        lambda g, y, x: mul(g, sub(lax.bessel_i1e(x), mul(sign(x), y))), "i1e(x) − sign(x) y"
+    ),
+    "bessel_i1e": unary(_bessel_i1e, "i0e(x) − y (sign(x) + 1/x)"),
+    "random_gamma": each(None, _random_gamma, says=("0", "−∂F/∂a / ∂F/∂y"), elementwise=True),
+}
+
+# -------------------------------------------------- the same number in another form or place
+
+
+def _convert(g, y, x, **_):
+    """Back to the dtype that x came in; a real x has no use for an imaginary part."""
+    if is_complex(g) and not is_complex(x):
+        g = lax.real(g)
+    return lax.convert_element_type(g, x.dtype)
+
+
+SAME = {
+    "convert_element_type": each(_convert, says=("1",), elementwise=True),
+    "reduce_precision": each(
+        lambda g, y, x, **bits: lax.reduce_precision(g, **bits), says=("1",), elementwise=True
+    ),
+    "copy": unary(lambda g, y, x: g, "1"),
+    "name": unary(lambda g, y, x: g, "1"),
+    "stop_gradient": zero,
+}
+
+# -------------------------------------------------- nothing to pass on: steps and whole numbers
+
+STEPS = ("floor", "ceil", "round", "is_finite", "eq", "ne", "ge", "gt", "le", "lt")
+STEPS += ("eq_to", "le_to", "lt_to", "bitcast_convert_type", "clz", "population_count")
+STEPS += ("and", "or", "xor", "not", "mulhi")
+STEPS += ("shift_left", "shift_right_arithmetic", "shift_right_logical")
+STEPS += ("random_bits", "random_seed", "random_wrap", "random_unwrap", "random_split")
+STEPS += ("random_fold_in", "random_clone", "threefry2x32", "rng_bit_generator")
+
+RULES: dict[str, LocalRule] = {
+    **ARITHMETIC,
+    **POWERS_AND_LOGARITHMS,
+    **ANGLES,
+    **CHOICES,
+    **COMPLEX,
+    **SPECIAL,
+    **SAME,
+    **{name: zero for name in STEPS},
+}
