@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Literal
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from fnn.operation import Call, LinearMap, MappedCall, MappedLinearMap
 
@@ -84,8 +85,13 @@ class Program:
 
 
 def trace(function: Callable, args: Sequence) -> Any:
-    """The jaxpr of a function of arrays (or of their types) that returns a list of arrays."""
-    return jax.make_jaxpr(function)(*args)
+    """The jaxpr of a function of arrays (or of their types) that returns a list of arrays.
+
+    What no output needs is left out, also inside loops: a scan's unused results, for one.
+    """
+    closed = jax.make_jaxpr(function)(*args)
+    live, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
+    return close(live, closed.consts)
 
 
 def program(closed_jaxpr, inline: bool = True) -> Program:
@@ -189,7 +195,7 @@ def source_line(source_info) -> str:
     theirs = os.path.dirname(os.path.abspath(jax.__file__)) + os.sep
     for frame in traceback.frames:
         name = frame.file_name
-        if not (name.startswith((ours, theirs)) or name.startswith("<frozen")):
+        if not name.startswith((ours, theirs, "<frozen")):
             return f"{os.path.basename(name)}:{frame.line_num} ({frame.function_name})"
     return ""
 
@@ -201,6 +207,14 @@ def is_inexact(aval) -> bool:
 
 def zeros(aval) -> jax.Array:
     """Zeros of a type; under shard_map varying over the same devices."""
-    array = lax.full(aval.shape, 0, aval.dtype)
-    varying = getattr(getattr(aval, "manual_axis_type", None), "varying", None)
-    return lax.pcast(array, tuple(varying), to="varying") if varying else array
+    return as_varying(lax.full(aval.shape, 0, aval.dtype), aval)
+
+
+def as_varying(array, aval):
+    """The array, marked under shard_map as varying over the devices that `aval` varies over."""
+    missing = _varying(aval) - _varying(jax.typeof(array))
+    return lax.pcast(array, tuple(missing), to="varying") if missing else array
+
+
+def _varying(aval) -> frozenset:
+    return getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())

@@ -1,1 +1,10 @@
-"""The computational graph and backpropagation."""
+"""The computational graph and backpropagation.
+
+From the top: `transforms` (`fnn.grad` and its kin) and `trace` (`fnn.graph`) turn a function
+into a program; `sweep` runs it forward and back; `primitives/` holds the rules it applies,
+in the form that `local` gives; `halves` cuts a gradient in two for loops; `draw` draws.
+"""
+
+from fnn.backprop.transforms import grad, value_and_grad, vjp
+
+__all__ = ["grad", "value_and_grad", "vjp"]

@@ -13,7 +13,7 @@ from jax import lax
 from fnn.backprop import sweep
 from fnn.backprop.halves import halves, run
 from fnn.backprop.sweep import ControlRule, hidden
-from fnn.jaxpr import close, is_inexact, program, scan_layout, trace, zeros
+from fnn.jaxpr import as_varying, close, is_inexact, program, scan_layout, trace, zeros
 
 # ------------------------------------------------------------------------------------------ scan
 
@@ -24,7 +24,7 @@ def _scan_forward(equation, needed, ins, opaque):
     What doesn't depend on the step (on constants of the loop alone) is kept once.
     """
     params = equation.params
-    body, length = params["jaxpr"], params["length"]
+    body = params["jaxpr"]
     num_consts, num_carry = scan_layout(params)
     consts, init, xs = _cut(ins, num_consts, num_carry)
     active = _active_in_loop(body, needed, num_consts, num_carry)
@@ -77,8 +77,8 @@ def _scan_backward(equation, needed, saved, cotangents, opaque):
     ]
     num_active_carry = sum(outs_active[:num_carry])
     ct_carry, ct_ys = full[:num_active_carry], full[num_active_carry:]
-    active_consts, active_carry, active_xs = _cut(active, num_consts, num_carry)
-    sums = [zeros(joint_avals[i]) for i, a in zip(cut.ins[:num_consts], active_consts) if a]
+    const_ids = [i for i, a in zip(cut.ins[:num_consts], active, strict=False) if a]
+    sums = [zeros(joint_avals[i]) for i in const_ids]
 
     def step(state, given):
         sums, ct_carry = state
@@ -89,7 +89,7 @@ def _scan_backward(equation, needed, saved, cotangents, opaque):
         sums = [lax.add(s, d) for s, d in zip(sums, d_consts, strict=True)]
         return (sums, _of_types(d_carry, ct_carry)), d_xs
 
-    start = (sums, [_of_type_of(g, a) for g, a in zip(ct_carry, _carry_avals(cut, active, params))])
+    start = (sums, [as_varying(g, a) for g, a in zip(ct_carry, _carry_avals(cut, active, params))])
     (sums, ct_init), d_xs = _scan(step, start, (ct_ys, per_step), params, backwards=True)
     flat = iter([*sums, *ct_init, *d_xs])
     return [next(flat) if a else None for a in active]
@@ -154,59 +154,61 @@ def _carry_avals(cut, active, params):
     return [cut.joint.avals[i] for i, a in zip(cut.ins[carry], active[carry], strict=True) if a]
 
 
-def _of_type_of(value, aval):
-    """Under shard_map a carry must vary over the same devices in each step."""
-    varying = getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())
-    has = getattr(getattr(jax.typeof(value), "manual_axis_type", None), "varying", frozenset())
-    missing = tuple(varying - has)
-    return lax.pcast(value, missing, to="varying") if missing else value
-
-
 def _of_types(values, like):
-    return [_of_type_of(v, jax.typeof(x)) for v, x in zip(values, like, strict=True)]
+    """Under shard_map a carry must vary over the same devices in each step."""
+    return [as_varying(v, jax.typeof(x)) for v, x in zip(values, like, strict=True)]
 
 
 # ----------------------------------------------------------------------------------- cond, switch
 
 
 def _cond_forward(equation, needed, ins, opaque):
-    """Run the chosen branch; keep its residuals in slots that the branches share."""
+    """Run the chosen branch; keep its residuals in slots that the branches share.
+
+    A residual that is an operand of the conditional needs no slot: it is there already.
+    """
     index, *operands = ins
     branches = [close(b) for b in equation.params["branches"]]
     cotangents = _cond_cotangents(branches, needed[1:])
     cuts = [halves(b, needed[1:], cotangents) for b in branches]
-    types = [[_slot(c.joint.avals[i]) for i in c.residuals] for c in cuts]
+    types = [[_slot(c.joint.avals[i]) for i in c.residuals if i not in c.ins] for c in cuts]
     slots = _shared_slots(types)
 
-    def taken(cut, own):
+    def taken(cut, places):
         def branch(*operands):
             outs, residuals = cut.run_forward(operands)
-            filled = [zeros_of_slot(s) for s in slots]
-            for place, residual in zip(_places(own, slots), residuals, strict=True):
+            made = [r for i, r in zip(cut.residuals, residuals, strict=True) if i not in cut.ins]
+            filled = [_zeros_of_slot(s) for s in slots]
+            for place, residual in zip(places, made, strict=True):
                 filled[place] = residual
             return outs, filled
 
         return branch
 
-    outs, filled = _switch(index, [taken(c, t) for c, t in zip(cuts, types)], operands)
-    return outs, (index, cuts, types, slots, filled, cotangents)
+    places = [_places(own, slots) for own in types]
+    outs, filled = _switch(index, list(map(taken, cuts, places)), operands)
+    return outs, (index, operands, cuts, places, filled, cotangents)
 
 
 def _cond_backward(equation, needed, saved, cotangents, opaque):
-    index, cuts, types, slots, filled, has_cotangent = saved
+    index, operands, cuts, places, filled, has_cotangent = saved
     given = [
         zeros(cuts[0].joint.avals[i]) if g is None else g
         for i, g, has in zip(cuts[0].outs, cotangents, has_cotangent, strict=True)
         if has
     ]
 
-    def back(cut, own):
-        def branch(filled, given):
-            return cut.run_backward([filled[p] for p in _places(own, slots)], given)
+    def back(cut, places):
+        def branch(operands, filled, given):
+            made = iter([filled[p] for p in places])
+            by_id = dict(zip(cut.ins, operands, strict=True))
+            residuals = [by_id[i] if i in by_id else next(made) for i in cut.residuals]
+            return cut.run_backward(residuals, given)
 
         return branch
 
-    gradients = iter(_switch(index, [back(c, t) for c, t in zip(cuts, types)], (filled, given)))
+    operands = (operands, filled, given)
+    gradients = iter(_switch(index, list(map(back, cuts, places)), operands))
     return [None, *(next(gradients) if n else None for n in needed[1:])]
 
 
@@ -226,7 +228,7 @@ def _slot(aval):
     return aval.update(weak_type=False)
 
 
-def zeros_of_slot(aval):
+def _zeros_of_slot(aval):
     if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
         impl = jax.random.key_impl(lax.full(aval.shape, 0, aval.dtype))
         return lax.full(aval.shape, jax.random.key(0, impl=impl))
@@ -384,7 +386,7 @@ def _checkpoint_forward(equation, needed, ins, opaque):
 
 def _checkpoint_backward(equation, needed, saved, cotangents, opaque):
     cut, residuals = saved
-    given = _instantiated(cut, cotangents)
+    given = _given([cut.joint.avals[i] for i in cut.outs], cotangents)
 
     def again(residuals, given):
         if equation.params["prevent_cse"]:
@@ -393,16 +395,15 @@ def _checkpoint_backward(equation, needed, saved, cotangents, opaque):
         return cut.run_backward(residuals, given)
 
     # As one call: taken apart, a loop around it would keep what it is here to forget.
-    found = iter(jax.checkpoint(again, prevent_cse=False)(residuals, given) if opaque else again(
-        residuals, given
-    ))
+    call = jax.checkpoint(again, prevent_cse=False) if opaque else again
+    found = iter(call(residuals, given))
     return [next(found) if n else None for n in needed]
 
 
-def _instantiated(cut, cotangents):
-    avals = [cut.joint.avals[i] for i in cut.outs]
+def _given(avals, cotangents):
+    """The cotangents of the inexact outputs, zeros where nothing flows."""
     return [
-        zeros(a) if g is None else g
+        zeros(a) if g is None else as_varying(g, a)
         for a, g in zip(avals, cotangents, strict=True)
         if is_inexact(a)
     ]
@@ -427,11 +428,7 @@ def _through_jax_forward(equation, needed, ins, opaque):
 
 def _through_jax_backward(equation, needed, saved, cotangents, opaque):
     pullback, avals = saved
-    real = [
-        zeros(a) if g is None else g
-        for a, g in zip(avals, cotangents, strict=True)
-        if is_inexact(a)
-    ]
+    real = _given(avals, cotangents)
 
     def back(pullback, real):
         given = iter(real)
@@ -460,11 +457,7 @@ def _operation_forward(equation, needed, ins, opaque):
 
 def _operation_backward(equation, needed, saved, cotangents, opaque):
     linear, residuals, gets, avals = saved
-    dys = [
-        zeros(a) if g is None else g
-        for a, g in zip(avals, cotangents, strict=True)
-        if is_inexact(a)
-    ]
+    dys = _given(avals, cotangents)
     if not dys or not any(gets):
         return [None] * len(needed)
     found = iter(hidden(linear.full_backward, opaque)(residuals, dys))
