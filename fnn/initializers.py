@@ -138,9 +138,7 @@ def xavier_uniform(key, shape, dtype=jnp.float32, *, gain: float = 1.0) -> jax.A
     Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural
     networks", AISTATS 2010, equation 16.
     """
-    return variance_scaling(
-        key, shape, dtype, scale=gain**2, fan="average", distribution="uniform"
-    )
+    return variance_scaling(key, shape, dtype, scale=gain**2, fan="average", distribution="uniform")
 
 
 def xavier_normal(key, shape, dtype=jnp.float32, *, gain: float = 1.0) -> jax.Array:

@@ -1,0 +1,19 @@
+"""Training: one compiled step, and epochs of them."""
+
+from fnn.train.batch_loss import Loss
+from fnn.train.evaluation import evaluate
+from fnn.train.loop import FitResult, fit
+from fnn.train.nonfinite import NonFiniteError
+from fnn.train.state import State
+from fnn.train.step import TrainStep, train_step
+
+__all__ = [
+    "FitResult",
+    "Loss",
+    "NonFiniteError",
+    "State",
+    "TrainStep",
+    "evaluate",
+    "fit",
+    "train_step",
+]

@@ -1,0 +1,56 @@
+"""Ctrl-C between steps, never inside one.
+
+A step donates the state. A KeyboardInterrupt that struck after the step has run and before
+its result has a name would lose both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+
+class Interrupts:
+    """While entered, Ctrl-C waits for the end of a block `with interrupts.held():`.
+
+    Elsewhere it raises a KeyboardInterrupt as always (so does a second Ctrl-C inside the
+    block: the step may hang). Outside the main thread, or where the program has a handler of
+    its own for the signal, nothing changes.
+    """
+
+    def __init__(self):
+        self._holding = False
+        self._pending = False
+        self._installed = False
+
+    def __enter__(self) -> Interrupts:
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._handle)
+            self._installed = True
+        return self
+
+    def __exit__(self, *_):
+        if self._installed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._installed = False
+
+    def _handle(self, signum, frame):
+        if self._holding and not self._pending:
+            self._pending = True
+        else:
+            signal.default_int_handler(signum, frame)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Let the block end before a Ctrl-C inside it is raised."""
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+        if self._pending:
+            self._pending = False
+            raise KeyboardInterrupt

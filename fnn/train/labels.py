@@ -1,0 +1,132 @@
+"""Integer labels: found in the loss, and checked against the number of its classes.
+
+An index out of range is no error on a device: a gather clamps it or gives nan, a one-hot
+vector comes out as zeros. But a loss knows its classes. In its trace, an fnn operation with
+an argument `labels` beside `logits` (or `scores`) of shape `(classes,)` says which entry of
+the example are labels, and how many classes there are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnn.jaxpr import Equation, Program, program, trace
+from fnn.operation import MappedCall
+from fnn.train.batch_loss import Loss
+from fnn.train.state import path_name
+
+# What leaves the numbers of an array as they are.
+_UNCHANGING = {
+    "broadcast_in_dim",
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "expand_dims",
+    "reshape",
+    "rev",
+    "slice",
+    "squeeze",
+    "stop_gradient",
+    "transpose",
+}
+
+
+class Labels(NamedTuple):
+    """One array of labels in an example.
+
+    Fields:
+        leaf: which of the example's arrays (in the order of `jax.tree.leaves`).
+        classes: how many classes there are: labels are 0, ..., classes - 1.
+        operation: the name of the operation that reads them.
+    """
+
+    leaf: int
+    classes: int
+    operation: str
+
+
+def find_labels(loss: Loss, params: Any, example: Any, key: Any = None) -> tuple[Labels, ...]:
+    """The labels in an example that a loss hands to an operation as they are.
+
+    Args:
+        loss: `loss(params, example)` or `loss(params, example, key)`.
+        params, example, key: arrays or their types; nothing is computed.
+    """
+    leaves, tree = jax.tree.flatten(example)
+    keys = () if key is None else (key,)
+
+    def of_leaves(params, keys, *leaves):
+        return jax.tree.leaves(loss(params, jax.tree.unflatten(tree, leaves), *keys))
+
+    flat = program(trace(of_leaves, (params, keys, *leaves)))
+    inputs = {number: i for i, number in enumerate(flat.inputs[-len(leaves) :])}
+    came_from = _origins(flat)
+    found = []
+    for equation in flat.equations:
+        classes_and_labels = _classes_and_labels(equation, flat)
+        if classes_and_labels:
+            classes, labels, operation = classes_and_labels
+            origin = came_from.get(labels, labels)
+            if origin in inputs:
+                found.append(Labels(inputs[origin], classes, operation))
+    return tuple(dict.fromkeys(found))
+
+
+def check_labels(data: Any, labels: tuple[Labels, ...], name: str = "batch") -> None:
+    """Look at every label of the data.
+
+    Raises:
+        ValueError: a label is negative, or as large as the number of classes or larger.
+    """
+    problem = describe_bad_labels(data, labels, name)
+    if problem:
+        raise ValueError(f"{problem} (check=False turns this check off.)")
+
+
+def describe_bad_labels(data: Any, labels: tuple[Labels, ...], name: str = "batch") -> str:
+    """Which label is out of range, in words; empty if none is."""
+    leaves = jax.tree_util.tree_leaves_with_path(data)
+    for leaf, classes, operation in labels:
+        path, values = leaves[leaf]
+        if values.size and (values.min() < 0 or values.max() >= classes):
+            values = np.asarray(values)
+            where = tuple(int(i) for i in np.argwhere((values < 0) | (values >= classes))[0])
+            index = where[0] if len(where) == 1 else where
+            return (
+                f"{path_name(name, path)} holds the label {values[where]} at index {index}, but "
+                f"{operation} gets logits of {classes} classes: labels are 0, ..., {classes - 1}."
+            )
+    return ""
+
+
+def _origins(flat: Program) -> dict[int, int]:
+    """For values that are another value in another shape or dtype: that other value."""
+    origins: dict[int, int] = {}
+    for equation in flat.equations:
+        if equation.name in _UNCHANGING and len(equation.outs) == 1:
+            source = equation.ins[0]
+            origins[equation.outs[0]] = origins.get(source, source)
+    return origins
+
+
+def _classes_and_labels(equation: Equation, flat: Program) -> tuple[int, int, str] | None:
+    call = equation.operation()
+    if call is None:
+        return None
+    arguments = call.operation.argument_names(len(equation.ins))
+    logits = next((i for i, n in enumerate(arguments) if n in ("logits", "scores")), None)
+    if logits is None or "labels" not in arguments or len(arguments) != len(equation.ins):
+        return None
+    labels = equation.ins[arguments.index("labels")]
+    if not jnp.issubdtype(flat.avals[labels].dtype, jnp.integer):
+        return None
+    shape = list(flat.avals[equation.ins[logits]].shape)
+    while isinstance(call, MappedCall):  # under vmap, the axes of the examples come off again
+        if call.in_axes[logits] is not None:
+            del shape[call.in_axes[logits]]
+        call = call.call
+    return (shape[-1], labels, call.operation.name) if shape else None

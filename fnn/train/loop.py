@@ -1,0 +1,189 @@
+"""`fit`: training steps over epochs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from fnn.train.bad_input import batch_size as size_of
+from fnn.train.batch_loss import Loss, takes_key
+from fnn.train.batches import Arrays, batches_of, is_tree_of_arrays
+from fnn.train.evaluation import evaluate_batches, fold_in
+from fnn.train.history import Log
+from fnn.train.interrupt import Interrupts
+from fnn.train.nonfinite import NonFiniteError
+from fnn.train.progress import progress_for
+from fnn.train.state import State, own
+from fnn.train.step import NonFinite, TrainStep, check_values
+
+
+class FitResult(NamedTuple):
+    """What `fit` returns.
+
+    Fields:
+        params: the trained parameters.
+        history: for each quantity, its value in each whole epoch, a list of floats: `loss`,
+            `grad_norm` and the loss's metrics (means over the epoch's examples, as they were
+            when their step came), `validation_loss` and so on (at the epoch's end),
+            `seconds`.
+        steps: for each of `loss`, `grad_norm` and the metrics, its value at each step.
+        state: the whole training state; give it to `fit` in the place of params to go on.
+        interrupted: whether Ctrl-C ended it early.
+    """
+
+    params: Any
+    history: dict[str, list]
+    steps: dict[str, np.ndarray]
+    state: State
+    interrupted: bool
+
+
+def fit(
+    loss: Loss,
+    params: Any,
+    data: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    epochs: int,
+    batch_size: int | None = None,
+    key: jax.Array | None = None,
+    shuffle: bool = True,
+    steps_per_epoch: int | None = None,
+    validation: Any = None,
+    validation_loss: Loss | None = None,
+    after_epoch: Callable[[int, State, dict[str, Any]], Any] | None = None,
+    progress: bool = True,
+    nonfinite: NonFinite = "raise",
+    check: bool = True,
+) -> FitResult:
+    """Train: `epochs` times over the data, a batch at a time.
+
+        result = fnn.fit(loss, params, (X, y), optax.adam(1e-3), epochs=20, key=jax.random.key(0))
+
+    Args:
+        loss: for ONE example: `loss(params, example)` or, to draw random numbers,
+            `loss(params, example, key)`; returns a scalar, or a scalar and a dict of metrics.
+        params: the parameters to start from (they stay yours), or the `state` of a FitResult
+            to go on from.
+        data: a tuple, dict or other tree of arrays with the examples along their first axes,
+            like `(X, y)`; or a list or any iterable of batches; or a function that returns an
+            iterable for each epoch, of no arguments or of a key. (A list is always an
+            iterable of batches.) Arrays of other libraries are converted by numpy.
+        optimizer: any optax transformation; see `train_step`.
+        epochs: how many times to go over the data.
+        batch_size: for arrays; 128 by default. The last batch of an epoch may be smaller (one
+            more shape to compile); no example is left out.
+        key: for shuffling, and for the loss. The same key, data and program give the same
+            result.
+        shuffle: whether to shuffle arrays anew in each epoch.
+        steps_per_epoch: for an iterable that doesn't end, how many batches to call an epoch.
+        validation: arrays or an iterable of batches, evaluated after each epoch.
+        validation_loss: the loss for that; by default `loss`.
+        after_epoch: called with the epoch's number (from 1), the State and the epoch's record;
+            if it returns True, training stops. The state's buffers are only good until it
+            returns: copy what you keep.
+        progress: show a bar on a terminal (if `rich` is there), else a line an epoch.
+        nonfinite: what to do about inf and nan; see `train_step`.
+        check: look at the values of the data before the first step: nan, and labels out of
+            range. Shapes are always checked.
+
+    Returns:
+        A `FitResult`. Ctrl-C ends training early and returns what was trained so far, with
+        `interrupted=True`.
+
+    Raises:
+        TypeError, ValueError: the arguments don't fit each other; before anything is compiled
+            where it can be known.
+        NonFiniteError: with nonfinite="raise"; its `result` is the FitResult up to the last
+            good step.
+
+    The host waits for the device once an epoch, to read the metrics.
+    """
+    if not isinstance(epochs, (int, np.integer)) or epochs < 0:
+        raise ValueError(f"epochs must be an integer, 0 or more, got {epochs!r}.")
+    takes = takes_key(loss)
+    if takes and key is None:
+        raise TypeError("the loss takes a key, loss(params, example, key): pass key=... to fit.")
+    training = batches_of(
+        data, batch_size=batch_size, shuffle=shuffle, epochs=epochs, steps=steps_per_epoch
+    )
+    whole = isinstance(training, Arrays)  # the data is here, to be looked at once
+    if whole and shuffle and key is None:
+        raise ValueError(
+            "shuffling needs a key: pass key=jax.random.key(0), say, or shuffle=False."
+        )
+    step = TrainStep(loss, optimizer, nonfinite=nonfinite, check=check and not whole)
+    state = own(params) if isinstance(params, State) else step.init(params)
+    order_key, loss_key, validation_key = (None,) * 3 if key is None else jax.random.split(key, 3)
+    if whole and check:
+        check_values(loss, state.params, training.data, key if takes else None, "data")
+    validate = _validation(
+        validation, validation_loss or loss, state.params, batch_size, epochs, validation_key, check
+    )
+
+    log, interrupted = Log(), False
+    display = progress_for(progress, epochs, training.steps)
+    with Interrupts() as interrupts:
+        try:
+            for epoch in range(1, epochs + 1):
+                began, count = time.perf_counter(), 0
+                for batch in training.epoch(fold_in(order_key, epoch)):
+                    with interrupts.held():
+                        own_key = fold_in(loss_key, log.count) if takes else None
+                        state, metrics = step(state, batch, key=own_key)
+                        log.add(metrics, size_of(batch))
+                    count += 1
+                    display.step(epoch, count, log.latest)
+                if count == 0:
+                    raise ValueError(f"data gave no batches in epoch {epoch}.")
+                with interrupts.held():
+                    step.finish()
+                    record = log.epoch_means()
+                record |= validate(state.params)
+                record["seconds"] = time.perf_counter() - began
+                with interrupts.held():
+                    log.end_epoch(record)
+                display.epoch(epoch, record)
+                if after_epoch is not None and after_epoch(epoch, state, record):
+                    break
+        except KeyboardInterrupt:
+            if _is_lost(state):
+                raise
+            interrupted = True
+            display.say(f"Interrupted in epoch {epoch}, after {log.count} steps.")
+        except NonFiniteError as error:
+            error.result = FitResult(state.params, log.history, log.steps(), state, False)
+            raise
+        finally:
+            display.close()
+    return FitResult(state.params, log.history, log.steps(), state, interrupted)
+
+
+def _validation(
+    data: Any, loss: Loss, params: Any, batch_size: int | None, epochs: int, key: Any, check: bool
+) -> Callable[[Any], dict[str, Any]]:
+    """A function from parameters to the validation's part of an epoch's record."""
+    if data is None:
+        return lambda params: {}
+    takes = takes_key(loss)
+    if takes and key is None:
+        raise TypeError("the validation loss takes a key: pass key=... to fit.")
+    size = batch_size if is_tree_of_arrays(data) else None
+    source = batches_of(data, batch_size=size, shuffle=False, epochs=epochs, name="validation")
+    if check and isinstance(source, Arrays):
+        check_values(loss, params, source.data, key if takes else None, "validation")
+
+    def validate(params):
+        means = evaluate_batches(loss, params, source, key if takes else None)
+        return {f"validation_{name}": value for name, value in means.items()}
+
+    return validate
+
+
+def _is_lost(state: State) -> bool:
+    return any(leaf.is_deleted() for leaf in jax.tree.leaves(state))

@@ -1,0 +1,154 @@
+"""What `fit` shows while it runs: a bar on a terminal, plain lines elsewhere, or nothing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+Metrics = Callable[[], Mapping[str, Any]]
+
+
+class Progress(Protocol):
+    """A display. `metrics` is called only when there is something to show."""
+
+    def step(self, epoch: int, step: int, metrics: Metrics) -> None:
+        """A step of an epoch is on its way (both counted from 1)."""
+
+    def epoch(self, epoch: int, record: Mapping[str, Any]) -> None:
+        """An epoch is over; here is its line of the history."""
+
+    def say(self, text: str) -> None:
+        """Something to say."""
+
+    def close(self) -> None:
+        """The end, good or bad."""
+
+
+def progress_for(wanted: bool, epochs: int, steps: int | None) -> Progress:
+    """A bar if stdout is a terminal and `rich` is there; else lines; nothing if not wanted."""
+    if not wanted:
+        return Nothing()
+    if sys.stdout.isatty():
+        try:
+            return Bar(epochs, steps)
+        except ImportError:
+            pass
+    return Lines(epochs, steps)
+
+
+class Nothing:
+    """No display."""
+
+    def step(self, epoch: int, step: int, metrics: Metrics) -> None:
+        """Nothing."""
+
+    def epoch(self, epoch: int, record: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class Lines:
+    """A line for an epoch, at most about twenty of them, and one every half minute in between."""
+
+    def __init__(self, epochs: int, steps: int | None, *, seconds: float = 30.0):
+        self._epochs = epochs
+        self._steps = steps
+        self._every = max(1, epochs // 20)
+        self._seconds = seconds
+        self._last = time.monotonic()
+
+    def step(self, epoch: int, step: int, metrics: Metrics) -> None:
+        if time.monotonic() - self._last >= self._seconds:
+            of = f"/{self._steps}" if self._steps else ""
+            self.say(f"epoch {epoch}/{self._epochs}  step {step}{of}  {format_record(metrics())}")
+
+    def epoch(self, epoch: int, record: Mapping[str, Any]) -> None:
+        if epoch in (1, self._epochs) or epoch % self._every == 0:
+            self.say(f"epoch {epoch}/{self._epochs}  {format_record(record)}")
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        self._last = time.monotonic()
+
+    def close(self) -> None:
+        """Nothing to put in order."""
+
+
+class Bar:
+    """rich's progress bar, drawn anew at most ten times a second.
+
+    Raises:
+        ImportError: rich isn't installed.
+    """
+
+    def __init__(self, epochs: int, steps: int | None):
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._epochs = epochs
+        self._steps = steps
+        self._record: Mapping[str, Any] = {}
+        self._done = 0
+        self._last = 0.0
+        # Unknown steps: count epochs.
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+            auto_refresh=False,
+        )
+        self._task = self._bar.add_task(f"epoch 1/{epochs}", total=epochs * (steps or 1), text="")
+        self._bar.start()
+
+    def step(self, epoch: int, step: int, metrics: Metrics) -> None:
+        self._done += 1
+        now = time.monotonic()
+        if now - self._last >= 0.1:
+            self._last = now
+            record = {**self._record, **metrics()}
+            self._show(epoch, self._done if self._steps else epoch - 1, record)
+
+    def epoch(self, epoch: int, record: Mapping[str, Any]) -> None:
+        self._record = record
+        self._show(epoch, epoch * (self._steps or 1), record)
+
+    def say(self, text: str) -> None:
+        self._bar.console.print(text, highlight=False, markup=False)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+    def _show(self, epoch: int, completed: int, record: Mapping[str, Any]) -> None:
+        self._bar.update(
+            self._task,
+            description=f"epoch {epoch}/{self._epochs}",
+            completed=completed,
+            text=format_record(record, hide=("seconds",)),
+            refresh=True,
+        )
+
+
+def format_record(record: Mapping[str, Any], hide: tuple[str, ...] = ()) -> str:
+    """`loss 0.312  accuracy 0.94`: the scalars of a record, four digits each."""
+    words = []
+    for name, value in record.items():
+        if name in hide or getattr(value, "shape", ()) != ():
+            continue
+        words.append(f"{value:.1f} s" if name == "seconds" else f"{name} {value:.4g}")
+    return "  ".join(words)

@@ -1,0 +1,67 @@
+"""What training carries from step to step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class State(NamedTuple):
+    """All that a training step reads and writes: a pytree, to save or to shard as any other.
+
+    Fields:
+        params: the parameters, a pytree of arrays.
+        opt_state: the optimiser's state, `optimizer.init(params)`'s.
+        step: how many steps were applied, an int32 scalar.
+    """
+
+    params: Any
+    opt_state: Any
+    step: jax.Array
+
+
+def initial_state(params: Any, optimizer: optax.GradientTransformation) -> State:
+    """The state before the first step, in buffers of its own.
+
+    A step donates its state's buffers; copies keep the caller's `params` alive.
+
+    Raises:
+        TypeError: a parameter isn't an array of real or complex numbers.
+        ValueError: there are no parameters.
+    """
+    check_params(params)
+    return own(State(params, optimizer.init(params), jnp.zeros((), jnp.int32)))
+
+
+def own(state: Any) -> Any:
+    """A copy of every array, strongly typed, so that the first step's types are the last's."""
+    return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.asarray(x).dtype, copy=True), state)
+
+
+def check_params(params: Any) -> None:
+    """Raise unless `params` is a tree of arrays that can be trained."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError(f"params holds no arrays to train: {params!r}.")
+    for path, leaf in leaves:
+        name = path_name("params", path)
+        try:
+            dtype = jnp.result_type(leaf)
+        except TypeError:
+            raise TypeError(
+                f"{name} is {leaf!r} of type {type(leaf).__name__}, but parameters are arrays. "
+                "Functions and settings belong into the loss, as a closure or a partial."
+            ) from None
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"{name} has dtype {dtype}, but parameters are floats (they get a gradient). "
+                "Close over what isn't trained, or make it part of the examples."
+            )
+
+
+def path_name(root: str, path: tuple) -> str:
+    """A leaf's place as Python spells it: `params['hidden']['W']`."""
+    return root + jax.tree_util.keystr(path)

@@ -1,0 +1,294 @@
+"""`train_step`: one compiled step of gradient descent on a batch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fnn.train.bad_input import batch_size, check_no_nan, describe_nonfinite
+from fnn.train.batch_loss import Loss, mean_loss, mean_metrics, takes_key
+from fnn.train.labels import Labels, check_labels, describe_bad_labels, find_labels
+from fnn.train.nonfinite import (
+    Reports,
+    explain,
+    parameter_names,
+    report,
+    square_norms,
+)
+from fnn.train.state import State, check_params, initial_state
+
+value_and_grad = jax.value_and_grad
+
+NonFinite = Literal["raise", "skip", "ignore"]
+
+
+def train_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    nonfinite: NonFinite = "raise",
+    check: bool = True,
+) -> TrainStep:
+    """A training step: gradient of the mean loss over a batch, then the optimiser's update.
+
+        step = fnn.train_step(loss, optax.adam(1e-3))
+        state = step.init(params)
+        for batch in batches:
+            state, metrics = step(state, batch)
+
+    It is one compiled program; it is compiled once for each shape of batch. The state that
+    goes in is donated (its memory becomes that of the state that comes out): don't use it
+    again. `step.init` copies, so `params` stay yours.
+
+    Args:
+        loss: for ONE example: `loss(params, example)`, or `loss(params, example, key)` for a
+            loss that draws random numbers. It returns a scalar, or a pair of a scalar and a
+            dict of metrics. The step maps it over the batch.
+        optimizer: any optax transformation. Those that want more than the gradient
+            (`optax.lbfgs`, `polyak_sgd`, `reduce_on_plateau`, ...) get `value`, `grad` and
+            `value_fn` of the batch's mean loss. Complex parameters move along the conjugate
+            of JAX's gradient, the direction of steepest descent.
+        nonfinite: what to do about a step whose loss or gradient holds inf or nan (or is so
+            large that its norm overflows). "raise": the step isn't applied and a
+            NonFiniteError that names the parameters is raised. "skip": the step isn't
+            applied; the metric `skipped` is 1. "ignore": apply it; nothing is looked at.
+        check: look at the values of batches too: nan, and labels out of range. See `TrainStep`.
+
+    Returns:
+        A `TrainStep`.
+
+    The metrics are scalars on the device: `loss`, `grad_norm` (the Euclidean norm of the
+    whole gradient, before the optimiser) and the means of the loss's own.
+    """
+    return TrainStep(loss, optimizer, nonfinite=nonfinite, check=check)
+
+
+class TrainStep:
+    """What `train_step` returns: `init`, the step itself, and `finish`.
+
+    Checks. Shapes are checked when a new shape of batch is traced, before it is compiled.
+    With `check`, the values of the first batch of each shape are looked at too (nan, and
+    labels out of range where the loss uses an fnn operation on labels), and the labels of
+    every batch of numpy arrays. Nothing else costs time at each step.
+
+    Non-finite numbers. The device notices; the host reads a step's notice when it is there,
+    and never waits for it. So a NonFiniteError comes from a later call of the step, or from
+    `finish`, which waits. As a bad step isn't applied, the state in hand is then a good one.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        optimizer: optax.GradientTransformation,
+        *,
+        nonfinite: NonFinite = "raise",
+        check: bool = True,
+    ):
+        if nonfinite not in ("raise", "skip", "ignore"):
+            raise ValueError(f'nonfinite must be "raise", "skip" or "ignore", got {nonfinite!r}.')
+        if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+            raise TypeError(
+                "optimizer must be an optax transformation such as optax.sgd(0.1), but got "
+                f"{optimizer!r} of type {type(optimizer).__name__}."
+            )
+        self.loss = loss
+        self.optimizer = optax.with_extra_args_support(optimizer)
+        self._nonfinite = nonfinite
+        self._check = check
+        self._takes_key = takes_key(loss)
+        self._reports = Reports()
+        self._known: dict[Any, tuple[Labels, ...]] = {}
+        self._compiled = jax.jit(self._step, donate_argnums=0)
+
+    def init(self, params: Any) -> State:
+        """The state to start from: a copy of `params`, the optimiser's state, step 0.
+
+        Raises:
+            TypeError: a parameter isn't an array of floats; the message names it.
+            ValueError: there are no parameters.
+        """
+        return initial_state(params, self.optimizer)
+
+    def __call__(self, state: State, batch: Any, *, key: Any = None) -> tuple[State, dict]:
+        """One step.
+
+        Args:
+            state: from `init` or from the step before. It is donated.
+            batch: a tree of arrays; the first axis of each runs over the examples.
+            key: for a loss that takes one; split into one for each example. Pass a new one
+                at each step.
+
+        Returns:
+            `(state, metrics)`, both on the device.
+
+        Raises:
+            TypeError, ValueError: the state or the batch isn't one, or doesn't fit.
+            NonFiniteError: a step before this one met inf or nan (with nonfinite="raise").
+        """
+        self._reports.read()
+        labels = self._look_at(state, batch, key)
+        state, metrics, report = self._compiled(state, batch, key)
+        if report is not None and not isinstance(report, jax.core.Tracer):
+            structure = jax.tree.structure(state.params)
+
+            def error(found):
+                data = describe_nonfinite(batch) or describe_bad_labels(batch, labels)
+                return explain(found, parameter_names(structure), batch_size(batch), data)
+
+            self._reports.add(report, error)
+        return state, metrics
+
+    def finish(self) -> None:
+        """Wait for the steps under way.
+
+        Raises:
+            NonFiniteError: one of them met inf or nan (with nonfinite="raise").
+        """
+        self._reports.read(wait=True)
+
+    # ---------------------------------------------------------------- the step, on the device
+
+    def _step(self, state: State, batch: Any, key: Any):
+        size = batch_size(batch)
+        _check_opt_state(self.optimizer, state)
+
+        def mean(params):
+            return mean_loss(self.loss, params, batch, size, key)
+
+        (value, (losses, metrics)), gradient = value_and_grad(mean, has_aux=True)(state.params)
+        gradient = jax.tree.map(_steepest, gradient)
+        squares = square_norms(gradient)
+        total = jnp.sum(squares)
+        metrics = {
+            "loss": value,
+            "grad_norm": jnp.sqrt(total),
+            **mean_metrics(metrics),
+        }
+
+        def apply():
+            updates, opt_state = self.optimizer.update(
+                gradient,
+                state.opt_state,
+                state.params,
+                value=value,
+                grad=gradient,
+                value_fn=lambda params: mean(params)[0],
+            )
+            params = optax.apply_updates(state.params, updates)
+            return _typed_like(State(params, opt_state, state.step + 1), state)
+
+        if self._nonfinite == "ignore":
+            return apply(), metrics, None
+        # All that explains a bad step is computed only if there is one. And a `cond` needn't read
+        # and write the parameters once more, as a `where` would.
+        good = jnp.isfinite(value) & jnp.isfinite(total)
+        quiet = jax.eval_shape(report, state, losses, squares)
+        new, told = jax.lax.cond(
+            good,
+            lambda: (apply(), jnp.zeros(quiet.shape, quiet.dtype)),
+            lambda: (state, report(state, losses, squares)),
+        )
+        if self._nonfinite == "skip":
+            return new, metrics | {"skipped": jnp.where(good, 0.0, 1.0)}, None
+        return new, metrics, told
+
+    # ------------------------------------------------------------------ checks, on the host
+
+    def _look_at(self, state: State, batch: Any, key: Any) -> tuple[Labels, ...]:
+        """Check what goes in, thoroughly at the first of each shape; find its labels."""
+        if not isinstance(state, State):
+            raise TypeError(
+                f"the first argument of a step is the State of step.init(params), but got a "
+                f"{type(state).__name__}."
+            )
+        leaves, tree = jax.tree.flatten(batch)
+        shapes = tuple((np.shape(x), getattr(x, "dtype", None)) for x in leaves)
+        widths = tuple(np.shape(p) for p in jax.tree.leaves(state.params))
+        kind = (tree, shapes, widths, key is None)
+        if kind not in self._known:
+            self._known[kind] = self._meet(state, batch, key)
+        labels = self._known[kind]
+        if self._check and labels:
+            on_host = tuple(lb for lb in labels if isinstance(leaves[lb.leaf], np.ndarray))
+            check_labels(batch, on_host)
+        if getattr(state.step, "is_deleted", bool)():
+            raise ValueError(
+                "this state was given to a step already, which donated its memory to the state "
+                "that it returned: write `state, metrics = step(state, batch)` and go on from "
+                "that. (jax.tree.map(jnp.copy, state) keeps one.)"
+            )
+        return labels
+
+    def _meet(self, state: State, batch: Any, key: Any) -> tuple[Labels, ...]:
+        check_key(self.loss, self._takes_key, key)
+        check_params(state.params)
+        batch_size(batch)
+        if not self._check:
+            return ()
+        return check_values(self.loss, state.params, batch, key, "batch")
+
+
+def check_key(loss: Loss, takes: bool, key: Any) -> None:
+    """Raise a TypeError unless a key is there exactly if the loss takes one."""
+    if takes and key is None:
+        raise TypeError(
+            "the loss takes a key, loss(params, example, key): pass key=... to the step."
+        )
+    if key is not None and not takes:
+        raise TypeError(
+            "a key was passed, but the loss takes none: it must be loss(params, example, key)."
+        )
+
+
+def check_values(loss: Loss, params: Any, data: Any, key: Any, name: str) -> tuple[Labels, ...]:
+    """Look at all of the data, if its values are there to be seen; return its labels.
+
+    Raises:
+        ValueError: it holds nan, or a label out of range.
+    """
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], _canonical(x)), data)
+    labels = find_labels(loss, params, example, key)
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(data)):
+        check_no_nan(data, name)
+        check_labels(data, labels, name)
+    return labels
+
+
+def _canonical(x) -> Any:
+    return jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
+
+
+def _steepest(g: jax.Array) -> jax.Array:
+    return jnp.conj(g) if jnp.issubdtype(g.dtype, jnp.complexfloating) else g
+
+
+def _check_opt_state(optimizer, state: State) -> None:
+    wanted = jax.eval_shape(optimizer.init, state.params)
+    shapes = [
+        (jax.tree.structure(s), [x.shape for x in jax.tree.leaves(s)])
+        for s in (wanted, state.opt_state)
+    ]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            "state.opt_state isn't this optimiser's state for state.params: their structures or "
+            "shapes differ. Start again with step.init(params), which makes both.\n"
+            f"  wanted: {_structure(wanted)}\n  got:    {_structure(state.opt_state)}"
+        )
+
+
+def _structure(tree: Any) -> str:
+    return str(jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree)).replace("'", "")
+
+
+def _typed_like(new: Any, old: Any) -> Any:
+    """The new state in the old one's dtypes, so that the next step needs no new program."""
+
+    def cast(new, old):
+        same = new.dtype == old.dtype and not getattr(new, "weak_type", False)
+        return new if same else jax.lax.convert_element_type(new, old.dtype)
+
+    return jax.tree.map(cast, new, old)
