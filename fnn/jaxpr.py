@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -107,7 +107,7 @@ def program(closed_jaxpr, inline: bool = True) -> Program:
         flat.constants[number] = value
         return number
 
-    def walk(jaxpr, consts, ins, scope) -> list[int]:
+    def walk(jaxpr, consts, ins, scope, source=None) -> list[int]:
         numbers = dict(zip(jaxpr.invars, ins, strict=True))
         for var, value in zip(jaxpr.constvars, consts, strict=True):
             numbers[var] = constant(value, var.aval)
@@ -121,7 +121,10 @@ def program(closed_jaxpr, inline: bool = True) -> Program:
             inner = _inlined(eqn) if inline else None
             if inner is not None:
                 name = eqn.params.get("name", "")
-                outs = walk(inner.jaxpr, inner.consts, ins, (*within, name) if name else within)
+                # JAX traces its own functions once: the lines noted inside are the first user's.
+                here = source or (eqn.source_info if _is_of_library(inner.jaxpr) else None)
+                deeper = (*within, name) if name else within
+                outs = walk(inner.jaxpr, inner.consts, ins, deeper, here)
                 numbers.update(zip(eqn.outvars, outs, strict=True))
                 continue
             outs = [new(v.aval) for v in eqn.outvars]
@@ -134,7 +137,7 @@ def program(closed_jaxpr, inline: bool = True) -> Program:
                     tuple(outs),
                     within,
                     eqn.ctx,
-                    eqn.source_info,
+                    source or eqn.source_info,
                     bool(eqn.effects),
                 )
             )
@@ -186,18 +189,43 @@ def scan_layout(params: dict) -> tuple[int, int]:
     return len(list(consts)), len(list(carry))
 
 
+def called_function(equation: Equation) -> str:
+    """The name of the function that a `custom_jvp` or `custom_vjp` call calls, or ""."""
+    if equation.name not in ("custom_jvp_call", "custom_vjp_call"):
+        return ""
+    return equation.params["call_jaxpr"].jaxpr.debug_info.func_name or ""
+
+
 def source_line(source_info) -> str:
     """`file.py:12 (function)`, the user's line that made an equation, or an empty string."""
-    traceback = source_info.traceback
-    if traceback is None:
-        return ""
-    ours = os.path.dirname(os.path.abspath(__file__)) + os.sep
-    theirs = os.path.dirname(os.path.abspath(jax.__file__)) + os.sep
-    for frame in traceback.frames:
-        name = frame.file_name
-        if not name.startswith((ours, theirs, "<frozen")):
-            return f"{os.path.basename(name)}:{frame.line_num} ({frame.function_name})"
+    for frame in user_frames(source_info):
+        return f"{os.path.basename(frame.file_name)}:{frame.line_num} ({frame.function_name})"
     return ""
+
+
+def user_frames(source_info, outermost: str = "") -> Iterator[Any]:
+    """The frames of the stack that made an equation, from the inside out, without JAX's and fnn's.
+
+    outermost: the file to stop at.
+    """
+    traceback = source_info.traceback
+    for frame in traceback.frames if traceback is not None else ():
+        if frame.file_name == outermost:
+            return
+        if not frame.file_name.startswith(_LIBRARIES):
+            yield frame
+
+
+_LIBRARIES = (
+    os.path.dirname(os.path.abspath(__file__)) + os.sep,
+    os.path.dirname(os.path.abspath(jax.__file__)) + os.sep,
+    "<frozen",
+)
+
+
+def _is_of_library(jaxpr) -> bool:
+    """Was it made from one of JAX's or fnn's own functions?"""
+    return (jaxpr.debug_info.func_filename or "").startswith(_LIBRARIES)
 
 
 def is_inexact(aval) -> bool:

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy
+from jax import lax
 
 from fnn.backprop import sweep
 from fnn.backprop.halves import Halves, halves
-from fnn.jaxpr import is_inexact, program, trace
+from fnn.jaxpr import as_varying, is_inexact, program, trace
 
 
 def value_and_grad(
@@ -62,20 +63,22 @@ def value_and_grad(
         leaves, tree = jax.tree.flatten(chosen)
         for leaf in leaves:
             _check_input("grad", leaf, holomorphic, allow_int)
+        leaves = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]
         traced = _Traced(fun, args, kwargs, positions, tree, has_aux)
         flat = traced.program(leaves)
         out_aval = _check_output(traced, flat, holomorphic)
-        needed = [True] * len(leaves)
-        seed = jnp.ones((), out_aval.dtype)
+        seed = _seed(out_aval)
         outs, found = sweep.gradients_of(
             flat,
             leaves,
-            [n and is_inexact(flat.avals[i]) for n, i in zip(needed, flat.inputs, strict=True)],
+            [is_inexact(flat.avals[i]) for i in flat.inputs],
             [seed] + [None] * (len(flat.outputs) - 1),
         )
         given = iter(found)
         gradients = [
-            next(given) if is_inexact(flat.avals[i]) else _float0(flat.avals[i])
+            _of_weak_type(next(given), flat.avals[i])
+            if is_inexact(flat.avals[i])
+            else _float0(flat.avals[i])
             for i in flat.inputs
         ]
         gradient = jax.tree.unflatten(tree, gradients)
@@ -131,6 +134,7 @@ def vjp(fun: Callable, *primals, has_aux: bool = False) -> Any:
         TypeError, ValueError: a cotangent's structure, shape or dtype isn't the value's.
     """
     leaves, tree = jax.tree.flatten(primals)
+    leaves = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]
     traced = _Traced(fun, primals, {}, tuple(range(len(primals))), tree, has_aux)
     closed = traced.jaxpr(leaves)
     has_cotangent = [
@@ -267,8 +271,7 @@ def _check_input(what, leaf, holomorphic, allow_int):
     if holomorphic:
         if not jax.dtypes.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(
-                f"{what} with holomorphic=True requires inputs with complex dtype, but got "
-                f"{dtype}."
+                f"{what} with holomorphic=True requires inputs with complex dtype, but got {dtype}."
             )
     elif jax.dtypes.issubdtype(dtype, jnp.complexfloating):
         return  # a real function of complex arguments: Wirtinger's convention, as in JAX
@@ -298,18 +301,30 @@ def _check_output(traced, flat, holomorphic):
         raise TypeError(
             f"grad with holomorphic=True requires outputs with complex dtype, but got {aval.dtype}."
         )
-    if not holomorphic and is_complex:
+    if not holomorphic and not jax.dtypes.issubdtype(aval.dtype, jnp.floating):
+        hint = (
+            "For holomorphic differentiation, pass holomorphic=True. For differentiation of "
+            "non-holomorphic functions involving complex outputs, use fnn.vjp."
+            if is_complex
+            else "An integer output has no gradient: convert it, or return it as auxiliary data."
+        )
         raise TypeError(
             f"grad requires real-valued outputs (output dtype that is a sub-dtype of np.floating), "
-            f"but got {aval.dtype}. For holomorphic differentiation, pass holomorphic=True. For "
-            "differentiation of non-holomorphic functions involving complex outputs, use fnn.vjp."
-        )
-    if not jax.dtypes.issubdtype(aval.dtype, jnp.inexact):
-        raise TypeError(
-            f"grad requires real- or complex-valued outputs (output dtype that is a sub-dtype of "
-            f"np.inexact), but got {aval.dtype}."
+            f"but got {aval.dtype}. {hint}"
         )
     return aval
+
+
+def _seed(aval):
+    """The gradient of the output by itself: one, of the output's type."""
+    return as_varying(jnp.ones((), aval.dtype), aval)
+
+
+def _of_weak_type(gradient, aval):
+    """The gradient by a Python number promotes like a Python number."""
+    if aval.weak_type and aval.dtype == jnp.asarray(1.0).dtype:
+        return lax.convert_element_type(gradient, float)
+    return gradient
 
 
 def _float0(aval):

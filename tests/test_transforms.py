@@ -1,0 +1,236 @@
+"""fnn.grad, fnn.value_and_grad and fnn.vjp: JAX's signatures, results and errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import fnn
+
+rng = np.random.default_rng(1)
+
+
+def normal(*shape):
+    return jnp.asarray(rng.normal(size=shape))
+
+
+def mlp(params, x):
+    return jnp.sum(params["W2"] @ jax.nn.relu(params["W1"] @ x))
+
+
+PARAMS = {"W1": normal(5, 3), "W2": normal(2, 5)}
+X = normal(3)
+
+
+def same(got, want, rtol=1e-12):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        if a.dtype != jax.dtypes.float0:
+            np.testing.assert_allclose(a, b, rtol, 1e-12)
+
+
+def test_the_lectures_gradients():
+    got = fnn.grad(lambda x, y, z: (x + y) * z, argnums=(0, 1, 2))(-2.0, 5.0, -4.0)
+    assert [float(g) for g in got] == [-4.0, -4.0, 3.0]
+
+
+@pytest.mark.parametrize("argnums", [0, 1, -1, (0,), (0, 1), (1, 0)])
+def test_argnums(argnums):
+    same(fnn.grad(mlp, argnums)(PARAMS, X), jax.grad(mlp, argnums)(PARAMS, X))
+
+
+def test_aux_may_hold_anything():
+    def f(params, x):
+        return mlp(params, x), {"hidden": params["W1"] @ x, "name": "relu", "n": 3}
+
+    (value, aux), gradient = fnn.value_and_grad(f, has_aux=True)(PARAMS, X)
+    (want, _), want_gradient = jax.value_and_grad(f, has_aux=True)(PARAMS, X)
+    same((value, gradient), (want, want_gradient))
+    assert aux["name"] == "relu" and aux["n"] == 3
+    np.testing.assert_allclose(aux["hidden"], PARAMS["W1"] @ X)
+    same(fnn.grad(f, has_aux=True)(PARAMS, X)[0], want_gradient)
+
+
+def test_arguments_that_are_not_differentiated_stay_python():
+    def f(x, kind, scale):
+        return jnp.sum(jnp.sin(x) if kind == "sin" else x) * (2 if scale else 1)
+
+    same(fnn.grad(f)(X, "sin", scale=True), 2 * jnp.cos(X))
+
+
+def test_weak_types_and_dtypes_are_kept():
+    assert fnn.grad(lambda x: x**2)(3.0).weak_type == jax.grad(lambda x: x**2)(3.0).weak_type
+    for dtype in ("float16", "bfloat16", "float32", "float64"):
+        x = X.astype(dtype)
+        got = fnn.grad(lambda x: jnp.sum(jnp.tanh(x) * x))(x)
+        assert got.dtype == x.dtype
+        same(got, jax.grad(lambda x: jnp.sum(jnp.tanh(x) * x))(x), 1e-2)
+
+
+def test_mixed_precision():
+    def f(w, x):
+        return jnp.sum((w.astype("bfloat16") @ x.astype("bfloat16")).astype("float32") ** 2)
+
+    w, x = normal(4, 3).astype("float32"), normal(3).astype("float32")
+    same(fnn.grad(f, (0, 1))(w, x), jax.grad(f, (0, 1))(w, x), 1e-5)
+
+
+def test_holomorphic_and_real_functions_of_complex_numbers():
+    z = normal(3) + 1j * normal(3)
+    same(
+        fnn.grad(lambda z: jnp.sum(jnp.exp(z) * z), holomorphic=True)(z),
+        jax.grad(lambda z: jnp.sum(jnp.exp(z) * z), holomorphic=True)(z),
+    )
+
+    def real(z):
+        return jnp.sum(jnp.abs(jnp.sin(z) * z.conj()) ** 2 + jnp.real(z) * jnp.imag(z))
+
+    same(fnn.grad(real)(z), jax.grad(real)(z))
+
+
+def test_integers():
+    f = lambda n, x: jnp.sum(x) * n  # noqa: E731
+    same(
+        fnn.grad(f, (0, 1), allow_int=True)(3, X),
+        jax.grad(f, (0, 1), allow_int=True)(jnp.asarray(3), X),
+    )
+
+
+def test_under_every_transform():
+    f = lambda x: mlp(PARAMS, jnp.tanh(x)) ** 2  # noqa: E731
+    g, h = fnn.grad(f), jax.grad(f)
+    xs = normal(7, 3)
+    same(jax.vmap(g)(xs), jax.vmap(h)(xs))
+    same(jax.jit(jax.vmap(g))(xs), jax.vmap(h)(xs))
+    same(jax.jvp(g, (X,), (X,)), jax.jvp(h, (X,), (X,)))
+    same(jax.jacfwd(g)(X), jax.hessian(f)(X), 1e-9)
+    same(jax.jacrev(g)(X), jax.hessian(f)(X), 1e-9)
+    same(jax.linearize(g, X)[1](X), jax.jvp(h, (X,), (X,))[1], 1e-9)
+    same(jax.checkpoint(g)(X), h(X))
+    same(
+        fnn.grad(lambda x: jnp.sum(fnn.grad(lambda x: jnp.sum(fnn.grad(f)(x) ** 2))(x)))(X),
+        jax.grad(lambda x: jnp.sum(jax.grad(lambda x: jnp.sum(jax.grad(f)(x) ** 2))(x)))(X),
+        1e-9,
+    )
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map(check_vma):
+    mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    W, xs = normal(3, 3), normal(8, 3)
+
+    def loss(W, xs):
+        return jax.lax.pmean(jnp.sum(jnp.tanh(xs @ W) ** 2), "i")
+
+    outside = jax.shard_map(
+        loss, mesh=mesh, in_specs=(P(), P("i")), out_specs=P(), check_vma=check_vma
+    )
+    want = jax.grad(lambda W: jnp.sum(jnp.tanh(xs @ W) ** 2) / 4)(W)
+    same(fnn.grad(outside)(W, xs), want)
+
+    inside = jax.shard_map(
+        lambda W, xs: jax.lax.pmean(fnn.grad(lambda W: jnp.sum(jnp.tanh(xs @ W) ** 2))(W), "i"),
+        mesh=mesh,
+        in_specs=(P(), P("i")),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    # With check_vma the gradient of a replicated weight is already the sum over the devices.
+    same(inside(W, xs), want * 4 if check_vma else want)
+
+
+def test_sharded_arrays():
+    mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    xs = jax.device_put(normal(8, 3), jax.NamedSharding(mesh, P("i")))
+    f = lambda W: jnp.sum(jnp.tanh(xs @ W) ** 2)  # noqa: E731
+    W = normal(3, 3)
+    same(jax.jit(fnn.grad(f))(W), jax.grad(f)(W))
+    constrained = jax.jit(f, in_shardings=jax.NamedSharding(mesh, P("i")))
+    W = normal(4, 3)
+    xs = jax.device_put(normal(8, 4), jax.NamedSharding(mesh, P("i")))
+    same(jax.jit(fnn.grad(constrained))(W), jax.grad(f)(W))
+
+
+def test_vjp():
+    def f(params, x, n):
+        return {"y": jnp.tanh(params["W1"] @ x) * n, "n": n + 1}
+
+    value, pullback = fnn.vjp(f, PARAMS, X, 2)
+    want, want_pullback = jax.vjp(f, PARAMS, X, jnp.asarray(2))
+    np.testing.assert_allclose(value["y"], want["y"])
+    ct = {"y": normal(5), "n": np.zeros((), jax.dtypes.float0)}
+    same(pullback(ct), want_pullback(ct))
+    value, pullback, aux = fnn.vjp(lambda x: (x**2, "aux"), X, has_aux=True)
+    assert aux == "aux"
+    same(pullback(X)[0], 2 * X * X)
+
+
+def test_pullback_leaves_a_jitted_function():
+    value, pullback = jax.jit(lambda x: fnn.vjp(lambda x: jnp.sin(x) * x, x))(X)
+    same(jax.jit(lambda p, ct: p(ct))(pullback, X)[0], (jnp.cos(X) * X + jnp.sin(X)) * X)
+    kept = [r.shape for r in jax.tree.leaves(pullback)]
+    assert len(kept) <= 3 and all(shape == (3,) for shape in kept)
+
+
+def test_vjp_complains_about_cotangents():
+    value, pullback = fnn.vjp(jnp.sin, X)
+    with pytest.raises(ValueError, match=r"\(4,\).*\(3,\)"):
+        pullback(jnp.ones(4))
+    with pytest.raises(TypeError, match="float32.*float64"):
+        pullback(jnp.ones(3, "float32"))
+    with pytest.raises(ValueError, match="[Tt]ree structure"):
+        pullback([X, X])
+
+
+@pytest.mark.parametrize(
+    "f, args, words",
+    [
+        (lambda x: x, (X,), "Gradient only defined for scalar-output functions"),
+        (lambda x: (x, x), (1.0,), "Gradient only defined for scalar-output functions"),
+        (lambda x: x, (1,), "grad requires real- or complex-valued inputs"),
+        (lambda x: x * 1j, (1.0,), "grad requires real-valued outputs"),
+        (lambda x: jnp.asarray(3), (1.0,), "grad requires real-valued outputs"),
+    ],
+)
+def test_errors_are_jaxs(f, args, words):
+    with pytest.raises(TypeError, match=words):
+        jax.grad(f)(*args)
+    with pytest.raises(TypeError, match=words):
+        fnn.grad(f)(*args)
+
+
+def test_too_few_arguments():
+    with pytest.raises((ValueError, TypeError), match="positional arguments"):
+        jax.grad(mlp, 2)(PARAMS, X)
+    with pytest.raises(ValueError, match="positional arguments"):
+        fnn.grad(mlp, 2)(PARAMS, X)
+
+
+def test_random_numbers_and_nothing_to_differentiate():
+    def f(x, key):
+        return jnp.sum(jnp.where(jax.random.bernoulli(key, 0.5, x.shape), x / 0.5, 0.0) ** 2)
+
+    key = jax.random.key(0)
+    same(fnn.grad(f)(X, key), jax.grad(f)(X, key))
+    same(fnn.grad(lambda x: 3.0)(X), jnp.zeros(3))
+    same(fnn.grad(lambda x: x["a"].sum())({"a": X, "b": X}), {"a": jnp.ones(3), "b": jnp.zeros(3)})
+    assert fnn.grad(lambda p: 1.0)({}) == {}
+    same(fnn.grad(lambda x: jnp.sum(x**2))(jnp.zeros((0, 3))), jnp.zeros((0, 3)))
+
+
+def test_side_effects_happen_once(capfd):
+    def f(x):
+        jax.debug.print("seen {}", x)
+        return x**2
+
+    fnn.grad(f)(3.0)
+    jax.effects_barrier()
+    assert capfd.readouterr().out.count("seen") == 1
+
+
+def test_export():
+    f = jax.jit(fnn.grad(lambda x: mlp(PARAMS, x)))
+    exported = jax.export.export(f, platforms=["cpu", "cuda", "tpu"])(X)
+    same(exported.call(X), jax.grad(mlp, 1)(PARAMS, X))
