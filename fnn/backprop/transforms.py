@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy
-from jax import lax
 
 from fnn.backprop import sweep
 from fnn.backprop.halves import Halves, halves
@@ -76,9 +75,7 @@ def value_and_grad(
         )
         given = iter(found)
         gradients = [
-            _of_weak_type(next(given), flat.avals[i])
-            if is_inexact(flat.avals[i])
-            else _float0(flat.avals[i])
+            next(given) if is_inexact(flat.avals[i]) else _float0(flat.avals[i])
             for i in flat.inputs
         ]
         gradient = jax.tree.unflatten(tree, gradients)
@@ -316,15 +313,10 @@ def _check_output(traced, flat, holomorphic):
 
 
 def _seed(aval):
-    """The gradient of the output by itself: one, of the output's type."""
-    return as_varying(jnp.ones((), aval.dtype), aval)
-
-
-def _of_weak_type(gradient, aval):
-    """The gradient by a Python number promotes like a Python number."""
-    if aval.weak_type and aval.dtype == jnp.asarray(1.0).dtype:
-        return lax.convert_element_type(gradient, float)
-    return gradient
+    """The gradient of the output by itself: one, of the output's type, weak if that is."""
+    one = jnp.asarray(1.0)
+    is_weak = aval.weak_type and aval.dtype == one.dtype
+    return as_varying(one if is_weak else jnp.ones((), aval.dtype), aval)
 
 
 def _float0(aval):
