@@ -6,6 +6,7 @@ has no gradient, or a doubtful one, with central differences or a plain definiti
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -16,20 +17,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
-from primitive_checks import check_cost, check_primitive, compare, jax_vjp, our_vjp, random_like
+from primitive_checks import check_cost, compare, jax_vjp, our_vjp, random_like
 
-from fnn.backprop.primitives import contraction, fourier, linear_algebra, windows
+from fnn.backprop.primitives import RULES, contraction, fourier, linear_algebra, windows
 
-RULES = contraction.RULES | windows.RULES | fourier.RULES | linear_algebra.RULES
-
-# What the functions around a primitive are traced to belongs to other files' rules.
-try:
-    from fnn.backprop.primitives import RULES as ALL_RULES
-except ImportError:  # pragma: no cover - only while the other families are being written
-    ALL_RULES = RULES
+# The functions around the primitives of these files need the other families' rules too.
+OURS = contraction.RULES | windows.RULES | fourier.RULES | linear_algebra.RULES
 
 quick = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+
+
+# Most of a test's time is compilation; these small programs need no optimisation.
+hasty = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
 )
 
 
@@ -38,28 +44,56 @@ def normal(*shape, dtype=jnp.float64, seed=0):
     return x
 
 
-def check(fun, *args, primitive=None, **options):
-    check_primitive(fun, *args, primitive=primitive, rules=ALL_RULES, **options)
+def check(fun, *args, primitive=None, tol=1e-10, second_order=False):
+    """Compare our gradients of `fun` with `jax.vjp`'s, both in one compiled program (it's quicker)."""
+    assert primitive is None or (primitive in OURS and primitive in str(jax.make_jaxpr(fun)(*args)))
+    gs = random_like(jax.eval_shape(fun, *args), 0)
+    check_against(fun, fun, args, gs, tol)
+    if second_order:
+        chosen = [i for i, x in enumerate(args) if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+        def gradients(vjp):
+            def f(*args):
+                found = vjp(fun, args, gs)
+                return [jnp.zeros_like(args[i]) if found[i] is None else found[i] for i in chosen]
+
+            return f
+
+        bars = random_like([args[i] for i in chosen], 1)
+        first, second = gradients(our_vjp), gradients(jax_vjp)
+        ours, theirs = hasty(
+            lambda args: (jax_vjp(first, args, bars), jax_vjp(second, args, bars))
+        )(args)
+        compare(ours, theirs, 100 * tol, "second order")
+
+
+def check_against(fun, plain, args, gs, tol=1e-12):
+    """Our gradient of `fun` is JAX's gradient of `plain`."""
+    both = lambda args: (our_vjp(fun, args, gs, RULES), jax_vjp(plain, args, gs))  # noqa: E731
+    ours, theirs = hasty(both)(args)
+    for x, g in zip(args, ours, strict=True):
+        assert g is None or (g.shape, g.dtype) == (x.shape, x.dtype)
+    compare(ours, theirs, tol)
 
 
 def check_by_differences(fun, *args, tol=1e-6):
     """⟨g, df⟩ by central differences along a random direction, for where JAX has no answer."""
     gs = random_like(jax.eval_shape(fun, *args), 0)
-    gradients = our_vjp(fun, args, gs, ALL_RULES)
     directions = random_like(list(args), 7)
     h = 1e-6
-    ahead, behind = (
-        jax.tree.leaves(fun(*(a + s * h * d for a, d in zip(args, directions, strict=True))))
-        for s in (1, -1)
-    )
-    numeric = sum(
-        jnp.sum(g * (p - m)).real / (2 * h)
-        for g, p, m in zip(gs, ahead, behind, strict=True)
-        if g is not None
-    )
-    analytic = sum(
-        jnp.sum(g * d).real for g, d in zip(gradients, directions, strict=True) if g is not None
-    )
+
+    @hasty
+    def both(args):
+        gradients = our_vjp(fun, args, gs, RULES)
+        shifted = lambda s: [a + s * h * d for a, d in zip(args, directions, strict=True)]
+        ahead, behind = (jax.tree.leaves(fun(*shifted(s))) for s in (1, -1))
+        changes = [(p - m) / (2 * h) for p, m in zip(ahead, behind, strict=True)]
+        inner = lambda xs, ys: sum(
+            jnp.sum(x * y).real for x, y in zip(xs, ys, strict=True) if x is not None
+        )
+        return inner(gradients, directions), inner(gs, changes)
+
+    analytic, numeric = both(args)
     np.testing.assert_allclose(analytic, numeric, rtol=tol, atol=tol)
 
 
@@ -222,7 +256,7 @@ def test_ragged_dot_that_sums_in_groups():
     product = lambda a, b: ragged(a, b, sizes, numbers, [2], [])  # noqa: E731
     np.testing.assert_allclose(product(a, b), plain(a, b), atol=1e-12)
     g = random_like(jax.eval_shape(product, a, b), 0)
-    compare(our_vjp(product, [a, b], g, RULES), jax_vjp(plain, [a, b], g), 1e-12)
+    check_against(product, plain, (a, b), g)
 
 
 # --------------------------------------------------------------------------------- convolution
@@ -352,7 +386,7 @@ def test_window_sum(case):
     )
 
 
-@quick
+@settings(quick, max_examples=15)
 @given(window_options(), st.booleans())
 def test_window_extremum(case, largest):
     shape, options = case
@@ -365,7 +399,7 @@ def test_window_extremum(case, largest):
     )
 
 
-@quick
+@settings(quick, max_examples=10)
 @given(window_options(), st.booleans())
 def test_window_extremum_with_holes(case, largest):
     """JAX has no gradient for dilated windows; the same maximum over explicit slices has one."""
@@ -395,7 +429,7 @@ def test_window_extremum_with_holes(case, largest):
     np.testing.assert_array_equal(pool(x), plain(x))
     # Windows that lie in the padding alone tie, harmlessly: their gradient falls on padding.
     g = random_like(jax.eval_shape(pool, x), 0)
-    compare(our_vjp(pool, [x], g, RULES), jax_vjp(plain, [x], g), 1e-12)
+    check_against(pool, plain, (x,), g)
 
 
 def test_max_pool_gives_a_tie_to_its_first_entry():
@@ -445,7 +479,7 @@ def test_pooling_second_order_dtype_and_cost():
 # ----------------------------------------------------------------------------- Fourier transform
 
 
-@pytest.mark.parametrize("lengths", [(8,), (7,), (1,), (2,), (4, 6), (3, 5), (2, 3, 4)])
+@pytest.mark.parametrize("lengths", [(8,), (7,), (1,), (2,), (3, 6), (2, 3, 5)])
 @pytest.mark.parametrize("kind", list(lax.FftType))
 def test_fft(kind, lengths):
     if kind == lax.FftType.RFFT:
@@ -455,9 +489,10 @@ def test_fft(kind, lengths):
     else:
         x = normal(2, *lengths, dtype=jnp.complex128)
     check(lambda x: lax.fft(x, kind, lengths), x, primitive="fft", second_order=True)
-    single = x.astype(jnp.float32 if kind == lax.FftType.RFFT else jnp.complex64)
-    check(lambda x: lax.fft(x, kind, lengths), single, tol=1e-4)
-    check_cost(lambda x: lax.fft(x, kind, lengths), x, rules=RULES)
+    if len(lengths) == 1:
+        single = x.astype(jnp.float32 if kind == lax.FftType.RFFT else jnp.complex64)
+        check(lambda x: lax.fft(x, kind, lengths), single, tol=1e-4)
+        check_cost(lambda x: lax.fft(x, kind, lengths), x, rules=RULES)
 
 
 # ------------------------------------------------------------------------------- linear algebra
@@ -481,32 +516,27 @@ def test_cholesky_gives_its_gradient_to_the_triangle_it_reads(dtype):
     a = positive(4, 4, dtype=dtype)
     plain = lambda a: lax.linalg.cholesky(a, symmetrize_input=False)  # noqa: E731
     g = random_like(jax.eval_shape(plain, a), 0)
-    (gradient,) = our_vjp(plain, [a], g, ALL_RULES)
+    (gradient,) = our_vjp(plain, [a], g, RULES)
     np.testing.assert_array_equal(gradient, jnp.tril(gradient))
     check_by_differences(lambda x: plain(positive(4, 4, dtype=dtype) + x), 0.0 * a)
 
 
 @real_and_complex
 @pytest.mark.parametrize("left_side", [True, False])
-@pytest.mark.parametrize("lower", [True, False])
-@pytest.mark.parametrize("transpose_a", [True, False])
-@pytest.mark.parametrize("conjugate_a", [True, False])
-@pytest.mark.parametrize("unit_diagonal", [True, False])
-def test_triangular_solve(dtype, left_side, lower, transpose_a, conjugate_a, unit_diagonal):
-    for columns in (2, 6):
-        a = normal(2, 4, 4, dtype=dtype) + 3 * jnp.eye(4)
-        b = normal(2, *((4, columns) if left_side else (columns, 4)), dtype=dtype, seed=1)
-        solve = lambda a, b: lax.linalg.triangular_solve(  # noqa: E731
-            a,
-            b,
-            left_side=left_side,
-            lower=lower,
-            transpose_a=transpose_a,
-            conjugate_a=conjugate_a,
-            unit_diagonal=unit_diagonal,
-        )
-        check(solve, a, b, primitive="triangular_solve")
-        check(lambda a: solve(a, b), a)  # a alone is needed: another order of operations
+@pytest.mark.parametrize("columns", [2, 6])
+def test_triangular_solve(dtype, left_side, columns):
+    """All flags at once: one program is quicker than sixteen."""
+    a = normal(2, 4, 4, dtype=dtype) + 3 * jnp.eye(4)
+    b = normal(2, *((4, columns) if left_side else (columns, 4)), dtype=dtype, seed=1)
+    flags = [
+        dict(lower=lower, transpose_a=transpose, conjugate_a=conjugate, unit_diagonal=unit)
+        for lower, transpose, conjugate, unit in itertools.product((True, False), repeat=4)
+    ]
+    solve = lambda a, b: [  # noqa: E731
+        lax.linalg.triangular_solve(a, b, left_side=left_side, **some) for some in flags
+    ]
+    check(solve, a, b, primitive="triangular_solve")
+    check(lambda a: solve(a, b), a)  # a alone is needed: another order of operations
 
 
 @real_and_complex
@@ -519,7 +549,7 @@ def test_tridiagonal_solve(dtype):
 
 
 @real_and_complex
-@pytest.mark.parametrize("shape", [(4, 4), (2, 5, 3), (2, 3, 5), (2, 3, 4, 4)])
+@pytest.mark.parametrize("shape", [(2, 2, 4, 4), (5, 3), (2, 3, 5)])
 def test_lu(shape, dtype):
     check(lambda a: lax.linalg.lu(a)[0], normal(*shape, dtype=dtype), primitive="lu")
 
@@ -533,7 +563,7 @@ def test_lu_pivots():
 
 
 @real_and_complex
-@pytest.mark.parametrize("shape", [(4, 4), (5, 3), (2, 3, 5), (2, 6, 3)])
+@pytest.mark.parametrize("shape", [(4, 4), (5, 3), (2, 3, 5)])
 @pytest.mark.parametrize("full_matrices", [True, False])
 def test_qr(shape, full_matrices, dtype):
     decompose = lambda a: lax.linalg.qr(a, full_matrices=full_matrices)  # noqa: E731
@@ -541,7 +571,7 @@ def test_qr(shape, full_matrices, dtype):
 
 
 @real_and_complex
-@pytest.mark.parametrize("shape", [(4, 4), (5, 3), (3, 5), (2, 6, 3), (2, 3, 5)])
+@pytest.mark.parametrize("shape", [(5, 3), (2, 5, 3), (2, 3, 5)])
 @pytest.mark.parametrize("full_matrices", [True, False])
 def test_qr_with_pivoting(shape, full_matrices, dtype):
     """Also wide matrices and batches, where JAX's own derivative is wrong or fails."""
@@ -615,7 +645,7 @@ def test_what_has_no_gradient_says_so(function):
     except NotImplementedError:
         pytest.skip("JAX can't even compute it here")
     with pytest.raises(NotImplementedError, match="gradient"):
-        jax.make_jaxpr(lambda a: our_vjp(function, [a], g, ALL_RULES))(a)
+        jax.make_jaxpr(lambda a: our_vjp(function, [a], g, RULES))(a)
 
 
 @pytest.mark.parametrize(
