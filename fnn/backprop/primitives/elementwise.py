@@ -23,6 +23,9 @@ import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
+from typing import Any
+
+import jax
 import numpy as np
 from jax import lax
 from jax.lax import (
@@ -150,6 +153,11 @@ def _pow_exponent(g, y, a, b):
     return mul(g, mul(log(where_zero(a, 1)), y))
 
 
+def _div_by(g, y, a, b):
+    """−g y / b, divided last: where b was broadcast, the sum has left fewer numbers by then."""
+    return div(neg(summed_to(b, mul(g, y))), b)
+
+
 def _integer_pow(g, y_out, x, *, y):
     """n xⁿ⁻¹."""
     if y == 0:
@@ -169,7 +177,7 @@ def _rem_divisor(g, y, a, b):
 def _share(winner, other):
     """The share of a maximum's gradient: 1 for the larger argument, ½ each at a tie."""
     one, half, none = (number(v, winner) for v in (1, 0.5, 0))
-    shape = jnp.broadcast_shapes(winner.shape, other.shape)
+    shape = jnp.broadcast_shapes(np.shape(winner), np.shape(other))
     tie = select(eq(winner, other), lax.full(shape, half), lax.full(shape, none))
     return select(gt(winner, other), lax.full(shape, one), tie)
 
