@@ -202,6 +202,12 @@ CASES = {
         XS,
     ),
     "operation under vmap": (lambda W, xs: jnp.sum(jax.vmap(lambda x: bend(W @ x))(xs)), W, XS),
+    "linear solve": (lambda A, b: jnp.sum(jnp.linalg.solve(A, b) ** 2), W + 4 * jnp.eye(4), H),
+    "conjugate gradients": (
+        lambda A, b: jnp.sum(jax.scipy.sparse.linalg.cg(lambda x: A @ (A.T @ x) + x, b)[0] ** 2),
+        W,
+        H,
+    ),
     "jit in jit": (lambda x: jax.jit(lambda x: jnp.sum(jax.jit(jnp.sin)(x) * x))(x), H),
 }
 

@@ -409,6 +409,51 @@ def _given(avals, cotangents):
     ]
 
 
+# ------------------------------------------------------------------------------- linear systems
+
+
+def _solve_forward(equation, needed, ins, opaque):
+    outs = equation.apply(ins)
+    return outs, (ins, outs)
+
+
+def _solve_backward(equation, needed, saved, cotangents, opaque):
+    """x = A⁻¹ b: the gradient of b is A⁻ᵀ g, that of A's own variables comes from −A⁻ᵀ g xᵀ.
+
+    A is a function, x ↦ A x; so its gradient is the gradient of −⟨A⁻ᵀ g, A x⟩ at fixed x.
+    """
+    ins, outs = saved
+    lengths, jaxprs = equation.params["const_lengths"], equation.params["jaxprs"]
+    matvec_consts, vecmat_consts, solve_consts, back_consts, b = _cut(ins, *lengths)
+    if jaxprs.transpose_solve is None:
+        raise TypeError("lax.custom_linear_solve without a transpose_solve has no gradient.")
+    g = _given([jax.typeof(x) for x in outs], cotangents)
+
+    def vecmat(x):
+        return jax.core.eval_jaxpr(jaxprs.vecmat.jaxpr, jaxprs.vecmat.consts, *vecmat_consts, *x)
+
+    def solver(closed, consts):
+        return lambda _, b: jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *consts, *b)
+
+    transposed = lax.custom_linear_solve(
+        vecmat,
+        g,
+        solver(jaxprs.transpose_solve, back_consts),
+        solver(jaxprs.solve, solve_consts),
+    )
+    wanted = list(needed[: len(matvec_consts)])
+    found = iter(())
+    if any(wanted):
+        args = [*matvec_consts, *outs]
+        of_a = wanted + [False] * len(outs)
+        tape = sweep.forward(program(close(jaxprs.matvec)), args, of_a, opaque=opaque)
+        gradients = sweep.backward(tape, [lax.neg(t) for t in transposed])
+        inputs = tape.program.inputs[: len(wanted)]
+        found = iter([gradients[i] for i, w in zip(inputs, wanted, strict=True) if w])
+    consts = [next(found) if w else None for w in wanted]
+    return [*consts, *[None] * sum(lengths[1:]), *transposed]
+
+
 # -------------------------------------------------------- rules that people wrote: custom_jvp/vjp
 
 
@@ -473,6 +518,7 @@ RULES = {
     "while": ControlRule(_while_forward, _while_backward),
     "remat2": ControlRule(_checkpoint_forward, _checkpoint_backward),
     "checkpoint": ControlRule(_checkpoint_forward, _checkpoint_backward),
+    "custom_linear_solve": ControlRule(_solve_forward, _solve_backward),
     "custom_jvp_call": THROUGH_JAX,
     "custom_vjp_call": THROUGH_JAX,
 }

@@ -21,11 +21,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-
-import jax.numpy as jnp
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.lax import (
@@ -80,8 +79,10 @@ def summed_to(x, g):
     return lax.expand_dims(lax.reduce_sum(g, axes), axes)
 
 
-def number(value: complex, like) -> np.ndarray:
-    """A constant in the dtype of `like`."""
+def number(value: complex, like) -> Any:
+    """A constant in the dtype of `like`, as weak a type as that."""
+    if jax.typeof(like).weak_type:
+        return lax.full_like(like, value, shape=())
     return np.array(value, like.dtype)
 
 
@@ -280,7 +281,7 @@ ARITHMETIC = {
     ),
     "div": binary(
         lambda g, y, a, b: div(g, b),
-        lambda g, y, a, b: neg(mul(g, div(y, b))),
+        _div_by,
         ("1 / b", "−(a / b) / b"),
     ),
     "rem": binary(lambda g, y, a, b: g, _rem_divisor, ("1", "−trunc(a / b)")),
@@ -300,7 +301,7 @@ POWERS_AND_LOGARITHMS = {
     "cbrt": unary(lambda g, y, x: mul(g, mul(number(1 / 3, y), integer_pow(y, -2))), "1 / 3y²"),
     "exp": unary(lambda g, y, x: mul(g, y), "y"),
     "exp2": unary(lambda g, y, x: mul(mul(g, y), number(math.log(2), y)), "y log(2)"),
-    "expm1": unary(lambda g, y, x: mul(g, exp(x)), "exp(x)"),
+    "expm1": unary(lambda g, y, x: mul(g, add(y, number(1, y))), "y + 1"),
     "log": unary(lambda g, y, x: div(g, x), "1 / x"),
     "log2": unary(lambda g, y, x: div(g, mul(x, number(math.log(2), x))), "1 / (x log(2))"),
     "log1p": unary(lambda g, y, x: div(g, add(x, number(1, x))), "1 / (1 + x)"),
@@ -463,5 +464,5 @@ RULES: dict[str, LocalRule] = {
     **COMPLEX,
     **SPECIAL,
     **SAME,
-    **{name: zero for name in STEPS},
+    **dict.fromkeys(STEPS, zero),
 }
