@@ -43,8 +43,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Literal, Primitive
 from jax.interpreters import ad, batching, mlir
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 class RuleError(TypeError):
@@ -73,6 +77,7 @@ class Operation:
         self._forward: Callable | None = None
         self._backward: Callable | None = None
         self._tangent: Callable | None = None
+        self._edition = 0
         self._primitive = _primitive_of_operation(self.name)
         self._linear_primitive = _primitive_of_linear_map(self.name)
 
@@ -84,8 +89,13 @@ class Operation:
 
         The residuals, any pytree of arrays, are all that `backward` gets to see: keep as
         little as you can. Without a forward they are the positional arguments.
+
+        Raises:
+            RuleError: the function doesn't take the operation's own arguments.
         """
+        self._must_take(function, "forward", self._positional())
         self._forward = function
+        self._edition += 1
         return function
 
     def backward(self, function: Callable) -> Callable:
@@ -100,15 +110,22 @@ class Operation:
         """
         self._must_take(function, "backward", ("residuals", "dy"))
         self._backward = function
+        self._edition += 1
         return function
 
     def tangent(self, function: Callable) -> Callable:
         """Register `function(residuals, *dx, **static) -> dy`, the forward-mode rule; optional.
 
-        Each dx has its argument's structure, with None in the place of integer arrays. Only
+        Each dx has its argument's structure, with None in the place of integer arrays. dy has
+        the value's structure, with None where it is zero or the value is an integer. Only
         needed where `backward` can't be transposed by JAX: where it holds a while loop, say.
+
+        Raises:
+            RuleError: the function doesn't take (residuals, dx, ...) and the static keywords.
         """
+        self._must_take(function, "tangent", ("residuals", *(f"d{n}" for n in self._positional())))
         self._tangent = function
+        self._edition += 1
         return function
 
     def __call__(self, *args, **kwargs):
@@ -118,9 +135,15 @@ class Operation:
             raise TypeError(f"{self.name}: {error}") from None
         bound.apply_defaults()
         leaves, in_tree = jax.tree.flatten(bound.args)
-        call = Call(self, in_tree, self._hashable(bound.kwargs))
-        outs = self._primitive.bind(*_same_varying_axes(self._arrays(leaves, bound)), call=call)
-        return jax.tree.unflatten(call.out_tree([jax.typeof(x) for x in leaves]), outs)
+        static = self._hashable(bound.kwargs)
+        edition = (self._edition, *(type(value) for _, value in static))
+        call = Call(self, in_tree, static, edition)
+        leaves = _same_varying_axes(self._arrays(leaves, bound))
+        out_tree = call.out_tree([jax.typeof(x) for x in leaves])
+        return jax.tree.unflatten(out_tree, self._primitive.bind(*leaves, call=call))
+
+    def __reduce__(self):
+        return self.__qualname__  # copied and pickled by name, like a function
 
     def _arrays(self, leaves, bound):
         for leaf in leaves:
@@ -157,11 +180,18 @@ class Operation:
                 f"{inspect.signature(function)}: {error}."
             ) from None
 
+    def _positional(self) -> tuple[str, ...]:
+        """The names of the positional arguments, two for `*args`."""
+        parameters = self._signature.parameters.values()
+        gathers = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        named = [p.name for p in parameters if p.kind in _POSITIONAL]
+        return self.argument_names(len(named) + 2 * gathers)
+
     def argument_names(self, count: int) -> tuple[str, ...]:
         """The names of `count` positional arguments, numbered where `*args` gathers them."""
         names = []
         for p in self._signature.parameters.values():
-            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD):
+            if p.kind in _POSITIONAL:
                 names.append(p.name)
             elif p.kind is p.VAR_POSITIONAL:
                 names += [f"{p.name}[{i}]" for i in range(count - len(names))]
@@ -207,11 +237,16 @@ def rule(definition: Callable) -> Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """An operation together with what is static in one use of it. All methods take flat lists."""
+    """An operation together with what is static in one use of it. All methods take flat lists.
+
+    edition: what else keeps two uses apart that compare equal: how often the rule has been
+        rewritten (in a notebook, say), and the types of the static values (2 == 2.0 == True).
+    """
 
     operation: Operation
     in_tree: Any
     static: tuple[tuple[str, Hashable], ...]
+    edition: tuple[Hashable, ...] = ()
 
     def __repr__(self):
         return ", ".join(f"{k}={v}" for k, v in self.static) or "()"
@@ -235,35 +270,52 @@ class Call:
 
 
 @dataclasses.dataclass(frozen=True)
+class Axis:
+    """The axis that a `vmap` maps: how long it is and what it is called, if anything."""
+
+    size: int
+    name: Any
+    spmd_name: Any
+
+    @staticmethod
+    def of(axis_data) -> Axis:
+        return Axis(axis_data.size, axis_data.name, axis_data.spmd_name)
+
+    def __repr__(self):
+        return str(self.size)
+
+    def vmap(self, function: Callable, in_axes, out_axes) -> Callable:
+        return jax.vmap(
+            function,
+            in_axes,
+            out_axes,
+            axis_size=self.size,
+            axis_name=self.name,
+            spmd_axis_name=self.spmd_name,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class MappedCall:
     """A call under `vmap`: in_axes[i] is the mapped axis of the i-th array, None if shared."""
 
     call: Call | MappedCall
     in_axes: tuple[int | None, ...]
-    axis_size: int
-    spmd_axis_name: Any = None
+    axis: Axis
 
     def __repr__(self):
-        return f"{self.call} vmapped over {self.axis_size}"
+        return f"{self.call} vmapped over {self.axis}"
 
     @property
     def operation(self):
         return self.call.operation
 
-    def _vmap(self, function, in_axes, out_axes):
-        return jax.vmap(
-            function,
-            in_axes,
-            out_axes,
-            axis_size=self.axis_size,
-            spmd_axis_name=self.spmd_axis_name,
-        )
-
     def primal(self, *leaves):
-        return self._vmap(self.call.primal, self.in_axes, 0)(*leaves)
+        return self.axis.vmap(self.call.primal, self.in_axes, 0)(*leaves)
 
     def forward(self, *leaves) -> tuple[list, Any, MappedLinearMap]:
-        residual_axes = _mapped_residuals(self, tuple(jax.typeof(x) for x in leaves), *_context())
+        in_avals = tuple(jax.typeof(x) for x in leaves)
+        residual_axes = _mapped_residuals(self, in_avals, *_context())
         derivatives = []
 
         def outs_and_residuals(*leaves):
@@ -271,18 +323,20 @@ class MappedCall:
             derivatives.append(linear)
             return outs, residuals
 
-        outs, residuals = self._vmap(outs_and_residuals, self.in_axes, (0, residual_axes))(*leaves)
-        inner = derivatives[0]
-        dx_axes = tuple(a for a, is_in in zip(self.in_axes, inner.takes, strict=True) if is_in)
-        axes = tuple(jax.tree.leaves(residual_axes, is_leaf=lambda a: a is None))
-        structure = jax.tree.structure(residuals)
-        return (
-            outs,
-            residuals,
-            MappedLinearMap(
-                inner, structure, axes, dx_axes, inner.takes, self.axis_size, self.spmd_axis_name
-            ),
+        outs, residuals = self.axis.vmap(outs_and_residuals, self.in_axes, (0, residual_axes))(
+            *leaves
         )
+        inner = derivatives[0]
+        takes = _where(inner.takes)
+        linear = MappedLinearMap(
+            inner,
+            tuple(jax.tree.leaves(residual_axes, is_leaf=lambda a: a is None)),
+            tuple(self.in_axes[i] for i in takes),
+            tuple(in_avals[i] for i in takes),
+            inner.takes,
+            self.axis,
+        )
+        return outs, residuals, linear
 
 
 @functools.lru_cache(maxsize=4096)
@@ -293,7 +347,7 @@ def _mapped_residuals(mapped: MappedCall, in_avals, *context):
     broadcast to the batch it would cost batch-size times its memory and a batch of
     matrix-vector products where one matrix product does.
     """
-    is_mapped = []
+    is_mapped: list[bool] = []
 
     @jax.custom_batching.custom_vmap
     def observe(*leaves):
@@ -311,7 +365,9 @@ def _mapped_residuals(mapped: MappedCall, in_avals, *context):
         flat, structure = jax.tree.flatten(mapped.call.forward(*leaves)[1])
         return observe(*flat) if flat else ()
 
-    jax.eval_shape(mapped._vmap(residuals_of, mapped.in_axes, 0), *in_avals)
+    jax.eval_shape(mapped.axis.vmap(residuals_of, mapped.in_axes, 0), *in_avals)
+    # JAX doesn't call the rule above where nothing is mapped.
+    is_mapped = is_mapped or [False] * structure.num_leaves
     return jax.tree.unflatten(structure, [0 if m else None for m in is_mapped])
 
 
@@ -365,8 +421,7 @@ class LinearMap:
             dy = op._tangent(
                 jax.tree.unflatten(self.residual_tree, residuals), *dx, **dict(self.call.static)
             )
-            leaves = self.out_tree.flatten_up_to(dy)
-            return [d for d, a in zip(leaves, self.out_avals, strict=True) if _is_inexact(a)]
+            return _flat_tangents(op.name, self.out_tree, self.out_avals, dy)
 
         def from_dys(*dys):
             cotangents = self.backward(residuals, self._with_integer_outputs(dys))
@@ -387,39 +442,37 @@ class LinearMap:
 
 @dataclasses.dataclass(frozen=True)
 class MappedLinearMap:
-    """A linear map under vmap; an axis is None for what all examples share."""
+    """A linear map under vmap; an axis is None for what all examples share.
+
+    dx_avals: the types of the tangents it takes.
+    takes: of which of the call's arrays it takes a tangent.
+    """
 
     linear: LinearMap | MappedLinearMap
-    residual_tree: Any
     residual_axes: tuple[int | None, ...]
     dx_axes: tuple[int | None, ...]
+    dx_avals: tuple
     takes: tuple[bool, ...]
-    axis_size: int
-    spmd_axis_name: Any = None
+    axis: Axis
 
     def __repr__(self):
-        return f"{self.linear} vmapped over {self.axis_size}"
-
-    def _vmap(self, function, in_axes, out_axes):
-        return jax.vmap(
-            function,
-            in_axes,
-            out_axes,
-            axis_size=self.axis_size,
-            spmd_axis_name=self.spmd_axis_name,
-        )
+        return f"{self.linear} vmapped over {self.axis}"
 
     def restrict(self, keep: Sequence[bool]) -> MappedLinearMap:
         return dataclasses.replace(
             self,
             linear=self.linear.restrict(keep),
-            dx_axes=tuple(a for a, k in zip(self.dx_axes, keep, strict=True) if k),
+            dx_axes=tuple(self.dx_axes[i] for i in _where(keep)),
+            dx_avals=tuple(self.dx_avals[i] for i in _where(keep)),
             takes=_restrict(self.takes, keep),
         )
 
     def tangent(self, residuals: Sequence, dxs: Sequence) -> list:
         axes = (list(self.residual_axes), list(self.dx_axes))
-        return self._vmap(self.linear.tangent, axes, 0)(list(residuals), list(dxs))
+        return self.axis.vmap(self.linear.tangent, axes, 0)(list(residuals), list(dxs))
+
+    def _tangent_at(self, residuals, *dxs):
+        return self.tangent(residuals, dxs)
 
     def full_backward(self, residuals: Sequence, dys: Sequence) -> list:
         """Each example's gradients where arguments are mapped; their sum where they are shared.
@@ -436,7 +489,7 @@ class MappedLinearMap:
         if not all(is_shared):
             is_mapped = [not s for s in is_shared]
             own = self.restrict(is_mapped)
-            vmapped = self._vmap(
+            vmapped = self.axis.vmap(
                 own.linear.full_backward, (list(self.residual_axes), 0), list(own.dx_axes)
             )
             for i, g in zip(_where(is_mapped), vmapped(list(residuals), list(dys)), strict=True):
@@ -445,11 +498,10 @@ class MappedLinearMap:
 
     def _summed(self, residuals, dys):
         if _base(self).call.operation._tangent is None:
-            avals = _unmapped_avals(self)
-            transpose = jax.linear_transpose(lambda *dxs: self.tangent(residuals, dxs), *avals)
-            return transpose(list(dys))
+            tangent = functools.partial(self._tangent_at, residuals)
+            return jax.linear_transpose(tangent, *self.dx_avals)(list(dys))
         # A hand-written tangent need not be transposable: sum the gradients themselves.
-        vmapped = self._vmap(self.linear.full_backward, (list(self.residual_axes), 0), 0)
+        vmapped = self.axis.vmap(self.linear.full_backward, (list(self.residual_axes), 0), 0)
         return [
             None if g is None else jnp.sum(g, axis=0, dtype=g.dtype)
             for g in vmapped(list(residuals), list(dys))
@@ -460,16 +512,6 @@ def _base(linear) -> LinearMap:
     while isinstance(linear, MappedLinearMap):
         linear = linear.linear
     return linear
-
-
-def _unmapped_avals(linear) -> list:
-    """The types of the arguments of a linear map, none of which the outermost vmap maps."""
-    if isinstance(linear, LinearMap):
-        return [a for a, t in zip(linear.in_avals, linear.takes, strict=True) if t]
-    return [
-        a if axis is None else _with_axis(a, axis, linear.axis_size)
-        for a, axis in zip(_unmapped_avals(linear.linear), linear.dx_axes, strict=True)
-    ]
 
 
 # ----------------------------------------------------------------------- is the rule well-formed?
@@ -525,6 +567,7 @@ def _checked_linear_map(call: Call, in_avals, *context) -> LinearMap:
 
     if not nothing_flows:
         jaxpr = jax.make_jaxpr(gradients)(residual_leaves, dy_avals)
+        _must_be_closed(f"{op.name}.backward", jaxpr)
         _must_be_linear(op, jaxpr, len(residual_leaves), call, in_avals, has_gradient)
     return dataclasses.replace(linear, takes=tuple(has_gradient))
 
@@ -574,7 +617,29 @@ def _flat_gradients(call: Call, in_avals, grads) -> list:
                     f"{op.name}.backward: the gradient of argument '{name}' has dtype "
                     f"{got.dtype}, but '{name}' of shape {aval.shape} has dtype {aval.dtype}."
                 )
-            flat.append(jnp.asarray(leaf, aval.dtype))
+            keep = got.dtype == aval.dtype and got.weak_type == aval.weak_type
+            flat.append(leaf if keep else jnp.asarray(leaf, aval.dtype))
+    return flat
+
+
+def _flat_tangents(name, out_tree, out_avals, dy) -> list:
+    """What `tangent` returned, as one array for each inexact array of the value."""
+    try:
+        leaves = out_tree.flatten_up_to(dy)
+    except ValueError as error:
+        raise RuleError(f"{name}.tangent returned the wrong structure: {error}.") from None
+    flat = []
+    for d, aval in zip(leaves, out_avals, strict=True):
+        if not _is_inexact(aval):
+            continue
+        d = jnp.zeros(aval.shape, aval.dtype) if d is None else d
+        got = jax.typeof(d)
+        if got.shape != aval.shape or (got.dtype != aval.dtype and not got.weak_type):
+            raise RuleError(
+                f"{name}.tangent returned a dy of shape {got.shape} and dtype {got.dtype}, but "
+                f"the value of {name} has shape {aval.shape} and dtype {aval.dtype}."
+            )
+        flat.append(jnp.asarray(d, aval.dtype))
     return flat
 
 
@@ -585,7 +650,7 @@ def _must_be_linear(op, closed, num_residuals, call, in_avals, has_gradient):
     jaxpr, invars = closed.jaxpr, closed.jaxpr.invars
     shapes = ", ".join(str(v.aval.shape) for v in invars[num_residuals:])
     depends = [_CONSTANT] * num_residuals + [_LINEAR] * (len(invars) - num_residuals)
-    for how, (name, shape) in zip(_dependence(jaxpr, depends), of, strict=True):
+    for how, (name, shape) in zip(_dependence(closed, depends), of, strict=True):
         if how == _CONSTANT:
             how = "doesn't depend on dy at all (a gradient of zero is written None)"
         if how not in (_ZERO, _LINEAR):
@@ -622,24 +687,24 @@ _SUMS = ("add", "sub", "add_any", "concatenate", "select_n")
 _KEEP_ZERO = ("broadcast_in_dim", "convert_element_type", "reshape", "neg", "copy", "transpose")
 
 
-def _dependence(jaxpr, in_dependences: Sequence[str]) -> list[str]:
+def _dependence(closed, in_dependences: Sequence[str]) -> list[str]:
     """How each output depends on dy, given how the inputs do.
 
     JAX's transposition drops constant terms silently (`dy + 1` transposes like `dy`), so
     complain where a constant that isn't known to be zero is added to a term in dy, or takes
     its place in a `where`.
     """
+    jaxpr = closed.jaxpr
     known = dict(zip(jaxpr.invars, in_dependences, strict=True))
+    known.update((v, _of_constant(c)) for v, c in zip(jaxpr.constvars, closed.consts, strict=True))
 
     def read(v):
-        if isinstance(v, Literal):
-            return _ZERO if jnp.ndim(v.val) == 0 and v.val == 0 else _CONSTANT
-        return known.get(v, _CONSTANT)
+        return _of_constant(v.val) if isinstance(v, Literal) else known[v]
 
     for eqn in jaxpr.eqns:
         name, ins = eqn.primitive.name, [read(v) for v in eqn.invars]
         if name == "jit":
-            known.update(zip(eqn.outvars, _dependence(eqn.params["jaxpr"].jaxpr, ins), strict=True))
+            known.update(zip(eqn.outvars, _dependence(eqn.params["jaxpr"], ins), strict=True))
             continue
         bad = [how for how in ins if how not in (_ZERO, _CONSTANT, _LINEAR)]
         terms = ins[1:] if name == "select_n" else ins
@@ -662,6 +727,11 @@ def _dependence(jaxpr, in_dependences: Sequence[str]) -> list[str]:
             out = _CONSTANT
         known.update(dict.fromkeys(eqn.outvars, out))
     return [read(v) for v in jaxpr.outvars]
+
+
+def _of_constant(value) -> str:
+    is_key = jax.dtypes.issubdtype(jax.typeof(value).dtype, jax.dtypes.extended)
+    return _CONSTANT if is_key or np.any(np.asarray(value)) else _ZERO
 
 
 def _leaf_names(call: Call) -> list[str]:
@@ -703,9 +773,29 @@ def _primitive_of_operation(name: str) -> Primitive:
         if all(axis is None for axis in axes):
             outs = primitive.bind(*leaves, call=call)
             return outs, [None] * len(outs)
-        mapped = MappedCall(call, tuple(axes), axis_data.size, axis_data.spmd_name)
+        mapped = MappedCall(call, tuple(axes), Axis.of(axis_data))
         outs = primitive.bind(*leaves, call=mapped)
         return outs, [0] * len(outs)
+
+    def transpose(cotangents, *arrays, call):
+        """Of an operation that is itself linear, such as `W @ x` in x; JAX refuses the others."""
+        unknown = [ad.is_undefined_primal(x) for x in arrays]
+        out_avals = _out_avals(call, tuple(_aval(x) for x in arrays), *_context())
+
+        def linear(*xs):
+            given = iter(xs)
+            full = [next(given) if u else x for u, x in zip(unknown, arrays, strict=True)]
+            outs = call.primal(*full)
+            return [y for y, a in zip(outs, out_avals, strict=True) if _is_inexact(a)]
+
+        cts = [
+            ad.instantiate_zeros(ct)
+            for ct, a in zip(cotangents, out_avals, strict=True)
+            if _is_inexact(a)
+        ]
+        avals = [arrays[i].aval for i in _where(unknown)]
+        found = iter(jax.linear_transpose(linear, *avals)(cts))
+        return [next(found) if u else None for u in unknown]
 
     def abstract_eval(*in_avals, call):
         return _out_avals(call, in_avals, *_context())
@@ -713,6 +803,7 @@ def _primitive_of_operation(name: str) -> Primitive:
     primitive.def_impl(lambda *leaves, call: compiled(*leaves, call=call))
     primitive.def_abstract_eval(abstract_eval)
     ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose
     batching.fancy_primitive_batchers[primitive] = batch
     mlir.register_lowering(primitive, mlir.lower_fun(lambda *leaves, call: call.primal(*leaves)))
     return primitive
@@ -779,12 +870,11 @@ def _primitive_of_linear_map(name: str) -> Primitive:
             return outs, [None] * len(outs)
         mapped = MappedLinearMap(
             linear,
-            None,
             tuple(axes[:num_residuals]),
             tuple(axes[num_residuals:]),
+            tuple(jax.typeof(x) for x in arrays[num_residuals:]),
             linear.takes,
-            axis_data.size,
-            axis_data.spmd_name,
+            Axis.of(axis_data),
         )
         outs = primitive.bind(*arrays, linear=mapped, **params)
         return outs, [0] * len(outs)
@@ -826,11 +916,27 @@ def _linear_out_avals(linear, num_residuals, in_avals, *context):
 def _out_tree(call: Call, shapes, *context):
     args = jax.tree.unflatten(call.in_tree, [jax.ShapeDtypeStruct(s, d) for s, d in shapes])
     definition = functools.partial(call.operation.definition, **dict(call.static))
-    return jax.tree.structure(jax.eval_shape(definition, *args))
+    closed, shape = jax.make_jaxpr(definition, return_shape=True)(*args)
+    _must_be_closed(call.operation.name, closed)
+    return jax.tree.structure(shape)
+
+
+def _must_be_closed(name, closed_jaxpr):
+    """A traced value from outside would get no gradient, and leak out of its trace."""
+    for const in closed_jaxpr.consts:
+        if isinstance(const, jax.core.Tracer):
+            raise RuleError(
+                f"{name} uses a traced value of shape {const.shape} and dtype {const.dtype} from "
+                "the function around it. Pass it as a positional argument."
+            )
 
 
 def _shape_and_dtype(aval):
     return aval.shape, aval.dtype
+
+
+def _aval(x):
+    return x.aval if ad.is_undefined_primal(x) else jax.typeof(x)
 
 
 def _is_inexact(aval) -> bool:
@@ -839,12 +945,6 @@ def _is_inexact(aval) -> bool:
 
 def _zeros_or_none(aval):
     return jnp.zeros(aval.shape, aval.dtype) if _is_inexact(aval) else None
-
-
-def _with_axis(aval, axis, size):
-    shape = list(aval.shape)
-    shape.insert(axis, size)
-    return jax.core.ShapedArray(tuple(shape), aval.dtype)
 
 
 def _restrict(takes, keep):
@@ -879,7 +979,7 @@ def _same_varying_axes(arrays):
     if not union or all(a == union for a in axes):
         return arrays
     return [
-        x if a == union else jax.lax.pcast(x, tuple(union - a), to="varying")
+        x if a == union else jax.lax.pcast(x, tuple(sorted(union - a, key=str)), to="varying")
         for x, a in zip(arrays, axes, strict=True)
     ]
 
