@@ -234,3 +234,22 @@ def test_export():
     f = jax.jit(fnn.grad(lambda x: mlp(PARAMS, x)))
     exported = jax.export.export(f, platforms=["cpu", "cuda", "tpu"])(X)
     same(exported.call(X), jax.grad(mlp, 1)(PARAMS, X))
+
+
+def test_explicit_sharding():
+    mesh = jax.make_mesh((2, 2), ("d", "m"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    with jax.sharding.use_mesh(mesh) if hasattr(jax.sharding, "use_mesh") else jax.set_mesh(mesh):
+        xs = jax.device_put(normal(8, 6), P("d", None))
+        W1 = jax.device_put(normal(6, 4), P(None, "m"))
+        b = jax.device_put(normal(4), P("m"))
+        W2 = jax.device_put(normal(4, 2), P("m", None))
+
+        def f(W1, b, W2):
+            h = jnp.tanh(xs @ W1 + b)
+            y = jnp.einsum("bh,ho->bo", h, W2, out_sharding=P("d", None))
+            return jnp.mean(jax.nn.logsumexp(y, axis=-1) * y.reshape(8, 2)[:, 0])
+
+        got, want = (jax.jit(g(f, (0, 1, 2)))(W1, b, W2) for g in (fnn.grad, jax.grad))
+        for a, b in zip(got, want, strict=True):
+            assert jax.typeof(a).sharding == jax.typeof(b).sharding
+            np.testing.assert_allclose(a, b, rtol=1e-12)
