@@ -1,0 +1,105 @@
+"""Numbers, arrays and tables as short text: what the graph's table, steps and picture share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy
+
+
+def number(x, digits: int = 4) -> str:
+    """A scalar with a few significant digits: -4, 0.7311, 1e-05."""
+    if jnp.issubdtype(x.dtype, jnp.bool_):
+        return str(bool(x))
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return str(int(x))
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return f"{complex(x):.{digits}g}"
+    return f"{float(x) + 0.0:.{digits}g}"  # + 0.0 makes -0 a 0
+
+
+def shape(dims: Sequence[int]) -> str:
+    """(3, 4), () or (3,), as Python writes it."""
+    return str(tuple(dims))
+
+
+def type_of(dims: Sequence[int], dtype) -> str:
+    """float32[3, 4], and float32 for a scalar."""
+    return f"{dtype}{list(dims)}" if dims else str(dtype)
+
+
+def is_concrete(x: Any) -> bool:
+    """Are its numbers there to be read: no tracer, no key, all of it on this host?"""
+    if x is None or isinstance(x, jax.core.Tracer):
+        return False
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+        return False
+    return getattr(x, "is_fully_addressable", True)
+
+
+def value(x: Any, digits: int = 4, numbers: int = 3) -> str:
+    """An array in one short phrase: a number, a few `numbers`, or the range of many."""
+    if not is_concrete(x):
+        return "" if x is None else _what_it_is(x)
+    array = numpy.asarray(x)
+    if array.ndim == 0:
+        return number(array[()], digits)
+    if array.size == 0:
+        return "empty"
+    if array.ndim == 1 and array.size <= numbers:
+        return "[" + ", ".join(number(a, digits) for a in array) + "]"
+    if jnp.issubdtype(array.dtype, jnp.bool_):
+        return f"{int(array.sum())} of {array.size} true"
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        return norm(x, "·", digits)
+    low, high = number(array.min(), 3), number(array.max(), 3)
+    return _not_finite(array) or (f"all {low}" if low == high else f"{low} … {high}")
+
+
+def gradient(x: Any, digits: int = 4, numbers: int = 3) -> str:
+    """A scalar's gradient as a number, an array's as its Euclidean norm ‖g‖."""
+    if not is_concrete(x):
+        return "" if x is None else _what_it_is(x)
+    array = numpy.asarray(x)
+    if array.ndim == 0:
+        return number(array[()], digits)
+    if array.ndim == 1 and 0 < array.size <= numbers:
+        return value(x, digits)
+    return norm(x, "g", digits)
+
+
+def norm(x, letter: str, digits: int = 4) -> str:
+    """The Euclidean norm, `‖g‖ 0.031`."""
+    array = numpy.asarray(x)
+    is_complex = jnp.issubdtype(array.dtype, jnp.complexfloating)
+    array = (numpy.abs(array) if is_complex else array).astype(float)
+    return _not_finite(array) or f"‖{letter}‖ {numpy.linalg.norm(array):.{min(digits, 3)}g}"
+
+
+def _not_finite(array) -> str:
+    """`7 NaN`, so that a broken gradient shows where it broke."""
+    array = array.astype(float)
+    nan, infinite = int(numpy.isnan(array).sum()), int(numpy.isinf(array).sum())
+    return ", ".join(f"{n} {what}" for n, what in ((nan, "NaN"), (infinite, "inf")) if n)
+
+
+def _what_it_is(x) -> str:
+    return "traced" if isinstance(x, jax.core.Tracer) else "key"
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """An aligned table; the columns in `right` are set flush right, empty columns left out."""
+    kept = [c for c in range(len(header)) if any(row[c] for row in rows)]
+    widths = [max(len(row[c]) for row in [header, *rows]) for c in kept]
+    lines = [
+        "  ".join(
+            row[c].rjust(w) if c in right else row[c].ljust(w)
+            for c, w in zip(kept, widths, strict=True)
+        ).rstrip()
+        for row in [header, *rows]
+    ]
+    rule = "  ".join("─" * w for w in widths)
+    return "\n".join([lines[0], rule, *lines[1:]])
