@@ -1,6 +1,42 @@
-"""fnn: neural networks as pure functions, with a backward pass written by hand."""
+"""fnn: neural networks as pure functions, with a backward pass written by hand.
 
+    rule                        an operation from its forward and backward
+    graph                       a function as its computational graph
+    grad, value_and_grad, vjp   backpropagation by the hand-written rules
+    check_rule, check_grads     rules against autodiff against finite differences
+    ops                         activations and losses
+    layers, initializers        networks, as pairs of pure functions
+    train_step, fit             training
+    plot                        pictures of training
+"""
+
+from fnn import initializers, layers, ops, plot
 from fnn.backprop import Graph, grad, graph, value_and_grad, vjp
+from fnn.layers import summary
 from fnn.operation import Operation, RuleError, rule
+from fnn.train import FitResult, NonFiniteError, State, TrainStep, evaluate, fit, train_step
 
-__all__ = ["Graph", "Operation", "RuleError", "grad", "graph", "rule", "value_and_grad", "vjp"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "FitResult",
+    "Graph",
+    "NonFiniteError",
+    "Operation",
+    "RuleError",
+    "State",
+    "TrainStep",
+    "evaluate",
+    "fit",
+    "grad",
+    "graph",
+    "initializers",
+    "layers",
+    "ops",
+    "plot",
+    "rule",
+    "summary",
+    "train_step",
+    "value_and_grad",
+    "vjp",
+]
