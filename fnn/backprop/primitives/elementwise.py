@@ -5,7 +5,7 @@ local gradient) times the upstream gradient g. Where the output y makes the deri
 cheaper, it is used: it is there already, and the input need not be kept.
 
     y = tanh(x)      g · (1 + y)(1 − y)              y = a·b       g · b,  g · a
-    y = exp(x)       g · y                           y = a / b     g / b,  −g · y / b
+    y = exp(x)       g · y                           y = a / b     g / b,  −g · a / b²
 
 Kinks follow JAX: `max(a, b)` splits the gradient evenly at a tie, `|x|` has slope 1 at 0,
 `clamp` passes nothing to x at its bounds, `floor`, `sign` and comparisons pass nothing at all.
@@ -154,11 +154,6 @@ def _pow_exponent(g, y, a, b):
     return mul(g, mul(log(where_zero(a, 1)), y))
 
 
-def _div_by(g, y, a, b):
-    """−g y / b, divided last: where b was broadcast, the sum has left fewer numbers by then."""
-    return div(neg(summed_to(b, mul(g, y))), b)
-
-
 def _integer_pow(g, y_out, x, *, y):
     """n xⁿ⁻¹."""
     if y == 0:
@@ -281,8 +276,8 @@ ARITHMETIC = {
     ),
     "div": binary(
         lambda g, y, a, b: div(g, b),
-        _div_by,
-        ("1 / b", "−(a / b) / b"),
+        lambda g, y, a, b: neg(mul(mul(g, integer_pow(b, -2)), a)),
+        ("1 / b", "−a / b²"),
     ),
     "rem": binary(lambda g, y, a, b: g, _rem_divisor, ("1", "−trunc(a / b)")),
     "square": unary(lambda g, y, x: mul(g, mul(number(2, x), x)), "2x"),
