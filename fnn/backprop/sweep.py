@@ -74,8 +74,8 @@ def forward(
 
     values = program.values(args)
     active = [False] * len(values)
-    for i, wanted in zip(program.inputs, needed, strict=True):
-        active[i] = wanted and is_inexact(program.avals[i])
+    for i, is_needed in zip(program.inputs, needed, strict=True):
+        active[i] = is_needed and is_inexact(program.avals[i])
     visits = []
     for equation in program.equations:
         ins = [values[i] for i in equation.ins]
@@ -100,7 +100,7 @@ def forward(
 def backward(
     tape: Tape,
     cotangents: Sequence,
-    observe: Callable[[Visit, list, list], None] | None = None,
+    observe: Callable[[Visit, list, Sequence], None] | None = None,
 ) -> list:
     """The reverse sweep: the gradient of each value, None where it is zero.
 

@@ -237,7 +237,7 @@ def _zeros_of_slot(aval):
 
 def _shared_slots(types) -> list:
     """For each type, as many slots as the branch with the most residuals of it needs."""
-    slots = []
+    slots: list = []
     for own in types:
         missing = list(own)
         for slot in slots:
