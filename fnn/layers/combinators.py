@@ -157,24 +157,24 @@ def _gather(params: dict[str | int, Any]) -> Any:
 
 def _each(combinator: str, parts: dict, params: Any) -> Iterator[tuple[str | int, Layer, Any]]:
     """Each part with its own parameters."""
-    if all(isinstance(name, int) for name in parts):
+    if isinstance(params, tuple) and not params:
+        own = {}  # no parameters: a chain by name left them out
+    elif all(isinstance(name, int) for name in parts):
         if not isinstance(params, (tuple, list)) or len(params) != len(parts):
-            got = f"{type(params).__name__} of {len(jax.tree.leaves(params))} arrays"
-            if isinstance(params, (tuple, list)):
-                got = f"{type(params).__name__} of {len(params)}"
+            size = f" of {len(params)}" if isinstance(params, (tuple, list)) else ""
             raise ValueError(
                 f"{combinator}: wants its parameters as a tuple with an entry for each of its "
-                f"{len(parts)} parts, but got a {got}."
+                f"{len(parts)} parts, but got a {type(params).__name__}{size}."
             )
         own = dict(enumerate(params))
     else:
-        own = {} if isinstance(params, tuple) and params == () else params
-        if not isinstance(own, dict) or set(own) - set(parts):
-            got = sorted(own) if isinstance(own, dict) else type(own).__name__
+        if not isinstance(params, dict) or set(params) - set(parts):
+            got = sorted(params) if isinstance(params, dict) else f"a {type(params).__name__}"
             raise ValueError(
                 f"{combinator}: wants its parameters as a dict with keys among {list(parts)}, "
                 f"but got {got}."
             )
+        own = params
     for name, part in parts.items():
         yield name, part, own.get(name, ())
 

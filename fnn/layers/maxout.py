@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from fnn.initializers import Initializer, lecun_normal, zeros
 from fnn.layers.layer import Layer, constructor
 from fnn.layers.linear import last_axis, parameter_dtype, weight_and_bias
+from fnn.ops.activations import maxout
 
 
 @constructor
@@ -63,6 +64,6 @@ def Maxout(
                 f"({W.shape[-1]},), but got {x.shape}."
             )
         z = jnp.einsum("poi,...i->...po", W, x)
-        return jnp.max(z if b is None else z + b, axis=-2)
+        return maxout(z if b is None else z + b, axis=-2)
 
     return Layer(init, apply)

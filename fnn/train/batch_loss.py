@@ -50,7 +50,7 @@ def batch_losses(loss: Loss, params: Any, batch: Any, size: int, key: Any = None
     """
 
     def of_example(example, *key):
-        return _scalar_and_metrics(loss, loss(params, example, *key))
+        return scalar_and_metrics(loss, loss(params, example, *key))
 
     if key is None:
         return jax.vmap(of_example)(batch)
@@ -68,7 +68,8 @@ def mean_metrics(metrics: dict) -> dict:
     return {name: jnp.mean(value, axis=0) for name, value in metrics.items()}
 
 
-def _scalar_and_metrics(loss: Loss, out: Any):
+def scalar_and_metrics(loss: Loss, out: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What a loss returned for one example, as a pair; or an error that says what it must be."""
     name, metrics = name_of(loss), {}
     if isinstance(out, tuple):
         if len(out) != 2 or not isinstance(out[1], dict):

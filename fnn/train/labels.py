@@ -16,7 +16,7 @@ import numpy as np
 
 from fnn.jaxpr import Equation, Program, program, trace
 from fnn.operation import MappedCall
-from fnn.train.batch_loss import Loss
+from fnn.train.batch_loss import Loss, scalar_and_metrics
 from fnn.train.state import path_name
 
 # What leaves the numbers of an array as they are.
@@ -60,7 +60,8 @@ def find_labels(loss: Loss, params: Any, example: Any, key: Any = None) -> tuple
     keys = () if key is None else (key,)
 
     def of_leaves(params, keys, *leaves):
-        return jax.tree.leaves(loss(params, jax.tree.unflatten(tree, leaves), *keys))
+        out = loss(params, jax.tree.unflatten(tree, leaves), *keys)
+        return jax.tree.leaves(scalar_and_metrics(loss, out))
 
     flat = program(trace(of_leaves, (params, keys, *leaves)))
     inputs = {number: i for i, number in enumerate(flat.inputs[-len(leaves) :])}

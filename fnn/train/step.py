@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fnn.backprop import value_and_grad
 from fnn.train.bad_input import batch_size, check_no_nan, describe_nonfinite
 from fnn.train.batch_loss import Loss, mean_loss, mean_metrics, takes_key
 from fnn.train.labels import Labels, check_labels, describe_bad_labels, find_labels
@@ -20,8 +21,6 @@ from fnn.train.nonfinite import (
     square_norms,
 )
 from fnn.train.state import State, check_params, initial_state
-
-value_and_grad = jax.value_and_grad
 
 NonFinite = Literal["raise", "skip", "ignore"]
 
@@ -132,7 +131,7 @@ class TrainStep:
         self._reports.read()
         labels = self._look_at(state, batch, key)
         state, metrics, report = self._compiled(state, batch, key)
-        if report is not None and not isinstance(report, jax.core.Tracer):
+        if report is not None and not _is_traced(report):
             structure = jax.tree.structure(state.params)
 
             def error(found):
@@ -154,7 +153,6 @@ class TrainStep:
 
     def _step(self, state: State, batch: Any, key: Any):
         size = batch_size(batch)
-        _check_opt_state(self.optimizer, state)
 
         def mean(params):
             return mean_loss(self.loss, params, batch, size, key)
@@ -193,7 +191,7 @@ class TrainStep:
             lambda: (state, report(state, losses, squares)),
         )
         if self._nonfinite == "skip":
-            return new, metrics | {"skipped": jnp.where(good, 0.0, 1.0)}, None
+            return new, metrics | {"skipped": (~good).astype(jnp.float32)}, None
         return new, metrics, told
 
     # ------------------------------------------------------------------ checks, on the host
@@ -208,14 +206,14 @@ class TrainStep:
         leaves, tree = jax.tree.flatten(batch)
         shapes = tuple((np.shape(x), getattr(x, "dtype", None)) for x in leaves)
         widths = tuple(np.shape(p) for p in jax.tree.leaves(state.params))
-        kind = (tree, shapes, widths, key is None)
+        kind = (tree, shapes, jax.tree.structure(state), widths, key is None)
         if kind not in self._known:
             self._known[kind] = self._meet(state, batch, key)
         labels = self._known[kind]
         if self._check and labels:
             on_host = tuple(lb for lb in labels if isinstance(leaves[lb.leaf], np.ndarray))
             check_labels(batch, on_host)
-        if getattr(state.step, "is_deleted", bool)():
+        if _is_donated(state):
             raise ValueError(
                 "this state was given to a step already, which donated its memory to the state "
                 "that it returned: write `state, metrics = step(state, batch)` and go on from "
@@ -226,6 +224,7 @@ class TrainStep:
     def _meet(self, state: State, batch: Any, key: Any) -> tuple[Labels, ...]:
         check_key(self.loss, self._takes_key, key)
         check_params(state.params)
+        _check_opt_state(self.optimizer, state)
         batch_size(batch)
         if not self._check:
             return ()
@@ -252,7 +251,7 @@ def check_values(loss: Loss, params: Any, data: Any, key: Any, name: str) -> tup
     """
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], _canonical(x)), data)
     labels = find_labels(loss, params, example, key)
-    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(data)):
+    if not any(map(_is_traced, jax.tree.leaves(data))):
         check_no_nan(data, name)
         check_labels(data, labels, name)
     return labels
@@ -260,6 +259,15 @@ def check_values(loss: Loss, params: Any, data: Any, key: Any, name: str) -> tup
 
 def _canonical(x) -> Any:
     return jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
+
+
+def _is_donated(state: State) -> bool:
+    step = state.step
+    return isinstance(step, jax.Array) and not _is_traced(step) and step.is_deleted()
+
+
+def _is_traced(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer)
 
 
 def _steepest(g: jax.Array) -> jax.Array:
