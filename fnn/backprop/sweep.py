@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 
-from fnn.backprop.local import LocalRule
+from fnn.backprop.local import LocalRule, zero
 from fnn.jaxpr import Equation, Program, is_inexact, zeros
 
 
@@ -91,7 +91,7 @@ def forward(
                 outs, saved = rule.forward(equation, wanted, ins, opaque)
             visits.append(Visit(equation, rule, wanted, saved))
             for i in equation.outs:
-                active[i] = is_inexact(program.avals[i])
+                active[i] = rule is not zero and is_inexact(program.avals[i])
         for i, value in zip(equation.outs, outs, strict=True):
             values[i] = value
     return Tape(program, values, visits, opaque)
