@@ -1,0 +1,50 @@
+"""What the operations ask of their arguments, and the errors when they don't get it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def must_be_real(op: str, **arrays: jax.Array) -> None:
+    """Raise a TypeError unless every array holds real floating-point numbers.
+
+    Integers are refused rather than converted: which floating dtype was meant is for the
+    caller to say.
+    """
+    for name, x in arrays.items():
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(_wanted(op, name, x, "a real floating dtype"))
+
+
+def must_be_real_or_complex(op: str, **arrays: jax.Array) -> None:
+    """Raise a TypeError unless every array holds floating-point numbers, real or complex."""
+    for name, x in arrays.items():
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise TypeError(_wanted(op, name, x, "a floating or complex dtype"))
+
+
+def _wanted(op, name, x, what):
+    return (
+        f"{op}: argument '{name}' of shape {x.shape} has dtype {x.dtype}, wanted {what} "
+        f"(convert it: {name}.astype(jnp.float32))."
+    )
+
+
+def axes_of(op: str, x: jax.Array, axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """The axes of x that `axis` names, counted from 0; all of them for None.
+
+    Raises:
+        ValueError: x has no such axis.
+    """
+    axes = range(x.ndim) if axis is None else (axis,) if isinstance(axis, int) else axis
+    for a in axes:
+        if not -x.ndim <= a < x.ndim:
+            raise ValueError(
+                f"{op}: axis {axis} is out of range for the argument of shape {x.shape}, wanted "
+                f"one from {-x.ndim} to {x.ndim - 1}."
+                if x.ndim
+                else f"{op}: wanted an argument with at least one axis, but got a scalar "
+                f"(shape ()), and axis={axis}."
+            )
+    return tuple(a % x.ndim for a in axes)

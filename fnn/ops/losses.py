@@ -1,0 +1,381 @@
+"""Loss functions of one example: forward and backward side by side.
+
+A loss is written for one example; `jax.vmap` makes it the losses of a batch, and their mean is
+what training minimises. `softmax_cross_entropy` and `multiclass_hinge` classify: scores of
+shape `(classes,)` give a scalar, and scores of shape `(positions, classes)`, as those of a
+language model, one number for each position. The other losses sum over all entries of the
+example, as the lecture does, and give a scalar.
+
+The loss has the dtype of the logits, scores or prediction, which must be real floating-point
+(else TypeError); labels and targets are converted to it. Shapes that don't fit raise a
+ValueError. A label outside 0 … classes − 1 can't raise when compiled: it gives a loss of NaN and
+a gradient of NaN, rather than a plausible number.
+
+"The lecture" is Stanford's CS231n, "Loss functions and optimization".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fnn.operation import rule
+from fnn.ops.activations import log_softmax
+from fnn.ops.arguments import must_be_real
+
+# ----------------------------------------------------------------------------- classification
+
+
+@rule
+def softmax_cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0
+) -> jax.Array:
+    """−Σᵢ qᵢ log softmax(logits)ᵢ: the softmax classifier's loss, −log of the right probability.
+
+    Args:
+        logits: unnormalised log-probabilities, floating, shape `(..., classes)`.
+        labels: the right classes, integers of shape `(...)`; or distributions q over the
+            classes, floating, of the logits' shape.
+        label_smoothing: ε in [0, 1): q becomes (1 − ε) q + ε / classes.
+
+    Returns:
+        The loss, of shape `(...)`: a scalar for logits of shape `(classes,)`.
+
+    Local gradient: for the logits p Σq − q with p = softmax(logits), which is p − q for a
+    distribution ("probs[y] −= 1" in the lecture's code); for a distribution's labels
+    −(1 − ε) log p. Kept: log p and the labels. Smooth, no kink. Where q is 0, a logit of −inf
+    (an excluded class) adds nothing. Stable for logits of any size.
+
+    Raises:
+        TypeError: the logits aren't real floating, the labels neither integer nor floating.
+        ValueError: the shapes don't fit, there are no classes, or label_smoothing is outside
+            [0, 1).
+
+    A label out of range gives NaN (see the top of this file).
+    Sources: the lecture; Szegedy et al., "Rethinking the inception architecture",
+    arXiv:1512.00567 (label smoothing).
+    """
+    _check_classes("softmax_cross_entropy", "logits", logits, labels, distributions=True)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(
+            f"softmax_cross_entropy: argument 'label_smoothing' is {label_smoothing}, wanted a "
+            "number from 0 up to, not including, 1."
+        )
+    log_p = log_softmax(logits)
+    if _is_integer(labels):
+        loss = -_pick(log_p, labels)
+    else:
+        q = labels.astype(log_p.dtype)
+        loss = -jnp.sum(jnp.where(q == 0, 0, q * log_p), axis=-1)
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss - label_smoothing * jnp.mean(log_p, axis=-1)
+    return loss
+
+
+@softmax_cross_entropy.forward
+def _(logits, labels, *, label_smoothing):
+    loss = softmax_cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    return loss, (log_softmax(logits), labels)
+
+
+@softmax_cross_entropy.backward
+def _(residuals, dy, *, label_smoothing):
+    log_p, labels = residuals
+    p, dy = jnp.exp(log_p), dy[..., None]
+    smooth = label_smoothing / log_p.shape[-1]
+    if _is_integer(labels):
+        is_right = _one_hot(labels, log_p)
+        right = 1 - label_smoothing + smooth
+        dy = dy * jnp.where(_is_class(labels, log_p), 1, jnp.nan)[..., None].astype(dy.dtype)
+        return dy * (p - jnp.where(is_right, right, smooth).astype(p.dtype)), None
+    q = (1 - label_smoothing) * labels.astype(p.dtype) + smooth
+    d_logits = dy * (p * jnp.sum(q, axis=-1, keepdims=True) - q)
+    return d_logits, ((label_smoothing - 1) * dy * log_p).astype(labels.dtype)
+
+
+@rule
+def multiclass_hinge(scores: jax.Array, labels: jax.Array, *, margin: float = 1.0) -> jax.Array:
+    """Σ over j ≠ y of max(0, sⱼ − s_y + Δ): the lecture's multiclass SVM loss, Δ = `margin`.
+
+    Args:
+        scores: s, floating, shape `(..., classes)`.
+        labels: the right classes y, integers of shape `(...)`.
+        margin: Δ, by how much the right score should exceed each other score.
+
+    Returns:
+        The loss, of shape `(...)`: a scalar for scores of shape `(classes,)`.
+
+    Local gradient: 1 for each wrong class within the margin (sⱼ − s_y + Δ > 0), minus their
+    number for the right class. Kept: the mask of those classes (one byte an entry) and the
+    labels. At the kink sⱼ − s_y + Δ = 0 the gradient is 0, as for `relu`.
+
+    Raises:
+        TypeError: the scores aren't real floating, or the labels not integers.
+        ValueError: the shapes don't fit, or there are no classes.
+
+    A label out of range gives NaN (see the top of this file).
+    Sources: the lecture; Weston, Watkins, "Support vector machines for multi-class pattern
+    recognition", 1999.
+    """
+    _check_classes("multiclass_hinge", "scores", scores, labels, distributions=False)
+    margins = scores - _pick(scores, labels)[..., None] + margin
+    margins = jnp.where(_one_hot(labels, scores), 0, margins)
+    loss = jnp.sum(jnp.maximum(margins, 0), axis=-1)
+    return jnp.where(_is_class(labels, scores), loss, jnp.nan)
+
+
+@multiclass_hinge.forward
+def _(scores, labels, *, margin):
+    loss = multiclass_hinge(scores, labels, margin=margin)
+    too_close = scores - _pick(scores, labels)[..., None] + margin > 0
+    return loss, (too_close & ~_one_hot(labels, scores), labels)
+
+
+@multiclass_hinge.backward
+def _(residuals, dy, *, margin):
+    too_close, labels = residuals
+    how_many = jnp.sum(too_close, axis=-1, keepdims=True, dtype=dy.dtype)
+    local = jnp.where(_one_hot(labels, too_close), -how_many, too_close.astype(dy.dtype))
+    dy = dy * jnp.where(_is_class(labels, too_close), 1, jnp.nan).astype(dy.dtype)
+    return dy[..., None] * local, None
+
+
+@rule
+def sigmoid_binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """−Σᵢ (zᵢ log σ(xᵢ) + (1 − zᵢ) log(1 − σ(xᵢ))): yes-or-no questions, each by itself.
+
+    Args:
+        logits: x, floating, any shape: one logit for each question.
+        labels: z, the answers 0 and 1 (booleans, integers) or probabilities (floating), of
+            the same shape.
+
+    Returns:
+        The loss, a scalar: the sum over all questions. For their mean divide by `logits.size`.
+
+    Computed as max(x, 0) − x z + log(1 + e^−|x|), stable for logits of any size. Local gradient:
+    σ(x) − z for the logits, −x for floating labels. Kept: logits and labels. Smooth, no kink.
+
+    Raises:
+        TypeError: the logits aren't real floating, or the labels aren't real.
+        ValueError: the shapes differ.
+
+    Source: the lecture's notes, "attribute classification" (independent logistic regressions).
+    """
+    _check_equal_shapes("sigmoid_binary_cross_entropy", "logits", logits, "labels", labels)
+    z = labels.astype(logits.dtype)
+    x = logits
+    return jnp.sum(jnp.where(x >= 0, x, 0) - x * z + jnp.log1p(jnp.exp(-jnp.abs(x))))
+
+
+@sigmoid_binary_cross_entropy.forward
+def _(logits, labels):
+    return sigmoid_binary_cross_entropy(logits, labels), (logits, labels)
+
+
+@sigmoid_binary_cross_entropy.backward
+def _(residuals, dy):
+    logits, labels = residuals
+    d_logits = dy * (jax.nn.sigmoid(logits) - labels.astype(logits.dtype))
+    return d_logits, (-dy * logits).astype(labels.dtype) if _is_floating(labels) else None
+
+
+# --------------------------------------------------------------------------------- regression
+
+
+@rule
+def squared_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
+    """Σᵢ (fᵢ − tᵢ)²: the squared distance of prediction f and target t.
+
+    Args:
+        prediction: f, floating, any shape.
+        target: t, real, of the same shape.
+
+    Returns:
+        The loss, a scalar: the sum over all entries, without a factor ½.
+
+    Local gradient: 2 (f − t) for the prediction, −2 (f − t) for a floating target. Kept:
+    f − t. Smooth, no kink. It overflows, as any square, beyond the root of the dtype's largest.
+
+    Raises:
+        TypeError: the prediction isn't real floating, or the target isn't real.
+        ValueError: the shapes differ.
+
+    Source: the lecture's notes, "regression".
+    """
+    _check_equal_shapes("squared_error", "prediction", prediction, "target", target)
+    return jnp.sum(jnp.square(prediction - target.astype(prediction.dtype)))
+
+
+@squared_error.forward
+def _(prediction, target):
+    difference = prediction - target.astype(prediction.dtype)
+    return squared_error(prediction, target), (difference, _empty(target))
+
+
+@squared_error.backward
+def _(residuals, dy):
+    difference, target = residuals
+    d_prediction = dy * (2 * difference)
+    return d_prediction, (-d_prediction).astype(target.dtype) if _is_floating(target) else None
+
+
+@rule
+def huber(prediction: jax.Array, target: jax.Array, *, delta: float = 1.0) -> jax.Array:
+    """Σᵢ of ½ d² where |d| ≤ δ, of δ (|d| − ½ δ) elsewhere; d = fᵢ − tᵢ, δ = `delta`.
+
+    A square near zero and a straight line beyond, which outliers pull at with a bounded force.
+
+    Args:
+        prediction: f, floating, any shape.
+        target: t, real, of the same shape.
+        delta: where the square becomes a line, positive.
+
+    Returns:
+        The loss, a scalar: the sum over all entries.
+
+    Computed as |c| (|d| − ½ |c|) with c = d clipped to ±δ: no square of a large d. Local
+    gradient: c for the prediction, −c for a floating target. Kept: c. The gradient has no
+    kink; its derivative jumps from 1 to 0 at |d| = δ, and is 0 there.
+
+    Raises:
+        TypeError: the prediction isn't real floating, or the target isn't real.
+        ValueError: the shapes differ, or delta isn't positive.
+
+    Source: Huber, "Robust estimation of a location parameter", 1964.
+    """
+    _check_equal_shapes("huber", "prediction", prediction, "target", target)
+    if delta <= 0:
+        raise ValueError(f"huber: argument 'delta' is {delta}, wanted a positive number.")
+    d = jnp.abs(prediction - target.astype(prediction.dtype))
+    c = jnp.minimum(d, delta)
+    return jnp.sum(c * (d - 0.5 * c))
+
+
+@huber.forward
+def _(prediction, target, *, delta):
+    d = prediction - target.astype(prediction.dtype)
+    # A select rather than a clip: its derivative at |d| = delta is 0 from either side.
+    c = jnp.where(jnp.abs(d) < delta, d, (delta * jnp.sign(d)).astype(d.dtype))
+    return huber(prediction, target, delta=delta), (c, _empty(target))
+
+
+@huber.backward
+def _(residuals, dy, *, delta):
+    c, target = residuals
+    d_prediction = dy * c
+    return d_prediction, (-d_prediction).astype(target.dtype) if _is_floating(target) else None
+
+
+# ----------------------------------------------------------------------------- regularisation
+
+
+@rule
+def l2(params: Any) -> jax.Array:
+    """R(W) = Σ w² over all entries of a tree of parameters; add λ R(W) to the loss.
+
+    Args:
+        params: a pytree of real floating arrays of any shapes, such as `params["hidden"]["W"]`
+            or all parameters of a network.
+
+    Returns:
+        The penalty, a scalar without a factor ½, of the dtype that JAX's promotion gives the
+        arrays together (0 of the default floating dtype for an empty tree).
+
+    Local gradient: 2 w. Kept: the parameters, no copy. Smooth, no kink. Adding λ R(W) with
+    plain gradient descent is weight decay of 2 λ.
+
+    Raises:
+        TypeError: an array isn't real floating (the message gives its path).
+
+    Source: the lecture ("R(W) = Σ W²", L2 regularisation).
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, w in leaves:
+        must_be_real("l2", **{f"params{jax.tree_util.keystr(path)}": w})
+    if not leaves:
+        return jnp.zeros(())
+    dtype = jnp.result_type(*(w for _, w in leaves))
+    return sum(jnp.sum(jnp.square(w)).astype(dtype) for _, w in leaves)
+
+
+@l2.forward
+def _(params):
+    return l2(params), params
+
+
+@l2.backward
+def _(params, dy):
+    return (jax.tree.map(lambda w: dy.astype(w.dtype) * (2 * w), params),)
+
+
+# ------------------------------------------------------------------------- labels and classes
+
+
+def _is_integer(x):
+    return jnp.issubdtype(x.dtype, jnp.integer)
+
+
+def _is_floating(x):
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _one_hot(labels, scores):
+    """True where an entry of `scores` belongs to the right class; nowhere for a wrong label."""
+    return jnp.arange(scores.shape[-1], dtype=labels.dtype) == labels[..., None]
+
+
+def _is_class(labels, scores):
+    return (labels >= 0) & (labels < scores.shape[-1])
+
+
+def _pick(scores, labels):
+    """The score of the right class; NaN where there is no such class."""
+    is_class = _is_class(labels, scores)
+    index = jnp.where(is_class, labels, 0)[..., None]
+    picked = jnp.take_along_axis(scores, index, axis=-1, mode="promise_in_bounds")[..., 0]
+    return jnp.where(is_class, picked, jnp.nan)
+
+
+def _empty(x):
+    """A residual without entries, which only tells the dtype of x."""
+    return jnp.zeros((0,), x.dtype)
+
+
+def _check_classes(op, name, scores, labels, *, distributions):
+    must_be_real(op, **{name: scores})
+    if scores.ndim == 0 or scores.shape[-1] == 0:
+        raise ValueError(
+            f"{op}: argument '{name}' has shape {scores.shape}, wanted (..., classes) with at "
+            "least one class."
+        )
+    if _is_integer(labels):
+        wanted, what = scores.shape[:-1], "integer labels"
+    elif distributions and _is_floating(labels):
+        wanted, what = scores.shape, "distributions over the classes (floating labels)"
+    else:
+        raise TypeError(
+            f"{op}: argument 'labels' of shape {labels.shape} has dtype {labels.dtype}, wanted "
+            f"integers of shape {scores.shape[:-1]}"
+            + (f" or floating distributions of shape {scores.shape}." if distributions else ".")
+        )
+    if labels.shape != wanted:
+        raise ValueError(
+            f"{op}: argument 'labels' has shape {labels.shape}, wanted {wanted} for {what} with "
+            f"{name} of shape {scores.shape}. (For a batch of examples, jax.vmap the loss.)"
+        )
+
+
+def _check_equal_shapes(op, name, x, other_name, other):
+    must_be_real(op, **{name: x})
+    if jnp.issubdtype(other.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{op}: argument '{other_name}' of shape {other.shape} has dtype {other.dtype}, "
+            "wanted real numbers."
+        )
+    if x.shape != other.shape:
+        raise ValueError(
+            f"{op}: argument '{other_name}' has shape {other.shape}, wanted {x.shape}, the shape "
+            f"of '{name}'."
+        )
