@@ -48,11 +48,11 @@ def coverage(flat: Program, active: Sequence[bool], name_of: Callable[[Equation]
 
     found = Coverage()
     reach = reached(flat, active)
-    for equation in flat.equations:
-        if not any(i in reach for i in (*equation.ins, *equation.outs)):
+    passed = {i for i in flat.outputs if i in reach}
+    for equation in reversed(flat.equations):
+        if not any(i in passed for i in equation.outs):
             continue
-        if not any(i in reach for i in equation.outs):
-            continue
+        passed.update(i for i in equation.ins if i in reach)
         counter = found.ruled if is_ruled(equation) else found.fallback
         counter[name_of(equation)] += 1
         if equation.name in _OPEN:

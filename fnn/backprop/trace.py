@@ -228,7 +228,8 @@ class Graph:
             self._tape = sweep.forward(flat, args, [False] * len(args))
             self._cannot = error
         for place, node in self._by_place.items():
-            node.value = self._tape.values[place]
+            if node.operation != "constant":
+                node.value = self._tape.values[place]
 
     # ------------------------------------------------------------------------------- to look at
 
@@ -308,7 +309,7 @@ class Graph:
         Raises:
             ValueError: the seed's structure or a shape isn't the result's, or there is none
                 and the result isn't a scalar.
-            TypeError: no input or no output is a real or complex array.
+            TypeError: no input or no output is a real or complex array, or a seed is no array.
         """
         self._must_have_values()
         self._must_be_differentiable()
@@ -397,6 +398,8 @@ class Graph:
             raise TypeError(
                 f"{output.label} is {output.dtype} and has no gradient; its seed must be None."
             )
+        if not _is_input(leaf):
+            raise TypeError(f"the seed of {output.label} must be an array, but is {leaf!r}.")
         if jnp.shape(leaf) != output.shape:
             raise ValueError(
                 f"the seed of {output.label} has shape {jnp.shape(leaf)}, but must have the "
@@ -485,7 +488,7 @@ def _nodes(flat: Program, input_labels, output_labels) -> dict[int, Node]:
         add(place, label, "input", number=number)
     for place, constant in flat.constants.items():
         add(place, _constant_label(constant, flat.avals[place]), "constant")
-        by_place[place].value = constant
+        by_place[place].value = _as_array(constant)
     number = len(flat.inputs)
     for equation in flat.equations:
         inputs = [by_place[i] for i in equation.ins]
@@ -530,6 +533,8 @@ def _names_in_source(equations: Sequence[Equation]) -> dict[int, str]:
     for k, (equation, frame) in enumerate(zip(equations, lines, strict=True)):
         after = lines[k + 1] if k + 1 < len(lines) else None
         if frame is None or len(equation.outs) != 1:
+            continue
+        if "<lambda>" in frame.function_name:  # the line assigns the function, not its value
             continue
         here = (frame.file_name, frame.line_num, frame.function_name)
         if after and here == (after.file_name, after.line_num, after.function_name):

@@ -1,0 +1,222 @@
+"""The picture of a graph: its DOT text, its SVG, and how a large graph is grouped."""
+
+import re
+import sys
+from xml.etree import ElementTree
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import fnn
+from fnn.backprop.grouping import Group, groups
+
+
+def circuit(x, y, z):
+    q = x + y
+    return q * z
+
+
+def norm(p, x):
+    x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    return p["scale"] * x + p["bias"]
+
+
+def attention(p, x):
+    q, k, v = x @ p["q"].T, x @ p["k"].T, x @ p["v"].T
+    weights = jax.nn.softmax(q @ k.T / jnp.sqrt(q.shape[-1]))
+    return weights @ v @ p["out"].T
+
+
+def mlp(p, x):
+    h = jax.nn.gelu(x @ p["up"].T)
+    return h @ p["down"].T
+
+
+def block(p, x):
+    x = x + attention(p["attention"], norm(p["norm1"], x))
+    x = x + mlp(p["mlp"], norm(p["norm2"], x))
+    return x
+
+
+def loss(blocks, x):
+    for p in blocks:
+        x = block(p, x)
+    return (x**2).mean()
+
+
+def block_parameters(d=4):
+    n = {"scale": jnp.ones(d), "bias": jnp.zeros(d)}
+    W = jnp.arange(d * d).reshape(d, d) / (d * d) - 0.4
+    attention = dict.fromkeys(("q", "k", "v", "out"), W)
+    return {
+        "norm1": n,
+        "attention": attention,
+        "norm2": n,
+        "mlp": {"up": jnp.ones((8, d)) / 9, "down": jnp.ones((d, 8)) / 7},
+    }
+
+
+def words(svg):
+    """The text in a picture, piece by piece; it must be well-formed XML."""
+    root = ElementTree.fromstring(svg)
+    assert root.tag.endswith("svg")
+    return [(e.text or "").strip() for e in root.iter() if e.tag.endswith("}text")]
+
+
+def colours(svg):
+    """{colour: the pieces of text that have it}."""
+    found = {}
+    for e in ElementTree.fromstring(svg).iter():
+        if e.tag.endswith("}text"):
+            found.setdefault(e.get("fill"), []).append((e.text or "").strip())
+    return found
+
+
+def test_dot_of_the_circuit():
+    dot = fnn.graph(circuit)(-2.0, 5.0, -4.0).backprop().to_dot()
+    assert dot.startswith('digraph "circuit" {') and "rankdir=LR" in dot
+    # Five wires: three inputs, q, and the output; two gates.
+    assert sorted(re.findall(r"^  (\w+) \[", dot, re.M)) == [
+        *["b0", "b1"],
+        *["edge", "node"],
+        *["w0", "w1", "w2", "w3", "w4"],
+    ]
+    edges = re.findall(r"(\w+)(?::wire:\w)? -> (\w+)", dot)
+    assert sorted(edges) == sorted(
+        [("w0", "b0"), ("w1", "b0"), ("b0", "w3"), ("w3", "b1"), ("w2", "b1"), ("b1", "w4")]
+    )
+    assert 'label="+"' in dot and 'label="*"' in dot
+
+
+def test_svg_has_values_in_green_and_gradients_in_red(tmp_path):
+    pytest.importorskip("pygraphviz")
+    graph = fnn.graph(circuit)(-2.0, 5.0, -4.0).backprop()
+    svg = graph.to_svg(tmp_path / "circuit.svg")
+    assert (tmp_path / "circuit.svg").read_text(encoding="utf-8") == svg
+    assert svg == graph._repr_svg_() and svg.startswith("<svg")
+    assert {"x", "y", "z", "q", "+", "*"} <= set(words(svg))
+    by_colour = colours(svg)
+    assert sorted(by_colour["#1a7a36"]) == ["-12", "-2", "-4", "3", "5"]
+    assert sorted(by_colour["#b3202c"]) == ["-4", "-4", "-4", "1", "3"]
+
+
+@pytest.mark.parametrize("colour", ["#1a7a36", "#b3202c", "#20242c", "#6b7280"])
+def test_colours_stand_out_against_white(colour):
+    """WCAG 2.1: a contrast of 4.5 : 1 for text."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    assert 1.05 / (luminance + 0.05) > 4.5
+
+
+def test_numbers_of_the_source_stand_in_the_gates():
+    dot = fnn.graph(lambda x: 1 / (2 * x**3 + 1) - 0.5)(2.0).to_dot()
+    for symbol in ("x³", "*2", "+1", "1/x", "−0.5"):
+        assert f'label="{symbol}"' in dot
+    assert "sigmoid" in fnn.graph(jax.jit(lambda x: sigmoid(x)))(2.0).to_dot()
+
+
+@fnn.rule
+def sigmoid(x):
+    return jax.nn.sigmoid(x)
+
+
+def test_where_a_wire_branches_each_branch_shows_what_it_adds():
+    dot = fnn.graph(lambda x, y: jnp.sin(x) + x * y)(0.0, 3.0).backprop().to_dot()
+    labels = re.findall(r'w0:wire:e -> b\d .*label=" ([^"]*) "', dot)
+    assert sorted(labels) == ["1", "3"]  # cos(0) and y
+
+
+def test_arrays_show_shape_range_and_norm():
+    pytest.importorskip("pygraphviz")
+    svg = fnn.graph(lambda W, x: (W @ x).sum())(jnp.ones((100, 64)), jnp.arange(64.0)).backprop()
+    shown = words(svg.to_svg())
+    assert {"(100, 64)", "all 1", "(64,)", "0 … 63", "@", "Σ"} <= set(shown)
+    assert "‖g‖ 10" in shown  # of a hundred ones
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_deep_network_is_grouped_by_function(count):
+    graph = fnn.graph(loss)([block_parameters()] * count, jnp.ones((3, 4)) * jnp.arange(4.0))
+    graph.backprop()
+    assert len(graph.nodes) > 80 * count
+    top = groups(graph, 16)
+    labels = [g.label for g in top if isinstance(g, Group)]
+    assert labels[:count] == ["block"] * count and top[0].is_open == (count == 1)
+    # Each operation is in exactly one place, in order.
+    units = [unit for item in top for unit in item.units()]
+    assert [u.results[0].number for u in units] == sorted(
+        {id(n.equation): n.number for n in reversed(graph.nodes) if n.equation}.values()
+    )
+    dot = graph.to_dot()
+    boxes = re.findall(r"^ +b\d+ \[", dot, re.M)
+    assert len(boxes) <= 16
+    if count == 1:
+        clusters = re.findall(r"subgraph cluster_\w+ \{\n +label=\"([^\"]*)\"", dot)
+        assert clusters[0] == "block" and {"norm", "attention", "mlp"} <= set(clusters)
+    assert dot.count("{") == dot.count("}")
+    pytest.importorskip("pygraphviz")
+    shown = words(graph.to_svg())
+    assert {"blocks[0]['mlp']['up']", "(8, 4)"} <= set(shown)
+    small = graph.to_dot(max_boxes=5)
+    assert len(re.findall(r"^ +b\d+ \[", small, re.M)) <= 5
+
+
+def test_named_scopes_and_jitted_functions_are_groups():
+    def function(x):
+        with jax.named_scope("encoder"):
+            for _ in range(5):
+                x = jnp.sin(x) + jnp.cos(x)
+        with jax.named_scope("decoder"):
+            for _ in range(5):
+                x = jnp.sin(x) * jnp.cos(x)
+        return jax.nn.softmax(x).sum()
+
+    dot = fnn.graph(function)(jnp.ones(3)).backprop().to_dot(max_boxes=8)
+    assert ">encoder<" in dot and ">decoder<" in dot
+    assert "15 operations" in dot
+
+
+def test_a_long_computation_without_functions_stays_readable():
+    def function(x):
+        for _ in range(60):
+            x = jnp.sin(x)
+            x = x + 1
+        return x
+
+    dot = fnn.graph(function)(1.0).backprop().to_dot()
+    assert len(re.findall(r"^ +b\d+ \[", dot, re.M)) <= 16
+    assert "operations 1 to 8" in dot and "rankdir=TB" in dot
+
+
+def test_odd_graphs_are_drawn():
+    pytest.importorskip("pygraphviz")
+
+    def looped(W, xs):
+        h, ys = jax.lax.scan(lambda h, x: (jnp.tanh(W @ h + x), h.sum()), jnp.zeros(3), xs)
+        low, high = jnp.split(ys, 2)
+        return {'a "quoted" <key>': h.sum(), "b": (low * high).sum()}
+
+    graph = fnn.graph(looped)(jnp.eye(3), jnp.ones((4, 3)))
+    shown = words(graph.to_svg())
+    assert "scan × 4" in shown and "split" in shown
+    assert any('"quoted" <key>' in w for w in shown)
+    words(graph.backprop({'a "quoted" <key>': 1.0, "b": None}).to_svg())
+    scan = next(n for n in graph if n.operation == "scan")
+    assert "carry[0]" in words(scan.graphs["jaxpr"].to_svg())
+    for function in (lambda x: x, lambda x: 3.0 * jnp.ones(2), lambda x: (x, x > 0, x.size)):
+        words(fnn.graph(function)(jnp.ones(2)).to_svg())
+    words(fnn.graph(lambda k: jax.random.normal(k))(jax.random.key(0)).to_svg())
+    under_jit = []
+    jax.jit(lambda x: under_jit.append(fnn.graph(circuit)(x, x, x).backprop().to_svg()))(1.0)
+    assert "traced" in words(under_jit[0])
+
+
+def test_without_pygraphviz_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pygraphviz", None)
+    graph = fnn.graph(circuit)(-2.0, 5.0, -4.0)
+    with pytest.raises(ImportError, match=r'(?m)^ *pip install "fnn\[plot\]"$'):
+        graph.to_svg()
+    assert graph._repr_svg_() is None
+    assert "digraph" in graph.to_dot()
