@@ -44,8 +44,8 @@ def _product_for_a(dimension_numbers, a_ndim: int, b_ndim: int, a_is_second: boo
     a_kept = [i for i in range(a_ndim) if i not in a_contract and i not in a_batch]
     b_kept = [i for i in range(b_ndim) if i not in b_contract and i not in b_batch]
     y_batch = tuple(range(len(a_batch)))
-    y_from_b = len(y_batch) + (0 if a_is_second else len(a_kept))
-    y_from_b = tuple(range(y_from_b, y_from_b + len(b_kept)))
+    start = len(y_batch) + (0 if a_is_second else len(a_kept))
+    y_from_b = tuple(range(start, start + len(b_kept)))
     product = ((y_from_b, tuple(b_kept)), (y_batch, tuple(b_batch)))
     # dot_general leaves b's remaining axes in ascending order, so a's follow that order.
     in_order_of_b = sorted(range(len(b_contract)), key=lambda i: b_contract[i])
@@ -170,7 +170,9 @@ def _conv_x(
     """∂L/∂x: the upstream gradient, spread out by the stride, convolved with the flipped kernel."""
     x_spec, w_spec, y_spec = dimension_numbers
     groups = max(feature_group_count, batch_group_count)
-    if groups > 1:  # the kernel's output features (groups × out) become its inputs: move groups over
+    if (
+        groups > 1
+    ):  # the kernel's output features (groups × out) become its inputs: move groups over
         w = _split_axis(w, w_spec[0], groups)
         w = _merge_axis(w, w_spec[0], into=w_spec[1])
     before = [

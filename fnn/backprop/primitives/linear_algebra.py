@@ -17,32 +17,60 @@ All work on the last two axes of arrays with any number of leading batch axes.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.lax.linalg import eig, svd, triangular_solve, tridiagonal_solve
+from jax.lax.linalg import eig_p, svd_p, triangular_solve, tridiagonal_solve
 
 from fnn.backprop.local import LocalRule, joint, zero
+from fnn.backprop.sweep import ControlRule
 
 
 def _textbook(*, says: tuple[str, ...]):
-    """A rule from a formula `f(ȳ, y, a, **params) -> ā` in the literature's convention.
-
-    ȳ is None for an output whose gradient is zero (or, as for a permutation, does not exist).
-    """
+    """A rule from a formula `f(ȳ, y, a, **params) -> ā` in the literature's convention."""
 
     def rule(formula):
         @functools.wraps(formula)
         def translated(needed, g, y, a, **params):
-            conjugate = functools.partial(jax.tree.map, jnp.conj)
-            with jax.default_matmul_precision("highest"):
-                gradient = formula(conjugate(g), y, a, **params)
-            return (conjugate(gradient) if a.dtype == gradient.dtype else lax.real(gradient),)
+            return (_in_jax_convention(formula, g, y, a, params),)
 
         return joint(translated, says=says)
 
     return rule
+
+
+def _factors(formula):
+    """The same for a decomposition into factors, of which perhaps only one gets a gradient.
+
+    ȳ is None for the others, and the formula leaves their part out: the eigenvalues alone take
+    one product, with the eigenvectors it's three. The forward pass keeps what the formula needs
+    even if nobody asked for it: the singular vectors, to differentiate the singular values.
+    """
+
+    def forward(equation, needed, ins, opaque):
+        (a,), vectors = ins, _VECTORS.get(equation.name)
+        if vectors is None or vectors.wanted(equation.params):
+            outs = equation.apply(ins)
+            return outs, (outs, a)
+        kept = vectors.decompose(a, equation.params)
+        return [kept[0]], (kept, a)
+
+    def backward(equation, needed, saved, g, opaque):
+        y, a = saved
+        with equation.context.manager:
+            return (_in_jax_convention(formula, list(g), y, a, equation.params),)
+
+    return ControlRule(forward, backward)
+
+
+def _in_jax_convention(formula, g, y, a, params):
+    conjugate = functools.partial(jax.tree.map, jnp.conj)
+    with jax.default_matmul_precision("highest"):
+        gradient = formula(conjugate(g), y, a, **params)
+    return conjugate(gradient) if a.dtype == gradient.dtype else lax.real(gradient)
 
 
 # ------------------------------------------------------------------------- triangular systems
@@ -114,9 +142,7 @@ def _cholesky(l_bar, l, a, **_):
     """
     l = _tril(l)
     s = triangular_solve(l, _half_lower(l.mT.conj() @ l_bar), lower=True)
-    s = triangular_solve(
-        l, s, left_side=True, lower=True, transpose_a=True, conjugate_a=True
-    )
+    s = triangular_solve(l, s, left_side=True, lower=True, transpose_a=True, conjugate_a=True)
     return _half_lower(s + s.mT.conj())
 
 
@@ -146,7 +172,7 @@ def _lu(bars, outputs, a, **_):
     return jnp.take_along_axis(x, _inverse(permutation)[..., :, None], axis=-2)
 
 
-@_textbook(says=("[Q̄ + Q sym(R̄ Rᴴ - Q̄ᴴ Q)] R⁻ᴴ",))
+@_factors
 def _qr(bars, outputs, a, *, pivoting, full_matrices, **_):
     """A = Q R, or A with its columns permuted.
 
@@ -162,21 +188,22 @@ def _qr(bars, outputs, a, *, pivoting, full_matrices, **_):
     Wide A = [A₁ A₂]: A₁ = Q R₁ as for a square matrix, and R₂ = Qᴴ A₂ gives Ā₂ = Q R̄₂ and
     adds A₂ R̄₂ᴴ to Q̄.
     """
-    q_bar, r_bar = (
-        lax.full_like(y, 0) if bar is None else bar
-        for bar, y in zip(bars[:2], outputs[:2], strict=True)
-    )
-    q, r = outputs[:2]
+    (q_bar, r_bar), (q, r) = bars[:2], outputs[:2]
     *_, m, n = a.shape
     if m < n:
-        r_2, r_2_bar = r[..., :, m:], r_bar[..., :, m:]
-        q_bar = q_bar + (q @ r_2) @ r_2_bar.mT.conj()
-        a_bar = _thin_qr(q_bar, r_bar[..., :, :m], q, r[..., :, :m])
-        a_bar = jnp.concatenate([a_bar, q @ r_2_bar], axis=-1)
+        r_1, r_2, r_1_bar = r[..., :, :m], r[..., :, m:], None
+        if r_bar is not None:
+            r_1_bar, r_2_bar = r_bar[..., :, :m], r_bar[..., :, m:]
+            a_2 = q @ r_2 if pivoting else a[..., :, m:]
+            q_bar = _sum(q_bar, a_2 @ r_2_bar.mT.conj())
+        a_bar = _thin_qr(q_bar, r_1_bar, q, r_1)
+        a_2_bar = jnp.zeros_like(r_2) if r_bar is None else q @ r_2_bar
+        a_bar = jnp.concatenate([a_bar, a_2_bar], axis=-1)
     else:
         if full_matrices and m > n:
-            q_bar = _completed_q(q_bar, q, n)
-            q, r, r_bar = q[..., :, :n], r[..., :n, :], r_bar[..., :n, :]
+            q_bar = None if q_bar is None else _completed_q(q_bar, q, n)
+            r_bar = None if r_bar is None else r_bar[..., :n, :]
+            q, r = q[..., :, :n], r[..., :n, :]
         a_bar = _thin_qr(q_bar, r_bar, q, r)
     if pivoting:
         a_bar = jnp.take_along_axis(a_bar, _inverse(outputs[2])[..., None, :], axis=-1)
@@ -184,10 +211,11 @@ def _qr(bars, outputs, a, *, pivoting, full_matrices, **_):
 
 
 def _thin_qr(q_bar, r_bar, q, r):
-    m = r_bar @ r.mT.conj() - q.mT.conj() @ q_bar
+    m = None if r_bar is None else r_bar @ r.mT.conj()
+    m = m if q_bar is None else _sum(m, -(q.mT.conj() @ q_bar))
     upper = _triu(m, 1)
     m = upper + upper.mT.conj() + jnp.where(_diagonal_of(m), m.real, 0)
-    return triangular_solve(r, q_bar + q @ m, transpose_a=True, conjugate_a=True)
+    return triangular_solve(r, _sum(q_bar, q @ m), transpose_a=True, conjugate_a=True)
 
 
 def _completed_q(q_bar, q, n):
@@ -200,11 +228,7 @@ def _completed_q(q_bar, q, n):
     q_11, q_21 = q_1[..., :n, :], q_1[..., n:, :]
     z = jnp.linalg.solve((q_11 - _identity_like(q_11)).mT.conj(), q_21.mT.conj()).mT.conj()
     e_bar = -q_2_bar.mT.conj() @ (q_1 + q_2 @ z)
-    return (
-        q_bar[..., :, :n]
-        + q_2_bar @ z
-        + jnp.concatenate([-z.mT.conj() @ e_bar, e_bar], axis=-2)
-    )
+    return q_bar[..., :, :n] + q_2_bar @ z + jnp.concatenate([-z.mT.conj() @ e_bar, e_bar], axis=-2)
 
 
 # ------------------------------------------------------------ eigenvalues and singular values
@@ -213,7 +237,7 @@ def _completed_q(q_bar, q, n):
 # these gradients are infinite where eigenvalues coincide.
 
 
-@_textbook(says=("V (diag(w̄) + F∘Vᴴ V̄) Vᴴ",))
+@_factors
 def _eigh(bars, outputs, a, *, subset_by_index=None, **_):
     """A = V diag(w) Vᴴ.  Ā = V (diag(w̄) + F ∘ Vᴴ V̄) Vᴴ,  F[i,j] = 1 / (w[j] - w[i])
 
@@ -224,15 +248,15 @@ def _eigh(bars, outputs, a, *, subset_by_index=None, **_):
             "eigh with subset_by_index has no gradient: it depends on the eigenvectors left out."
         )
     (v_bar, w_bar), (v, w) = bars, outputs
-    middle = 0
+    if v_bar is None:
+        return (v * w_bar[..., None, :].astype(v.dtype)) @ v.mT.conj()
+    middle = _inverse_differences(w) * (v.mT.conj() @ v_bar)
     if w_bar is not None:
-        middle = _diagonal_matrix(w_bar.astype(v.dtype))
-    if v_bar is not None:
-        middle = middle + _inverse_differences(w) * (v.mT.conj() @ v_bar)
+        middle = middle + _diagonal_matrix(w_bar.astype(v.dtype))
     return v @ middle @ v.mT.conj()
 
 
-@_textbook(says=("U [(J + Jᴴ) Σ + Σ (K + Kᴴ) + diag(s̄)] Vᴴ",))
+@_factors
 def _svd(bars, outputs, a, *, full_matrices, compute_uv, subset_by_index=None, **params):
     """A = U Σ Vᴴ.  With F[i,j] = 1 / (s[j]² - s[i]²),  J = F ∘ UᴴŪ,  K = F ∘ VᴴV̄:
 
@@ -245,32 +269,29 @@ def _svd(bars, outputs, a, *, full_matrices, compute_uv, subset_by_index=None, *
     """
     *_, m, n = a.shape
     rank = min(m, n)
-    if not compute_uv:
-        (s_bar,) = bars
-        u, _, vh = svd(a, full_matrices=False, subset_by_index=subset_by_index, **params)
-        return (u * s_bar[..., None, :].astype(u.dtype)) @ vh
-    if full_matrices and m != n:
+    if compute_uv and full_matrices and m != n:
         raise NotImplementedError(
             "svd with full_matrices=True has no gradient for a matrix that is not square: the "
             "surplus vectors are not unique. Use full_matrices=False."
         )
-    if subset_by_index not in (None, (0, rank)):
+    if compute_uv and subset_by_index not in (None, (0, rank)):
         raise NotImplementedError(
             "svd with subset_by_index and compute_uv=True has no gradient: it depends on the "
             "singular vectors left out."
         )
-    (s_bar, u_bar, vh_bar), (s, u, vh) = bars, outputs
+    (s, u, vh), s_bar = outputs, bars[0]
+    u_bar, vh_bar = bars[1:] if compute_uv else (None, None)
+    if u_bar is None and vh_bar is None:
+        return (u * s_bar[..., None, :].astype(u.dtype)) @ vh
     s_column, s_row = s[..., :, None].astype(u.dtype), s[..., None, :].astype(u.dtype)
     uh, v = u.mT.conj(), vh.mT.conj()
     f = _inverse_differences(s * s)
-    middle = lax.full_like(f, 0)
-    surplus = 0
-    if s_bar is not None:
-        middle = middle + _diagonal_matrix(s_bar.astype(u.dtype))
+    middle = None if s_bar is None else _diagonal_matrix(s_bar.astype(u.dtype))
+    surplus = None
     if u_bar is not None:
         uh_u_bar = uh @ u_bar
         j = f * uh_u_bar
-        middle = middle + (j + j.mT.conj()) * s_row
+        middle = _sum(middle, (j + j.mT.conj()) * s_row)
         if jnp.iscomplexobj(u):
             turn = lax.complex(jnp.zeros_like(s), jnp.diagonal(uh_u_bar, 0, -2, -1).imag)
             middle = middle + _diagonal_matrix(turn / jnp.where(s == 0, jnp.inf, s))
@@ -279,13 +300,13 @@ def _svd(bars, outputs, a, *, full_matrices, compute_uv, subset_by_index=None, *
     if vh_bar is not None:
         v_bar = vh_bar.mT.conj()
         k = f * (vh @ v_bar)
-        middle = middle + s_column * (k + k.mT.conj())
+        middle = _sum(middle, s_column * (k + k.mT.conj()))
         if n > m:
-            surplus = surplus + (u / s_row) @ (vh_bar - (vh_bar @ v) @ vh)
-    return u @ middle @ vh + surplus
+            surplus = _sum(surplus, (u / s_row) @ (vh_bar - (vh_bar @ v) @ vh))
+    return _sum(surplus, u @ middle @ vh)
 
 
-@_textbook(says=("V⁻ᴴ (diag(w̄) + F∘Vᴴ Ū) Vᴴ",))
+@_factors
 def _eig(
     bars,
     outputs,
@@ -312,33 +333,60 @@ def _eig(
             "assumptions that cannot be checked; pass enable_eigvec_derivs=True to "
             "jax.lax.linalg.eig to say that they hold, or use its eigenvalues alone."
         )
-    bars, outputs = iter(bars), iter(outputs)
-    w_bar, w = next(bars), next(outputs)
-    left = (next(bars), next(outputs)) if compute_left_eigenvectors else (None, None)
-    right_bar, right = (next(bars), next(outputs)) if compute_right_eigenvectors else (None, None)
-    if right is None:
-        _, right = eig(a, compute_left_eigenvectors=False, compute_right_eigenvectors=True, **params)
-    a_bar = _eigenvectors(w_bar, right_bar, w, right)
-    if left[0] is not None:
-        a_bar = a_bar + _eigenvectors(None, left[0], w.conj(), left[1]).mT.conj()
+    w_bar, *vector_bars = bars
+    w, *vectors = outputs
+    left_bar = vector_bars[0] if compute_left_eigenvectors else None
+    right_bar = vector_bars[-1] if compute_right_eigenvectors else None
+    if not compute_right_eigenvectors and any_vectors and w_bar is not None:
+        # Left and right eigenvectors of one eigenvalue are orthogonal to all others: V ∝ W⁻ᴴ.
+        vectors.append(jnp.linalg.inv(vectors[0]).mT.conj())
+    a_bar = None
+    if w_bar is not None or right_bar is not None:
+        a_bar = _eigenvectors(w_bar, right_bar, w, vectors[-1])
+    if left_bar is not None:
+        a_bar = _sum(a_bar, _eigenvectors(None, left_bar, w.conj(), vectors[0]).mT.conj())
     return a_bar
 
 
 def _eigenvectors(w_bar, v_bar, w, v):
-    middle = lax.full_like(v, 0)
+    vh = v.mT.conj()
+    if v_bar is None:
+        return jnp.linalg.solve(vh, w_bar[..., :, None] * vh)
+    along = (v.conj() * v_bar).sum(-2, keepdims=True)
+    largest = _row_of(v) == jnp.argmax(jnp.abs(v), axis=-2, keepdims=True)
+    at_largest = jnp.where(largest, v.real, 0).sum(-2, keepdims=True)
+    turn = lax.complex(jnp.zeros_like(along.real), along.imag / at_largest)
+    u_bar = v_bar - v * along.real.astype(v.dtype) - jnp.where(largest, turn, 0)
+    middle = _inverse_differences(w).conj() * (vh @ u_bar)
     if w_bar is not None:
         middle = middle + _diagonal_matrix(w_bar)
-    if v_bar is not None:
-        along = (v.conj() * v_bar).sum(-2, keepdims=True)
-        largest = _row_of(v) == jnp.argmax(jnp.abs(v), axis=-2, keepdims=True)
-        at_largest = jnp.where(largest, v.real, 0).sum(-2, keepdims=True)
-        turn = lax.complex(jnp.zeros_like(along.real), along.imag / at_largest)
-        u_bar = v_bar - v * along.real.astype(v.dtype) - jnp.where(largest, turn, 0)
-        middle = middle + _inverse_differences(w).conj() * (v.mT.conj() @ u_bar)
-    return jnp.linalg.solve(v.mT.conj(), middle @ v.mT.conj())
+    return jnp.linalg.solve(vh, middle @ vh)
 
+
+class _Vectors(NamedTuple):
+    """For decompositions that can leave their vectors out: are they wanted, and how to get them."""
+
+    wanted: Callable[[dict], bool]
+    decompose: Callable[[Any, dict], list]
+
+
+_VECTORS = {
+    "svd": _Vectors(
+        lambda params: params["compute_uv"],
+        lambda a, params: svd_p.bind(a, **params | {"compute_uv": True, "full_matrices": False}),
+    ),
+    "eig": _Vectors(
+        lambda params: params["compute_left_eigenvectors"] or params["compute_right_eigenvectors"],
+        lambda a, params: eig_p.bind(a, **params | {"compute_right_eigenvectors": True}),
+    ),
+}
 
 # -------------------------------------------------------------------------------- small helpers
+
+
+def _sum(x, y):
+    """x + y, where None is zero."""
+    return y if x is None else x if y is None else x + y
 
 
 def _row_of(x):
@@ -363,7 +411,7 @@ def _triu(x, k: int = 0):
 
 def _half_lower(x):
     """Φ: the lower triangle, with half the diagonal. (The diagonal of a Hermitian is real.)"""
-    return _tril(x, -1) + 0.5 * jnp.where(_diagonal_of(x), x, 0)
+    return _tril(x) * jnp.where(_diagonal_of(x), 0.5, 1).astype(x.dtype)
 
 
 def _identity_like(x):
@@ -388,7 +436,7 @@ def _inverse(permutation):
     return lax.sort_key_val(permutation, place)[1]
 
 
-RULES: dict[str, LocalRule] = {
+RULES: dict[str, LocalRule | ControlRule] = {
     "triangular_solve": joint(_triangular_solve, says=("-(∂b) xᵀ", "op(a)⁻ᵀ g")),
     "tridiagonal_solve": joint(
         _tridiagonal_solve, says=("-(∂b) xᵀ", "-(∂b) xᵀ", "-(∂b) xᵀ", "T⁻ᵀ g")

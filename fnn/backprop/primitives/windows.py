@@ -8,7 +8,6 @@ CS231n, lecture 4: a router of gradients. Where windows overlap, an entry collec
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import lax
@@ -147,7 +146,11 @@ def _scalar(value, like):
 
 def _dilated(size: int, dilation: int) -> int:
     """The size once `dilation - 1` holes stand between the entries."""
-    return size if dilation == 1 or (isinstance(size, int) and size == 0) else 1 + dilation * (size - 1)
+    return (
+        size
+        if dilation == 1 or (isinstance(size, int) and size == 0)
+        else 1 + dilation * (size - 1)
+    )
 
 
 RULES: dict[str, LocalRule] = {
