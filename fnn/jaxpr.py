@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -204,16 +205,21 @@ def source_line(source_info) -> str:
 
 
 def user_frames(source_info, outermost: str = "") -> Iterator[Any]:
-    """The frames of the stack that made an equation, from the inside out, without JAX's and fnn's.
+    """The frames of the stack that made an equation that are the user's, from the inside out.
+
+    Not JAX's, not fnn's, and not those of installed packages, unless there are no others.
 
     outermost: the file to stop at.
     """
     traceback = source_info.traceback
+    frames = []
     for frame in traceback.frames if traceback is not None else ():
         if frame.file_name == outermost:
-            return
+            break
         if not frame.file_name.startswith(_LIBRARIES):
-            yield frame
+            frames.append(frame)
+    own = [frame for frame in frames if not frame.file_name.startswith(_INSTALLED)]
+    return iter(own or frames)
 
 
 _LIBRARIES = (
@@ -221,6 +227,7 @@ _LIBRARIES = (
     os.path.dirname(os.path.abspath(jax.__file__)) + os.sep,
     "<frozen",
 )
+_INSTALLED = tuple(sysconfig.get_paths()[p] + os.sep for p in ("stdlib", "purelib", "platlib"))
 
 
 def _is_of_library(jaxpr) -> bool:

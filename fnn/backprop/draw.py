@@ -317,13 +317,13 @@ def _wire(node: Node) -> str:
 
 
 def _wire_down(node: Node) -> str:
-    """Value to the left of the wire, gradient to its right; above an input its name."""
+    """Name and value to the left of the wire, gradient to its right."""
     name, shape, value, gradient = _about(node)
-    left = "<BR/>".join(filter(None, [f"{name} {shape}".strip(), value]))
-    title = _font(_shortened(node.label), INK, 14)
-    top = f'<TR><TD COLSPAN="3" CELLPADDING="2">{title}</TD></TR>' if node.equation is None else ""
+    title = _font(_shortened(node.label), INK, 14) if node.equation is None else ""
+    lines = filter(None, [title, f"{name} {shape}".strip(), value])
+    left = "".join(f'{line}<BR ALIGN="RIGHT"/>' for line in lines)
     return (
-        f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0">{top}<TR>'
+        '<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0"><TR>'
         f'<TD CELLPADDING="4" ALIGN="RIGHT">{left}</TD>'
         f'<TD PORT="wire" WIDTH="1" CELLPADDING="0" BGCOLOR="{GREY}"></TD>'
         f'<TD CELLPADDING="4" ALIGN="LEFT">{gradient}</TD></TR></TABLE>'
@@ -366,7 +366,11 @@ def _group(group: Group, own: list[Node]) -> str:
 
 
 def _shortened(label: str, most: int = 34) -> str:
-    return label if len(label) <= most else "…" + label[-most + 1 :]
+    """The end of a long path, from one of its brackets on."""
+    if len(label) <= most:
+        return label
+    end = label[-most + 1 :]
+    return "…" + (end[end.index("[") :] if "[" in end else end)
 
 
 def _font(content: str, colour: str, size: int | None = None, italic=False) -> str:

@@ -148,7 +148,7 @@ def _labels(unit: Unit) -> Iterator[tuple[Hashable, str]]:
         yield ("scope", node.scope[:depth]), name.lstrip("_")
     calls = node.calls
     for depth in range(1, len(calls)):
-        name = calls[depth][0].split(".")[-1]
+        name = calls[depth][0].removesuffix(".__call__").split(".")[-1]
         if not name.startswith("<"):
             yield ("function", calls[:depth], name), name
     if calls:

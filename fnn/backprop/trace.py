@@ -281,7 +281,7 @@ class Graph:
     @property
     def value(self) -> Any:
         """What the function returned."""
-        self._must_have_values()
+        self._tape_with_values()
         return jax.tree.unflatten(self._out_tree, [n.value for n in self.outputs])
 
     def coverage(self) -> Coverage:
@@ -311,13 +311,12 @@ class Graph:
                 and the result isn't a scalar.
             TypeError: no input or no output is a real or complex array, or a seed is no array.
         """
-        self._must_have_values()
+        tape = self._tape_with_values()
         self._must_be_differentiable()
         self._seeds = self._checked_seeds(seed)
-        self._visited = []
-        gradients = sweep.backward(
-            self._tape, self._seeds, lambda *visit: self._visited.append(visit)
-        )
+        visited: list = []
+        gradients = sweep.backward(tape, self._seeds, lambda *visit: visited.append(visit))
+        self._visited = visited
         for place, node in self._by_place.items():
             if node.differentiable:
                 found = gradients[place]
@@ -336,7 +335,8 @@ class Graph:
         """
         if self._visited is None:
             self.backprop()
-        return steps.steps(self._tape, self._visited, self._seeds, self._by_place, self.of)
+        tape, visited = self._tape_with_values(), self._visited or []
+        return steps.steps(tape, visited, self._seeds, self._by_place, self.of)
 
     @property
     def of(self) -> str:
@@ -350,12 +350,13 @@ class Graph:
             for i, product in enumerate(products):
                 yield visit.equation, i, product if visit.needed[i] else None
 
-    def _must_have_values(self):
+    def _tape_with_values(self) -> sweep.Tape:
         if self._tape is None:
             raise ValueError(
                 f"the graph of {self.name} has no values: it's the body of a loop or branch, or "
                 "was made from types. Call graph(f) with arrays."
             )
+        return self._tape
 
     def _must_be_differentiable(self):
         if self._cannot is not None:
@@ -652,17 +653,15 @@ def _body_labels(node: Node, role: str, body) -> list[str]:
     """Names for a body's inputs: those from outside keep theirs; what a loop hands on is new."""
     count = len(body.in_avals)
     outside = [n.label for n in node.inputs]
-    params = node.equation.params
+    params = node.equation.params if node.equation is not None else {}
     if node.operation == "scan":
-        consts, carry = scan_layout(params)
-        return [
-            *outside[:consts],
-            *(f"carry[{i}]" for i in range(carry)),
-            *(f"x[{i}]" for i in range(count - consts - carry)),
-        ]
-    if node.operation == "while":
+        consts, carried = scan_layout(params)
+        outside = outside[:consts]
+    elif node.operation == "while":
         before = params["cond_nconsts"] if role == "body_jaxpr" else 0
         consts = params["body_nconsts"] if role == "body_jaxpr" else params["cond_nconsts"]
-        carry = (f"carry[{i}]" for i in range(count - consts))
-        return [*outside[before : before + consts], *carry]
-    return outside[len(outside) - count :]
+        outside, carried = outside[before : before + consts], count - consts
+    else:
+        return outside[len(outside) - count :]
+    carry = [f"carry[{i}]" for i in range(carried)]
+    return [*outside, *carry, *(f"x[{i}]" for i in range(count - consts - carried))]
