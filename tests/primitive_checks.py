@@ -6,12 +6,24 @@ library's sweep and a mistake in a rule can't hide each other.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
 from fnn.jaxpr import Equation
+
+
+# Most of a check's time is compilation, and these small programs need no optimisation.
+hasty = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
 
 
 def check_primitive(
@@ -43,40 +55,41 @@ def check_primitive(
     assert primitive is None or primitive in names, f"traced to {names}, without {primitive!r}"
     gs = random_like(closed.out_avals, seed)
 
-    ours = our_vjp(fun, args, gs, rules)
-    theirs = jax_vjp(fun, args, gs)
+    first = {"ours": lambda *a: our_vjp(fun, *a, rules), "jax": lambda *a: jax_vjp(fun, *a)}
+    vjps = dict(first)
+    if second_order:
+        vjps |= {f"{name}, twice": _gradients_of(vjp, seed + 1) for name, vjp in first.items()}
+    found = hasty(lambda *a: {name: vjp(*a) for name, vjp in vjps.items()})(args, gs)
     label = primitive or "/".join(names)
-    for i, (x, g) in enumerate(zip(args, ours, strict=True)):
+    for i, (x, g) in enumerate(zip(args, found["ours"], strict=True)):
         if g is not None:
             assert (g.shape, g.dtype) == (x.shape, x.dtype), (
-                f"{label}: the gradient of argument {i}, {x.dtype}{x.shape}, "
-                f"is {g.dtype}{g.shape}"
+                f"{label}: the gradient of argument {i}, {x.dtype}{x.shape}, is {g.dtype}{g.shape}"
             )
-    compare(ours, theirs, tol, label)
-
+    compare(found["ours"], found["jax"], tol, label)
     if second_order:
+        twice = found["ours, twice"], found["jax, twice"]
+        compare(*twice, tol * 100, f"{label}, second order")
+
+
+def _gradients_of(vjp, seed: int):
+    """The gradients of the gradients `vjp(args, gs)`, by JAX, for random upstream ones."""
+
+    def second(args, gs):
         chosen = [i for i, x in enumerate(args) if _is_inexact(x)]
 
-        def gradients(vjp):
-            def f(xs, gs):
-                full = list(args)
-                for i, x in zip(chosen, xs, strict=True):
-                    full[i] = x
-                found = vjp(fun, full, gs)
-                return [_filled(found[i], full[i]) for i in chosen]
+        def f(points, few):
+            full, given = list(args), iter(few)
+            for i, x in zip(chosen, points, strict=True):
+                full[i] = x
+            found = vjp(full, [None if g is None else next(given) for g in gs])
+            return [_filled(found[i], full[i]) for i in chosen]
 
-            return f
-
-        inexact_gs = [g for g in gs if g is not None]
-        put = lambda few: [next(few) if g is not None else None for g in gs]
         points = [args[i] for i in chosen]
+        outs, pull = jax.vjp(f, points, [g for g in gs if g is not None])
+        return jax.tree.leaves(pull(random_like(outs, seed)))
 
-        def second(vjp):
-            f = lambda xs, few: gradients(vjp)(xs, put(iter(few)))
-            outs, pull = jax.vjp(f, points, inexact_gs)
-            return jax.tree.leaves(pull([g for g in random_like(outs, seed + 1)]))
-
-        compare(second(our_vjp), second(jax_vjp), tol * 100, f"{label}, second order")
+    return second
 
 
 def check_cost(fun, *args, rules: dict | None = None, slack: float = 1.02):
@@ -153,15 +166,19 @@ def random_like(avals, seed: int) -> list:
 
 
 def _pull_back(jaxpr, consts, args, gs, rules):
-    values, gradients, saved = {}, {}, {}
+    values, gradients, needed, saved = {}, {}, {}, {}
+    active = {v for v in jaxpr.invars if _is_inexact(v.aval)}
     values.update(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
     read = lambda v: v.val if isinstance(v, Literal) else values[v]
     for i, eqn in enumerate(jaxpr.eqns):
         ins = [read(v) for v in eqn.invars]
-        if _has_own_forward(rules.get(eqn.primitive.name)) and any(_needed(eqn)):
+        needed[i] = [not isinstance(v, Literal) and v in active for v in eqn.invars]
+        if any(needed[i]):
+            active |= {v for v in eqn.outvars if _is_inexact(v.aval)}
+        if _has_own_forward(rules.get(eqn.primitive.name)) and any(needed[i]):
             rule = rules[eqn.primitive.name]
-            outs, saved[i] = rule.forward(_equation(eqn), _needed(eqn), ins, False)
+            outs, saved[i] = rule.forward(_equation(eqn), needed[i], ins, False)
         else:
             outs = _equation(eqn).apply(ins)
         values.update(zip(eqn.outvars, outs, strict=True))
@@ -174,8 +191,7 @@ def _pull_back(jaxpr, consts, args, gs, rules):
         accumulate(v, g)
     for i, eqn in reversed(list(enumerate(jaxpr.eqns))):
         upstream = [gradients.get(v) for v in eqn.outvars]
-        needed = _needed(eqn)
-        if all(g is None for g in upstream) or not any(needed):
+        if all(g is None for g in upstream) or not any(needed[i]):
             continue
         full = [
             _filled(g, v.aval) if _is_inexact(v.aval) else None
@@ -188,15 +204,15 @@ def _pull_back(jaxpr, consts, args, gs, rules):
             products = _pull_back(inner.jaxpr, inner.consts, ins, full, rules)[1]
         elif i in saved:
             rule = rules[eqn.primitive.name]
-            products = rule.backward(_equation(eqn), needed, saved[i], upstream, False)
+            products = rule.backward(_equation(eqn), needed[i], saved[i], upstream, False)
         else:
             assert eqn.primitive.name in rules, f"no rule for {eqn.primitive.name!r}: {eqn}"
             many = eqn.primitive.multiple_results
             products = rules[eqn.primitive.name].pullback(
-                needed, full if many else full[0], outs if many else outs[0], ins, eqn.params
+                needed[i], full if many else full[0], outs if many else outs[0], ins, eqn.params
             )
         assert len(products) == len(ins), f"{eqn.primitive.name}: {len(products)} cotangents"
-        for v, wanted, g in zip(eqn.invars, needed, products, strict=True):
+        for v, wanted, g in zip(eqn.invars, needed[i], products, strict=True):
             if wanted and g is not None:
                 assert (g.shape, g.dtype) == (v.aval.shape, v.aval.dtype), (
                     f"{eqn.primitive.name}: the gradient of {v.aval} is {g.dtype}{g.shape}"
@@ -208,10 +224,6 @@ def _pull_back(jaxpr, consts, args, gs, rules):
 def _has_own_forward(rule) -> bool:
     """Is it a `ControlRule`, which also takes part in the forward pass?"""
     return hasattr(rule, "forward")
-
-
-def _needed(eqn) -> list[bool]:
-    return [_is_inexact(v.aval) and not isinstance(v, Literal) for v in eqn.invars]
 
 
 def _equation(eqn) -> Equation:

@@ -11,20 +11,22 @@ A running total y₁ = x₁, yᵢ = yᵢ₋₁ ∘ xᵢ is computed in parallel 
 pairs, find the running totals of the (half as many) pairs, and these are every second one of the
 totals wanted; the others lack one more combination (Blelloch, "Prefix Sums and Their
 Applications", 1990). Its gradient is backpropagation through this tree, and needs of the
-operation ∘ only its local gradients. The product of all is the tree's first half.
+operation ∘ only its local gradients. A product of all is such a tree too. These rules, and
+that of `sort`, take part in the forward pass, so that nothing is computed twice.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.lax import ScatterDimensionNumbers, add, div, eq, mul, select
 
 from fnn.backprop.local import LocalRule, each, zero
-from fnn.backprop.primitives.elementwise import CHOICES
+from fnn.backprop.primitives.elementwise import CHOICES, is_complex, number
 from fnn.backprop.sweep import ControlRule
 
 # ----------------------------------------------------------------------- sum, max, product
@@ -47,32 +49,41 @@ def _extremum(g, y, x, *, axes, **_):
     return mul(_spread(share, x, axes), attains)
 
 
-def _product(g, y, x, *, axes, **_):
-    """Each entry's gradient: g times the product of the others, zeros among them or not."""
-    kept = [i for i in range(x.ndim) if i not in axes]
-    order = [*axes, *kept]
-    shape = [x.shape[i] for i in order]
-    size = 1
-    for n in shape[: len(axes)]:
-        size *= n
+def _product_forward(equation, needed, ins, opaque):
+    """Halve x and multiply the halves, entry by entry, until one entry is left."""
+    (x,), axes = ins, equation.params["axes"]
+    order, shape = _reduced_first(x, axes)
+    size = math.prod(shape[: len(axes)])
     if size == 0:
-        return None
-    flat = lax.reshape(lax.transpose(x, order), [size, *shape[len(axes) :]])
-    found = lax.reshape(_product_tree(g, flat), shape)
-    return lax.transpose(found, sorted(range(x.ndim), key=lambda i: order[i]))
+        return equation.apply(ins), (x, [])
+    y = lax.reshape(lax.transpose(x, order), [size, *shape[len(axes) :]])
+    halvings = []
+    while (n := y.shape[0]) > 1:
+        half = (n + 1) // 2
+        a, b = lax.slice_in_dim(y, 0, half), lax.slice_in_dim(y, half, n)
+        b = _pad_axis(b, 0, (0, n % 2, 0), 1)
+        halvings.append((a, b, n))
+        y = mul(a, b)
+    return [lax.squeeze(y, [0])], (x, halvings)
 
 
-def _product_tree(g, x):
-    """Halve x: the product of the halves, entry by entry, is a product of half as many."""
-    n = x.shape[0]
-    if n == 1:
-        return lax.expand_dims(g, [0])
-    half = (n + 1) // 2
-    a, b = x[:half], x[half:]
-    if n % 2:
-        b = _pad_axis(b, 0, (0, 1, 0), 1)
-    g = _product_tree(g, mul(a, b))
-    return lax.concatenate([mul(g, b), mul(g, a)[: n - half]], 0)
+def _product_backward(equation, needed, saved, cotangents, opaque):
+    """Each entry's gradient: g times the product of the others, zeros among them or not."""
+    (x, halvings), axes = saved, equation.params["axes"]
+    order, shape = _reduced_first(x, axes)
+    if x.size == 0:
+        return [None]
+    g = lax.expand_dims(cotangents[0], [0])
+    for a, b, n in reversed(halvings):
+        g_b = lax.slice_in_dim(mul(g, a), 0, n - a.shape[0])
+        g = lax.concatenate([mul(g, b), g_b], 0)
+    return [lax.transpose(lax.reshape(g, shape), sorted(range(x.ndim), key=lambda i: order[i]))]
+
+
+def _reduced_first(x, axes) -> tuple[list[int], list[int]]:
+    """The order of axes with the reduced ones first, and the shape in that order."""
+    order = [*axes, *(i for i in range(x.ndim) if i not in axes)]
+    return order, [x.shape[i] for i in order]
 
 
 # ------------------------------------------------------------------------- running totals
@@ -87,15 +98,20 @@ class Combine(NamedTuple):
 
 
 def _logaddexp(a, b):
-    high = lax.max(a, b)
-    distance = lax.neg(lax.abs(lax.sub(a, b)))
+    high, distance = lax.max(a, b), lax.sub(a, b)
+    if is_complex(a):
+        distance = lax.sub(add(a, b), mul(high, number(2, high)))
+    else:
+        distance = lax.neg(lax.abs(distance))
     is_number = eq(distance, distance)  # not ∞ − ∞
     return select(is_number, add(high, lax.log1p(lax.exp(distance))), add(a, b))
 
 
 def _softmax_weight(a, c):
-    """exp(a − c), the share of a in c = log(eᵃ + eᵇ), where a = c = ±∞ too."""
-    return select(eq(a, c), lax.full_like(a, 1), lax.exp(lax.sub(a, c)))
+    """exp(a − c), the share of a in c = log(eᵃ + eᵇ); 0 where all of them are −∞."""
+    if not is_complex(c):
+        c = lax.max(c, number(jnp.finfo(c.dtype).min, c))
+    return lax.exp(lax.sub(a, c))
 
 
 PRODUCT = Combine(mul, lambda g, c, a, b: mul(g, b), lambda g, c, a, b: mul(g, a))
@@ -116,46 +132,86 @@ def _gate(name: str, f: Callable) -> Combine:
     )
 
 
-def running(combine: Combine, says: str) -> LocalRule:
-    def pullback(g, y, x, *, axis, reverse):
-        if not reverse:
-            return _running(combine, g, y, x, axis)
-        g, y, x = (lax.rev(a, [axis]) for a in (g, y, x))
-        return lax.rev(_running(combine, g, y, x, axis), [axis])
+def running(combine: Combine) -> ControlRule:
+    """The running totals of ∘, along an axis and from either end."""
 
-    return each(pullback, says=(says,))
+    def forward(equation, needed, ins, opaque):
+        (x,), axis = ins, equation.params["axis"]
+        turned = lax.rev if equation.params["reverse"] else lambda a, axes: a
+        y, levels = _climb(combine, turned(x, [axis]), axis)
+        return [turned(y, [axis])], levels
+
+    def backward(equation, needed, levels, cotangents, opaque):
+        (g,), axis = cotangents, equation.params["axis"]
+        turned = lax.rev if equation.params["reverse"] else lambda a, axes: a
+        return [turned(_descend(combine, turned(g, [axis]), levels, axis), [axis])]
+
+    return ControlRule(forward, backward)
 
 
-def _running(combine: Combine, g, y, x, axis: int):
-    """Back through the tree. The totals of the pairs are at hand: y's entries 1, 3, 5, ...
+class Level(NamedTuple):
+    """One level of the tree: the combinations that were made there, to go back through.
 
-    even totals    y₂ₖ = y₂ₖ₋₁ ∘ x₂ₖ      (and y₀ = x₀)
-    odd totals     y₂ₖ₊₁ = totals of the pairs x₂ₖ ∘ x₂ₖ₊₁
+    pairs = left ∘ right, of x's neighbours; after = before ∘ single, the even totals.
+    """
+
+    left: Any
+    right: Any
+    pairs: Any
+    before: Any
+    single: Any
+    after: Any
+
+
+def _climb(combine: Combine, x, axis: int) -> tuple[Any, list[Level]]:
+    """The running totals of x, and what the way back needs.
+
+    odd totals     y₁, y₃, ... are the running totals of the pairs x₀∘x₁, x₂∘x₃, ...
+    even totals    y₀ = x₀, and y₂ₖ = y₂ₖ₋₁ ∘ x₂ₖ
     """
     n = x.shape[axis]
     if n < 2:
+        return x, []
+    left, right = _every_second(x, 0, n - n % 2, axis), _every_second(x, 1, n, axis)
+    pairs = combine.f(left, right)
+    odd, levels = _climb(combine, pairs, axis)
+    before = lax.slice_in_dim(odd, 0, (n - 1) // 2, 1, axis)
+    single = _every_second(x, 2, n, axis) if n > 2 else before
+    after = combine.f(before, single)
+    even = lax.concatenate([lax.slice_in_dim(x, 0, 1, 1, axis), after], axis)
+    return _interleave(even, odd, axis), [Level(left, right, pairs, before, single, after), *levels]
+
+
+def _descend(combine: Combine, g, levels: list[Level], axis: int):
+    """The gradient of x, from that of the totals."""
+    n = g.shape[axis]
+    if n < 2:
         return g
-    take = lambda a, start, stop=None: lax.slice_in_dim(a, start, stop, 2, axis)
-    odd, last = n // 2, n - (n % 2)
-    left, right = take(x, 0, last), take(x, 1)
-    pairs, totals, g_totals = combine.f(left, right), take(y, 1), take(g, 1)
-    g_even = take(g, 0)
-    if n > 2:
-        before = totals if n % 2 else lax.slice_in_dim(totals, 0, odd - 1, 1, axis)
-        g_rest, after, single = take(g, 2), take(y, 2), take(x, 2)
-        g_before = combine.for_a(g_rest, after, before, single)
-        g_single = combine.for_b(g_rest, after, before, single)
-        missing = odd - g_before.shape[axis]
-        g_totals = add(g_totals, _pad_axis(g_before, axis, (0, missing, 0)))
-        g_even = lax.concatenate([lax.slice_in_dim(g_even, 0, 1, 1, axis), g_single], axis)
-    g_pairs = _running(combine, g_totals, totals, pairs, axis)
+    (left, right, pairs, before, single, after), *above = levels
+    g_odd, g_even = _every_second(g, 1, n, axis), _every_second(g, 0, n, axis)
+    g_after = lax.slice_in_dim(g_even, 1, g_even.shape[axis], 1, axis)
+    g_before = combine.for_a(g_after, after, before, single)
+    g_single = combine.for_b(g_after, after, before, single)
+    g_odd = add(g_odd, _pad_axis(g_before, axis, (0, 1 - n % 2, 0)))
+    g_pairs = _descend(combine, g_odd, above, axis)
     g_left = combine.for_a(g_pairs, pairs, left, right)
     g_right = combine.for_b(g_pairs, pairs, left, right)
+    g_first = lax.slice_in_dim(g_even, 0, 1, 1, axis)
+    g_even = lax.concatenate([g_first, g_single], axis)
     g_even = add(g_even, _pad_axis(g_left, axis, (0, n % 2, 0)))
-    # Interleave: the even entries with a gap after each, and the odd ones in the gaps.
+    return _interleave(g_even, g_right, axis)
+
+
+def _every_second(x, start: int, stop: int, axis: int):
+    return lax.slice_in_dim(x, start, stop, 2, axis)
+
+
+def _interleave(even, odd, axis: int):
+    """Spread the even entries, leaving gaps, and add the odd ones in the gaps."""
+    longer = even.shape[axis] - odd.shape[axis]  # 0 or 1
     return add(
-        _pad_axis(g_even, axis, (0, 1 - n % 2, 1)),
-        _pad_axis(g_right, axis, (1, n % 2, 1)),
+        _pad_axis(even, axis, (0, 1 - longer, 1)),
+        _pad_axis(odd, axis, (1, longer, 1)),
     )
 
 
@@ -164,7 +220,7 @@ def _pad_axis(x, axis: int, config: tuple[int, int, int], value: float = 0):
         return x
     padding = [(0, 0, 0)] * x.ndim
     padding[axis] = config
-    return lax.pad(x, x.dtype.type(value), padding)
+    return lax.pad(x, number(value, x), padding)
 
 
 # -------------------------------------------------------------------------------- sorting
@@ -225,15 +281,15 @@ RULES: dict[str, LocalRule | ControlRule] = {
     "reduce_sum": each(_sum, says=("1",)),
     "reduce_max": each(_extremum, says=("x = y",)),
     "reduce_min": each(_extremum, says=("x = y",)),
-    "reduce_prod": each(_product, says=("Π of the others",)),
+    "reduce_prod": ControlRule(_product_forward, _product_backward),
     "cumsum": each(
         lambda g, y, x, *, axis, reverse: lax.cumsum(g, axis=axis, reverse=not reverse),
         says=("Σ of what comes after",),
     ),
-    "cumprod": running(PRODUCT, "Σ over later totals of Π of the others"),
-    "cummax": running(_gate("max", lax.max), "Σ over the totals that it is"),
-    "cummin": running(_gate("min", lax.min), "Σ over the totals that it is"),
-    "cumlogsumexp": running(LOGSUMEXP, "Σ over later totals of exp(x − y)"),
+    "cumprod": running(PRODUCT),
+    "cummax": running(_gate("max", lax.max)),
+    "cummin": running(_gate("min", lax.min)),
+    "cumlogsumexp": running(LOGSUMEXP),
     "sort": ControlRule(_sort_forward, _sort_backward),
     "top_k": each(_top_k, says=("g at its place",)),
     "approx_top_k": each(_approx_top_k, says=("g at its place",)),
