@@ -44,9 +44,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal, Primitive
+from jax.extend.core import ClosedJaxpr, Literal, Primitive
 from jax.interpreters import ad, batching, mlir
-
+from jax.interpreters.partial_eval import dce_jaxpr
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -398,15 +398,27 @@ class LinearMap:
         """The same map with a tangent of zero for all but the kept ones of its arguments."""
         return dataclasses.replace(self, takes=_restrict(self.takes, keep))
 
-    def backward(self, residuals: Sequence, dys: Sequence) -> list:
-        """The hand-written backward: one gradient (or None) for each argument of this map."""
+    def full_backward(self, residuals: Sequence, dys: Sequence) -> list:
+        """The hand-written backward: one gradient for each argument of this map.
+
+        dys are those of the inexact outputs. What only other arguments' gradients need is left
+        out; without jit around, nobody else would do that.
+        """
+        avals = tuple(map(jax.typeof, residuals)), tuple(map(jax.typeof, dys))
+        closed = _backward_jaxpr(self, *avals, *_context())
+        return jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *residuals, *dys)
+
+    def gradients(self, residuals: Sequence, dys: Sequence) -> list:
+        """`backward` as it is written: a gradient or None for each array of the call."""
         op = self.call.operation
-        dy = jax.tree.unflatten(self.out_tree, dys)
+        given = iter(dys)
+        dy = [next(given) if _is_inexact(a) else None for a in self.out_avals]
         grads = op._backward(
-            jax.tree.unflatten(self.residual_tree, residuals), dy, **dict(self.call.static)
+            jax.tree.unflatten(self.residual_tree, residuals),
+            jax.tree.unflatten(self.out_tree, dy),
+            **dict(self.call.static),
         )
-        flat = _flat_gradients(self.call, self.in_avals, grads)
-        return [g for g, is_in in zip(flat, self.takes, strict=True) if is_in]
+        return _flat_gradients(self.call, self.in_avals, grads)
 
     def tangent(self, residuals: Sequence, dxs: Sequence) -> list:
         """The pushforward: the transpose of `backward`, or the hand-written `tangent`."""
@@ -424,20 +436,23 @@ class LinearMap:
             return _flat_tangents(op.name, self.out_tree, self.out_avals, dy)
 
         def from_dys(*dys):
-            cotangents = self.backward(residuals, self._with_integer_outputs(dys))
-            return [g for g in cotangents if g is not None]
+            return self.full_backward(residuals, dys)
 
         avals = [a for a in self.out_avals if _is_inexact(a)]
         dxs = _match_types(dxs, [a for a, t in zip(self.in_avals, self.takes) if t])
         return list(jax.linear_transpose(from_dys, *avals)(list(dxs)))
 
-    def _with_integer_outputs(self, dys):
-        given = iter(dys)
-        return [next(given) if _is_inexact(a) else None for a in self.out_avals]
 
-    def full_backward(self, residuals, dys):
-        """`backward` with dys for the inexact outputs only."""
-        return self.backward(residuals, self._with_integer_outputs(dys))
+@functools.lru_cache(maxsize=4096)
+def _backward_jaxpr(linear: LinearMap, residual_avals, dy_avals, *context):
+    def taken(residuals, dys):
+        found = linear.gradients(residuals, dys)
+        return [found[i] for i in _where(linear.takes)]
+
+    closed = jax.make_jaxpr(taken)(list(residual_avals), list(dy_avals))
+    everything = [True] * len(closed.jaxpr.outvars)
+    jaxpr, _ = dce_jaxpr(closed.jaxpr, everything, instantiate=True)
+    return ClosedJaxpr(jaxpr, closed.consts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -558,9 +573,7 @@ def _checked_linear_map(call: Call, in_avals, *context) -> LinearMap:
     nothing_flows = not dy_avals or not any(inexact)
 
     def gradients(residual_leaves, dys):
-        dy = jax.tree.unflatten(out_tree, linear._with_integer_outputs(dys))
-        grads = op._backward(jax.tree.unflatten(residual_tree, residual_leaves), dy, **static)
-        flat = _flat_gradients(call, in_avals, grads)
+        flat = linear.gradients(residual_leaves, dys)
         for i, (g, ok) in enumerate(zip(flat, inexact, strict=True)):
             has_gradient[i] = ok and g is not None
         return [g for g, has in zip(flat, has_gradient, strict=True) if has]
@@ -606,6 +619,11 @@ def _flat_gradients(call: Call, in_avals, grads) -> list:
             if leaf is None or not _is_inexact(aval):
                 flat.append(None)
                 continue
+            if not jax.tree_util.all_leaves([leaf]):
+                raise RuleError(
+                    f"{op.name}.backward: the gradient of argument '{name}' has the wrong "
+                    f"structure: {_describe(leaf)} for an array of shape {aval.shape}."
+                )
             got = jax.typeof(leaf)
             if got.shape != aval.shape:
                 raise RuleError(
@@ -633,6 +651,11 @@ def _flat_tangents(name, out_tree, out_avals, dy) -> list:
         if not _is_inexact(aval):
             continue
         d = jnp.zeros(aval.shape, aval.dtype) if d is None else d
+        if not jax.tree_util.all_leaves([d]):
+            raise RuleError(
+                f"{name}.tangent returned the wrong structure: {_describe(d)} for an array of "
+                f"shape {aval.shape}."
+            )
         got = jax.typeof(d)
         if got.shape != aval.shape or (got.dtype != aval.dtype and not got.weak_type):
             raise RuleError(
