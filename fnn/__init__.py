@@ -1,17 +1,18 @@
 """fnn: neural networks as pure functions, with a backward pass written by hand.
 
-    rule                        an operation from its forward and backward
-    graph                       a function as its computational graph
-    grad, value_and_grad, vjp   backpropagation by the hand-written rules
-    check_rule, check_grads     rules against autodiff against finite differences
-    ops                         activations and losses
-    layers, initializers        networks, as pairs of pure functions
-    train_step, fit             training
-    plot                        pictures of training
+rule                        an operation from its forward and backward
+graph                       a function as its computational graph
+grad, value_and_grad, vjp   backpropagation by the hand-written rules
+check_rule, check_grads     rules against autodiff against finite differences
+ops                         activations and losses
+layers, initializers        networks, as pairs of pure functions
+train_step, fit             training
+plot                        pictures of training
 """
 
 from fnn import initializers, layers, ops, plot
 from fnn.backprop import Graph, grad, graph, value_and_grad, vjp
+from fnn.check import GradientError, check_grads, check_rule
 from fnn.layers import summary
 from fnn.operation import Operation, RuleError, rule
 from fnn.train import FitResult, NonFiniteError, State, TrainStep, evaluate, fit, train_step
@@ -20,12 +21,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FitResult",
+    "GradientError",
     "Graph",
     "NonFiniteError",
     "Operation",
     "RuleError",
     "State",
     "TrainStep",
+    "check_grads",
+    "check_rule",
     "evaluate",
     "fit",
     "grad",
