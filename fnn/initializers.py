@@ -120,7 +120,7 @@ def variance_scaling(
     fans(shape)
     if 0 in shape:
         return jnp.zeros(shape, dtype)
-    mode = {"in": "fan_in", "out": "fan_out", "average": "fan_avg"}
+    mode: dict[str, Any] = {"in": "fan_in", "out": "fan_out", "average": "fan_avg"}
     if fan not in mode:
         raise ValueError(f"fan must be one of {sorted(mode)}, got {fan!r}.")
     init = jax.nn.initializers.variance_scaling(

@@ -193,9 +193,7 @@ def test_a_pair_of_functions_is_a_layer():
 
 def test_layers_print_as_they_were_written():
     net = chain(hidden=Linear(100), act=jax.nn.relu, out=residual(Maxout(3, pieces=4)))
-    assert repr(net) == (
-        "chain(hidden=Linear(100), act=relu, out=residual(Maxout(3, pieces=4)))"
-    )
+    assert repr(net) == ("chain(hidden=Linear(100), act=relu, out=residual(Maxout(3, pieces=4)))")
 
 
 def test_names_reach_the_compiled_program():
@@ -290,9 +288,11 @@ def test_summary():
     assert rows["output",].output.shape == (10,)
     assert rows["output",].flops == 2 * 100 * 10  # a product and a sum for each weight
     assert rows["skip",].flops == rows["skip", "0"].flops + 100
-    assert abs(table.flops - sum(rows[p,].flops for p in ("body", "skip", "output"))) <= 10
+    # The whole is counted by itself: where XLA fuses, it may compute a number twice.
+    parts = sum(rows[p,].flops for p in ("body", "skip", "output"))
+    assert table.flops == pytest.approx(parts, rel=0.01)
     text = str(table)
-    assert "  hidden  Linear(100)  float32[100]" in text
+    assert re.search(r"\n  hidden +Linear\(100\) +float32\[100\] +78,500 +156,900\n", text)
     assert re.search(r"total .*float32\[10\] +89,600 +\d", text)
     assert len({len(line) for line in text.splitlines() if "─" not in line}) <= 2
 

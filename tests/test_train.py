@@ -62,7 +62,7 @@ def test_one_step_of_gradient_descent():
     close(state.params, jax.tree.map(lambda p, g: p - 0.1 * g, START, gradient))
     assert state.step == 1
     assert metrics["loss"] == pytest.approx(float(mean_squares(START)))
-    assert metrics["grad_norm"] == pytest.approx(float(optax.global_norm(gradient)))
+    assert metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(gradient)))
     assert metrics["error"] == pytest.approx(np.mean(np.abs(Y)))
     assert list(metrics) == ["error", "grad_norm", "loss"]
 
@@ -97,11 +97,16 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equals_a_loop_over_optax(name):
     optimizer = OPTIMIZERS[name]
-    params, opt_state = START, optimizer.init(START)
-    for _ in range(4):
+
+    @jax.jit
+    def by_hand(params, opt_state):
         gradient = jax.grad(mean_squares)(params)
         updates, opt_state = optimizer.update(gradient, opt_state, params)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), opt_state
+
+    params, opt_state = START, optimizer.init(START)
+    for _ in range(4):
+        params, opt_state = by_hand(params, opt_state)
     state, _ = run(optimizer, 4)
     close(state.params, params)
     assert jax.tree.structure(state.opt_state) == jax.tree.structure(opt_state)
@@ -173,9 +178,9 @@ def test_a_network_with_our_operations_equals_plain_jax():
         return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(y)).mean()
 
     state, metrics = run(optax.sgd(0.5), 1, loss, params, (x, y))
-    gradient = jax.grad(plain)(params)
-    close(state.params, jax.tree.map(lambda p, g: p - 0.5 * g, params, gradient))
-    assert metrics["loss"] == pytest.approx(float(plain(params)))
+    value, gradient = jax.jit(jax.value_and_grad(plain))(params)
+    close(state.params, jax.tree.map(lambda p, g: np.asarray(p) - 0.5 * g, params, gradient))
+    assert metrics["loss"] == pytest.approx(float(value))
 
 
 # --------------------------------------------------------------------------- the step as a program
@@ -444,7 +449,7 @@ def test_labels_out_of_range(loss, kind, bad):
     name = {cross_entropy: "softmax_cross_entropy", hinge: "multiclass_hinge"}[loss]
     with pytest.raises(
         ValueError,
-        match=rf"batch\['y'\] holds the label {bad} at index 4, but {name} gets logits of 3 classes",
+        match=rf"batch\['y'\] holds the label {bad} at index 4, but {name} gets .* 3 classes",
     ):
         step_on({"x": X, "y": y}, loss, NET_PARAMS)
 
@@ -533,5 +538,3 @@ def test_bad_parameters_and_states():
     assert not state.step.is_deleted()
     with pytest.raises(TypeError, match="must be an optax transformation.*of type float"):
         train_step(squares, 0.1)
-
-

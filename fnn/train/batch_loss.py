@@ -70,7 +70,8 @@ def mean_metrics(metrics: dict) -> dict:
 
 def scalar_and_metrics(loss: Loss, out: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What a loss returned for one example, as a pair; or an error that says what it must be."""
-    name, metrics = name_of(loss), {}
+    name = name_of(loss)
+    metrics: dict[str, Any] = {}
     if isinstance(out, tuple):
         if len(out) != 2 or not isinstance(out[1], dict):
             got = f"a tuple of {len(out)}: ({', '.join(type(o).__name__ for o in out)})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 import jax
@@ -52,6 +52,7 @@ class Stream:
 
     def epoch(self, key: Any) -> Iterator[Any]:
         """The batches of one epoch, converted from other libraries' arrays where need be."""
+        batches: Iterable
         if self.running is not None:
             batches = self.running
         elif callable(self.source):
@@ -108,7 +109,7 @@ def batches_of(
             f"of {epochs} epochs. Pass a list, a function that makes a new iterator for each "
             "epoch, or steps_per_epoch."
         )
-    if steps is None and hasattr(data, "__len__"):
+    if steps is None and isinstance(data, Sized):
         steps = len(data)
     return Stream(data, steps, data if once else None)
 
@@ -159,7 +160,9 @@ def _take(data: Any, rows: np.ndarray) -> Any:
     leaves, tree = jax.tree.flatten(data)
     on_device = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
     taken = _take_on_device(on_device, rows) if on_device else {}
-    return tree.unflatten([taken[i] if i in taken else x[rows] for i, x in enumerate(leaves)])
+    return jax.tree.unflatten(
+        tree, [taken[i] if i in taken else x[rows] for i, x in enumerate(leaves)]
+    )
 
 
 @jax.jit
@@ -168,10 +171,10 @@ def _take_on_device(arrays: dict, rows: jax.Array) -> dict:
 
 
 def _takes_an_argument(function: Callable) -> bool:
+    """Whether a function can't be called without an argument, or has one named key."""
     try:
-        inspect.signature(function).bind(None)
-    except TypeError:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
         return False
-    except ValueError:
-        return True
-    return True
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return any(p.default is p.empty or p.name == "key" for p in positional[:1])

@@ -17,20 +17,20 @@ class Log:
         count: how many steps there were.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.history: dict[str, list] = {}
         self.count = 0
-        self._on_device: list[dict[str, jax.Array]] = []
+        self._on_device: list[dict[str, Any]] = []
         self._read: list[dict[str, np.ndarray]] = []
         self._sizes: list[int] = []
 
-    def add(self, metrics: dict[str, jax.Array], size: int) -> None:
+    def add(self, metrics: dict[str, Any], size: int) -> None:
         """The metrics of a step on a batch of `size` examples; they may not be computed yet."""
         self._on_device.append(metrics)
         self._sizes.append(size)
         self.count += 1
 
-    def latest(self) -> dict[str, jax.Array]:
+    def latest(self) -> dict[str, Any]:
         """The metrics of the last step that the device is done with; empty if there is none."""
         for metrics in reversed(self._on_device[-64:]):
             if metrics["loss"].is_ready():

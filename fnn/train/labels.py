@@ -127,7 +127,8 @@ def _classes_and_labels(equation: Equation, flat: Program) -> tuple[int, int, st
         return None
     shape = list(flat.avals[equation.ins[logits]].shape)
     while isinstance(call, MappedCall):  # under vmap, the axes of the examples come off again
-        if call.in_axes[logits] is not None:
-            del shape[call.in_axes[logits]]
+        axis = call.in_axes[logits]
+        if axis is not None:
+            del shape[axis]
         call = call.call
     return (shape[-1], labels, call.operation.name) if shape else None

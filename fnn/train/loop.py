@@ -112,16 +112,16 @@ def fit(
     training = batches_of(
         data, batch_size=batch_size, shuffle=shuffle, epochs=epochs, steps=steps_per_epoch
     )
-    whole = isinstance(training, Arrays)  # the data is here, to be looked at once
-    if whole and shuffle and key is None:
+    whole = training.data if isinstance(training, Arrays) else None  # to be looked at once
+    if whole is not None and shuffle and key is None:
         raise ValueError(
             "shuffling needs a key: pass key=jax.random.key(0), say, or shuffle=False."
         )
-    step = TrainStep(loss, optimizer, nonfinite=nonfinite, check=check and not whole)
+    step = TrainStep(loss, optimizer, nonfinite=nonfinite, check=check and whole is None)
     state = own(params) if isinstance(params, State) else step.init(params)
     order_key, loss_key, validation_key = (None,) * 3 if key is None else jax.random.split(key, 3)
-    if whole and check:
-        check_values(loss, state.params, training.data, key if takes else None, "data")
+    if whole is not None and check:
+        check_values(loss, state.params, whole, key if takes else None, "data")
     validate = _validation(
         validation, validation_loss or loss, state.params, batch_size, epochs, validation_key, check
     )

@@ -70,8 +70,8 @@ def report(state: State, losses: jax.Array, squares: jax.Array) -> jax.Array:
 class Reports:
     """The reports of the steps that are under way, oldest first."""
 
-    def __init__(self):
-        self._waiting: collections.deque[tuple[jax.Array, Callable[[np.ndarray], Exception]]]
+    def __init__(self) -> None:
+        self._waiting: collections.deque[tuple[Any, Callable[[np.ndarray], Exception]]]
         self._waiting = collections.deque()
 
     def add(self, report: jax.Array, explain: Callable[[np.ndarray], Exception]) -> None:
@@ -123,10 +123,10 @@ def explain(found: np.ndarray, names: list[str], size: int, data: str) -> NonFin
     return NonFiniteError("\n".join(lines), step, (*(["loss"] if loss else []), *gradients))
 
 
-def parameter_names(structure: Any) -> list[str]:
-    """`params['hidden']['W']` and so on, in the order of a tree structure's leaves."""
-    tree = jax.tree.unflatten(structure, range(structure.num_leaves))
-    return [path_name("params", path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+def parameter_names(params: Any) -> list[str]:
+    """`params['hidden']['W']` and so on, in the order of the leaves."""
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    return [path_name("params", path) for path, _ in paths]
 
 
 def _what(loss: bool, gradients: list[str]) -> str:

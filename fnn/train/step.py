@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -14,6 +15,7 @@ from fnn.train.bad_input import batch_size, check_no_nan, describe_nonfinite
 from fnn.train.batch_loss import Loss, mean_loss, mean_metrics, takes_key
 from fnn.train.labels import Labels, check_labels, describe_bad_labels, find_labels
 from fnn.train.nonfinite import (
+    NonFiniteError,
     Reports,
     explain,
     parameter_names,
@@ -129,16 +131,10 @@ class TrainStep:
             NonFiniteError: a step before this one met inf or nan (with nonfinite="raise").
         """
         self._reports.read()
-        labels = self._look_at(state, batch, key)
+        self._look_at(state, batch, key)
         state, metrics, report = self._compiled(state, batch, key)
         if report is not None and not _is_traced(report):
-            structure = jax.tree.structure(state.params)
-
-            def error(found):
-                data = describe_nonfinite(batch) or describe_bad_labels(batch, labels)
-                return explain(found, parameter_names(structure), batch_size(batch), data)
-
-            self._reports.add(report, error)
+            self._reports.add(report, functools.partial(self._explain, state.params, batch, key))
         return state, metrics
 
     def finish(self) -> None:
@@ -196,8 +192,8 @@ class TrainStep:
 
     # ------------------------------------------------------------------ checks, on the host
 
-    def _look_at(self, state: State, batch: Any, key: Any) -> tuple[Labels, ...]:
-        """Check what goes in, thoroughly at the first of each shape; find its labels."""
+    def _look_at(self, state: State, batch: Any, key: Any) -> None:
+        """Check what goes in, thoroughly at the first of each shape."""
         if not isinstance(state, State):
             raise TypeError(
                 f"the first argument of a step is the State of step.init(params), but got a "
@@ -219,7 +215,6 @@ class TrainStep:
                 "that it returned: write `state, metrics = step(state, batch)` and go on from "
                 "that. (jax.tree.map(jnp.copy, state) keeps one.)"
             )
-        return labels
 
     def _meet(self, state: State, batch: Any, key: Any) -> tuple[Labels, ...]:
         check_key(self.loss, self._takes_key, key)
@@ -229,6 +224,15 @@ class TrainStep:
         if not self._check:
             return ()
         return check_values(self.loss, state.params, batch, key, "batch")
+
+    def _explain(self, params: Any, batch: Any, key: Any, found: np.ndarray) -> NonFiniteError:
+        """The error of a bad step: what wasn't finite and, if it can be seen, why."""
+        data = describe_nonfinite(batch)
+        if not data:  # the parameters' buffers may be gone, but their types are still known
+            params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+            labels = find_labels(self.loss, params, _example_types(batch), key)
+            data = describe_bad_labels(batch, labels)
+        return explain(found, parameter_names(params), batch_size(batch), data)
 
 
 def check_key(loss: Loss, takes: bool, key: Any) -> None:
@@ -249,16 +253,21 @@ def check_values(loss: Loss, params: Any, data: Any, key: Any, name: str) -> tup
     Raises:
         ValueError: it holds nan, or a label out of range.
     """
-    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], _canonical(x)), data)
-    labels = find_labels(loss, params, example, key)
+    labels = find_labels(loss, params, _example_types(data), key)
     if not any(map(_is_traced, jax.tree.leaves(data))):
         check_no_nan(data, name)
         check_labels(data, labels, name)
     return labels
 
 
-def _canonical(x) -> Any:
-    return jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
+def _example_types(batch: Any) -> Any:
+    """The shapes and dtypes of one example of a batch, as JAX will see them."""
+
+    def of(x):
+        dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
+        return jax.ShapeDtypeStruct(x.shape[1:], dtype)
+
+    return jax.tree.map(of, batch)
 
 
 def _is_donated(state: State) -> bool:

@@ -1,0 +1,85 @@
+"""Pictures: what they show, and what is said where matplotlib is missing."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from fnn import plot
+
+HISTORY = {
+    "loss": [1.0, 0.5, 0.25],
+    "accuracy": [0.5, 0.7, 0.9],
+    "validation_loss": [1.1, 0.7, 0.6],
+    "seconds": [1.0, 1.0, 1.0],
+}
+
+
+def test_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for draw in (lambda: plot.curves(HISTORY), lambda: plot.templates(np.ones((2, 4)))):
+        with pytest.raises(ImportError) as error:
+            draw()
+        assert str(error.value) == 'fnn.plot needs matplotlib: pip install "fnn[plot]"'
+
+
+def test_importing_the_module_does_not_import_matplotlib():
+    import subprocess
+
+    code = "import sys, fnn.plot; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_curves(tmp_path):
+    pytest.importorskip("matplotlib")
+    figure = plot.curves(HISTORY)
+    loss, accuracy = figure.axes
+    assert loss.get_title() == "loss" and accuracy.get_title() == "accuracy"
+    training, validation = loss.lines
+    np.testing.assert_array_equal(training.get_xdata(), [1, 2, 3])
+    np.testing.assert_array_equal(training.get_ydata(), HISTORY["loss"])
+    np.testing.assert_array_equal(validation.get_ydata(), HISTORY["validation_loss"])
+    assert loss.get_yscale() == "log" and accuracy.get_yscale() == "linear"
+    assert [t.get_text() for t in loss.get_legend().get_texts()] == ["training", "validation"]
+    figure.savefig(tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no epochs"):
+        plot.curves({"loss": []})
+
+
+def test_grey_templates_share_a_scale():
+    pytest.importorskip("matplotlib")
+    W = np.arange(5 * 64).reshape(5, 64) - 100.0
+    figure = plot.templates(W, titles=list("abcde"))
+    images = [axes.images[0] for axes in figure.axes if axes.images]
+    assert len(images) == 5 and len(figure.axes) == 6
+    for i, image in enumerate(images):
+        np.testing.assert_array_equal(image.get_array(), W[i].reshape(8, 8))
+        assert image.get_clim() == (-219.0, 219.0)
+    assert [axes.get_title() for axes in figure.axes[:5]] == list("abcde")
+
+
+def test_colour_templates_and_maxout_pieces():
+    pytest.importorskip("matplotlib")
+    W = np.random.default_rng(0).normal(size=(2, 3, 32 * 32 * 3))
+    figure = plot.templates(W, columns=3)
+    images = [axes.images[0].get_array() for axes in figure.axes]
+    assert len(images) == 6
+    picture = W[1, 0].reshape(32, 32, 3)
+    wanted = (picture - picture.min()) / (picture.max() - picture.min())
+    np.testing.assert_allclose(images[3], wanted)
+    plot.templates(np.zeros((1, 6)), image=(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("W", "options", "message"),
+    [
+        (np.ones(4), {}, r"shape \(out, pixels\), but has \(4,\)"),
+        (np.ones((2, 5)), {}, "have 5 pixels, which don't make images"),
+        (np.ones((2, 4)), {"image": (3, 3)}, r"have 4 pixels.*\(3, 3\)"),
+        (np.ones((2, 4)), {"titles": ["a"]}, "2 templates, but there are 1 titles"),
+    ],
+)
+def test_bad_templates(W, options, message):
+    with pytest.raises(ValueError, match=message):
+        plot.templates(W, **options)
