@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas
 
 import fnn
 
@@ -301,7 +302,7 @@ def test_while_with_a_counter_is_a_scan():
 
 def test_while_counting_down():
     def f(x):
-        loop = lax.while_loop(lambda s: 0 <= s[0], lambda s: (s[0] - 2, s[1] * x), (5, x))
+        loop = lax.while_loop(lambda s: s[0] >= 0, lambda s: (s[0] - 2, s[1] * x), (5, x))
         return jnp.sum(loop[1])
 
     np.testing.assert_allclose(fnn.grad(f)(H), 4 * H**3, rtol=1e-12)
@@ -324,3 +325,22 @@ def test_while_that_nothing_differentiable_enters():
         return jnp.sum(x) * n
 
     np.testing.assert_allclose(fnn.grad(f)(H), 16 * jnp.ones(4))
+
+
+def test_a_branch_of_another_platform_is_not_compiled_here():
+    @jax.custom_vjp
+    def for_tpu(x):
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return pallas.pallas_call(kernel, out_shape=shape)(x)
+
+    def kernel(x, y):
+        y[...] = 2 * x[...]
+
+    for_tpu.defvjp(lambda x: (for_tpu(x), None), lambda _, dy: (for_tpu(dy),))
+
+    def f(x):
+        y = lax.platform_dependent(x, tpu=for_tpu, default=lambda x: x**3)
+        return jnp.sum(jnp.sin(y))
+
+    x = jnp.linspace(-1, 1, 8, dtype="float32")
+    np.testing.assert_allclose(jax.jit(fnn.grad(f))(x), jax.grad(f)(x), rtol=1e-6)

@@ -186,7 +186,7 @@ def _cond_forward(equation, needed, ins, opaque):
         return branch
 
     places = [_places(own, slots) for own in types]
-    outs, filled = _switch(index, list(map(taken, cuts, places)), operands)
+    outs, filled = _switch(equation, index, list(map(taken, cuts, places)), operands)
     return outs, (index, operands, cuts, places, filled, cotangents)
 
 
@@ -208,12 +208,18 @@ def _cond_backward(equation, needed, saved, cotangents, opaque):
         return branch
 
     operands = (operands, filled, given)
-    gradients = iter(_switch(index, list(map(back, cuts, places)), operands))
+    gradients = iter(_switch(equation, index, list(map(back, cuts, places)), operands))
     return [None, *(next(gradients) if n else None for n in needed[1:])]
 
 
-def _switch(index, branches, operands):
-    """`lax.switch` without its clamp: JAX's own index is in range; bool means two branches."""
+def _switch(equation, index, branches, operands):
+    """Take a branch by the index, or by the platform if that is what the equation does."""
+    platforms = equation.params.get("branches_platforms")
+    if platforms is not None:
+        # Another platform's branch (its own kernel, say) must not even be compiled here.
+        named = zip(platforms, branches, strict=True)
+        by_name = {name: branch for names, branch in named for name in names or ("default",)}
+        return lax.platform_dependent(*operands, **by_name)
     if len(branches) == 1:
         return branches[0](*operands)
     return lax.switch(index, branches, *operands)
