@@ -399,7 +399,7 @@ def test_window_extremum(case, largest):
     )
 
 
-@settings(quick, max_examples=10)
+@settings(quick, max_examples=7)
 @given(window_options(), st.booleans())
 def test_window_extremum_with_holes(case, largest):
     """JAX has no gradient for dilated windows; the same maximum over explicit slices has one."""
@@ -426,7 +426,6 @@ def test_window_extremum_with_holes(case, largest):
         return (jnp.max if largest else jnp.min)(jnp.stack(slices), 0)
 
     x = normal(*shape)
-    np.testing.assert_array_equal(pool(x), plain(x))
     # Windows that lie in the padding alone tie, harmlessly: their gradient falls on padding.
     g = random_like(jax.eval_shape(pool, x), 0)
     check_against(pool, plain, (x,), g)
@@ -486,8 +485,9 @@ def test_fft(kind, lengths):
         x = normal(2, *lengths[:-1], lengths[-1] // 2 + 1, dtype=jnp.complex128)
     else:
         x = normal(2, *lengths, dtype=jnp.complex128)
-    check(lambda x: lax.fft(x, kind, lengths), x, primitive="fft", second_order=True)
-    if len(lengths) == 1:
+    check(lambda x: lax.fft(x, kind, lengths), x, primitive="fft")
+    if lengths == (8,):
+        check(lambda x: lax.fft(jnp.sin(x), kind, lengths), x, second_order=True)
         single = x.astype(jnp.float32 if kind == lax.FftType.RFFT else jnp.complex64)
         check(lambda x: lax.fft(x, kind, lengths), single, tol=1e-4)
         check_cost(lambda x: lax.fft(x, kind, lengths), x, rules=RULES)
@@ -562,45 +562,44 @@ def test_lu_pivots():
 
 @real_and_complex
 @pytest.mark.parametrize("shape", [(4, 4), (5, 3), (2, 3, 5)])
-@pytest.mark.parametrize("full_matrices", [True, False])
-def test_qr(shape, full_matrices, dtype):
-    decompose = lambda a: lax.linalg.qr(a, full_matrices=full_matrices)
+def test_qr(shape, dtype):
+    decompose = lambda a: [lax.linalg.qr(a, full_matrices=full) for full in (True, False)]
     check(decompose, normal(*shape, dtype=dtype), primitive="qr", tol=1e-8)
 
 
 @real_and_complex
 @pytest.mark.parametrize("shape", [(5, 3), (2, 5, 3), (2, 3, 5)])
-@pytest.mark.parametrize("full_matrices", [True, False])
-def test_qr_with_pivoting(shape, full_matrices, dtype):
+def test_qr_with_pivoting(shape, dtype):
     """Also wide matrices and batches, where JAX's own derivative is wrong or fails."""
-    decompose = lambda a: lax.linalg.qr(a, pivoting=True, full_matrices=full_matrices)[:2]
+    decompose = lambda a: [
+        lax.linalg.qr(a, pivoting=True, full_matrices=full)[:2] for full in (True, False)
+    ]
     a = normal(*shape, dtype=dtype)
-    if len(shape) == 2 and shape[0] >= shape[1]:
+    if shape == (5, 3):
         check(decompose, a, primitive="qr", tol=1e-8)
     check_by_differences(decompose, a)
 
 
 @real_and_complex
 @pytest.mark.parametrize("shape", [(4, 4), (2, 3, 3), (1, 1)])
-@pytest.mark.parametrize("symmetrize_input", [True, False])
-def test_eigh(shape, symmetrize_input, dtype):
-    check(
-        lambda a: lax.linalg.eigh(a, symmetrize_input=symmetrize_input),
-        positive(*shape, dtype=dtype),
-        primitive="eigh",
-        tol=1e-8,
-    )
-    check(jnp.linalg.eigvalsh, positive(*shape, dtype=dtype), tol=1e-8)
+def test_eigh(shape, dtype):
+    decompose = lambda a: [
+        lax.linalg.eigh(a, symmetrize_input=True),
+        lax.linalg.eigh(a, symmetrize_input=False),
+        jnp.linalg.eigvalsh(a),
+    ]
+    check(decompose, positive(*shape, dtype=dtype), primitive="eigh", tol=1e-8)
 
 
 @real_and_complex
 @pytest.mark.parametrize("shape", [(4, 4), (5, 3), (2, 3, 5)])
 def test_svd(shape, dtype):
-    a = normal(*shape, dtype=dtype)
-    check(lambda a: lax.linalg.svd(a, full_matrices=False), a, primitive="svd", tol=1e-8)
-    check(lambda a: lax.linalg.svd(a, compute_uv=False), a, primitive="svd", tol=1e-8)
-    if shape[-1] == shape[-2]:
-        check(lambda a: lax.linalg.svd(a, full_matrices=True), a, primitive="svd", tol=1e-8)
+    decompose = lambda a: [
+        lax.linalg.svd(a, full_matrices=a.shape[-1] == a.shape[-2]),
+        lax.linalg.svd(2 * a, full_matrices=False),
+        lax.linalg.svd(3 * a, compute_uv=False),
+    ]
+    check(decompose, normal(*shape, dtype=dtype), primitive="svd", tol=1e-8)
 
 
 def test_svd_of_some_singular_values():
@@ -612,20 +611,17 @@ def test_svd_of_some_singular_values():
 
 
 @real_and_complex
-@pytest.mark.parametrize("left", [True, False])
-@pytest.mark.parametrize("right", [True, False])
-def test_eig(left, right, dtype):
-    check(
-        lambda a: lax.linalg.eig(
+def test_eig(dtype):
+    decompose = lambda a: [
+        lax.linalg.eig(
             a,
             compute_left_eigenvectors=left,
             compute_right_eigenvectors=right,
             enable_eigvec_derivs=True,
-        ),
-        normal(2, 4, 4, dtype=dtype),
-        primitive="eig",
-        tol=1e-8,
-    )
+        )
+        for left, right in itertools.product((True, False), repeat=2)
+    ]
+    check(decompose, normal(2, 4, 4, dtype=dtype), primitive="eig", tol=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -664,8 +660,6 @@ def test_linear_algebra_second_order_and_dtype(function):
 @pytest.mark.parametrize("shape", [(4, 4), (5, 3), (3, 5)])
 def test_each_factor_alone(shape):
     """Where one factor gets an upstream gradient, the others' part is left out."""
-    a = normal(*shape)
-    complex_a = normal(*shape, dtype=jnp.complex128)
     decompositions = [
         (lambda a: lax.linalg.qr(a, full_matrices=False), 2),
         (lambda a: lax.linalg.svd(a, full_matrices=False), 3),
@@ -675,10 +669,12 @@ def test_each_factor_alone(shape):
             (lambda a: lax.linalg.eigh(a @ a.mT.conj()), 2),
             (lambda a: lax.linalg.eig(a, enable_eigvec_derivs=True), 3),
         ]
-    for function, outputs in decompositions:
-        for i in range(outputs):
-            check(lambda a: function(a)[i], a, tol=1e-8)  # noqa: B023
-        check(lambda a: function(a)[0], complex_a, tol=1e-8)  # noqa: B023
+
+    def one_factor_each(a):
+        return [f((1 + i) * a)[i] for f, outputs in decompositions for i in range(outputs)]
+
+    for dtype in (jnp.float64, jnp.complex128):
+        check(one_factor_each, normal(*shape, dtype=dtype), tol=1e-7)
 
 
 @pytest.mark.parametrize(
