@@ -15,7 +15,6 @@ from jax.extend.core import Literal
 
 from fnn.jaxpr import Equation
 
-
 # Most of a check's time is compilation, and these small programs need no optimisation.
 hasty = functools.partial(
     jax.jit,
@@ -178,7 +177,8 @@ def _pull_back(jaxpr, consts, args, gs, rules):
             active |= {v for v in eqn.outvars if _is_inexact(v.aval)}
         if _has_own_forward(rules.get(eqn.primitive.name)) and any(needed[i]):
             rule = rules[eqn.primitive.name]
-            outs, saved[i] = rule.forward(_equation(eqn), needed[i], ins, False)
+            with eqn.ctx.manager:
+                outs, saved[i] = rule.forward(_equation(eqn), needed[i], ins, False)
         else:
             outs = _equation(eqn).apply(ins)
         values.update(zip(eqn.outvars, outs, strict=True))
@@ -204,13 +204,15 @@ def _pull_back(jaxpr, consts, args, gs, rules):
             products = _pull_back(inner.jaxpr, inner.consts, ins, full, rules)[1]
         elif i in saved:
             rule = rules[eqn.primitive.name]
-            products = rule.backward(_equation(eqn), needed[i], saved[i], upstream, False)
+            with eqn.ctx.manager:
+                products = rule.backward(_equation(eqn), needed[i], saved[i], upstream, False)
         else:
             assert eqn.primitive.name in rules, f"no rule for {eqn.primitive.name!r}: {eqn}"
             many = eqn.primitive.multiple_results
-            products = rules[eqn.primitive.name].pullback(
-                needed[i], full if many else full[0], outs if many else outs[0], ins, eqn.params
-            )
+            with eqn.ctx.manager:
+                products = rules[eqn.primitive.name].pullback(
+                    needed[i], full if many else full[0], outs if many else outs[0], ins, eqn.params
+                )
         assert len(products) == len(ins), f"{eqn.primitive.name}: {len(products)} cotangents"
         for v, wanted, g in zip(eqn.invars, needed[i], products, strict=True):
             if wanted and g is not None:

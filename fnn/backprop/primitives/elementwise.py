@@ -181,10 +181,9 @@ def _rem_divisor(g, y, a, b):
 
 def _share(winner, other):
     """The share of a maximum's gradient: 1 for the larger argument, ½ each at a tie."""
-    one, half, none = (number(v, winner) for v in (1, 0.5, 0))
-    shape = jnp.broadcast_shapes(np.shape(winner), np.shape(other))
-    tie = select(eq(winner, other), lax.full(shape, half), lax.full(shape, none))
-    return select(gt(winner, other), lax.full(shape, one), tie)
+    larger = gt(winner, other)
+    one, half, none = (lax.full_like(larger, v, winner.dtype) for v in (1, 0.5, 0))
+    return select(larger, one, select(eq(winner, other), half, none))
 
 
 def _select_n(needed, g, y, which, *cases):

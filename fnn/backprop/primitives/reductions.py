@@ -27,6 +27,7 @@ from jax.lax import ScatterDimensionNumbers, add, div, eq, mul, select
 
 from fnn.backprop.local import LocalRule, each, zero
 from fnn.backprop.primitives.elementwise import CHOICES, is_complex, number
+from fnn.backprop.primitives.structural import sharding_of
 from fnn.backprop.sweep import ControlRule
 
 # ----------------------------------------------------------------------- sum, max, product
@@ -35,7 +36,7 @@ from fnn.backprop.sweep import ControlRule
 def _spread(g, x, axes):
     """g copied along the axes that were reduced away."""
     kept = [i for i in range(x.ndim) if i not in axes]
-    return lax.broadcast_in_dim(g, x.shape, kept, out_sharding=_sharding(x))
+    return lax.broadcast_in_dim(g, x.shape, kept, out_sharding=sharding_of(x))
 
 
 def _sum(g, y, x, *, axes, **_):
@@ -231,7 +232,7 @@ def _pad_axis(x, axis: int, config: tuple[int, int, int], value: float = 0):
 def _sort_forward(equation, needed, ins, opaque):
     params = equation.params
     axis = params["dimension"]
-    places = lax.broadcasted_iota(jnp.int32, ins[0].shape, axis, out_sharding=_sharding(ins[0]))
+    places = lax.broadcasted_iota(jnp.int32, ins[0].shape, axis, out_sharding=sharding_of(ins[0]))
     *outs, places = lax.sort((*ins, places), **params)
     return outs, (places, ins)
 
@@ -271,10 +272,6 @@ def _top_k(g, y, x, *, axis, **_):
 
 def _approx_top_k(g, y, x, *, reduction_dimension, **_):
     return _put_back(g[0], y[1], x, reduction_dimension % x.ndim)
-
-
-def _sharding(x):
-    return x.aval.sharding if hasattr(x, "aval") else None
 
 
 RULES: dict[str, LocalRule | ControlRule] = {

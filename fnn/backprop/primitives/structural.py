@@ -18,11 +18,12 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from fnn.backprop.local import LocalRule, each, joint, zero
+from fnn.backprop.sweep import ControlRule
 
 
 def _reshape(g, y, x, *, dimensions=None, **_):
     if dimensions is None:
-        return lax.reshape(g, x.shape, out_sharding=_sharding(x))
+        return lax.reshape(g, x.shape, out_sharding=sharding_of(x))
     g = lax.reshape(g, [x.shape[i] for i in dimensions])
     return lax.transpose(g, _inverse(dimensions))
 
@@ -40,7 +41,7 @@ def _broadcast_in_dim(g, y, x, *_, broadcast_dimensions, **__):
     ]
     from_x = [axis for i, axis in enumerate(broadcast_dimensions) if i not in ones]
     axes = [axis for axis in range(g.ndim) if axis not in from_x]
-    sharding = _sharding(x)
+    sharding = sharding_of(x)
     if sharding is not None:
         spec = sharding.spec
         kept = tuple(p for i, p in enumerate(spec) if i not in ones)
@@ -100,23 +101,29 @@ def _unstack(g, y, x, *, axis):
     return lax.stack(g, axis=axis)
 
 
-def _optimization_barrier(needed, g, y, *xs):
+def _barrier_backward(equation, needed, saved, cotangents, opaque):
     """The barrier holds in the backward pass too: the gradients pass one together."""
-    chosen = [i for i, wanted in enumerate(needed) if wanted]
-    found = dict(zip(chosen, lax.optimization_barrier([g[i] for i in chosen]), strict=True))
-    return [found.get(i) for i in range(len(xs))]
+    chosen = [i for i, g in enumerate(cotangents) if needed[i] and g is not None]
+    passed = lax.optimization_barrier([cotangents[i] for i in chosen])
+    found = dict(zip(chosen, passed, strict=True))
+    return [found.get(i) for i in range(len(needed))]
 
 
-def _device_put(needed, g, y, *xs, srcs, **_):
+def _device_put_backward(equation, needed, xs, cotangents, opaque):
     """The gradient travels back to where x came from."""
     found = []
-    for wanted, gradient, x, source in zip(needed, g, xs, srcs, strict=True):
-        if wanted and source is None and jax.typeof(x).memory_space != _space(gradient):
+    for wanted, g, x, source in zip(needed, cotangents, xs, equation.params["srcs"], strict=True):
+        if not wanted or g is None:
+            found.append(None)
+            continue
+        if source is None and jax.typeof(x).memory_space != jax.typeof(g).memory_space:
             source = jax.typeof(x).memory_space
-        if wanted and source is not None:
-            gradient = jax.device_put(gradient, source)
-        found.append(gradient if wanted else None)
+        found.append(g if source is None else jax.device_put(g, source))
     return found
+
+
+def _keeping_inputs(equation, needed, ins, opaque):
+    return equation.apply(ins), ins
 
 
 def _sharding_constraint(g, y, x, *, sharding, **_):
@@ -135,17 +142,13 @@ def _zero(g):
     return g.dtype.type(0)
 
 
-def _space(x):
-    return jax.typeof(x).memory_space
-
-
-def _sharding(x) -> NamedSharding | None:
+def sharding_of(x) -> NamedSharding | None:
     """x's sharding on a mesh with explicit axes; elsewhere the compiler decides."""
     sharding = jax.typeof(x).sharding
     return None if sharding.mesh.empty else sharding
 
 
-RULES: dict[str, LocalRule] = {
+RULES: dict[str, LocalRule | ControlRule] = {
     # The same entries in another arrangement
     "reshape": each(_reshape, says=("reshaped back",)),
     "transpose": each(_transpose, says=("transposed back",)),
@@ -165,8 +168,8 @@ RULES: dict[str, LocalRule] = {
     "stack": joint(_stack, says=("its part",)),
     "unstack": each(_unstack, says=("stacked",)),
     # In another place
-    "optimization_barrier": joint(_optimization_barrier, says=("1",)),
-    "device_put": joint(_device_put, says=("1",)),
+    "optimization_barrier": ControlRule(_keeping_inputs, _barrier_backward),
+    "device_put": ControlRule(_keeping_inputs, _device_put_backward),
     "sharding_constraint": each(_sharding_constraint, says=("1",)),
     "reshard": each(_reshard, says=("1",)),
     "tie": each(None, lambda g, y, a, b: g, says=("0", "1")),
