@@ -1,599 +1,1002 @@
 """Gradient checking: a rule against autodiff, and both against finite differences.
 
-The lecture's method (CS231n, "Neural Networks Part 3: gradient checks"): compare the
-analytic gradient with the central difference (f(x + h) − f(x − h)) / 2h in double
-precision, by the relative error |a − n| / max(|a|, |n|). Where the function has a kink
-between x − h and x + h, as relu has at 0, a central difference means nothing; the slopes on
-the two sides then differ, which is how a kink is found. It is named in the report, and the
-gradient there is held to lie between the two slopes.
+`check_rule` checks an fnn operation, `check_grads` any differentiable JAX function, such as
+one with a rule of its own under `jax.custom_vjp`. Both follow the notes of Stanford's CS231n
+("Gradient checks", https://cs231n.github.io/neural-networks-3/): central differences in
+float64, the relative error
+
+    |a − n| / max(|a|, |n|)
+
+of the analytic a and the numerical n, and care with kinks, where there is no derivative to
+agree on: they are found and named, and count neither for nor against the rule.
+
+How it is done. All numbers of the arguments that can move become one vector x, all of the
+result one vector y = f(x), and the checks are on
+
+* the gradient of wᵀf by x, for a random w: a number for every entry of the arguments;
+* the tangent f′(x) v, for a random direction v: a number for every entry of the result;
+* the product H v with the Hessian H of wᵀf, and the second tangent vᵀf″(x) v.
+
+A random w makes every entry of the Jacobian count; a mistake anywhere shows, but for
+coincidences of probability zero.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from fnn.operation import Operation
 
-# Relative errors that rounding explains, by dtype. Finite differences lose half the digits.
-TOLERANCE = {"float64": 1e-7, "float32": 1e-3, "bfloat16": 1e-1, "float16": 2e-2}
-_H = 1e-5
-_FLOOR = 1e-4  # entries smaller than this part of the largest are compared absolutely
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 
-
-class GradientError(AssertionError):
-    """A gradient is wrong: the message says where and by how much; `report` has all checks."""
-
-    def __init__(self, message: str, report: Report):
-        super().__init__(message)
-        self.report = report
+# The entries of a batch under vmap.
+_BATCH = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One comparison: what was compared with what, and the entry where they differ most.
+class _Precision:
+    """What to ask of a function that computes in float64, or in less.
 
-    Attributes:
-        what: the two things compared.
-        order: of the derivative, 1 or 2.
-        mode: "reverse", "forward", or which over which.
-        dtype: in which the checked side was computed.
-        error: the largest relative error.
-        where: the entry of that error, e.g. "W[2, 0]".
-        got, wanted: the two numbers there.
-        verdict: "ok", "WRONG", or why it was skipped.
+    exact, numerical: the tolerance against autodiff, and against differences (on top of their
+        own estimated error).
+    steps: of the differences, tried in this order until the function is smooth within one.
+    kink, error: how far differences may disagree, next to the slope, where a function is smooth.
     """
 
-    what: str
-    order: int
-    mode: str
-    dtype: str
+    exact: float
+    numerical: float
+    steps: tuple[float, ...]
+    kink: float
     error: float
-    where: str
-    got: complex
-    wanted: complex
-    verdict: str
+
+
+_FINE = _Precision(1e-7, 1e-5, (1e-4, 1e-6, 1e-8), 1e-5, 1e-4)
+_COARSE = _Precision(1e-3, 3e-2, (1e-1, 2e-2), 1e-1, 3e-2)
+
+
+# ---------------------------------------------------------------------------------- the report
 
 
 @dataclasses.dataclass(frozen=True)
 class Kink:
-    """Where the function has a kink: the slopes on both sides and the gradient given there."""
+    """A place where the function has no derivative: its slopes to either side differ.
+
+    where: the entry of the arguments, such as `x[0, 3]`.
+    left, right: the one-sided differences by it of the sum of the results; not finite at the
+        edge of the function's domain.
+    rule: what the rule says instead of them.
+    """
 
     where: str
     left: float
     right: float
-    given: float
+    rule: float
 
     def __str__(self):
         return (
-            f"kink at {self.where}: slope {self.left:.4g} on the left, {self.right:.4g} on the "
-            f"right, the gradient given is {self.given:.4g}"
+            f"kink at {self.where}: slope {self.left:.6g} on the left, {self.right:.6g} on the "
+            f"right; the rule says {self.rule:.6g}"
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """All checks of one function; prints as a table.
+class Check:
+    """One comparison of all entries of two arrays.
 
-    Attributes:
-        name: the function's.
-        rows: the comparisons.
-        kinks: where the function has a kink at the arguments given.
+    what: the quantity, such as "gradient, vmapped".
+    against: "autodiff" (of the plain definition), "differences", or what else is the measure.
+    order: of the derivative, 0 for values.
+    mode: "reverse", "forward", "forward over reverse", ...
+    error: the largest relative error over the entries without a kink.
+    worst: the entry it occurs at, such as `W[1, 2]`, or "" if there is none.
+    rule, reference: the two numbers there.
+    tolerance: what the error may be.
+    kinks: how many entries were left out.
+    skipped: why it was not done, or "".
+    """
+
+    what: str
+    against: str
+    dtype: str
+    order: int
+    mode: str
+    error: float = 0.0
+    worst: str = ""
+    rule: float = float("nan")
+    reference: float = float("nan")
+    tolerance: float = 0.0
+    kinks: int = 0
+    skipped: str = ""
+    ok: bool = True
+
+    @property
+    def verdict(self) -> str:
+        if self.skipped:
+            return f"skipped: {self.skipped}"
+        kinks = f", {self.kinks} at kinks" if self.kinks else ""
+        return ("ok" if self.ok else "WRONG") + kinks
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `check_rule` and `check_grads` found; prints as a table, one row a check.
+
+    name: of the function.
+    checks: in the order they were made.
+    kinks: the places without a derivative.
+    notes: what else the reader should know, such as that only a sample was checked.
     """
 
     name: str
-    rows: tuple[Row, ...]
-    kinks: tuple[Kink, ...]
+    checks: tuple[Check, ...]
+    kinks: tuple[Kink, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        return all(row.verdict != "WRONG" for row in self.rows)
+        return all(check.ok for check in self.checks)
 
     @property
-    def worst(self) -> Row:
-        """The wrong row with the largest error; the row with the largest error if none is."""
-        wrong = [row for row in self.rows if row.verdict == "WRONG"]
-        return max(wrong or self.rows, key=lambda row: row.error)
+    def worst(self) -> Check | None:
+        """The first wrong check of the lowest order; if none is wrong, that of largest error."""
+        wrong = [c for c in self.checks if not c.ok]
+        if wrong:
+            return min(wrong, key=lambda c: c.order)
+        return max(self.checks, key=lambda c: c.error, default=None)
 
     def __str__(self):
-        head = ("check", "order", "mode", "dtype", "max rel. error", "at", "verdict")
-        table = [head] + [
-            (
-                row.what,
-                str(row.order),
-                row.mode,
-                row.dtype,
-                f"{row.error:.1e}" if row.error >= 0 else "",
-                row.where,
-                row.verdict,
-            )
-            for row in self.rows
+        header = ("", "against", "dtype", "order", "mode", "error", "at", "verdict")
+        rows = [header]
+        for c in self.checks:
+            error = "" if c.skipped else f"{c.error:.1e}"
+            order = str(c.order)
+            rows.append((c.what, c.against, c.dtype, order, c.mode, error, c.worst, c.verdict))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
         ]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in table]
-        lines.insert(1, "  ".join("─" * w for w in widths))
-        title = f"{self.name}: {'ok' if self.ok else 'WRONG'}"
-        return "\n".join(line.rstrip() for line in [title, *lines, *map(str, self.kinks)])
+        title = f"{self.name}: {'all checks pass' if self.ok else 'WRONG'}"
+        rule = "─" * max(map(len, lines))
+        below = [str(k) for k in self.kinks[:10]]
+        if len(self.kinks) > 10:
+            below.append(f"... and {len(self.kinks) - 10} more kinks")
+        return "\n".join([title, lines[0], rule, *lines[1:], *below, *self.notes])
+
+
+class GradientError(AssertionError):
+    """A derivative is wrong. `check` is the worst comparison, `report` holds them all."""
+
+    def __init__(self, report: Report):
+        self.report = report
+        self.check = report.worst
+        c = self.check
+        super().__init__(
+            f"{report.name}: the {c.what} ({c.mode}, order {c.order}, {c.dtype}) is wrong. At "
+            f"{c.worst} it is {c.rule:.9g} but should be {c.reference:.9g} by {c.against} "
+            f"(relative error {c.error:.2g}, tolerance {c.tolerance:.2g}).\n\n{report}"
+        )
+
+
+# ------------------------------------------------------------------------- the two public functions
 
 
 def check_rule(
-    operation: Operation,
+    op: Operation,
     *args: Any,
-    dtypes: Sequence[str] = ("float64", "float32", "bfloat16", "float16"),
+    dtypes: Sequence[str] = DTYPES,
     order: int = 2,
-    tolerance: float | None = None,
-    max_entries: int = 64,
     seed: int = 0,
+    max_entries: int = 256,
     raise_on_error: bool = True,
     **static: Any,
 ) -> Report:
-    """Check an operation's hand-written rule at given arguments.
+    """Check an operation's hand-written rule at these arguments.
 
-    The gradient by the rule is compared with JAX's of the plain definition and with central
-    differences in float64; in reverse and forward mode, in first and second order, jitted,
-    vmapped, and in each dtype; and `backward` is tested for being linear in `dy`.
+    The rule is compared with JAX's derivative of the plain `op.definition` and with central
+    differences of it in float64: reverse and forward mode, first and second order, with and
+    without jit, under vmap with arguments mapped and shared, linearity in the upstream
+    gradient, and in each of `dtypes` against float64. It doesn't matter whether 64-bit mode
+    is on.
 
     Args:
-        operation: made by `fnn.rule`.
-        args: its positional arguments; real and complex arrays among them are differentiated.
-        dtypes: the dtypes to run the rule in; the reference is always in float64.
-        order: 2 to check second derivatives too, else 1.
-        tolerance: of the relative error in float64; 1e-7 against autodiff, and a hundred
-            times as much against finite differences, unless given.
-        max_entries: how many entries of each argument are perturbed one by one; if there are
-            more, that many at random, and in addition a random direction through all.
-        seed: of the random upstream gradient and directions.
-        raise_on_error: whether to raise if a check fails.
-        static: the operation's keyword arguments.
+        op: the operation, made by `fnn.rule`.
+        *args: its positional arguments, pytrees of arrays of any shapes; floating-point and
+            complex arrays move (they are cast to each dtype in turn), integers and PRNG keys
+            stay.
+        dtypes: the real dtypes to check; float64 is always checked. A dtype that the definition
+            refuses is skipped.
+        order: of the highest derivative, 1 or 2.
+        seed: of the random projections.
+        max_entries: with more entries than that, differences by single entries are taken at a
+            random sample of that many (and always where rule and autodiff differ most); along a
+            random direction, they cover all of them.
+        raise_on_error: if False, return the report whatever it says.
+        **static: the operation's static keyword arguments.
 
     Returns:
-        A `Report`; `print` it.
+        A `Report`; print it.
 
     Raises:
-        GradientError: a check failed; names the entry and both numbers.
-        TypeError: `operation` isn't one, or no argument can be differentiated.
+        GradientError: a derivative is wrong; the message holds the worst entry's index and
+            both numbers.
+        RuleError: the rule isn't well-formed.
+        ValueError: no argument is a floating-point array.
 
-    64-bit mode is switched on for the check, whether or not it is on outside.
+    >>> import fnn
+    >>> print(fnn.check_rule(fnn.ops.relu, jnp.array([-1.0, 0.0, 2.0])).kinks[0])
+    kink at x[1]: slope 0 on the left, 1 on the right; the rule says 0
     """
-    if not isinstance(operation, Operation):
+    if not isinstance(op, Operation):
         raise TypeError(
-            f"check_rule takes an operation made by fnn.rule, but got {operation!r}; check any "
-            "other function with fnn.check_grads."
+            f"check_rule takes an operation made by fnn.rule, but got {op!r}. For any other "
+            "function there is check_grads."
         )
-
-    def ours(*args):
-        return operation(*args, **static)
-
-    def plain(*args):
-        return operation.definition(*args, **static)
-
-    settings = _Settings(tuple(dtypes), order, tolerance, max_entries, seed, raise_on_error)
-    return _check(operation.name, ours, plain, args, settings)
+    bound = inspect.signature(op.definition).bind(*args, **static)
+    bound.apply_defaults()
+    names = op.argument_names(len(bound.args))
+    keywords = tuple(bound.kwargs.items())
+    with jax.enable_x64(True):
+        arrays = jax.tree.map(jnp.asarray, bound.args)
+        ours, leaves = _flatten(op, keywords, names, arrays)
+        plain = dataclasses.replace(ours, function=op.definition)
+        programs = _cached_programs(ours, plain, op._edition)
+        inspection = _Inspection(programs, op.name, leaves, seed, max_entries)
+        report = inspection.report(dtypes, order)
+    return _finish(report, raise_on_error)
 
 
 def check_grads(
     f: Callable,
     *args: Any,
-    dtypes: Sequence[str] = ("float64",),
+    dtypes: Sequence[str] = ("float32", "float64"),
     order: int = 2,
-    tolerance: float | None = None,
-    max_entries: int = 64,
     seed: int = 0,
+    max_entries: int = 256,
     raise_on_error: bool = True,
 ) -> Report:
-    """Check the derivatives of any function by finite differences in float64.
+    """Check the derivatives that JAX finds for any function, at these arguments.
 
-    For functions with rules of their own somewhere inside: fnn operations, `jax.custom_jvp`,
-    `jax.custom_vjp`. Forward mode is skipped, with the reason, where JAX refuses it.
+    For functions with derivative rules of their own (`jax.custom_vjp`, `jax.custom_jvp`, fnn
+    operations) or built from such. They are compared with central differences in float64, and,
+    if `f` itself is such a function, with JAX's derivative of what it decorates. A mode that
+    JAX can't do (forward mode of a `custom_vjp`) is skipped, and the report says why.
 
     Args:
-        f: a function of pytrees of arrays that returns a pytree of arrays.
-        args: where to check; real and complex arrays among them are differentiated.
-        dtypes, order, tolerance, max_entries, seed, raise_on_error: as in `check_rule`.
+        f: any function that can be jitted and differentiated.
+        *args: its arguments, pytrees. Floating-point and complex arrays (and Python floats)
+            move; all else stays: integer arrays, PRNG keys, strings, Python integers, ...
+        dtypes, order, seed, max_entries, raise_on_error: as for `check_rule`.
 
     Returns:
-        A `Report`; `print` it.
+        A `Report`; print it.
 
     Raises:
-        GradientError: a check failed; names the entry and both numbers.
-        TypeError: no argument can be differentiated.
+        GradientError: a derivative is wrong; the message holds the worst entry's index and
+            both numbers.
+        ValueError: no argument is a floating-point array.
     """
-    settings = _Settings(tuple(dtypes), order, tolerance, max_entries, seed, raise_on_error)
-    return _check(getattr(f, "__name__", "function"), f, None, args, settings)
-
-
-# -------------------------------------------------------------------------------- how it is done
-
-
-@dataclasses.dataclass(frozen=True)
-class _Settings:
-    dtypes: tuple[str, ...]
-    order: int
-    tolerance: float | None
-    max_entries: int
-    seed: int
-    raise_on_error: bool
-
-
-def _check(name, f, plain, args, settings) -> Report:
+    static_places = tuple(getattr(f, "nondiff_argnums", ()) or ())
+    names = _parameter_names(f, len(args))
     with jax.enable_x64(True):
-        problem = _Problem(f, args, settings)
-        rows = [*_first_order(problem, plain), *_transforms(problem)]
-        if settings.order > 1:
-            rows += _second_order(problem, plain)
-        if isinstance(plain, Callable):
-            rows.append(_linearity(problem))
-        rows += _in_dtypes(problem, settings.dtypes)
-        report = Report(name, tuple(rows), tuple(problem.kinks))
-    if settings.raise_on_error and not report.ok:
-        row = report.worst
-        raise GradientError(
-            f"{name}: {row.what}, order {row.order}, {row.mode} mode, {row.dtype}: at {row.where} "
-            f"got {_number(row.got)}, wanted {_number(row.wanted)} (relative error "
-            f"{row.error:.1e}).\n\n{report}",
-            report,
-        )
+        ours, leaves = _flatten(f, (), names, args, static_places)
+        plain = None
+        if isinstance(f, Operation):
+            plain = dataclasses.replace(ours, function=f.definition)
+        elif isinstance(f, (jax.custom_vjp, jax.custom_jvp)):
+            plain = dataclasses.replace(ours, function=f.__wrapped__)
+        programs = _Programs(ours, plain)
+        name = getattr(f, "__name__", type(f).__name__)
+        report = _Inspection(programs, name, leaves, seed, max_entries).report(dtypes, order)
+    return _finish(report, raise_on_error)
+
+
+def _finish(report: Report, raise_on_error: bool) -> Report:
+    if raise_on_error and not report.ok:
+        raise GradientError(report)
     return report
 
 
-class _Problem:
-    """The function as one of a flat list of float64 arrays, x, at a point, with a direction.
+def _parameter_names(f, count) -> tuple[str, ...]:
+    try:
+        parameters = inspect.signature(f).parameters.values()
+    except (TypeError, ValueError):
+        parameters = ()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in parameters if p.kind in positional][:count]
+    return (*names, *(f"argument {i}" for i in range(len(names), count)))
 
-    scalar(x) is ⟨w, f(x)⟩ with a random upstream gradient w, so that its gradient is the
-    pullback of w.
+
+# ------------------------------------------------------------ a function of pytrees, of one vector
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """A leaf that isn't an array: equal only to one of the same type."""
+
+    value: Any
+
+    def __eq__(self, other):
+        same_type = isinstance(other, _Static) and type(self.value) is type(other.value)
+        return same_type and self.value == other.value
+
+    def __hash__(self):
+        try:
+            return hash((type(self.value), self.value))
+        except TypeError:
+            return id(self.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """One leaf of the arguments. A complex one moves in its real and in its imaginary part."""
+
+    path: str
+    argument: str
+    shape: tuple[int, ...]
+    moves: bool
+    is_complex: bool
+    static: _Static | None
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape)) * (1 + self.is_complex) if self.moves else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flat:
+    """A function with its arguments as parts: one vector for each argument that moves."""
+
+    function: Callable
+    keywords: tuple[tuple[str, Any], ...]
+    keyword_types: tuple[type, ...]
+    in_tree: Any
+    leaves: tuple[_Leaf, ...]
+
+    @property
+    def arguments(self) -> list[str]:
+        """The names of those that move; x has a part for each."""
+        return list(dict.fromkeys(leaf.argument for leaf in self.leaves if leaf.moves))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of the parts."""
+        return [sum(x.size for x in self.leaves if x.argument == a) for a in self.arguments]
+
+    def split(self, x, axis=0) -> list:
+        return jnp.split(x, np.cumsum(self.sizes)[:-1], axis)
+
+    def value(self, parts, fixed):
+        """The result as it is, with parts and fixed arrays put back into the arguments."""
+        rest = jnp.concatenate(parts) if parts else jnp.zeros(0)
+        given, args, start = iter(fixed), [], 0
+        for leaf in self.leaves:
+            if leaf.static is not None:
+                args.append(leaf.static.value)
+            elif not leaf.moves:
+                args.append(next(given))
+            else:
+                numbers = rest[start : start + leaf.size]
+                start += leaf.size
+                if leaf.is_complex:
+                    numbers = lax.complex(*jnp.split(numbers, 2))
+                args.append(numbers.reshape(leaf.shape))
+        return self.function(*jax.tree.unflatten(self.in_tree, args), **dict(self.keywords))
+
+    def of_parts(self, parts, fixed):
+        """The result as one vector of its real numbers."""
+        outs = [jnp.asarray(y) for y in jax.tree.leaves(self.value(parts, fixed))]
+        numbers = []
+        for y in outs:
+            if jnp.issubdtype(y.dtype, jnp.complexfloating):
+                numbers += [jnp.real(y).ravel(), jnp.imag(y).ravel()]
+            elif jnp.issubdtype(y.dtype, jnp.floating):
+                numbers.append(y.ravel())
+        return jnp.concatenate(numbers) if numbers else jnp.zeros(0)
+
+    def __call__(self, x, fixed):
+        return self.of_parts(self.split(x), fixed)
+
+    def input_names(self) -> list[str]:
+        return [n for leaf in self.leaves if leaf.moves for n in _entries(leaf.path, leaf)]
+
+
+def _entries(path, leaf) -> list[str]:
+    """A name for each number of an array: `x[0, 3]`."""
+    places = [f"{list(map(int, i))}" if i else "" for i in np.ndindex(*leaf.shape)]
+    if leaf.is_complex:
+        return [f"{path}{p}.{part}" for part in ("real", "imag") for p in places]
+    return [f"{path}{p}" for p in places]
+
+
+def _flatten(function, keywords, names, args, static_places=()) -> tuple[_Flat, list]:
+    """The function of one vector, and the arrays: numpy float64 or complex128 where they move."""
+    paths, in_tree = jax.tree_util.tree_flatten_with_path(args)
+    leaves, arrays = [], []
+    for path, value in paths:
+        place = path[0].idx
+        label = names[place] + jax.tree_util.keystr(path[1:])
+        is_static = place in static_places or not _is_array(value)
+        dtype = None if is_static else jax.typeof(value).dtype
+        moves = not is_static and bool(jax.dtypes.issubdtype(dtype, jnp.inexact))
+        is_complex = moves and bool(jnp.issubdtype(dtype, jnp.complexfloating))
+        shape = () if is_static else tuple(jax.typeof(value).shape)
+        static = _Static(value) if is_static else None
+        leaves.append(_Leaf(label, names[place], shape, moves, is_complex, static))
+        if moves:
+            value = np.asarray(value)
+            arrays.append(value.astype("complex128" if is_complex else "float64"))
+        elif not is_static:
+            arrays.append(value)
+    if not any(leaf.moves for leaf in leaves):
+        raise ValueError("there is nothing to differentiate: no argument is a floating-point array")
+    types = tuple(type(v) for _, v in keywords)
+    return _Flat(function, keywords, types, in_tree, tuple(leaves)), arrays
+
+
+def _is_array(value) -> bool:
+    return isinstance(value, (jax.Array, np.ndarray, np.generic, float, complex))
+
+
+def _numbers(flat: _Flat, arrays) -> tuple[np.ndarray, list]:
+    """The vector x, and the arrays that stay."""
+    given = [leaf for leaf in flat.leaves if leaf.static is None]
+    moving, fixed = [], []
+    for leaf, array in zip(given, arrays, strict=True):
+        if not leaf.moves:
+            fixed.append(array)
+        elif leaf.is_complex:
+            moving += [array.real.ravel(), array.imag.ravel()]
+        else:
+            moving.append(array.ravel())
+    return np.concatenate(moving), fixed
+
+
+# ------------------------------------------------------------------------------ what is computed
+
+
+def _gradient(f, x, fixed, w):
+    return jax.vjp(lambda x: f(x, fixed), x)[1](w)[0]
+
+
+def _tangent(f, x, fixed, v):
+    return jax.jvp(lambda x: f(x, fixed), (x,), (v,))[1]
+
+
+def _projected(f, fixed, w):
+    return lambda x: jnp.vdot(w, f(x, fixed))
+
+
+# Each mode's derivative of f, at x, projected on w or v.
+_FIRST: dict[str, Callable] = {
+    "reverse": lambda f, x, fixed, w, v: _gradient(f, x, fixed, w),
+    "forward": lambda f, x, fixed, w, v: _tangent(f, x, fixed, v),
+}
+_SECOND: dict[str, Callable] = {
+    "forward over reverse": lambda f, x, fixed, w, v: jax.jvp(
+        lambda x: _gradient(f, x, fixed, w), (x,), (v,)
+    )[1],
+    "reverse over reverse": lambda f, x, fixed, w, v: jax.grad(
+        lambda x: jnp.vdot(v, jax.grad(_projected(f, fixed, w))(x))
+    )(x),
+    "reverse over forward": lambda f, x, fixed, w, v: jax.grad(
+        lambda x: jax.jvp(_projected(f, fixed, w), (x,), (v,))[1]
+    )(x),
+    "forward over forward": lambda f, x, fixed, w, v: jax.jvp(
+        lambda x: _tangent(f, x, fixed, v), (x,), (v,)
+    )[1],
+}
+_MODES = {**_FIRST, **_SECOND}
+_WHAT = {
+    "reverse": "gradient",
+    "forward": "tangent",
+    "forward over reverse": "Hessian times v",
+    "reverse over reverse": "Hessian times v",
+    "reverse over forward": "Hessian times v",
+    "forward over forward": "second tangent",
+}
+
+
+# Compiled once, run a few times: XLA needn't optimise much.
+_jit = functools.partial(
+    jax.jit,
+    compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+)
+
+
+class _Programs:
+    """The compiled functions of a check, kept for the next one at the same shapes."""
+
+    def __init__(self, ours: _Flat, plain: _Flat | None):
+        self.ours, self.plain = ours, plain
+        self.reference = ours if plain is None else plain
+        self.value = _jit(self.reference)
+        self.our_value = _jit(self.ours)
+        self.derivatives = _jit(self._derivatives, static_argnames="modes")
+        self.linearity = _jit(self._linearity)
+        self.first = _jit(self._first, static_argnames="modes")
+        self.vmapped = _jit(self._vmapped, static_argnames=("modes", "shared"))
+        self.by_entry = _jit(self._by_entry)
+        self.along = _jit(self._along, static_argnames="mode")
+
+    def unavailable(self, mode, *at) -> str:
+        """Why JAX can't do this mode, or "" if it can."""
+        derivative = functools.partial(_MODES[mode], self.ours)
+        try:
+            if isinstance(self.ours.function, Operation):
+                jax.eval_shape(derivative, *at)
+            else:  # JAX finds out about custom_vjp only here
+                jax.jit(derivative).lower(*at)
+        except Exception as error:
+            message = str(error)
+            if "custom_vjp" in message and "forward-mode" in message or "custom_lin" in message:
+                return "a custom_vjp has no forward mode"
+            if "Reverse-mode differentiation does not work" in message:
+                return "a while loop has no reverse mode"
+            if isinstance(error, NotImplementedError):
+                return message.splitlines()[0]
+            raise
+        return ""
+
+    def _derivatives(self, x, fixed, w, v, *, modes):
+        """Ours, and those of the plain definition."""
+        return [
+            {} if f is None else {m: _MODES[m](f, x, fixed, w, v) for m in modes}
+            for f in (self.ours, self.plain)
+        ]
+
+    def _linearity(self, x, fixed, w):
+        """The value by `forward`, and the backward b at u = w + 3z, w, z and 0."""
+        y, pull = jax.vjp(lambda x: self.ours(x, fixed), x)
+        z = w * jnp.sin(jnp.arange(w.size) + 1.0)
+        return y, [pull(u)[0] for u in (w + 3 * z, w, z, jnp.zeros_like(w))]
+
+    def _first(self, x, fixed, w, v, *, modes):
+        """First derivatives in x's dtype, ours and the reference's."""
+
+        def cast(f):
+            return lambda x, fixed: f(x, fixed).astype(x.dtype)
+
+        return [
+            {m: _MODES[m](cast(f), x, fixed, w, v) for m in modes}
+            for f in (self.ours, self.reference)
+        ]
+
+    def _vmapped(self, X, fixed, W, V, *, modes, shared):
+        """A batch by vmap, and example after example; with one argument shared, or none."""
+        f, reference = self.ours, self.reference
+
+        def one_by_one(mode):
+            return lax.map(lambda a: _MODES[mode](reference, a[0], fixed, a[1], a[2]), (X, W, V))
+
+        if shared is None:
+            copies = jax.tree.map(lambda a: jnp.stack([a] * _BATCH), fixed)
+            return [
+                (jax.vmap(functools.partial(_MODES[m], f))(X, copies, W, V), one_by_one(m))
+                for m in modes
+            ]
+        columns = f.split(X, axis=1)
+        columns[shared] = columns[shared][0]
+        axes = [None if i == shared else 0 for i in range(len(columns))]
+
+        def total(columns):
+            return jnp.vdot(W, jax.vmap(f.of_parts, (axes, None))(columns, fixed))
+
+        wanted = f.split(one_by_one("reverse"), axis=1)
+        wanted[shared] = wanted[shared].sum(axis=0)
+        found = jax.grad(total)(columns)
+        return [tuple(jnp.concatenate([g.ravel() for g in part]) for part in (found, wanted))]
+
+    def _by_entry(self, x, fixed, w, entries, step):
+        """Differences of wᵀf by single entries of x."""
+
+        def slopes(entry):
+            unit = _unit(x[entry])
+            direction = jnp.zeros_like(x).at[entry].set(unit)
+            found = _slopes(lambda t: self.reference(x + t * direction, fixed), step, w)
+            return [number / unit for number in found]
+
+        return lax.map(slopes, entries)
+
+    def _along(self, x, fixed, w, v, step, *, mode):
+        """Differences in direction v: of f ("value"), or of our first derivative by `mode`."""
+
+        def moved(t):
+            if mode == "value":
+                return self.reference(x + t * v, fixed)
+            return _MODES[mode](self.ours, x + t * v, fixed, w, v)
+
+        return _slopes(moved, step)
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_programs(ours, plain, edition) -> _Programs:
+    return _Programs(ours, plain)
+
+
+def _unit(x):
+    """The unit of the steps: 1, but more where x is so large that 1e-4 would drown in it."""
+    return jnp.maximum(1.0, 1e-4 * jnp.abs(x))
+
+
+def _slopes(f, step, w=None):
+    """The slopes at 0 of f(t), a vector, or of wᵀf; and what tells how far to trust them.
+
+    Central differences at h, h/2 and h/4. Their extrapolation is the slope, their disagreement
+    its error. Where f is smooth, the slope on the right less that on the left shrinks in
+    proportion to h; at a kink it doesn't.
+
+    Returns slope, error, kink (by how much it doesn't shrink), left slope, right slope.
     """
 
-    def __init__(self, f, args, settings):
-        leaves, tree = jax.tree_util.tree_flatten_with_path(args)
-        self.f, self.tree, self.settings = f, tree, settings
-        self.leaves = [jnp.asarray(x) if not _is_key(x) else x for _, x in leaves]
-        self.places = [i for i, x in enumerate(self.leaves) if _is_inexact(x)]
-        if not self.places:
-            raise TypeError(
-                f"none of the {len(self.leaves)} arrays in the arguments is real or complex, so "
-                "there is nothing to differentiate by."
-            )
-        self.names = [_leaf_name(leaves[i][0], len(args)) for i in self.places]
-        self.x = [_widen(self.leaves[i]) for i in self.places]
-        self.rng = np.random.default_rng(settings.seed)
-        outs = jax.eval_shape(lambda x: self.outputs(f, x), self.x)
-        shapes = [y for y in outs if _is_inexact(y)]
-        self.w = [self._random(y) for y in shapes]
-        self.v = [self._random(x) for x in self.x]
+    def project(y):
+        return y if w is None else jnp.sum(w * y)
+
+    def difference(a, b):
+        return project(jnp.where(usable, a - b, 0.0))
+
+    middle = f(0.0)
+    usable = jnp.isfinite(middle)
+    central, bend = [], []
+    for h in (step, step / 2, step / 4):
+        up, down = f(h), f(-h)
+        central.append(difference(up, down) / (2 * h))
+        left, right = difference(middle, down) / h, difference(up, middle) / h
+        bend.append(right - left)
+    moved = jnp.where(usable & ((up != middle) | (down != middle)), jnp.abs(middle), 0.0)
+    moved = moved if w is None else jnp.sum(jnp.abs(w) * moved)
+    rounding = 16 * jnp.finfo(middle.dtype).eps * moved / step
+    error = jnp.abs(central[1] - central[0]) + jnp.abs(central[2] - central[1])
+    kink = jnp.maximum(jnp.abs(bend[0] - 2 * bend[1]), jnp.abs(bend[1] - 2 * bend[2]))
+    return (4 * central[2] - central[1]) / 3, error + rounding, kink - 4 * rounding, left, right
+
+
+@dataclasses.dataclass
+class _Differences:
+    """Numerical slopes at some entries; `smooth` says where there is one."""
+
+    entries: np.ndarray
+    slope: np.ndarray
+    error: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+    smooth: np.ndarray
+
+
+def _differences(at_step: Callable, entries: np.ndarray, precision: _Precision) -> _Differences:
+    """With smaller and smaller steps, until the function is smooth within one."""
+    best: list[np.ndarray] = []
+    for step in precision.steps:
+        slope, error, kink, left, right = (np.array(n, "float64") for n in at_step(step))
+        known = np.abs(slope[np.isfinite(slope)])
+        size = np.maximum(np.abs(slope), 1e-3 * known.max(initial=0.0) + 1e-6)
+        with np.errstate(invalid="ignore"):
+            smooth = (kink <= precision.kink * size) & (error <= precision.error * size)
+        found = [slope, error, left, right, smooth & np.isfinite(slope)]
+        done = best[-1] if best else np.zeros_like(smooth)
+        best = [np.where(done, old, new) for old, new in zip(best or found, found, strict=True)]
+        if best[-1].all():
+            break
+    return _Differences(entries, *best)
+
+
+# ------------------------------------------------------------------------------------ the checks
+
+
+class _Inspection:
+    """All checks of one function at one point; each method below `report` adds rows to it."""
+
+    def __init__(self, programs: _Programs, name: str, arrays, seed: int, max_entries: int):
+        self.programs, self.name, self.max_entries = programs, name, max_entries
+        self.random = np.random.default_rng(seed)
+        self.x, self.fixed = _numbers(programs.ours, arrays)
+        self.value = np.asarray(programs.value(self.x, self.fixed))
+        w = self.random.normal(size=self.value.shape)
+        w = np.where(np.isfinite(self.value.astype("float64")), w, 0.0)
+        self.w = w.astype(self.value.dtype)
+        self.v = self.random.normal(size=self.x.shape)
+        self.rows: list[Check] = []
         self.kinks: list[Kink] = []
-        self.kinked: dict[tuple[int, tuple], Kink] = {}
-
-    def _random(self, like):
-        real = self.rng.uniform(0.5, 1.5, like.shape) * self.rng.choice([-1, 1], like.shape)
-        if jnp.issubdtype(like.dtype, jnp.complexfloating):
-            real = real + 1j * self.rng.uniform(0.5, 1.5, like.shape)
-        return jnp.asarray(real, _widen_dtype(like.dtype))
-
-    def outputs(self, f, x, dtype=None):
-        full = list(self.leaves)
-        for i, value in zip(self.places, x, strict=True):
-            full[i] = value if dtype is None else value.astype(_like(value.dtype, dtype))
-        return jax.tree.leaves(f(*jax.tree.unflatten(self.tree, full)))
-
-    def scalar(self, x, f=None, w=None):
-        outs = [y for y in self.outputs(f or self.f, x) if _is_inexact(y)]
-        return sum(jnp.sum(jnp.real(a * y)) for a, y in zip(w or self.w, outs, strict=True))
-
-    def gradient(self, x=None, f=None, w=None):
-        return jax.grad(lambda x: self.scalar(x, f, w))(self.x if x is None else x)
+        self.notes: list[str] = []
+        self.precision = _FINE
+        if self.value.dtype != np.float64:
+            self.precision = _COARSE
+            self.notes.append(
+                f"{name} computes in {self.value.dtype} on float64 arguments: tolerances are wide"
+            )
+        inputs, outputs = programs.ours.input_names(), _output_names(programs, self.x, self.fixed)
+        by_result = ("forward", "forward over forward")
+        self.names = {m: outputs if m in by_result else inputs for m in _MODES}
+        self.kinked = {m: np.zeros(len(self.names[m]), bool) for m in _MODES}
+        self.along: dict[str, _Differences] = {}
 
     @property
-    def loose(self):
-        return 100 * (self.settings.tolerance or TOLERANCE["float64"])
+    def at(self):
+        return self.x, self.fixed, self.w, self.v
 
-    @property
-    def tight(self):
-        return self.settings.tolerance or TOLERANCE["float64"]
+    def report(self, dtypes: Sequence[str], order: int) -> Report:
+        modes = [*_FIRST, *(_SECOND if order > 1 else ())]
+        why_not = {m: self.programs.unavailable(m, *self.at) for m in modes}
+        able = tuple(m for m in modes if not why_not[m])
+        found, plain = self.programs.derivatives(*self.at, modes=able)
+        if self.programs.plain is not None:
+            value = self.programs.our_value(self.x, self.fixed)
+            self.compare("forward", "definition", value, self.value, what="value", order=0)
+        for mode in modes:
+            if why_not[mode]:
+                self.skip(mode, why_not[mode])
+                continue
+            differences = self.differences(mode, able, found, plain)
+            if differences is not None:
+                self.kinked[mode][differences.entries] = ~differences.smooth
+            if mode in plain:
+                skip = self.kinked[mode]
+                self.compare(mode, "autodiff", found[mode], plain[mode], skip=skip)
+            if differences is not None:
+                self.against_differences(mode, np.asarray(found[mode]), differences)
+            if mode == "reverse":
+                self.linearity()
+        first = tuple(m for m in able if m in _FIRST)
+        self.op_by_op(first, found)
+        self.vmapped(first)
+        for dtype in dtypes:
+            if dtype != "float64":
+                self.in_dtype(dtype, first)
+        return Report(self.name, tuple(self.rows), tuple(self.kinks), tuple(self.notes))
 
-    def entries(self, leaf):
-        """The entries of an argument to perturb one by one: all, or some at random."""
-        size, most = self.x[leaf].size, self.settings.max_entries
-        if size <= most:
-            chosen = np.arange(size)
-        else:
-            chosen = np.sort(self.rng.choice(size, most, replace=False))
-        return [np.unravel_index(int(i), self.x[leaf].shape) for i in chosen]
+    def compare(
+        self,
+        mode: str,
+        against: str,
+        rule,
+        reference,
+        *,
+        what: str = "",
+        dtype: str = "float64",
+        order: int | None = None,
+        names: Sequence[str] | None = None,
+        skip: Any = False,
+        uncertainty: Any = 0.0,
+        tolerance: float | None = None,
+        floor: float = 1e-4,
+    ) -> None:
+        """Compare all entries but those to `skip`.
 
-    def name(self, leaf, index):
-        inside = ", ".join(str(int(i)) for i in index)
-        return f"{self.names[leaf]}[{inside}]" if inside else self.names[leaf]
-
-
-def _first_order(problem, plain):
-    ours = problem.gradient()
-    numeric = _numeric(problem, ours)  # first, as it finds the kinks
-    rows = []
-    if plain is not None:
-        finds = _differences(problem, ours, problem.gradient(f=plain))
-        what = "backward vs jax.grad"
-        rows.append(_row(problem, what, 1, "reverse", "float64", finds, problem.tight))
-    what = "backward vs finite differences"
-    rows.append(_row(problem, what, 1, "reverse", "float64", numeric, problem.loose))
-    return [*rows, _forward_mode(problem, ours)]
-
-
-def _numeric(problem, ours):
-    """Entry by entry: (where, ours, central difference), with kinks sorted out."""
-    scalar = jax.jit(problem.scalar)
-    found = []
-    middle = float(scalar(problem.x))
-    for leaf, x in enumerate(problem.x):
-        is_complex = jnp.issubdtype(x.dtype, jnp.complexfloating)
-        for index in problem.entries(leaf):
-            for unit in (1, 1j) if is_complex else (1,):
-                h = _H * max(1.0, abs(complex(x[index])))
-
-                def at(step, leaf=leaf, index=index, unit=unit, x=x):
-                    moved = list(problem.x)
-                    moved[leaf] = x.at[index].add(step * unit)
-                    return float(scalar(moved))
-
-                g = complex(ours[leaf][index])
-                # JAX's gradient of a real function is ∂/∂u − i ∂/∂v.
-                given = g.real if unit == 1 else -g.imag
-                numeric, kink = _slope(at, h, middle, problem.name(leaf, index), given)
-                if kink is not None:
-                    problem.kinks.append(kink)
-                    problem.kinked[leaf, tuple(map(int, index))] = kink
-                    low, high = sorted((kink.left, kink.right))
-                    numeric = float(np.clip(given, low, high))
-                found.append((problem.name(leaf, index), given, numeric))
-    found.append(_along_a_direction(problem, ours, scalar))
-    return [f for f in found if f is not None]
-
-
-def _slope(at, h, middle, where, given):
-    """The central difference, and the kink if the one-sided slopes disagree as h shrinks."""
-    right, left = (at(h) - middle) / h, (middle - at(-h)) / h
-    central = (right + left) / 2
-    scale = max(abs(right), abs(left), 1e-3)
-    if abs(right - left) <= 1e-2 * scale:
-        # Richardson's extrapolation: the error is of fourth order.
-        half = (at(h / 2) - at(-h / 2)) / h
-        return (4 * half - central) / 3, None
-    # A large second derivative shows the same at h, but vanishes with it; a kink doesn't.
-    small = h / 64
-    right2, left2 = (at(small) - middle) / small, (middle - at(-small)) / small
-    if abs(right2 - left2) <= 0.25 * abs(right - left):
-        return (right2 + left2) / 2, None
-    return central, Kink(where, left2, right2, given)
-
-
-def _along_a_direction(problem, ours, scalar):
-    """One derivative through all entries at once, if not every entry was perturbed."""
-    if problem.kinks or all(x.size <= problem.settings.max_entries for x in problem.x):
-        return None
-
-    def at(step):
-        return float(scalar([x + step * v for x, v in zip(problem.x, problem.v, strict=True)]))
-
-    numeric = (at(_H) - at(-_H)) / (2 * _H)
-    given = sum(float(jnp.sum(jnp.real(g * v))) for g, v in zip(ours, problem.v, strict=True))
-    return "a random direction", given, numeric
-
-
-def _forward_mode(problem, ours):
-    """⟨w, J v⟩ by the pushforward, against ⟨Jᵀ w, v⟩ by the pullback, entry by entry of v."""
-
-    def push(tangents):
-        return jax.jvp(problem.scalar, (problem.x,), (tangents,))[1]
-
-    finds = []
-    try:
-        for leaf, x in enumerate(problem.x):
-            for index in problem.entries(leaf):
-                tangents = [jnp.zeros_like(x) for x in problem.x]
-                tangents[leaf] = x.at[...].set(0).at[index].set(1)
-                pushed = float(push(tangents))
-                wanted = float(jnp.real(ours[leaf][index]))
-                finds.append((problem.name(leaf, index), pushed, wanted))
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
-        return _skipped("forward mode vs backward", 1, "forward", "custom_vjp has none")
-    return _row(problem, "forward mode vs backward", 1, "forward", "float64", finds, problem.tight)
-
-
-def _transforms(problem):
-    """The gradient jitted, and vmapped over two points, against itself one by one."""
-    plain = problem.gradient()
-    jitted = jax.jit(problem.gradient)(problem.x)
-    other = [x + 0.37 * v for x, v in zip(problem.x, problem.v, strict=True)]
-    stacked = [jnp.stack(pair) for pair in zip(problem.x, other, strict=True)]
-    mapped = jax.vmap(problem.gradient)(stacked)
-    apart = problem.gradient(other)
-    rows = [("jit", _differences(problem, jitted, plain))]
-    rows.append(("vmap, first", _differences(problem, [m[0] for m in mapped], plain)))
-    rows.append(("vmap, second", _differences(problem, [m[1] for m in mapped], apart)))
-    return [
-        _row(problem, f"under {what}", 1, "reverse", "float64", finds, problem.tight)
-        for what, finds in rows
-    ]
-
-
-def _second_order(problem, plain):
-    """d/dx ⟨gradient(x), v⟩ in both nestings, against finite differences of the gradient."""
-    v = problem.v
-
-    def along(x, f=None):
-        return sum(jnp.sum(jnp.real(g * t)) for g, t in zip(problem.gradient(x, f), v, strict=True))
-
-    what = "second derivative vs "
-    if problem.kinks:
-        why = "at a kink there is none"
-        return [_skipped(what + "finite differences", 2, "reverse over reverse", why)]
-    twice = jax.grad(along)(problem.x)
-    rows = []
-    if plain is not None:
-        theirs = jax.grad(lambda x: along(x, plain))(problem.x)
-        finds = _differences(problem, twice, theirs)
-        rows.append((what + "jax.grad", "reverse over reverse", finds, 10 * problem.tight))
-    numeric = _numeric_gradient(problem, jax.jit(along))
-    finds = [(n, _real(twice[i][k]), d) for i, k, n, d in numeric]
-    scale = max((abs(float(jnp.max(jnp.abs(g)))) for g in twice if g.size), default=0.0)
-    rows.append((what + "finite differences", "reverse over reverse", finds, problem.loose))
-    finished = [_row(problem, w, 2, m, "float64", f, t, scale) for w, m, f, t in rows]
-    try:
-        over = jax.jvp(problem.gradient, (problem.x,), (v,))[1]
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
-        why = "custom_vjp has no forward mode"
-        return [*finished, _skipped(what + "reverse over reverse", 2, "forward over reverse", why)]
-    if any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in problem.x):
-        return finished  # ⟨H v, ·⟩ and ⟨·, H v⟩ differ by conjugations there
-    finds = _differences(problem, over, twice)
-    mode = "forward over reverse"
-    row = _row(problem, what + "reverse over reverse", 2, mode, "float64", finds, problem.tight)
-    return [*finished, row]
-
-
-def _numeric_gradient(problem, scalar):
-    for leaf, x in enumerate(problem.x):
-        for index in problem.entries(leaf):
-            h = _H * max(1.0, abs(complex(x[index])))
-
-            def at(step, leaf=leaf, index=index, x=x):
-                moved = list(problem.x)
-                moved[leaf] = x.at[index].add(step)
-                return float(scalar(moved))
-
-            outer = (at(h) - at(-h)) / (2 * h)
-            inner = (at(h / 2) - at(-h / 2)) / h
-            yield leaf, index, problem.name(leaf, index), (4 * inner - outer) / 3
-
-
-def _linearity(problem):
-    """backward(2 a − 3 b) must be 2 backward(a) − 3 backward(b)."""
-    a, b = problem.w, [problem._random(w) for w in problem.w]
-    mix = [2 * p - 3 * q for p, q in zip(a, b, strict=True)]
-    of_a, of_b = problem.gradient(w=a), problem.gradient(w=b)
-    apart = [2 * p - 3 * q for p, q in zip(of_a, of_b, strict=True)]
-    finds = _differences(problem, problem.gradient(w=mix), apart)
-    what = "backward is linear in dy"
-    return _row(problem, what, 1, "reverse", "float64", finds, problem.tight)
-
-
-def _in_dtypes(problem, dtypes):
-    """The gradient computed in a dtype, against the float64 gradient at the rounded point."""
-    rows = []
-    for dtype in dtypes:
-        if dtype == "float64":
-            continue
-        low = [x.astype(_like(x.dtype, dtype)) for x in problem.x]
-        rounded = [x.astype(w.dtype) for x, w in zip(low, problem.x, strict=True)]
-        w = [a.astype(_like(a.dtype, dtype)).astype(a.dtype) for a in problem.w]
-        wanted = problem.gradient(rounded, w=w)
-        got = problem.gradient(low, w=[a.astype(_like(a.dtype, dtype)) for a in w])
-        wrong = [g.dtype for g, x in zip(got, low, strict=True) if g.dtype != x.dtype]
-        if wrong:
-            rows.append(_skipped(f"gradient's dtype is {wrong[0]}", 1, "reverse", "WRONG", dtype))
-            continue
-        got = [g.astype(w.dtype) for g, w in zip(got, wanted, strict=True)]
-        finds = _differences(problem, got, wanted, skip_kinks=True)
-        scale = max((float(jnp.max(jnp.abs(g))) for g in wanted if g.size), default=0.0)
-        rows.append(
-            _row(
-                problem,
-                "backward vs float64",
-                1,
-                "reverse",
+        The relative error's denominator is at least `floor` times the largest entry: nothing
+        can be asked of an entry that is small because large terms cancel in it.
+        """
+        rule, reference = np.array(rule, "float64"), np.array(reference, "float64")
+        names = self.names[mode] if names is None else names
+        tolerance = self.precision.exact if tolerance is None else tolerance
+        skip = np.broadcast_to(skip, rule.shape)
+        same = (rule == reference) | (np.isnan(rule) & np.isnan(reference))
+        largest = np.abs(reference[np.isfinite(reference)]).max(initial=0.0)
+        with np.errstate(invalid="ignore", over="ignore"):
+            size = np.maximum(np.abs(rule), np.abs(reference))
+            size = np.maximum(size, floor * largest + 1e-8)
+            error = np.abs(rule - reference) / size
+            allowed = tolerance + uncertainty / size
+        error = np.where(same, 0.0, np.nan_to_num(error, nan=np.inf))
+        wrong = ~(error <= allowed) & ~skip
+        error = np.where(skip | (wrong.any() & ~wrong), 0.0, error)
+        worst = int(np.argmax(error)) if error.size else None
+        self.rows.append(
+            Check(
+                what or _WHAT[mode],
+                against,
                 dtype,
-                finds,
-                TOLERANCE[dtype],
-                scale,
-                floor=1.0,
+                1 + (mode in _SECOND) if order is None else order,
+                "" if order == 0 else mode,
+                0.0 if worst is None else float(error[worst]),
+                "" if worst is None or error[worst] == 0 else names[worst],
+                float("nan") if worst is None else float(rule[worst]),
+                float("nan") if worst is None else float(reference[worst]),
+                tolerance,
+                int(np.sum(skip)),
+                ok=not wrong.any(),
             )
         )
-    return rows
+
+    def skip(self, mode: str, why: str, dtype: str = "float64") -> None:
+        order = 1 + (mode in _SECOND)
+        self.rows.append(Check(_WHAT[mode], "", dtype, order, mode, skipped=why))
+
+    def differences(self, mode, able, found, plain) -> _Differences | None:
+        """Of f for a first derivative, of our own first derivative for a second."""
+        programs, (x, fixed, w, _) = self.programs, self.at
+        if mode == "reverse":
+            sample = self.sample(np.asarray(found[mode]), plain.get(mode))
+            return _differences(
+                lambda step: programs.by_entry(x, fixed, w, sample, step), sample, self.precision
+            )
+        of = {"forward": "value", "forward over forward": "forward"}.get(mode, "reverse")
+        if of != "value" and of not in able:
+            return None
+        if of not in self.along:
+            self.along[of] = _differences(
+                lambda step: programs.along(*self.at, step, mode=of),
+                np.arange(len(self.names[mode])),
+                self.precision,
+            )
+        return self.along[of]
+
+    def sample(self, rule, plain) -> np.ndarray:
+        """The entries whose differences to take: all, or some and the most suspicious."""
+        if rule.size <= self.max_entries:
+            return np.arange(rule.size)
+        chosen = self.random.permutation(rule.size)
+        if plain is not None:
+            off = np.nan_to_num(np.abs(rule - np.asarray(plain)), nan=np.inf)
+            suspicious = np.argsort(off)[::-1][: self.max_entries // 4]
+            chosen = np.concatenate([suspicious, chosen[~np.isin(chosen, suspicious)]])
+        self.notes.append(
+            f"differences by single entries: at {self.max_entries} of {rule.size} entries, chosen "
+            "at random; differences in a direction, and autodiff: at all"
+        )
+        return np.sort(chosen[: self.max_entries])
+
+    def against_differences(self, mode, rule, d: _Differences) -> None:
+        rule = rule[d.entries]
+        names = [self.names[mode][i] for i in d.entries]
+        self.compare(
+            mode,
+            "differences",
+            rule,
+            d.slope,
+            names=names,
+            skip=~d.smooth,
+            uncertainty=2 * d.error,
+            tolerance=self.precision.numerical,
+        )
+        if mode != "reverse" or d.smooth.all():
+            return
+        # At a kink, any number from the one slope to the other is right.
+        low, high = np.minimum(d.left, d.right), np.maximum(d.left, d.right)
+        kinks = np.flatnonzero(~d.smooth & np.isfinite(low + high))
+        self.compare(
+            mode,
+            "slopes at kinks",
+            rule[kinks],
+            np.clip(rule, low, high)[kinks],
+            names=[names[i] for i in kinks],
+            tolerance=1e-3,
+        )
+        self.name_kinks(d.entries[~d.smooth])
+
+    def name_kinks(self, entries) -> None:
+        """For the reader, in terms of the sum of the results instead of a random projection."""
+        ones = np.ones_like(self.w)
+        at = (self.x, self.fixed, ones)
+        _, _, _, left, right = self.programs.by_entry(*at, entries, self.precision.steps[-1])
+        rule = self.programs.first(*at, self.v, modes=("reverse",))[0]["reverse"]
+        for i, a, b in zip(entries, left, right, strict=True):
+            place = self.names["reverse"][i]
+            self.kinks.append(Kink(place, float(a), float(b), float(rule[i])))
+
+    def linearity(self) -> None:
+        """Of the backward b in the upstream gradient."""
+        value, grads = self.programs.linearity(self.x, self.fixed, self.w)
+        at_sum, at_w, at_z, at_zero = (np.asarray(g) for g in grads)
+        if self.programs.plain is not None:
+            what = "value, differentiated"
+            self.compare("forward", "definition", value, self.value, what=what, order=0)
+        parts = at_w + 3 * at_z
+        self.compare("reverse", "b(w) + 3 b(z)", at_sum, parts, what="backward b(w + 3z)")
+        self.compare("reverse", "zero", at_zero, np.zeros_like(at_zero), what="backward b(0)")
+
+    def op_by_op(self, modes, found) -> None:
+        """Without jit around."""
+        for mode in modes:
+            rule = _MODES[mode](self.programs.ours, jnp.asarray(self.x), *self.at[1:])
+            what, skip = f"{_WHAT[mode]}, op by op", self.kinked[mode]
+            self.compare(mode, "jitted", rule, found[mode], what=what, skip=skip)
+
+    def vmapped(self, modes) -> None:
+        """A batch of points nearby, each with its own w and v."""
+        X = self.x * (1 - 1e-3 * np.arange(_BATCH)[:, None])
+        W = (self.w * self.random.normal(size=(_BATCH, 1))).astype(self.w.dtype)
+        V = self.random.normal(size=X.shape)
+
+        def each(names):
+            return [f"{name} of example {i}" for i in range(_BATCH) for name in names]
+
+        pairs = self.programs.vmapped(X, self.fixed, W, V, modes=modes, shared=None)
+        for mode, (rule, alone) in zip(modes, pairs, strict=True):
+            self.compare(
+                mode,
+                "one by one",
+                np.ravel(rule),
+                np.ravel(alone),
+                what=f"{_WHAT[mode]}, vmapped",
+                names=each(self.names[mode]),
+                skip=np.tile(self.kinked[mode], _BATCH),
+            )
+        arguments = self.programs.ours.arguments
+        if "reverse" not in modes or len(arguments) < 2:
+            return
+        ends = np.cumsum(self.programs.ours.sizes)
+        parts = [slice(e - n, e) for e, n in zip(ends, self.programs.ours.sizes, strict=True)]
+        for shared, argument in enumerate(arguments):
+            X_shared = X.copy()
+            X_shared[:, parts[shared]] = self.x[parts[shared]]
+            ((rule, alone),) = self.programs.vmapped(
+                X_shared, self.fixed, W, V, modes=("reverse",), shared=shared
+            )
+            names, skip = [], []
+            for i, part in enumerate(parts):
+                here, kinked = self.names["reverse"][part], self.kinked["reverse"][part]
+                names += here if i == shared else each(here)
+                skip.append(kinked if i == shared else np.tile(kinked, _BATCH))
+            self.compare(
+                "reverse",
+                "one by one",
+                rule,
+                alone,
+                what=f"gradient, vmapped, {argument} shared",
+                names=names,
+                skip=np.concatenate(skip),
+            )
+
+    def in_dtype(self, dtype: str, modes) -> None:
+        """First derivatives in a narrower dtype, against float64 at the same (rounded) point."""
+        programs, fixed = self.programs, self.fixed
+        x, w, v = (np.asarray(a).astype(jnp.dtype(dtype)) for a in (self.x, self.w, self.v))
+        why_not = ""
+        if dtype != "float32" and any(leaf.is_complex for leaf in programs.ours.leaves):
+            why_not = f"JAX has no complex {dtype}"
+        else:
+            try:
+                jax.eval_shape(programs.reference, x, fixed)
+            except Exception as error:
+                why_not = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        if why_not:
+            for mode in modes:
+                self.skip(mode, why_not, dtype)
+            return
+        narrow = programs.first(x, fixed, w, v, modes=modes)
+        x, w, v = (a.astype("float64") for a in (x, w, v))
+        exact = programs.first(x, fixed, w, v, modes=modes)[1]
+        largest, eps = float(jnp.finfo(dtype).max), float(jnp.finfo(dtype).eps)
+        for mode in modes:
+            rule, plain = (np.array(n[mode], "float64") for n in narrow)
+            reference = np.array(exact[mode], "float64")
+            # Not where the true number is too large for the dtype.
+            skip = self.kinked[mode] | ~(np.abs(reference) < largest)
+            tolerance = max(64 * eps, self.precision.exact)
+            if programs.plain is not None:
+                # No more can be asked than of autodiff in this dtype.
+                skip |= ~np.isfinite(plain)
+                off = np.abs(plain - reference)[~skip].max(initial=0.0)
+                size = np.abs(reference)[~skip].max(initial=0.0) + 1e-8
+                tolerance = max(tolerance, 8 * float(off / size))
+            self.compare(
+                mode,
+                "float64",
+                rule,
+                reference,
+                dtype=dtype,
+                skip=skip,
+                tolerance=tolerance,
+                floor=1.0,
+            )
 
 
-def _differences(problem, ours, theirs, skip_kinks=False):
-    """The worst few entries of each argument, as (where, ours, theirs)."""
-    found = []
-    for leaf, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        if not a.size:
-            continue
-        a, b = np.asarray(a), np.asarray(b)
-        scale = max(float(np.max(np.abs(b))), 1e-300)
-        error = _relative(a, b, scale)
-        for flat in np.argsort(error, axis=None)[::-1][:3]:
-            index = np.unravel_index(int(flat), a.shape)
-            if (leaf, tuple(map(int, index))) in problem.kinked:
-                continue
-            found.append((problem.name(leaf, index), complex(a[index]), complex(b[index])))
-    return found
-
-
-def _relative(a, b, scale, floor=_FLOOR):
-    """|a − b| / max(|a|, |b|), with a floor for entries that are small beside the largest."""
-    a, b = np.asarray(a), np.asarray(b)
-    size = np.maximum(np.maximum(np.abs(a), np.abs(b)), floor * scale)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        error = np.where(size > 0, np.abs(a - b) / np.where(size > 0, size, 1), 0.0)
-    return np.where(np.isfinite(np.abs(a)) & np.isfinite(np.abs(b)), error, np.inf)
-
-
-def _row(problem, what, order, mode, dtype, finds, tolerance, scale=None, floor=_FLOOR):
-    if not finds:
-        return Row(what, order, mode, dtype, 0.0, "", 0.0, 0.0, "ok")
-    got = np.array([g for _, g, _ in finds])
-    wanted = np.array([w for _, _, w in finds])
-    scale = max(scale or 0.0, float(np.max(np.abs(wanted))), 1e-8)
-    errors = _relative(got, wanted, scale, floor)
-    worst = int(np.argmax(errors))
-    verdict = "ok" if errors[worst] <= tolerance else "WRONG"
-    where, g, w = finds[worst]
-    return Row(what, order, mode, dtype, float(errors[worst]), where, g, w, verdict)
-
-
-def _skipped(what, order, mode, why, dtype="float64"):
-    verdict = why if why == "WRONG" else f"skipped: {why}"
-    return Row(what, order, mode, dtype, np.inf if why == "WRONG" else -1.0, "", 0.0, 0.0, verdict)
-
-
-def _number(z) -> str:
-    z = complex(z)
-    return f"{z.real:.8g}" if z.imag == 0 else f"{z:.8g}"
-
-
-def _real(x) -> float:
-    return float(jnp.real(x))
-
-
-def _is_key(x) -> bool:
-    return jax.dtypes.issubdtype(getattr(x, "dtype", np.dtype("O")), jax.dtypes.prng_key)
-
-
-def _is_inexact(x) -> bool:
-    return jax.dtypes.issubdtype(x.dtype, jnp.inexact)
-
-
-def _widen_dtype(dtype):
-    return jnp.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.float64
-
-
-def _widen(x):
-    return jnp.asarray(x, _widen_dtype(x.dtype))
-
-
-def _like(dtype, wanted: str):
-    """`wanted`, or the complex dtype of that precision."""
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        return jnp.complex128 if wanted == "float64" else jnp.complex64
-    return jnp.dtype(wanted)
-
-
-def _leaf_name(path, num_args: int) -> str:
-    """`args[1]['W']`: the argument's number and the path inside it."""
-    return f"args[{path[0].idx}]{jax.tree_util.keystr(path[1:])}"
+def _output_names(programs, x, fixed) -> list[str]:
+    parts = programs.ours.split(jnp.asarray(x))
+    result = jax.eval_shape(programs.reference.value, parts, fixed)
+    names = []
+    for path, y in jax.tree_util.tree_flatten_with_path(result)[0]:
+        if jax.dtypes.issubdtype(y.dtype, jnp.inexact):
+            is_complex = bool(jnp.issubdtype(y.dtype, jnp.complexfloating))
+            label = "result" + jax.tree_util.keystr(path)
+            names += _entries(label, _Leaf(label, label, tuple(y.shape), True, is_complex, None))
+    return names
