@@ -88,7 +88,8 @@ def forward(
                 outs = equation.apply(ins)
                 saved = None
             else:
-                outs, saved = rule.forward(equation, wanted, ins, opaque)
+                with equation.context.manager:
+                    outs, saved = rule.forward(equation, wanted, ins, opaque)
             visits.append(Visit(equation, rule, wanted, saved))
             for i in equation.outs:
                 active[i] = rule is not zero and is_inexact(program.avals[i])
@@ -130,7 +131,8 @@ def pull_back(tape: Tape, visit: Visit, upstream: Sequence) -> Sequence:
     """One step of the chain rule: local gradient times upstream gradient, for each input."""
     equation, rule = visit.equation, visit.rule
     if not isinstance(rule, LocalRule):
-        return rule.backward(equation, visit.needed, visit.saved, upstream, tape.opaque)
+        with equation.context.manager:
+            return rule.backward(equation, visit.needed, visit.saved, upstream, tape.opaque)
     ins = [tape.values[i] for i in equation.ins]
     outs = [tape.values[i] for i in equation.outs]
     with equation.context.manager:
