@@ -109,9 +109,8 @@ def batches_of(
             f"of {epochs} epochs. Pass a list, a function that makes a new iterator for each "
             "epoch, or steps_per_epoch."
         )
-    if steps is None and isinstance(data, Sized):
-        steps = len(data)
-    return Stream(data, steps, data if once else None)
+    length = len(data) if isinstance(data, Sized) else None
+    return Stream(data, length if steps is None else steps, data if once else None)
 
 
 def is_tree_of_arrays(data: Any) -> bool:

@@ -126,7 +126,7 @@ def fit(
         validation, validation_loss or loss, state.params, batch_size, epochs, validation_key, check
     )
 
-    log, interrupted = Log(), False
+    log, epoch, interrupted = Log(), 0, False
     display = progress_for(progress, epochs, training.steps)
     with Interrupts() as interrupts:
         try:

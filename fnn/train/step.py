@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from fnn.backprop import value_and_grad
 from fnn.train.bad_input import batch_size, check_no_nan, describe_nonfinite
@@ -276,7 +277,7 @@ def _is_donated(state: State) -> bool:
 
 
 def _is_traced(x: Any) -> bool:
-    return isinstance(x, jax.core.Tracer)
+    return isinstance(x, Tracer)
 
 
 def _steepest(g: jax.Array) -> jax.Array:
