@@ -46,7 +46,7 @@ class Arrays:
 class Stream:
     """Batches from outside: an iterable, or a function that makes one for each epoch."""
 
-    source: Iterable | Callable[..., Iterable]
+    source: Any
     steps: int | None
     running: Iterator | None = None
 
