@@ -52,7 +52,7 @@ class Stream:
 
     def epoch(self, key: Any) -> Iterator[Any]:
         """The batches of one epoch, converted from other libraries' arrays where need be."""
-        batches: Iterable
+        batches: Any
         if self.running is not None:
             batches = self.running
         elif callable(self.source):
