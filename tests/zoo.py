@@ -118,10 +118,10 @@ def mlp_per_example(dtype, batch):
 def mlp_activations(dtype, batch):
     """One layer for each of JAX's activations."""
     nn = jax.nn
-    functions = (nn.relu, nn.relu6, nn.elu, nn.selu, nn.celu, nn.gelu, nn.silu, nn.softplus)
-    functions += (nn.sigmoid, nn.leaky_relu, nn.hard_tanh, nn.hard_silu, nn.mish, nn.squareplus)
-    functions += (nn.soft_sign, nn.log_sigmoid, nn.swish, nn.glu, nn.softmax, nn.standardize)
-    params = {f"W{i}": normal(f"W{i}", 16, 16, scale=0.1, dtype=dtype) for i in range(20)}
+    functions = (nn.relu6, nn.selu, nn.celu, nn.softplus, nn.sigmoid, nn.leaky_relu, nn.mish)
+    functions += (nn.hard_tanh, nn.hard_silu, nn.squareplus, nn.soft_sign, nn.log_sigmoid)
+    functions += (nn.glu, nn.softmax, nn.standardize)
+    params = {f"W{i}": normal(f"W{i}", 16, 16, scale=0.1, dtype=dtype) for i in range(15)}
 
     def loss(p, x):
         for i, f in enumerate(functions):
@@ -334,17 +334,12 @@ def transformer_block(dtype, batch):
     return loss, params, (normal("x", *shape, dtype=dtype), normal("y", *shape, dtype=dtype))
 
 
-def _stack(dtype, layers=4):
-    block = _block_weights(dtype, 32, 2, 64)
-    return jax.tree.map(lambda w: jnp.stack([w * (1 + 0.1 * i) for i in range(layers)]), block)
-
-
 def language_model(dtype, batch):
     """Embeddings tied to the output, a scan over equal layers."""
     params = {
         "embed": normal("embed", 50, 32, scale=0.2, dtype=dtype),
         "place": normal("place", 16, 32, scale=0.2, dtype=dtype),
-        "blocks": _stack(dtype),
+        "blocks": jax.tree.map(lambda w: jnp.stack([w, w / 2]), _block_weights(dtype, 32, 2, 64)),
     }
 
     def loss(p, tokens):
@@ -356,14 +351,16 @@ def language_model(dtype, batch):
 
 
 def _checkpointed(dtype, batch, **options):
-    params = _stack(dtype)
+    params = weights(dtype, s=(4, 32), up=(4, 32, 64), down=(4, 64, 32))
 
     def loss(p, x, y):
-        layer = jax.checkpoint(lambda x, block: (_block(block, x), None), **options)
-        x, _ = lax.scan(layer, x, p)
+        def layer(x, w):
+            return x + jax.nn.gelu(rms_norm(x, w["s"]) @ w["up"]) @ w["down"], None
+
+        x, _ = lax.scan(jax.checkpoint(layer, **options), x, p)
         return jnp.mean((x - y) ** 2)
 
-    shape = batch, 16, 32
+    shape = 8 * batch, 32
     return loss, params, (normal("x", *shape, dtype=dtype), normal("y", *shape, dtype=dtype))
 
 
@@ -377,16 +374,11 @@ def checkpoint_policy(dtype, batch):
 
 def checkpointed_layers(dtype, batch):
     """A Python loop over checkpointed layers."""
-    params = [weights(dtype, **{f"W{i}": (64, 64), f"b{i}": (64,)}) for i in range(4)]
+    params = [weights(dtype, W=(64, 64), b=(64,)) for _ in range(4)]
 
     def loss(p, x):
-        @jax.checkpoint
-        def layer(w, x):
-            *_, W, b = w["W"], w["b"]
-            return jnp.sin(jnp.sin(x @ W + b))
-
-        for i, w in enumerate(p):
-            x = layer({"W": w[f"W{i}"], "b": w[f"b{i}"]}, x)
+        for w in p:
+            x = jax.checkpoint(lambda w, x: jnp.sin(jnp.sin(x @ w["W"] + w["b"])))(w, x)
         return jnp.sum(x**2)
 
     return loss, params, (normal("x", batch, 64, dtype=dtype),)
@@ -636,7 +628,7 @@ def gaussian_process(dtype, batch):
         white = jax.scipy.linalg.solve_triangular(factor, y, lower=True)
         return 0.5 * jnp.sum(white**2) + jnp.sum(jnp.log(jnp.diagonal(factor)))
 
-    n = 4 * batch
+    n = 8 * batch
     return loss, params, (normal("x", n, 8, dtype=dtype), normal("y", n, dtype=dtype))
 
 
