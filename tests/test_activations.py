@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fnn import ops
+
+# Most tests compile once and run once, so compiling well would be wasted.
+quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Case(NamedTuple):
@@ -48,9 +52,7 @@ ELEMENTWISE = {
     "sigmoid": Case(ops.sigmoid, lambda x: 1 / (1 + jnp.exp(-x))),
     "tanh": Case(ops.tanh, lambda x: (jnp.exp(2 * x) - 1) / (jnp.exp(2 * x) + 1)),
     "relu": Case(ops.relu, jax.nn.relu, {}, (0.0,), (0.0,)),
-    "leaky_relu": Case(
-        ops.leaky_relu, lambda x: jax.nn.leaky_relu(x, 0.1), {}, (0.0,), (1.0,)
-    ),
+    "leaky_relu": Case(ops.leaky_relu, lambda x: jax.nn.leaky_relu(x, 0.1), {}, (0.0,), (1.0,)),
     "leaky_relu 0.3": Case(
         ops.leaky_relu,
         lambda x: jax.nn.leaky_relu(x, 0.3),
@@ -62,9 +64,7 @@ ELEMENTWISE = {
         ops.leaky_relu, lambda x: jax.nn.leaky_relu(x, 0.0), {"slope": 0.0}, (0.0,), (1.0,)
     ),
     "elu": Case(ops.elu, jax.nn.elu, {}, (0.0,), (1.0,)),
-    "elu 0.5": Case(
-        ops.elu, lambda x: jax.nn.elu(x, 0.5), {"alpha": 0.5}, (0.0,), (0.5,)
-    ),
+    "elu 0.5": Case(ops.elu, lambda x: jax.nn.elu(x, 0.5), {"alpha": 0.5}, (0.0,), (0.5,)),
     "selu": Case(ops.selu, jax.nn.selu, {}, (0.0,), (SELU,), largest=0.95),
     "celu": Case(ops.celu, jax.nn.celu, {}, (0.0,), (1.0,)),
     "celu 2": Case(ops.celu, lambda x: jax.nn.celu(x, 2.0), {"alpha": 2.0}, (0.0,), (1.0,)),
@@ -89,9 +89,7 @@ ELEMENTWISE = {
 
 WHOLE = {  # not elementwise; on arrays whose last axes are (2, an even number)
     "glu": Case(ops.glu, halves(lambda g: 1 / (1 + jnp.exp(-g)))),
-    "glu axis 0": Case(
-        ops.glu, lambda x: halves(jax.nn.sigmoid)(x.T).T, {"axis": 0}
-    ),
+    "glu axis 0": Case(ops.glu, lambda x: halves(jax.nn.sigmoid)(x.T).T, {"axis": 0}),
     "swiglu": Case(ops.swiglu, halves(lambda g: g / (1 + jnp.exp(-g)))),
     "geglu": Case(ops.geglu, halves(jax.nn.gelu)),
     "geglu exact": Case(
@@ -106,9 +104,7 @@ WHOLE = {  # not elementwise; on arrays whose last axes are (2, an even number)
         ops.softmax, lambda x: jnp.exp(x) / jnp.exp(x).sum(0, keepdims=True), {"axis": 0}
     ),
     "softmax all": Case(ops.softmax, lambda x: jnp.exp(x) / jnp.exp(x).sum(), {"axis": None}),
-    "log_softmax": Case(
-        ops.log_softmax, lambda x: x - jnp.log(jnp.exp(x).sum(-1, keepdims=True))
-    ),
+    "log_softmax": Case(ops.log_softmax, lambda x: x - jnp.log(jnp.exp(x).sum(-1, keepdims=True))),
     "log_softmax 2 axes": Case(
         ops.log_softmax, lambda x: x - jnp.log(jnp.exp(x).sum()), {"axis": (0, 1)}
     ),
@@ -124,90 +120,91 @@ WHOLE = {  # not elementwise; on arrays whose last axes are (2, an even number)
 ALL = ELEMENTWISE | WHOLE
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
-every = pytest.mark.parametrize("case", ALL.values(), ids=ALL.keys())
-elementwise = pytest.mark.parametrize("case", ELEMENTWISE.values(), ids=ELEMENTWISE.keys())
-with_kinks = pytest.mark.parametrize(
-    "case",
-    [c for c in ELEMENTWISE.values() if c.kinks],
-    ids=[n for n, c in ELEMENTWISE.items() if c.kinks],
-)
+every = pytest.mark.parametrize("name", ALL)
+elementwise = pytest.mark.parametrize("name", ELEMENTWISE)
+with_kinks = pytest.mark.parametrize("name", [n for n, c in ELEMENTWISE.items() if c.kinks])
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def numbers(*shape, seed=0, dtype="float64"):
-    """Away from every kink in the table: multiples of 0.37 are never 0, ±1, ±3, 6."""
-    rng = np.random.default_rng(seed)
-    steps = rng.permutation(np.arange(1, 1 + math.prod(shape)) - math.prod(shape) // 2 - 0.5)
-    return jnp.asarray((0.37 * steps).reshape(shape), dtype)
-
-
-def weighted(function, seed=1):
-    """A scalar that depends on every entry of the result, nonlinearly."""
-
-    def scalar(x):
-        y = function(x)
-        return jnp.sum(jnp.sin(y) * numbers(*y.shape, seed=seed, dtype=y.dtype))
-
-    return scalar
+    """Odd multiples of 0.185 in random order: never 0, 1, 3 or 6, so away from every kink."""
+    steps = np.arange(math.prod(shape)) - math.prod(shape) // 2 + 0.5
+    shuffled = np.random.default_rng(seed).permutation(steps)
+    return jnp.asarray((0.37 * shuffled).reshape(shape), dtype)
 
 
 def close(a, b, tolerance=1e-9):
-    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance)
+    a, b = np.asarray(a, "float64"), np.asarray(b, "float64")
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def slopes(f, x):
+    """The local gradients of an elementwise function."""
+    return jax.vjp(f, x)[1](jnp.ones_like(x))[0]
+
+
+def all_finite(*arrays):
+    return all(bool(jnp.all(jnp.isfinite(a))) for a in arrays)
 
 
 # ------------------------------------------------------------------------- values and gradients
 
-
-@every
-def test_value_and_derivatives_equal_those_of_the_plain_definition(case):
-    x, dx = numbers(2, 6), numbers(2, 6, seed=2)
-    close(case(x), case.plain(x))
-    for scalar_of in (jax.grad, jax.hessian, lambda f: jax.jacrev(jax.jacrev(f))):
-        close(scalar_of(weighted(case))(x), scalar_of(weighted(case.plain))(x))
-    for a, b in zip(jax.jvp(case, (x,), (dx,)), jax.jvp(case.plain, (x,), (dx,)), strict=True):
-        close(a, b)
+X, DX, BATCH, H = numbers(2, 4), numbers(2, 4, seed=2), numbers(3, 2, 4), 1e-6
 
 
-@every
-def test_gradient_equals_central_differences(case):
-    x, direction, h = numbers(2, 6), numbers(2, 6, seed=3), 1e-6
-    f = weighted(case)
-    rise = (f(x + h * direction) - f(x - h * direction)) / (2 * h)
-    slope = jnp.vdot(jax.jit(jax.grad(f))(x), direction)
-    assert abs(rise - slope) < 1e-6 * max(abs(rise), abs(slope), 1)
+def everything(function):
+    """Every kind of derivative of a scalar that depends nonlinearly on function(x)."""
 
+    def scalar(x):
+        y = function(x)
+        return jnp.sum(jnp.sin(y) * numbers(*y.shape, seed=1))
 
-@every
-def test_third_derivative(case):
-    x, dx = numbers(2, 6), numbers(2, 6, seed=2)
+    def along(g):
+        return lambda x: jax.jvp(g, (x,), (DX,))[1]
 
-    def third(f):
-        along = lambda g: lambda x: jax.jvp(g, (x,), (dx,))[1]  # noqa: E731
-        return jax.jit(along(along(jax.grad(weighted(f)))))(x)
-
-    close(third(case), third(case.plain), 1e-8)
+    gradient = jax.grad(scalar)
+    return {
+        "value": function(X),
+        "value, jvp": jax.jvp(function, (X,), (DX,)),
+        "gradient": gradient(X),
+        "vmap of gradient": jax.vmap(gradient)(BATCH),
+        "gradient of vmap": jax.grad(lambda x: jnp.sum(jax.vmap(scalar)(x)))(BATCH),
+        "forward over reverse": jax.jacfwd(gradient)(X),
+        "reverse over reverse": jax.jacrev(gradient)(X),
+        "forward over forward": along(along(scalar))(X),
+        "third": along(along(gradient))(X),
+        "central difference": (scalar(X + H * DX) - scalar(X - H * DX)) / (2 * H),
+    }
 
 
 @every
-def test_vmap_of_grad_is_a_loop_over_examples(case):
-    x = numbers(3, 2, 6)
-    batch = jax.jit(jax.vmap(jax.grad(weighted(case))))(x)
-    close(batch, jnp.stack([jax.grad(weighted(case.plain))(row) for row in x]))
+def test_every_derivative_equals_that_of_the_plain_definition(name):
+    case = ALL[name]
+    ours, plain = quickly(lambda: (everything(case), everything(case.plain)))()
+    for kind, value in ours.items():
+        if kind != "central difference":
+            jax.tree.map(lambda a, b: close(a, b, 1e-8), value, plain[kind])
+    close(jnp.vdot(ours["gradient"], DX), ours["central difference"], 1e-6)
 
 
-@settings(max_examples=20, deadline=None)
+def values_and_slopes(functions):
+    return quickly(lambda x: jnp.stack([jnp.stack([f(x), slopes(f, x)]) for f in functions]))
+
+
+ours_at = values_and_slopes(ELEMENTWISE.values())
+plain_at = values_and_slopes([case.plain for case in ELEMENTWISE.values()])
+
+
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
-@pytest.mark.parametrize("name", ["relu", "elu", "softplus", "silu", "gelu", "mish", "squareplus"])
-def test_any_shape_and_any_value(name, data):
-    case = ELEMENTWISE[name]
-    shapes = hnp.array_shapes(min_dims=0, max_dims=2, min_side=0, max_side=2)
-    x = data.draw(
-        hnp.arrays("float64", shapes, elements=st.floats(-30, 30).filter(lambda v: abs(v) > 1e-3))
-    )
-    y, pullback = jax.vjp(case, x)
-    plain_y, plain_pullback = jax.vjp(case.plain, x)
-    close(y, plain_y)
-    close(pullback(jnp.ones_like(y))[0], plain_pullback(jnp.ones_like(y))[0])
+def test_any_shape_and_any_value(data):
+    shape = data.draw(st.sampled_from([(), (3,), (2, 2)]))
+    special = st.sampled_from([-30.0, -6.5, -0.001, 0.001, 2.9999, 3.0001, 30.0])
+    x = data.draw(hnp.arrays("float64", shape, elements=st.floats(-30, 30) | special))
+    for kink in (0, -1, 1, -3, 3, 6):
+        x = np.where(abs(x - kink) < 1e-5, 0.5, x)
+    for name, ours, plain in zip(ELEMENTWISE, ours_at(x), plain_at(x), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-9, atol=1e-9, err_msg=name)
 
 
 # ---------------------------------------------------------------------------- dtypes and extremes
@@ -216,94 +213,99 @@ def test_any_shape_and_any_value(name, data):
 def extremes(dtype, factor=1.0):
     """Finite numbers of every size: the dtype's largest, tiny ones, and the usual."""
     largest, tiny = float(jnp.finfo(dtype).max), float(jnp.finfo(dtype).tiny)
-    sizes = [largest * factor, largest / 3, math.sqrt(largest), 1e4, 745, 100, 88, 40, 22, 17, 9]
-    sizes += [6, 3, 1, 0.5, 1e-3, tiny, 0.0]
+    sizes = [largest, largest / 3, math.sqrt(largest), 1e4, 745, 100, 88, 40, 22, 17, 9, 6, 3, 1]
+    sizes = [min(s, largest * factor) for s in sizes] + [0.5, 1e-3, tiny, 0.0]
     return jnp.asarray(sizes + [-s for s in sizes], dtype)
 
 
-@dtypes
 @elementwise
-def test_value_gradient_and_second_derivative_are_finite_for_every_finite_input(case, dtype):
-    x = extremes(dtype, case.largest)
-    y = case(x)
-    assert y.dtype == x.dtype and jnp.all(jnp.isfinite(y))
-    first = lambda x: jax.vmap(jax.grad(case))(x)  # noqa: E731
-    assert first(x).dtype == x.dtype and jnp.all(jnp.isfinite(first(x)))
-    assert jnp.all(jnp.isfinite(jax.jvp(first, (x,), (jnp.ones_like(x),))[1]))
-    assert jnp.all(jnp.isfinite(jax.vjp(first, x)[1](jnp.ones_like(x))[0]))
-    assert jnp.all(jnp.isfinite(jax.jit(jax.vmap(jax.hessian(case)))(x)))
+def test_finite_for_every_finite_input(name):
+    """Value, gradient and second derivative, forward and reverse, in every dtype."""
+    case = ELEMENTWISE[name]
+
+    def all_of(x):
+        first = functools.partial(slopes, case)
+        return case(x), first(x), slopes(first, x), jax.jvp(first, (x,), (jnp.ones_like(x),))[1]
+
+    inputs = [extremes(dtype, case.largest) for dtype in DTYPES]
+    found = quickly(lambda xs: [all_of(x) for x in xs])(inputs)
+    for x, results in zip(inputs, found, strict=True):
+        assert all(r.dtype == x.dtype for r in results)
+        for result, what in zip(results, ("value", "gradient", "second", "second"), strict=True):
+            assert all_finite(result), (x.dtype, what, x[~jnp.isfinite(result)])
+
+
+FLAT = (ops.sigmoid, ops.tanh, ops.relu6, ops.hard_tanh, ops.hard_sigmoid, ops.softsign)
 
 
 @elementwise
-def test_large_inputs_meet_their_asymptotes(case):
-    """The gradient is constant beyond ±50, up to the algebraic ones' tails."""
-    x = jnp.asarray([1e30, 1e8], "float64")
-    right, left = jax.vmap(jax.grad(case))(x), jax.vmap(jax.grad(case))(-x)
-    bounded = case.op in (
-        ops.sigmoid,
-        ops.tanh,
-        ops.relu6,
-        ops.hard_tanh,
-        ops.hard_sigmoid,
-        ops.softsign,
-        ops.log_sigmoid,
-    )
-    close(right, 0 * x if bounded else case(x) / x)
-    close(left, 0 * x if case.op is not ops.leaky_relu else -case(-x) / x) if (
-        case.op is not ops.log_sigmoid
-    ) else close(left, 1 + 0 * x)
+def test_slopes_far_out(name):
+    case, x = ELEMENTWISE[name], jnp.asarray([1e30, 1e12])
+    right = {ops.selu: SELU / 1.6732632423543772, ops.log_sigmoid: 0.0}
+    left = {ops.leaky_relu: case.static.get("slope", 0.1), ops.log_sigmoid: 1.0}
+    slope = quickly(functools.partial(slopes, case))
+    close(slope(x), [right.get(case.op, 0.0 if case.op in FLAT else 1.0)] * 2)
+    close(slope(-x), [left.get(case.op, 0.0)] * 2)
 
 
 @dtypes
-@pytest.mark.parametrize("name", ["sigmoid", "tanh", "elu", "gelu", "gelu exact", "mish", "softplus"])
-def test_low_precision_is_as_good_as_rounding_allows(name, dtype):
-    case, x = ELEMENTWISE[name], numbers(24, dtype=dtype)
-    exact = x.astype("float64")
-    eps = float(jnp.finfo(dtype).eps)
-    close(case(x), case(exact), 16 * eps)
-    gradient, wanted = jax.vmap(jax.grad(case))(x), jax.vmap(jax.grad(case))(exact)
-    close(gradient, wanted, 32 * eps)
+def test_low_precision_is_as_good_as_rounding_allows(dtype):
+    x, eps = numbers(24, dtype=dtype), float(jnp.finfo(dtype).eps)
+    exact = plain_at(x.astype("float64"))
+    for name, ours, wanted in zip(ELEMENTWISE, ours_at(x), exact, strict=True):
+        ours = np.asarray(ours, "float64")
+        np.testing.assert_allclose(ours, wanted, rtol=16 * eps, atol=16 * eps, err_msg=name)
 
 
 @dtypes
 def test_the_tails_keep_their_digits(dtype):
     """Where the textbook formula would cancel to 0."""
-    x = jnp.asarray(-5.0, dtype)
-    eps = float(jnp.finfo(dtype).eps)
-    close(ops.softplus(x) / math.log1p(math.exp(-5)), 1, 4 * eps)
-    close(jax.grad(ops.softplus)(x) * (1 + math.exp(5)), 1, 8 * eps)
-    large = jnp.asarray(-1000.0, dtype)
-    close(ops.squareplus(large) * (1000 + math.sqrt(1e6 + 4)) / 2, 1, 4 * eps)
-    close(ops.mish(x) / (-5 * math.tanh(math.log1p(math.exp(-5)))), 1, 8 * eps)
+    x, eps = jnp.asarray(-8.0, dtype), float(jnp.finfo(dtype).eps)
+    close(ops.softplus(x) / math.log1p(math.exp(-8)), 1, 8 * eps)
+    close(jax.grad(ops.softplus)(x) * (1 + math.exp(8)), 1, 8 * eps)
+    close(ops.log_sigmoid(-x) / -math.log1p(math.exp(-8)), 1, 8 * eps)
+    close(ops.mish(x) / (-8 * math.tanh(math.log1p(math.exp(-8)))), 1, 8 * eps)
+    far = jnp.asarray(-1000.0, dtype)
+    close(ops.squareplus(far) * (1000 + math.sqrt(1e6 + 4)) / 2, 1, 8 * eps)
 
 
-@dtypes
-@pytest.mark.parametrize("name", [n for n in WHOLE if "all" not in n])
-def test_the_others_are_finite_too(name, dtype):
-    """Products and differences of two inputs are kept inside the dtype: a quarter of its largest."""
+@pytest.mark.parametrize("name", ["glu", "swiglu", "geglu", "geglu exact", "maxout", "softmax"])
+def test_the_others_are_finite_too(name):
+    """Pairs of a large number and 1 (a product of two large ones lies beyond the dtype)."""
     case = WHOLE[name]
-    big = extremes(dtype, 0.25)
-    big = jnp.clip(big, -float(jnp.finfo(dtype).max) / 4, float(jnp.finfo(dtype).max) / 4)
-    one = jnp.ones_like(big)
-    for x in (jnp.stack([one, big], 1), jnp.stack([big, one], 1)) if "glu" in name else [big[:, None]]:
-        x = jnp.stack([x, x[::-1]], 1)  # (many, 2, 1 or 2): a batch of pairs
-        if name == "glu axis 0":
-            x = jnp.swapaxes(x, 1, 2)
-        y = jax.vmap(case)(x)
-        gradient = jax.vmap(jax.grad(lambda x: jnp.sum(case(x))))(x)
-        assert y.dtype == gradient.dtype == x.dtype
-        assert jnp.all(jnp.isfinite(y)) and jnp.all(jnp.isfinite(gradient))
+
+    def value_and_gradient(x):
+        return jax.vmap(case)(x), jax.grad(lambda x: jnp.sum(jax.vmap(case)(x)))(x)
+
+    batches = []
+    for dtype in DTYPES:
+        big = extremes(dtype, 0.25)[:, None, None]
+        one = jnp.ones_like(big)
+        pair = jnp.concatenate([one, big], -1)
+        batches.append(jnp.concatenate([pair, jnp.flip(pair, -1)], 1))
+    for x, found in zip(
+        batches,
+        quickly(jax.tree_util.Partial(jax.tree.map, value_and_gradient))(batches),
+        strict=True,
+    ):
+        assert all_finite(*found) and all(r.dtype == x.dtype for r in found), x.dtype
 
 
 @dtypes
 def test_softmax_over_all_the_numbers_of_a_dtype(dtype):
     x = extremes(dtype)
-    for op in (ops.softmax, ops.logsumexp):
-        y, pullback = jax.vjp(op, x)
-        assert jnp.all(jnp.isfinite(y)) and jnp.all(jnp.isfinite(pullback(jnp.ones_like(y))[0]))
-    gradient = jax.grad(lambda x: jnp.max(ops.log_softmax(x)))(x)
-    second = jax.jvp(jax.grad(lambda x: ops.logsumexp(x)), (x,), (jnp.ones_like(x),))[1]
-    assert jnp.all(jnp.isfinite(gradient)) and jnp.all(jnp.isfinite(second))
+
+    @quickly
+    def all_of(x):
+        found = []
+        for op in (ops.softmax, ops.logsumexp, lambda x: jnp.max(ops.log_softmax(x))):
+            gradient = jax.grad(lambda x, op=op: jnp.sum(op(x) ** 2))
+            found += [op(x), gradient(x), jax.jvp(gradient, (x,), (jnp.ones_like(x),))[1]]
+        return found
+
+    # The second derivative of a square of 1e38 may well be large; the others are near 1.
+    assert all_finite(*all_of(jnp.where(jnp.abs(x) < 1e4, x, -jnp.abs(x))))
+    assert all_finite(ops.softmax(x), ops.logsumexp(x), jax.grad(ops.logsumexp)(x))
 
 
 def test_excluded_entries_of_a_softmax():
@@ -321,21 +323,26 @@ def test_excluded_entries_of_a_softmax():
 
 
 @with_kinks
-def test_gradient_at_the_kinks_is_the_documented_one_and_jax_nns(case):
+def test_gradient_at_the_kinks_is_the_documented_one_and_jax_nns(name):
+    case = ELEMENTWISE[name]
     x = jnp.asarray(case.kinks)
-    close(jax.vmap(jax.grad(case))(x), case.at_kink)
-    close(jax.vmap(jax.grad(case.plain))(x), case.at_kink)
-    close(jax.jvp(case, (x,), (jnp.ones_like(x),))[1], case.at_kink)
-    assert jnp.all(jnp.isfinite(jax.vmap(jax.hessian(case))(x)))
+
+    @quickly
+    def all_of(x):
+        first = functools.partial(slopes, case)
+        forward = jax.jvp(case, (x,), (jnp.ones_like(x),))[1]
+        return (first(x), forward, slopes(case.plain, x)), slopes(first, x)
+
+    firsts, second = all_of(x)
+    for slope in firsts:
+        close(slope, case.at_kink)
+    assert all_finite(second)
 
 
-@elementwise
-def test_smooth_at_zero_unless_said_otherwise(case):
-    if 0.0 in case.kinks and len(case.kinks) == len(case.at_kink) and case.op is not ops.celu:
-        pytest.skip("has a kink at 0")
-    h = 1e-6
-    slope = (case(h) - case(-h)) / (2 * h)
-    close(jax.grad(case)(0.0), slope, 1e-5)
+@pytest.mark.parametrize("name", [n for n, c in ELEMENTWISE.items() if 0.0 not in c.kinks])
+def test_slope_at_zero_where_there_is_no_kink(name):
+    case, h = ELEMENTWISE[name], 1e-6
+    close(jax.grad(case)(0.0), (case(h) - case(-h)) / (2 * h), 1e-5)
 
 
 def test_second_derivative_of_softsign_at_zero():
@@ -359,47 +366,53 @@ def test_maxout_is_the_lectures():
     def lecture(W, b, x):
         return jnp.sum(jnp.maximum(W[0] @ x + b[0], W[1] @ x + b[1]) ** 2)
 
-    for a, p in zip(
-        jax.grad(ours, (0, 1, 2))(W, b, x), jax.grad(lecture, (0, 1, 2))(W, b, x), strict=True
-    ):
-        close(a, p)
+    ours, lecture = (quickly(jax.grad(f, (0, 1, 2)))(W, b, x) for f in (ours, lecture))
+    jax.tree.map(close, ours, lecture)
 
 
 # ------------------------------------------------------------------- arguments, shapes, cost
 
 
 @every
-def test_arrays_without_entries(case):
-    shape = (2, 0) if "axis 0" not in str(case.static) else (2, 0)
-    x = jnp.zeros(shape, "float32")
-    y, pullback = jax.vjp(case, x)
-    assert y.shape == case.plain(jnp.ones((2, 2)))[..., :0].shape if y.ndim else True
-    assert y.dtype == jnp.float32 and pullback(jnp.ones_like(y))[0].shape == shape
+def test_arrays_without_entries(name):
+    case, x = ALL[name], jnp.zeros((2, 0), "float32")
+    y, gradient = jax.eval_shape(lambda x: (case(x), jax.grad(lambda x: case(x).sum())(x)), x)
+    assert (y.dtype, gradient.dtype, gradient.shape) == ("float32", "float32", (2, 0))
+    assert y.shape == jax.eval_shape(case.plain, x).shape
+
+
+def test_gradient_of_no_entries_runs():
+    x = jnp.zeros((0,), "float32")
+    for op in (ops.relu, ops.gelu, ops.softmax, ops.logsumexp):
+        assert jax.grad(lambda x, op=op: jnp.sum(op(x)))(x).shape == (0,)
 
 
 @every
-def test_integers_are_refused(case):
-    with pytest.raises(TypeError, match=rf"{case.op.name}: .*int32, wanted"):
-        case(jnp.ones((2, 2), "int32"))
+def test_integers_are_refused(name):
+    with pytest.raises(TypeError, match=rf"{ALL[name].op.name}: .*int32, wanted"):
+        ALL[name](jnp.ones((2, 2), "int32"))
 
 
 @every
-def test_complex_numbers_where_the_function_is_holomorphic(case):
-    z = jnp.asarray([[0.3 + 0.5j, -1.0 + 0.2j], [0.1j, 2.0 - 1.0j]])
+def test_complex_numbers_where_the_function_is_holomorphic(name):
+    case, z = ALL[name], jnp.asarray([[0.3 + 0.5j, -1.0 + 0.2j], [0.1j, 2.0 - 1.0j]])
     if case.op not in (ops.sigmoid, ops.tanh):
         with pytest.raises(TypeError, match=rf"{case.op.name}: .*complex128, wanted a real"):
             case(z)
         return
-    total = lambda f: lambda z: jnp.sum(f(z) ** 2)  # noqa: E731
-    close(case(z), case.plain(z))
-    close(
-        jax.grad(total(case), holomorphic=True)(z), jax.grad(total(case.plain), holomorphic=True)(z)
-    )
+
+    def gradient(f):
+        return jax.grad(lambda z: jnp.sum(f(z) ** 2), holomorphic=True)(z)
+
+    np.testing.assert_allclose(case(z), case.plain(z), rtol=1e-12)
+    np.testing.assert_allclose(gradient(case), gradient(case.plain), rtol=1e-12)
 
 
-@every
-def test_nan_is_not_hidden(case):
-    assert jnp.all(jnp.isnan(case(jnp.full((2, 2), jnp.nan))))
+def test_nan_is_not_hidden():
+    nan = jnp.full((2, 2), jnp.nan)
+    found = quickly(lambda x: {name: case(x) for name, case in ALL.items()})(nan)
+    for name, y in found.items():
+        assert jnp.all(jnp.isnan(y)), name
 
 
 @pytest.mark.parametrize(
@@ -423,21 +436,45 @@ def test_bad_arguments_are_named(call, message):
         call()
 
 
-@every
-def test_the_gradient_costs_no_more_than_autodiffs(case):
-    x, c = jnp.ones((16, 2, 64), "float32"), jnp.ones((16, 2, 64), "float32")
+# What jax.nn or jnp computes, where the plain definition above is another formula.
+JAX_NN = {
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
+    "softplus": jax.nn.softplus,
+    "log_sigmoid": jax.nn.log_sigmoid,
+    "silu": jax.nn.silu,
+    "gelu exact": lambda x: jax.nn.gelu(x, approximate=False),
+    "mish": jax.nn.mish,
+    "glu": jax.nn.glu,
+    "swiglu": halves(jax.nn.silu),
+    "softmax": jax.nn.softmax,
+    "log_softmax": jax.nn.log_softmax,
+    "logsumexp": jax.nn.logsumexp,
+}
+# Operations an entry more than autodiff: squareplus pays for the tail and for large numbers,
+# log_softmax divides each entry where autodiff divides each row.
+EXTRA = {"squareplus": 7, "log_softmax": 1}
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if n.split()[-1] in ("exact",) or " " not in n])
+def test_a_training_step_costs_no_more_than_with_jax_nn(name):
+    """FLOPs, exponentials and temporary bytes of an operation followed by a matrix product."""
+    x = jnp.ones((64, 2, 256), "float32")
+    plain = JAX_NN.get(name, ALL[name].plain)
+    entries = jax.eval_shape(jax.vmap(ALL[name]), x).size // 64
 
     def cost(f):
-        y = jax.eval_shape(jax.vmap(f), x)
+        def loss(x, W):
+            return jnp.sum(jnp.square(jax.vmap(f)(x).reshape(64, -1) @ W))
 
-        def step(x, c):
-            return jax.grad(lambda x: jnp.vdot(jax.vmap(f)(x), c.ravel()[: y.size].reshape(y.shape)))(x)
-
-        compiled = jax.jit(step).lower(x, c).compile()
+        step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+        compiled = step.lower(x, jnp.ones((entries, 4), "float32")).compile()
+        costs = compiled.cost_analysis()
         return (
-            compiled.cost_analysis().get("flops", 0),
+            costs["flops"],
+            costs.get("transcendentals", 0),
             compiled.memory_analysis().temp_size_in_bytes,
         )
 
-    for ours, autodiff in zip(cost(case), cost(case.plain), strict=True):
-        assert ours <= 1.02 * autodiff + 64
+    allowed = 1.02 * np.asarray(cost(plain)) + [EXTRA.get(name, 0) * x.size, 0, 256]
+    assert np.all(np.asarray(cost(ALL[name])) <= allowed), (cost(ALL[name]), cost(plain))

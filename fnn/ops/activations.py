@@ -163,7 +163,7 @@ def _(z, *, axis):
 
 @maxout.backward
 def _(is_largest, dy, *, axis):
-    how_many = jnp.sum(is_largest, axis=axis, dtype=dy.dtype)
+    how_many = jnp.sum(is_largest.astype(dy.dtype), axis)
     return (jnp.where(is_largest, jnp.expand_dims(dy / how_many, axis), 0),)
 
 
@@ -252,8 +252,8 @@ def _(y, dy, *, alpha):
 def relu6(x: jax.Array) -> jax.Array:
     """relu6(x) = min(max(0, x), 6). Any shape.
 
-    Local gradient: 1 where 0 < x < 6, else 0. Kept: y. At the kinks x = 0 and x = 6 it is 0,
-    as in `jax.nn.relu6`.
+    Local gradient: 1 where 0 < x < 6, else 0. Kept: that mask (one byte an entry). At the kinks
+    x = 0 and x = 6 it is 0, as in `jax.nn.relu6`.
     Source: Howard et al., "MobileNets", arXiv:1704.04861.
     """
     must_be_real("relu6", x=x)
@@ -262,13 +262,12 @@ def relu6(x: jax.Array) -> jax.Array:
 
 @relu6.forward
 def _(x):
-    y = relu6(x)
-    return y, y
+    return relu6(x), (x > 0) & (x < 6)
 
 
 @relu6.backward
-def _(y, dy):
-    return (jnp.where((y > 0) & (y < 6), dy, 0),)
+def _(is_inside, dy):
+    return (jnp.where(is_inside, dy, 0),)
 
 
 @rule
@@ -297,8 +296,8 @@ def _(is_inside, dy):
 def hard_sigmoid(x: jax.Array) -> jax.Array:
     """hard_sigmoid(x) = relu6(x + 3) / 6: 0 below −3, 1 above 3, a line between. Any shape.
 
-    Local gradient: 1/6 where −3 < x < 3, else 0. Kept: y. At the kinks x = ±3 it is 0, as in
-    `jax.nn.hard_sigmoid`.
+    Local gradient: 1/6 where −3 < x < 3, else 0. Kept: that mask (one byte an entry). At the
+    kinks x = ±3 it is 0, as in `jax.nn.hard_sigmoid`.
     Source: Howard et al., "Searching for MobileNetV3", arXiv:1905.02244.
     """
     must_be_real("hard_sigmoid", x=x)
@@ -307,13 +306,12 @@ def hard_sigmoid(x: jax.Array) -> jax.Array:
 
 @hard_sigmoid.forward
 def _(x):
-    y = hard_sigmoid(x)
-    return y, y
+    return hard_sigmoid(x), (x > -3) & (x < 3)
 
 
 @hard_sigmoid.backward
-def _(y, dy):
-    return (jnp.where((y > 0) & (y < 1), dy / 6, 0),)
+def _(is_inside, dy):
+    return (jnp.where(is_inside, dy / 6, 0),)
 
 
 @rule
@@ -463,29 +461,35 @@ def _(x, *, approximate):
 
 @gelu.backward
 def _(x, dy, *, approximate):
-    return (dy * _gelu_gradient(x, approximate),)
+    return (_gelu_backward(x, dy, approximate),)
 
 
 _GELU_SCALE = math.sqrt(8 / math.pi)
-_GELU_CUBIC = 0.044715
+_GELU_CUBIC = 0.044715 * _GELU_SCALE
+
+
+# Beyond ±40 both distribution functions are 0 or 1 to the last bit of every dtype, and their
+# densities 0. Clipping x there changes nothing, and keeps x² from overflowing into 0 · inf.
+_GELU_LIMIT = 40
 
 
 def _gelu(x, approximate):
+    limited = jnp.clip(x, -_GELU_LIMIT, _GELU_LIMIT)
     if approximate:
-        return x * jax.nn.sigmoid(_GELU_SCALE * x * (1 + _GELU_CUBIC * x * x))
-    return 0.5 * x * jax.lax.erfc(-math.sqrt(0.5) * x)
+        return x * jax.nn.sigmoid(limited * (_GELU_SCALE + _GELU_CUBIC * (limited * limited)))
+    return 0.5 * x * jax.lax.erfc(-math.sqrt(0.5) * limited)
 
 
-def _gelu_gradient(x, approximate):
+def _gelu_backward(x, dy, approximate):
+    x = jnp.clip(x, -_GELU_LIMIT, _GELU_LIMIT)
     if approximate:
-        # σ(u) is exactly 0 below −22 and 1 above 22 in every dtype, so that the gradient is
-        # exactly 0 and 1 too; without the clip u' would overflow to 0 · inf.
-        x = jnp.clip(x, -22, 22)
-        s = jax.nn.sigmoid(_GELU_SCALE * x * (1 + _GELU_CUBIC * x * x))
-        return s + x * s * (1 - s) * (_GELU_SCALE * (1 + 3 * _GELU_CUBIC * x * x))
-    # (−x/2) x, in this order: the derivative of x² / 2 would overflow for the largest x.
-    density = math.sqrt(0.5 / math.pi) * jnp.exp(-0.5 * x * x)
-    return 0.5 * jax.lax.erfc(-math.sqrt(0.5) * x) + x * density
+        s = jax.nn.sigmoid(x * (_GELU_SCALE + _GELU_CUBIC * (x * x)))
+        du = _GELU_SCALE + 3 * _GELU_CUBIC * (x * x)
+        return dy * (s + s * (1 - s) * (x * du))
+    # Two terms in dy, not dy times a sum: XLA then computes erfc once for value and gradient.
+    z = -math.sqrt(0.5) * x
+    density = math.sqrt(2 / math.pi) * jnp.exp(-(z * z))
+    return 0.5 * dy * jax.lax.erfc(z) + 0.5 * x * dy * density
 
 
 @rule
@@ -521,37 +525,33 @@ def _(x, dy):
 def squareplus(x: jax.Array, *, b: float = 4.0) -> jax.Array:
     """squareplus(x) = (x + √(x² + b)) / 2, a smooth relu without exponentials. Any shape.
 
-    For x < 0 it is computed as (b/4) / ((√(x² + b) − x) / 2), which cancels no digits.
-    Local gradient: (1 + x / √(x² + b)) / 2. Kept: x. Smooth, no kink.
+    Computed as max(x, 0) + (b/2) / (√(x² + b) + |x|), which cancels no digits where x < 0.
+    Local gradient: (1 + x / √(x² + b)) / 2 = y / (2y − x). Kept: x and y. Smooth, no kink.
     Raises ValueError unless b is positive (b = 0 would be relu).
     Source: Barron, "Squareplus: a softplus-like algebraic rectifier", arXiv:2112.11687.
     """
     must_be_real("squareplus", x=x)
     if b <= 0:
         raise ValueError(f"squareplus: argument 'b' is {b}, wanted a positive number.")
-    z = 0.5 * jnp.abs(x) + 0.5 * _hypotenuse(x, b)
-    return jnp.where(x >= 0, z, (b / 4) / z)
+    # Beyond the limit √(x² + b) rounds to |x|; the clip keeps x² from overflowing.
+    limit = math.sqrt(b / float(jnp.finfo(x.dtype).eps))
+    root = jnp.maximum(jnp.abs(x), jnp.sqrt(jnp.square(jnp.clip(x, -limit, limit)) + b))
+    return jnp.where(x >= 0, x, 0) + 0.5 * b / (root + jnp.abs(x))
 
 
 @squareplus.forward
 def _(x, *, b):
-    return squareplus(x, b=b), x
+    y = squareplus(x, b=b)
+    return y, (x, y)
 
 
 @squareplus.backward
-def _(x, dy, *, b):
-    return (dy * (0.5 + 0.5 * (x / _hypotenuse(x, b))),)
+def _(residuals, dy, *, b):
+    x, y = residuals
+    return (dy * (y / (y + (y - x))),)
 
 
-def _hypotenuse(x, b):
-    """√(x² + b), without overflow of x²."""
-    x, c = jnp.abs(x), math.sqrt(b)
-    longer, shorter = jnp.maximum(x, c), jnp.minimum(x, c)
-    ratio = shorter / longer
-    return longer * jnp.sqrt(1 + ratio * ratio)
-
-
-# --------------------------------------------------- gated: one half of the features opens the other
+# ------------------------------------------------ gated: half of the features opens the other half
 
 
 def _halves(op, x, axis):
@@ -641,7 +641,7 @@ def _(x, *, axis, approximate):
 def _(x, dy, *, axis, approximate):
     a, g = jnp.split(x, 2, axis)
     da = dy * gelu(g, approximate=approximate)
-    return (jnp.concatenate([da, dy * (a * _gelu_gradient(g, approximate))], axis),)
+    return (jnp.concatenate([da, _gelu_backward(g, dy * a, approximate)], axis),)
 
 
 # ------------------------------------------------------------------ scores to probabilities
@@ -677,8 +677,9 @@ def _(y, dy, *, axis):
 def log_softmax(x: jax.Array, *, axis: Axis = -1) -> jax.Array:
     """log_softmax(x)ᵢ = xᵢ − log Σⱼ e^xⱼ along `axis` (an integer, several, or None for all).
 
-    Local gradient: ∂yᵢ/∂xⱼ = 1[i=j] − e^yⱼ, so that dx = dy − eʸ Σ dy. Kept: y. Smooth, no
-    kink. An x that lies more than the dtype's largest below the maximum gives −inf.
+    Local gradient: ∂yᵢ/∂xⱼ = 1[i=j] − e^yⱼ, so that dx = dy − eʸ Σ dy. Kept: the probabilities
+    eʸ (from y they would cost a second exponential). Smooth, no kink. An x that lies more than
+    the dtype's largest below the maximum gives −inf.
     Source: CS231n, "Linear classification" (numeric stability of the softmax).
     """
     must_be_real("log_softmax", x=x)
@@ -689,27 +690,26 @@ def log_softmax(x: jax.Array, *, axis: Axis = -1) -> jax.Array:
 
 @log_softmax.forward
 def _(x, *, axis):
-    y = log_softmax(x, axis=axis)
-    return y, y
+    return log_softmax(x, axis=axis), softmax(x, axis=axis)
 
 
 @log_softmax.backward
-def _(y, dy, *, axis):
-    return (dy - jnp.exp(y) * jnp.sum(dy, axis, keepdims=True),)
+def _(p, dy, *, axis):
+    return (dy - p * jnp.sum(dy, axis, keepdims=True),)
 
 
 @rule
 def logsumexp(x: jax.Array, *, axis: Axis = None, keepdims: bool = False) -> jax.Array:
     """logsumexp(x) = log Σⱼ e^xⱼ along `axis` (an integer, several, or None, the default, for all).
 
-    A smooth maximum. Local gradient: ∂y/∂xⱼ = e^(xⱼ − y), the softmax. Kept: x and y. Smooth,
-    no kink. Where all entries are −inf, or there are none, y is −inf and the gradient 0.
+    A smooth maximum. Local gradient: ∂y/∂xⱼ = e^(xⱼ − y), the softmax. Kept: e^(x − max x) and
+    its sum. Smooth, no kink. Where all entries are −inf, or there are none, y is −inf and the
+    gradient 0.
     Source: CS231n, "Linear classification" (numeric stability of the softmax).
     """
     must_be_real("logsumexp", x=x)
     axis = axes_of("logsumexp", x, axis)
-    largest = jnp.max(x, axis, keepdims=True, initial=-jnp.inf)
-    largest = jnp.where(jnp.isfinite(largest), largest, 0)
+    largest = _largest(x, axis)
     y = jnp.log(jnp.sum(jnp.exp(x - largest), axis, keepdims=True)) + largest
     return y if keepdims else jnp.squeeze(y, axis)
 
@@ -717,14 +717,26 @@ def logsumexp(x: jax.Array, *, axis: Axis = None, keepdims: bool = False) -> jax
 @logsumexp.forward
 def _(x, *, axis, keepdims):
     y = logsumexp(x, axis=axis, keepdims=keepdims)
-    return y, (x, y)
+    return y, _exponentials(x, axes_of("logsumexp", x, axis))
 
 
 @logsumexp.backward
 def _(residuals, dy, *, axis, keepdims):
-    x, y = residuals
+    e, total = residuals
     if not keepdims:
-        axes = axes_of("logsumexp", x, axis)
-        y, dy = jnp.expand_dims(y, axes), jnp.expand_dims(dy, axes)
-    y = jnp.where(y == -jnp.inf, 0, y)
-    return (dy * jnp.exp(x - y),)
+        dy = jnp.expand_dims(dy, axes_of("logsumexp", e, axis))
+    return (e * (dy / total),)
+
+
+def _largest(x, axis):
+    """The largest entries of x, to be subtracted before the exponential: finite."""
+    largest = jnp.max(x, axis, keepdims=True, initial=-jnp.inf)
+    return jnp.where(jnp.isfinite(largest), largest, 0)
+
+
+def _exponentials(x, axis):
+    """e = e^(x − max x) and its sum: e / Σ e is the softmax, and 0 where all x are −inf."""
+    # The shift is held constant: it cancels in e / Σ e, and in the derivatives of that.
+    e = jnp.exp(x - jax.lax.stop_gradient(_largest(x, axis)))
+    total = jnp.sum(e, axis, keepdims=True)
+    return e, jnp.where(total == 0, 1, total)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn.operation import rule
-from fnn.ops.activations import log_softmax
+from fnn.ops.activations import log_softmax, softmax
 from fnn.ops.arguments import must_be_real
 
 # ----------------------------------------------------------------------------- classification
@@ -45,8 +45,8 @@ def softmax_cross_entropy(
 
     Local gradient: for the logits p Σq − q with p = softmax(logits), which is p − q for a
     distribution ("probs[y] −= 1" in the lecture's code); for a distribution's labels
-    −(1 − ε) log p. Kept: log p and the labels. Smooth, no kink. Where q is 0, a logit of −inf
-    (an excluded class) adds nothing. Stable for logits of any size.
+    −(1 − ε) log p. Kept: p, the labels, and for distributions log p. Smooth, no kink. Where q
+    is 0, a logit of −inf (an excluded class) adds nothing. Stable for logits of any size.
 
     Raises:
         TypeError: the logits aren't real floating, the labels neither integer nor floating.
@@ -77,22 +77,22 @@ def softmax_cross_entropy(
 @softmax_cross_entropy.forward
 def _(logits, labels, *, label_smoothing):
     loss = softmax_cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    return loss, (log_softmax(logits), labels)
+    more = (log_softmax(logits),) if _is_floating(labels) else ()
+    return loss, (softmax(logits), labels, *more)
 
 
 @softmax_cross_entropy.backward
 def _(residuals, dy, *, label_smoothing):
-    log_p, labels = residuals
-    p, dy = jnp.exp(log_p), dy[..., None]
-    smooth = label_smoothing / log_p.shape[-1]
+    p, labels, *more = residuals
+    dy = dy[..., None]
+    smooth = label_smoothing / p.shape[-1]
     if _is_integer(labels):
-        is_right = _one_hot(labels, log_p)
-        right = 1 - label_smoothing + smooth
-        dy = dy * jnp.where(_is_class(labels, log_p), 1, jnp.nan)[..., None].astype(dy.dtype)
-        return dy * (p - jnp.where(is_right, right, smooth).astype(p.dtype)), None
+        dy = dy * jnp.where(_is_class(labels, p), 1, jnp.nan)[..., None].astype(dy.dtype)
+        right = jnp.where(_one_hot(labels, p), (1 - label_smoothing) * dy, 0)
+        return (dy * (p - smooth) if smooth else dy * p) - right, None
     q = (1 - label_smoothing) * labels.astype(p.dtype) + smooth
     d_logits = dy * (p * jnp.sum(q, axis=-1, keepdims=True) - q)
-    return d_logits, ((label_smoothing - 1) * dy * log_p).astype(labels.dtype)
+    return d_logits, ((label_smoothing - 1) * dy * more[0]).astype(labels.dtype)
 
 
 @rule
@@ -120,26 +120,29 @@ def multiclass_hinge(scores: jax.Array, labels: jax.Array, *, margin: float = 1.
     recognition", 1999.
     """
     _check_classes("multiclass_hinge", "scores", scores, labels, distributions=False)
-    margins = scores - _pick(scores, labels)[..., None] + margin
-    margins = jnp.where(_one_hot(labels, scores), 0, margins)
-    loss = jnp.sum(jnp.maximum(margins, 0), axis=-1)
-    return jnp.where(_is_class(labels, scores), loss, jnp.nan)
+    return jnp.sum(jnp.maximum(_margins(scores, labels, margin), 0), axis=-1)
 
 
 @multiclass_hinge.forward
 def _(scores, labels, *, margin):
     loss = multiclass_hinge(scores, labels, margin=margin)
-    too_close = scores - _pick(scores, labels)[..., None] + margin > 0
-    return loss, (too_close & ~_one_hot(labels, scores), labels)
+    # Not "> 0", so that the NaN of a label out of range counts, and reaches the gradient.
+    return loss, (~(_margins(scores, labels, margin) <= 0), labels)
 
 
 @multiclass_hinge.backward
 def _(residuals, dy, *, margin):
     too_close, labels = residuals
-    how_many = jnp.sum(too_close, axis=-1, keepdims=True, dtype=dy.dtype)
-    local = jnp.where(_one_hot(labels, too_close), -how_many, too_close.astype(dy.dtype))
     dy = dy * jnp.where(_is_class(labels, too_close), 1, jnp.nan).astype(dy.dtype)
-    return dy[..., None] * local, None
+    right = -dy * jnp.sum(too_close, axis=-1, dtype=dy.dtype)
+    wrong = jnp.where(too_close, dy[..., None], 0)
+    return jnp.where(_one_hot(labels, too_close), right[..., None], wrong), None
+
+
+def _margins(scores, labels, margin):
+    """sⱼ − s_y + Δ for the wrong classes, 0 for the right one."""
+    right = _pick(scores, labels)[..., None]
+    return jnp.where(_one_hot(labels, scores), 0, scores - (right - margin))
 
 
 @rule
@@ -321,19 +324,24 @@ def _is_floating(x):
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
+def _index(labels):
+    """Labels as signed integers wide enough to count classes: an int8 ends at 127."""
+    return jnp.asarray(labels, jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)
+
+
 def _one_hot(labels, scores):
     """True where an entry of `scores` belongs to the right class; nowhere for a wrong label."""
-    return jnp.arange(scores.shape[-1], dtype=labels.dtype) == labels[..., None]
+    return jnp.arange(scores.shape[-1], dtype=jnp.int32) == _index(labels)[..., None]
 
 
 def _is_class(labels, scores):
-    return (labels >= 0) & (labels < scores.shape[-1])
+    return (_index(labels) >= 0) & (_index(labels) < scores.shape[-1])
 
 
 def _pick(scores, labels):
     """The score of the right class; NaN where there is no such class."""
     is_class = _is_class(labels, scores)
-    index = jnp.where(is_class, labels, 0)[..., None]
+    index = jnp.where(is_class, _index(labels), 0)[..., None]
     picked = jnp.take_along_axis(scores, index, axis=-1, mode="promise_in_bounds")[..., 0]
     return jnp.where(is_class, picked, jnp.nan)
 
