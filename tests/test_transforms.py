@@ -66,7 +66,7 @@ def test_weak_types_and_dtypes_are_kept():
         x = X.astype(dtype)
         got = fnn.grad(lambda x: jnp.sum(jnp.tanh(x) * x))(x)
         assert got.dtype == x.dtype
-        same(got, jax.grad(lambda x: jnp.sum(jnp.tanh(x) * x))(x), 1e-2)
+        same(got, jax.grad(lambda x: jnp.sum(jnp.tanh(x) * x))(x), 3e-2)
 
 
 def test_mixed_precision():
@@ -91,7 +91,7 @@ def test_holomorphic_and_real_functions_of_complex_numbers():
 
 
 def test_integers():
-    f = lambda n, x: jnp.sum(x) * n  # noqa: E731
+    f = lambda n, x: jnp.sum(x) * n
     same(
         fnn.grad(f, (0, 1), allow_int=True)(3, X),
         jax.grad(f, (0, 1), allow_int=True)(jnp.asarray(3), X),
@@ -99,7 +99,7 @@ def test_integers():
 
 
 def test_under_every_transform():
-    f = lambda x: mlp(PARAMS, jnp.tanh(x)) ** 2  # noqa: E731
+    f = lambda x: mlp(PARAMS, jnp.tanh(x)) ** 2
     g, h = fnn.grad(f), jax.grad(f)
     xs = normal(7, 3)
     same(jax.vmap(g)(xs), jax.vmap(h)(xs))
@@ -144,7 +144,7 @@ def test_shard_map(check_vma):
 def test_sharded_arrays():
     mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
     xs = jax.device_put(normal(8, 3), jax.NamedSharding(mesh, P("i")))
-    f = lambda W: jnp.sum(jnp.tanh(xs @ W) ** 2)  # noqa: E731
+    f = lambda W: jnp.sum(jnp.tanh(xs @ W) ** 2)
     W = normal(3, 3)
     same(jax.jit(fnn.grad(f))(W), jax.grad(f)(W))
     constrained = jax.jit(f, in_shardings=jax.NamedSharding(mesh, P("i")))

@@ -91,13 +91,13 @@ def summary(net: Layer, x: Any) -> Summary:
     transcendentals, do not. A training step takes about three times as many an example.
 
     >>> print(summary(chain(hidden=Linear(100), activation=relu, output=Linear(10)), x))
-    layer                    output           parameters    FLOPs
-    ─────────────────────────────────────────────────────────────
-    hidden      Linear(100)  float32[100]         78,500  156,900
-    activation  relu         float32[100]                     100
-    output      Linear(10)   float32[10]           1,010    2,010
-    ─────────────────────────────────────────────────────────────
-    total                    float32[10]          79,510  159,010
+    layer                    output        parameters    FLOPs
+    ──────────────────────────────────────────────────────────
+    hidden      Linear(100)  float32[100]      78,500  156,900
+    activation  relu         float32[100]                  100
+    output      Linear(10)   float32[10]        1,010    2,010
+    ──────────────────────────────────────────────────────────
+    total                    float32[10]       79,510  159,010
     """
     net = as_layer(net, "summary")
     key = jax.eval_shape(lambda: jax.random.key(0))
