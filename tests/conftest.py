@@ -6,6 +6,6 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 )
 
-import jax  # noqa: E402  (after the flags, which JAX reads when it starts)
+import jax  # after the flags, which JAX reads when it starts
 
 jax.config.update("jax_enable_x64", True)
