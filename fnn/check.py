@@ -59,7 +59,8 @@ class _Precision:
     error: float
 
 
-_FINE = _Precision(1e-7, 1e-5, (1e-4, 1e-6, 1e-8), 1e-5, 1e-4)
+_STEPS = (1e-4, 1e-6, 1e-8)
+_FINE = _Precision(1e-7, 1e-5, _STEPS, 1e-5, 1e-4)
 _COARSE = _Precision(1e-3, 3e-2, (1e-1, 2e-2), 1e-1, 3e-2)
 
 
@@ -509,7 +510,10 @@ _WHAT = {
 # Compiled once, run a few times: XLA needn't optimise much.
 _jit = functools.partial(
     jax.jit,
-    compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
 )
 
 
@@ -520,13 +524,11 @@ class _Programs:
         self.ours, self.plain = ours, plain
         self.reference = ours if plain is None else plain
         self.value = _jit(self.reference)
-        self.our_value = _jit(self.ours)
         self.derivatives = _jit(self._derivatives, static_argnames="modes")
-        self.linearity = _jit(self._linearity)
-        self.first = _jit(self._first, static_argnames="modes")
-        self.vmapped = _jit(self._vmapped, static_argnames=("modes", "shared"))
+        self.narrow = _jit(self._narrow, static_argnames="modes")
+        self.vmapped = _jit(self._vmapped, static_argnames="modes")
         self.by_entry = _jit(self._by_entry)
-        self.along = _jit(self._along, static_argnames="mode")
+        self.along = _jit(self._along, static_argnames="of")
 
     def unavailable(self, mode, *at) -> str:
         """Why JAX can't do this mode, or "" if it can."""
@@ -549,52 +551,70 @@ class _Programs:
 
     def _derivatives(self, x, fixed, w, v, *, modes):
         """Ours, and those of the plain definition."""
-        return [
+        ours, plain = (
             {} if f is None else {m: _MODES[m](f, x, fixed, w, v) for m in modes}
             for f in (self.ours, self.plain)
-        ]
+        )
+        ours["value"] = self.ours(x, fixed)
+        if "reverse" in modes:
+            # The value by `forward`, and the backward b at several upstream gradients.
+            ours["value, differentiated"], pull = jax.vjp(lambda x: self.ours(x, fixed), x)
+            z = w * jnp.sin(jnp.arange(w.size, dtype=w.dtype) + 1)
+            ours["b(w + 30z)"] = pull(w + 30 * z)[0]
+            ours["b(w) + 30 b(z)"] = pull(w)[0] + 30 * pull(z)[0]
+            ours["b(0)"] = pull(jnp.zeros_like(w))[0]
+        return ours, plain
 
-    def _linearity(self, x, fixed, w):
-        """The value by `forward`, and the backward b at u = w + 3z, w, z and 0."""
-        y, pull = jax.vjp(lambda x: self.ours(x, fixed), x)
-        z = w * jnp.sin(jnp.arange(w.size) + 1.0)
-        return y, [pull(u)[0] for u in (w + 3 * z, w, z, jnp.zeros_like(w))]
+    def _narrow(self, points, fixed, *, modes):
+        """First derivatives at (x, w, v) of several dtypes: ours, the reference's, and exact."""
 
-    def _first(self, x, fixed, w, v, *, modes):
-        """First derivatives in x's dtype, ours and the reference's."""
+        def first(f, x, w, v):
+            cast = lambda x, fixed: f(x, fixed).astype(x.dtype)
+            return {m: _MODES[m](cast, x, fixed, w, v) for m in modes}
 
-        def cast(f):
-            return lambda x, fixed: f(x, fixed).astype(x.dtype)
+        def wide(a):
+            return a.astype("float64")
 
         return [
-            {m: _MODES[m](cast(f), x, fixed, w, v) for m in modes}
-            for f in (self.ours, self.reference)
+            (
+                first(self.ours, *at),
+                first(self.reference, *at),
+                first(self.reference, *map(wide, at)),
+            )
+            for at in points
         ]
 
-    def _vmapped(self, X, fixed, W, V, *, modes, shared):
-        """A batch by vmap, and example after example; with one argument shared, or none."""
+    def _vmapped(self, X, fixed, W, V, *, modes):
+        """A batch by vmap, and one by one: all arguments mapped, and then one shared."""
         f, reference = self.ours, self.reference
 
-        def one_by_one(mode):
+        def one_by_one(X, mode):
             return lax.map(lambda a: _MODES[mode](reference, a[0], fixed, a[1], a[2]), (X, W, V))
 
-        if shared is None:
-            copies = jax.tree.map(lambda a: jnp.stack([a] * _BATCH), fixed)
-            return [
-                (jax.vmap(functools.partial(_MODES[m], f))(X, copies, W, V), one_by_one(m))
-                for m in modes
+        copies = jax.tree.map(lambda a: jnp.stack([a] * _BATCH), fixed)
+        mapped = {
+            m: (jax.vmap(functools.partial(_MODES[m], f))(X, copies, W, V), one_by_one(X, m))
+            for m in modes
+        }
+        shared = {}
+        for i, argument in enumerate(f.arguments):
+            if "reverse" not in modes or len(f.arguments) == 1:
+                break
+            columns = f.split(X, axis=1)
+            repeated = [jnp.stack([c[0]] * _BATCH) if k == i else c for k, c in enumerate(columns)]
+            columns[i] = columns[i][0]
+            axes = [None if k == i else 0 for k in range(len(columns))]
+
+            def total(columns, axes=axes):
+                return jnp.vdot(W, jax.vmap(f.of_parts, (axes, None))(columns, fixed))
+
+            alone = f.split(one_by_one(jnp.concatenate(repeated, axis=1), "reverse"), axis=1)
+            alone[i] = alone[i].sum(axis=0)
+            found = jax.grad(total)(columns)
+            shared[argument] = [
+                jnp.concatenate([g.ravel() for g in part]) for part in (found, alone)
             ]
-        columns = f.split(X, axis=1)
-        columns[shared] = columns[shared][0]
-        axes = [None if i == shared else 0 for i in range(len(columns))]
-
-        def total(columns):
-            return jnp.vdot(W, jax.vmap(f.of_parts, (axes, None))(columns, fixed))
-
-        wanted = f.split(one_by_one("reverse"), axis=1)
-        wanted[shared] = wanted[shared].sum(axis=0)
-        found = jax.grad(total)(columns)
-        return [tuple(jnp.concatenate([g.ravel() for g in part]) for part in (found, wanted))]
+        return mapped, shared
 
     def _by_entry(self, x, fixed, w, entries, step):
         """Differences of wᵀf by single entries of x."""
@@ -607,13 +627,13 @@ class _Programs:
 
         return lax.map(slopes, entries)
 
-    def _along(self, x, fixed, w, v, step, *, mode):
-        """Differences in direction v: of f ("value"), or of our first derivative by `mode`."""
+    def _along(self, x, fixed, w, v, step, *, of):
+        """Differences in direction v: of f, or of our own derivative by a first-order mode."""
 
         def moved(t):
-            if mode == "value":
+            if of == "value":
                 return self.reference(x + t * v, fixed)
-            return _MODES[mode](self.ours, x + t * v, fixed, w, v)
+            return _MODES[of](self.ours, x + t * v, fixed, w, v)
 
         return _slopes(moved, step)
 
@@ -635,29 +655,30 @@ def _slopes(f, step, w=None):
     its error. Where f is smooth, the slope on the right less that on the left shrinks in
     proportion to h; at a kink it doesn't.
 
-    Returns slope, error, kink (by how much it doesn't shrink), left slope, right slope.
+    Returns slope, error, error by rounding, kink (by how much it doesn't shrink), left slope,
+    right slope.
     """
+    sizes = (step, step / 2, step / 4, _STEPS[0])
+    points = jnp.array([0.0, *(sign * h for h in sizes for sign in (1, -1))])
+    middle, *around = lax.map(f, points)
+    usable = jnp.isfinite(middle)
 
     def project(y):
+        y = jnp.where(usable, y, 0.0)
         return y if w is None else jnp.sum(w * y)
 
-    def difference(a, b):
-        return project(jnp.where(usable, a - b, 0.0))
-
-    middle = f(0.0)
-    usable = jnp.isfinite(middle)
     central, bend = [], []
-    for h in (step, step / 2, step / 4):
-        up, down = f(h), f(-h)
-        central.append(difference(up, down) / (2 * h))
-        left, right = difference(middle, down) / h, difference(up, middle) / h
+    for h, up, down in zip(sizes[:3], around[0:6:2], around[1:6:2], strict=True):
+        central.append(project(up - down) / (2 * h))
+        left, right = project(middle - down) / h, project(up - middle) / h
         bend.append(right - left)
-    moved = jnp.where(usable & ((up != middle) | (down != middle)), jnp.abs(middle), 0.0)
-    moved = moved if w is None else jnp.sum(jnp.abs(w) * moved)
-    rounding = 16 * jnp.finfo(middle.dtype).eps * moved / step
+    moves = functools.reduce(jnp.logical_or, [y != middle for y in around])
+    scale = jnp.where(usable & moves, jnp.abs(middle), 0.0)
+    scale = scale if w is None else jnp.sum(jnp.abs(w) * scale)
+    rounding = 16 * jnp.finfo(middle.dtype).eps * scale / step
     error = jnp.abs(central[1] - central[0]) + jnp.abs(central[2] - central[1])
     kink = jnp.maximum(jnp.abs(bend[0] - 2 * bend[1]), jnp.abs(bend[1] - 2 * bend[2]))
-    return (4 * central[2] - central[1]) / 3, error + rounding, kink - 4 * rounding, left, right
+    return (4 * central[2] - central[1]) / 3, error, rounding, kink, left, right
 
 
 @dataclasses.dataclass
@@ -674,14 +695,20 @@ class _Differences:
 
 def _differences(at_step: Callable, entries: np.ndarray, precision: _Precision) -> _Differences:
     """With smaller and smaller steps, until the function is smooth within one."""
+    if not entries.size:
+        return _Differences(entries, *np.zeros((4, 0)), np.zeros(0, bool))
     best: list[np.ndarray] = []
     for step in precision.steps:
-        slope, error, kink, left, right = (np.array(n, "float64") for n in at_step(step))
+        numbers = (np.array(n, "float64") for n in at_step(step))
+        slope, error, rounding, kink, left, right = numbers
         known = np.abs(slope[np.isfinite(slope)])
         size = np.maximum(np.abs(slope), 1e-3 * known.max(initial=0.0) + 1e-6)
         with np.errstate(invalid="ignore"):
-            smooth = (kink <= precision.kink * size) & (error <= precision.error * size)
-        found = [slope, error, left, right, smooth & np.isfinite(slope)]
+            smooth = np.isfinite(slope) & (kink <= precision.kink * size + 4 * rounding)
+            smooth &= error <= precision.error * size + 4 * rounding
+            # A smaller step helps only where it isn't lost in rounding.
+            smooth &= (step == precision.steps[0]) | (rounding <= 1e-2 * size)
+        found = [slope, error + rounding, left, right, smooth]
         done = best[-1] if best else np.zeros_like(smooth)
         best = [np.where(done, old, new) for old, new in zip(best or found, found, strict=True)]
         if best[-1].all():
@@ -729,8 +756,11 @@ class _Inspection:
         able = tuple(m for m in modes if not why_not[m])
         found, plain = self.programs.derivatives(*self.at, modes=able)
         if self.programs.plain is not None:
-            value = self.programs.our_value(self.x, self.fixed)
-            self.compare("forward", "definition", value, self.value, what="value", order=0)
+            for what in ("value", "value, differentiated"):
+                if what in found:
+                    self.compare(
+                        "forward", "definition", found[what], self.value, what=what, order=0
+                    )
         for mode in modes:
             if why_not[mode]:
                 self.skip(mode, why_not[mode])
@@ -744,13 +774,11 @@ class _Inspection:
             if differences is not None:
                 self.against_differences(mode, np.asarray(found[mode]), differences)
             if mode == "reverse":
-                self.linearity()
+                self.linearity(found)
         first = tuple(m for m in able if m in _FIRST)
         self.op_by_op(first, found)
         self.vmapped(first)
-        for dtype in dtypes:
-            if dtype != "float64":
-                self.in_dtype(dtype, first)
+        self.in_dtypes([dtype for dtype in dtypes if dtype != "float64"], first)
         return Report(self.name, tuple(self.rows), tuple(self.kinks), tuple(self.notes))
 
     def compare(
@@ -823,7 +851,7 @@ class _Inspection:
             return None
         if of not in self.along:
             self.along[of] = _differences(
-                lambda step: programs.along(*self.at, step, mode=of),
+                lambda step: programs.along(*self.at, step, of=of),
                 np.arange(len(self.names[mode])),
                 self.precision,
             )
@@ -876,22 +904,18 @@ class _Inspection:
         """For the reader, in terms of the sum of the results instead of a random projection."""
         ones = np.ones_like(self.w)
         at = (self.x, self.fixed, ones)
-        _, _, _, left, right = self.programs.by_entry(*at, entries, self.precision.steps[-1])
-        rule = self.programs.first(*at, self.v, modes=("reverse",))[0]["reverse"]
+        *_, left, right = self.programs.by_entry(*at, entries, self.precision.steps[-1])
+        rule = self.programs.derivatives(*at, self.v, modes=("reverse",))[0]["reverse"]
         for i, a, b in zip(entries, left, right, strict=True):
             place = self.names["reverse"][i]
             self.kinks.append(Kink(place, float(a), float(b), float(rule[i])))
 
-    def linearity(self) -> None:
+    def linearity(self, found) -> None:
         """Of the backward b in the upstream gradient."""
-        value, grads = self.programs.linearity(self.x, self.fixed, self.w)
-        at_sum, at_w, at_z, at_zero = (np.asarray(g) for g in grads)
-        if self.programs.plain is not None:
-            what = "value, differentiated"
-            self.compare("forward", "definition", value, self.value, what=what, order=0)
-        parts = at_w + 3 * at_z
-        self.compare("reverse", "b(w) + 3 b(z)", at_sum, parts, what="backward b(w + 3z)")
-        self.compare("reverse", "zero", at_zero, np.zeros_like(at_zero), what="backward b(0)")
+        for what, against in (("b(w + 30z)", "b(w) + 30 b(z)"), ("b(0)", "zero")):
+            reference = found.get(against, np.zeros_like(self.x))
+            skip = self.kinked["reverse"]
+            self.compare("reverse", against, found[what], reference, what=what, skip=skip)
 
     def op_by_op(self, modes, found) -> None:
         """Without jit around."""
@@ -909,8 +933,8 @@ class _Inspection:
         def each(names):
             return [f"{name} of example {i}" for i in range(_BATCH) for name in names]
 
-        pairs = self.programs.vmapped(X, self.fixed, W, V, modes=modes, shared=None)
-        for mode, (rule, alone) in zip(modes, pairs, strict=True):
+        mapped, shared = self.programs.vmapped(X, self.fixed, W, V, modes=modes)
+        for mode, (rule, alone) in mapped.items():
             self.compare(
                 mode,
                 "one by one",
@@ -920,22 +944,16 @@ class _Inspection:
                 names=each(self.names[mode]),
                 skip=np.tile(self.kinked[mode], _BATCH),
             )
-        arguments = self.programs.ours.arguments
-        if "reverse" not in modes or len(arguments) < 2:
-            return
         ends = np.cumsum(self.programs.ours.sizes)
-        parts = [slice(e - n, e) for e, n in zip(ends, self.programs.ours.sizes, strict=True)]
-        for shared, argument in enumerate(arguments):
-            X_shared = X.copy()
-            X_shared[:, parts[shared]] = self.x[parts[shared]]
-            ((rule, alone),) = self.programs.vmapped(
-                X_shared, self.fixed, W, V, modes=("reverse",), shared=shared
-            )
+        for argument, (rule, alone) in shared.items():
             names, skip = [], []
-            for i, part in enumerate(parts):
-                here, kinked = self.names["reverse"][part], self.kinked["reverse"][part]
-                names += here if i == shared else each(here)
-                skip.append(kinked if i == shared else np.tile(kinked, _BATCH))
+            for part, end, size in zip(
+                self.programs.ours.arguments, ends, self.programs.ours.sizes, strict=True
+            ):
+                here = self.names["reverse"][end - size : end]
+                kinked = self.kinked["reverse"][end - size : end]
+                names += here if part == argument else each(here)
+                skip.append(kinked if part == argument else np.tile(kinked, _BATCH))
             self.compare(
                 "reverse",
                 "one by one",
@@ -946,48 +964,44 @@ class _Inspection:
                 skip=np.concatenate(skip),
             )
 
-    def in_dtype(self, dtype: str, modes) -> None:
-        """First derivatives in a narrower dtype, against float64 at the same (rounded) point."""
-        programs, fixed = self.programs, self.fixed
-        x, w, v = (np.asarray(a).astype(jnp.dtype(dtype)) for a in (self.x, self.w, self.v))
-        why_not = ""
-        if dtype != "float32" and any(leaf.is_complex for leaf in programs.ours.leaves):
-            why_not = f"JAX has no complex {dtype}"
-        else:
+    def in_dtypes(self, dtypes, modes) -> None:
+        """First derivatives in narrower dtypes, against float64 at the same (rounded) point."""
+        if any(leaf.is_complex for leaf in self.programs.ours.leaves):
+            for dtype in dtypes:
+                for mode in modes:
+                    if dtype != "float32":
+                        self.skip(mode, f"JAX has no complex {dtype}", dtype)
+            dtypes = [dtype for dtype in dtypes if dtype == "float32"]
+        points = {
+            dtype: [np.asarray(a).astype(jnp.dtype(dtype)) for a in (self.x, self.w, self.v)]
+            for dtype in dtypes
+        }
+        for dtype, (x, *_) in list(points.items()):
             try:
-                jax.eval_shape(programs.reference, x, fixed)
-            except Exception as error:
+                jax.jit(self.programs.reference).lower(x, self.fixed)
+            except Exception as error:  # whatever the definition raises
                 why_not = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        if why_not:
+                for mode in modes:
+                    self.skip(mode, why_not, dtype)
+                del points[dtype]
+        found = self.programs.narrow(list(points.values()), self.fixed, modes=modes)
+        for dtype, numbers in zip(points, found, strict=True):
             for mode in modes:
-                self.skip(mode, why_not, dtype)
-            return
-        narrow = programs.first(x, fixed, w, v, modes=modes)
-        x, w, v = (a.astype("float64") for a in (x, w, v))
-        exact = programs.first(x, fixed, w, v, modes=modes)[1]
-        largest, eps = float(jnp.finfo(dtype).max), float(jnp.finfo(dtype).eps)
-        for mode in modes:
-            rule, plain = (np.array(n[mode], "float64") for n in narrow)
-            reference = np.array(exact[mode], "float64")
-            # Not where the true number is too large for the dtype.
-            skip = self.kinked[mode] | ~(np.abs(reference) < largest)
-            tolerance = max(64 * eps, self.precision.exact)
-            if programs.plain is not None:
-                # No more can be asked than of autodiff in this dtype.
-                skip |= ~np.isfinite(plain)
-                off = np.abs(plain - reference)[~skip].max(initial=0.0)
-                size = np.abs(reference)[~skip].max(initial=0.0) + 1e-8
-                tolerance = max(tolerance, 8 * float(off / size))
-            self.compare(
-                mode,
-                "float64",
-                rule,
-                reference,
-                dtype=dtype,
-                skip=skip,
-                tolerance=tolerance,
-                floor=1.0,
-            )
+                rule, plain, exact = (np.array(n[mode], "float64") for n in numbers)
+                self.in_dtype(dtype, mode, rule, plain, exact)
+
+    def in_dtype(self, dtype, mode, rule, plain, exact) -> None:
+        # Not where the true number is too large for the dtype.
+        skip = self.kinked[mode] | ~(np.abs(exact) < float(jnp.finfo(dtype).max))
+        tolerance = max(64 * float(jnp.finfo(dtype).eps), self.precision.exact)
+        if self.programs.plain is not None:
+            # No more can be asked than of autodiff in this dtype.
+            skip |= ~np.isfinite(plain)
+            off = np.abs(plain - exact)[~skip].max(initial=0.0)
+            size = np.abs(exact)[~skip].max(initial=0.0) + 1e-8
+            tolerance = max(tolerance, 8 * float(off / size))
+        options = {"dtype": dtype, "skip": skip, "tolerance": tolerance, "floor": 1.0}
+        self.compare(mode, "float64", rule, exact, **options)
 
 
 def _output_names(programs, x, fixed) -> list[str]:

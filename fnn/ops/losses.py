@@ -297,10 +297,9 @@ def l2(params: Any) -> jax.Array:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for path, w in leaves:
         must_be_real("l2", **{f"params{jax.tree_util.keystr(path)}": w})
-    if not leaves:
-        return jnp.zeros(())
-    dtype = jnp.result_type(*(w for _, w in leaves))
-    return sum(jnp.sum(jnp.square(w)).astype(dtype) for _, w in leaves)
+    dtype = jnp.result_type(*(w for _, w in leaves)) if leaves else float
+    squares = (jnp.sum(jnp.square(w)).astype(dtype) for _, w in leaves)
+    return sum(squares, jnp.zeros((), dtype))
 
 
 @l2.forward
