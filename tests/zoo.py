@@ -628,7 +628,7 @@ def gaussian_process(dtype, batch):
         white = jax.scipy.linalg.solve_triangular(factor, y, lower=True)
         return 0.5 * jnp.sum(white**2) + jnp.sum(jnp.log(jnp.diagonal(factor)))
 
-    n = 8 * batch
+    n = 256  # whatever the batch: in smaller matrices the masks of triangles weigh too much
     return loss, params, (normal("x", n, 8, dtype=dtype), normal("y", n, dtype=dtype))
 
 

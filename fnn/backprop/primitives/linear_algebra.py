@@ -133,23 +133,17 @@ def _tridiagonal_solve(needed, g, x, below, diagonal, above, b, **params):
 
 @_textbook(says=("Φ(S + Sᴴ) with S = L⁻ᴴ Φ(Lᴴ L̄) L⁻¹",))
 def _cholesky(l_bar, l, a, **_):
-    """A = L Lᴴ.  P = Lᴴ L̄,  S = L⁻ᴴ (Φ(P) + Φ(P)ᴴ) L⁻¹,  Ā = Φ(S).
+    """A = L Lᴴ.  S = L⁻ᴴ Φ(Lᴴ L̄) L⁻¹,  Ā = Φ(S + Sᴴ),  Φ: lower triangle, half the diagonal.
 
-    Φ takes the lower triangle and half the diagonal, so that Φ(P) + Φ(P)ᴴ mirrors the lower
-    triangle of P (Murray, "Differentiation of the Cholesky decomposition", 2016, equations 8
-    to 10). The decomposition reads only A's lower triangle, so only that gets a gradient; an
-    entry stands for its mirror image as well. JAX before 0.11 spread it over both triangles;
-    the two are the same for a symmetric A = B + Bᴴ, as `symmetrize_input` makes it.
+    (Murray, "Differentiation of the Cholesky decomposition", 2016, equations 8 to 10.) The
+    decomposition reads only A's lower triangle, so only that gets a gradient; an entry
+    stands for its mirror image as well. JAX before 0.11 spread it over both triangles; the two
+    are the same for a symmetric A = B + Bᴴ, as `symmetrize_input` makes it.
     """
     l = _tril(l)
-    p = l.mT.conj() @ l_bar
-    if jnp.iscomplexobj(p):
-        s = _half_lower(p) + _half_lower(p).mT.conj()
-    else:
-        s = lax.select(_below(p), p, p.mT)
-    s = triangular_solve(l, s, lower=True)
+    s = triangular_solve(l, _half_lower(l.mT.conj() @ l_bar), lower=True)
     s = triangular_solve(l, s, left_side=True, lower=True, transpose_a=True, conjugate_a=True)
-    return _half_lower(s)
+    return _half_lower(s + s.mT.conj())
 
 
 @_textbook(says=("Pᵀ L⁻ᴴ [tril(Lᴴ Ȳ) + triu(Ȳ Uᴴ)] U⁻ᴴ",))
@@ -403,14 +397,10 @@ def _diagonal_of(x):
     return _row_of(x) == lax.broadcasted_iota(int, x.shape, x.ndim - 1)
 
 
-def _below(x, k: int = 0):
-    """On or below the k-th diagonal?"""
-    return _row_of(x) + k >= lax.broadcasted_iota(int, x.shape, x.ndim - 1)
-
-
 def _tril(x, k: int = 0):
     """The entries on and below the k-th diagonal."""
-    return lax.select(_below(x, k), x, lax.full_like(x, 0))
+    below = _row_of(x) + k >= lax.broadcasted_iota(int, x.shape, x.ndim - 1)
+    return lax.select(below, x, lax.full_like(x, 0))
 
 
 def _triu(x, k: int = 0):
