@@ -61,7 +61,7 @@ class _Precision:
 
 _STEPS = (1e-4, 1e-6, 1e-8)
 _FINE = _Precision(1e-7, 1e-5, _STEPS, 1e-5, 1e-4)
-_COARSE = _Precision(1e-3, 3e-2, (1e-1, 2e-2), 1e-1, 3e-2)
+_COARSE = _Precision(1e-3, 2e-3, (1e-1, 2e-2), 1e-1, 3e-2)
 
 
 # ---------------------------------------------------------------------------------- the report
@@ -83,9 +83,10 @@ class Kink:
     rule: float
 
     def __str__(self):
+        left, right = (f"{slope + 0.0:.6g}" for slope in (self.left, self.right))
         return (
-            f"kink at {self.where}: slope {self.left:.6g} on the left, {self.right:.6g} on the "
-            f"right; the rule says {self.rule:.6g}"
+            f"kink at {self.where}: slope {left} on the left, {right} on the right; "
+            f"the rule says {self.rule:.6g}"
         )
 
 
@@ -619,13 +620,11 @@ class _Programs:
     def _by_entry(self, x, fixed, w, entries, step):
         """Differences of wᵀf by single entries of x."""
 
-        def slopes(entry):
-            unit = _unit(x[entry])
-            direction = jnp.zeros_like(x).at[entry].set(unit)
-            found = _slopes(lambda t: self.reference(x + t * direction, fixed), step, w)
-            return [number / unit for number in found]
+        def changes(entry):
+            direction = jnp.zeros_like(x).at[entry].set(_unit(x[entry]))
+            return _changes(lambda t: self.reference(x + t * direction, fixed), step, w)
 
-        return lax.map(slopes, entries)
+        return lax.map(changes, entries)
 
     def _along(self, x, fixed, w, v, step, *, of):
         """Differences in direction v: of f, or of our own derivative by a first-order mode."""
@@ -635,7 +634,7 @@ class _Programs:
                 return self.reference(x + t * v, fixed)
             return _MODES[of](self.ours, x + t * v, fixed, w, v)
 
-        return _slopes(moved, step)
+        return _changes(moved, step)
 
 
 @functools.lru_cache(maxsize=256)
@@ -645,11 +644,30 @@ def _cached_programs(ours, plain, edition) -> _Programs:
 
 def _unit(x):
     """The unit of the steps: 1, but more where x is so large that 1e-4 would drown in it."""
-    return jnp.maximum(1.0, 1e-4 * jnp.abs(x))
+    return 1.0 + 1e-4 * abs(x)
 
 
-def _slopes(f, step, w=None):
-    """The slopes at 0 of f(t), a vector, or of wᵀf; and what tells how far to trust them.
+# The points of the differences, in steps; _STEPS[0] itself is added to these.
+_POINTS = np.array([1, -1, 1 / 2, -1 / 2, 1 / 4, -1 / 4])
+
+
+def _changes(f, step, w=None):
+    """f(t) − f(0) at the points t, or wᵀ of it; and the size of the numbers it is a difference of.
+
+    Entries that aren't finite at 0 are left out, and so are those that never change.
+    """
+    middle = f(0.0)
+    around = lax.map(f, jnp.concatenate([step * _POINTS, jnp.array([_STEPS[0]])]))
+    usable = jnp.isfinite(middle)
+    changes = jnp.where(usable, around - middle, 0.0)
+    size = jnp.where(usable & jnp.any(changes != 0, axis=0), jnp.abs(middle), 0.0)
+    if w is None:
+        return changes, size
+    return changes @ w, size @ jnp.abs(w)
+
+
+def _slopes(changes, size, step, eps):
+    """The slopes at 0, and what tells how far to trust them.
 
     Central differences at h, h/2 and h/4. Their extrapolation is the slope, their disagreement
     its error. Where f is smooth, the slope on the right less that on the left shrinks in
@@ -658,27 +676,13 @@ def _slopes(f, step, w=None):
     Returns slope, error, error by rounding, kink (by how much it doesn't shrink), left slope,
     right slope.
     """
-    sizes = (step, step / 2, step / 4, _STEPS[0])
-    points = jnp.array([0.0, *(sign * h for h in sizes for sign in (1, -1))])
-    middle, *around = lax.map(f, points)
-    usable = jnp.isfinite(middle)
-
-    def project(y):
-        y = jnp.where(usable, y, 0.0)
-        return y if w is None else jnp.sum(w * y)
-
-    central, bend = [], []
-    for h, up, down in zip(sizes[:3], around[0:6:2], around[1:6:2], strict=True):
-        central.append(project(up - down) / (2 * h))
-        left, right = project(middle - down) / h, project(up - middle) / h
-        bend.append(right - left)
-    moves = functools.reduce(jnp.logical_or, [y != middle for y in around])
-    scale = jnp.where(usable & moves, jnp.abs(middle), 0.0)
-    scale = scale if w is None else jnp.sum(jnp.abs(w) * scale)
-    rounding = 16 * jnp.finfo(middle.dtype).eps * scale / step
-    error = jnp.abs(central[1] - central[0]) + jnp.abs(central[2] - central[1])
-    kink = jnp.maximum(jnp.abs(bend[0] - 2 * bend[1]), jnp.abs(bend[1] - 2 * bend[2]))
-    return (4 * central[2] - central[1]) / 3, error, rounding, kink, left, right
+    slopes = changes[:6] / (step * _POINTS.reshape(6, *[1] * (changes.ndim - 1)))
+    right, left = slopes[0::2], slopes[1::2]
+    central, bend = (right + left) / 2, right - left
+    error = abs(central[1] - central[0]) + abs(central[2] - central[1])
+    kink = np.maximum(abs(bend[0] - 2 * bend[1]), abs(bend[1] - 2 * bend[2]))
+    rounding = 16 * eps * size / step
+    return (4 * central[2] - central[1]) / 3, error, rounding, kink, left[2], right[2]
 
 
 @dataclasses.dataclass
@@ -693,13 +697,19 @@ class _Differences:
     smooth: np.ndarray
 
 
-def _differences(at_step: Callable, entries: np.ndarray, precision: _Precision) -> _Differences:
-    """With smaller and smaller steps, until the function is smooth within one."""
+def _differences(at_step: Callable, entries, precision: _Precision, eps, unit=1.0) -> _Differences:
+    """With smaller and smaller steps, until the function is smooth within one.
+
+    at_step: gives the changes and their size at a step.
+    unit: what the steps are multiplied with.
+    """
     if not entries.size:
         return _Differences(entries, *np.zeros((4, 0)), np.zeros(0, bool))
     best: list[np.ndarray] = []
     for step in precision.steps:
-        numbers = (np.array(n, "float64") for n in at_step(step))
+        changes, size = (np.asarray(n, "float64") for n in at_step(step))
+        with np.errstate(invalid="ignore", over="ignore"):
+            numbers = [n / unit for n in _slopes(changes, size, step, eps)]
         slope, error, rounding, kink, left, right = numbers
         known = np.abs(slope[np.isfinite(slope)])
         size = np.maximum(np.abs(slope), 1e-3 * known.max(initial=0.0) + 1e-6)
@@ -840,22 +850,31 @@ class _Inspection:
 
     def differences(self, mode, able, found, plain) -> _Differences | None:
         """Of f for a first derivative, of our own first derivative for a second."""
-        programs, (x, fixed, w, _) = self.programs, self.at
+        x, fixed, w, v = self.at
+        eps = float(jnp.finfo(self.value.dtype).eps)
         if mode == "reverse":
             sample = self.sample(np.asarray(found[mode]), plain.get(mode))
             return _differences(
-                lambda step: programs.by_entry(x, fixed, w, sample, step), sample, self.precision
+                self.by_entry(w, sample), sample, self.precision, eps, _unit(x[sample])
             )
         of = {"forward": "value", "forward over forward": "forward"}.get(mode, "reverse")
         if of != "value" and of not in able:
             return None
         if of not in self.along:
             self.along[of] = _differences(
-                lambda step: programs.along(*self.at, step, of=of),
+                lambda step: self.programs.along(x, fixed, w, v, step, of=of),
                 np.arange(len(self.names[mode])),
                 self.precision,
+                eps,
             )
         return self.along[of]
+
+    def by_entry(self, w, entries) -> Callable:
+        def at_step(step):
+            changes, size = self.programs.by_entry(self.x, self.fixed, w, entries, step)
+            return np.asarray(changes).T, size
+
+        return at_step
 
     def sample(self, rule, plain) -> np.ndarray:
         """The entries whose differences to take: all, or some and the most suspicious."""
@@ -902,10 +921,11 @@ class _Inspection:
 
     def name_kinks(self, entries) -> None:
         """For the reader, in terms of the sum of the results instead of a random projection."""
-        ones = np.ones_like(self.w)
-        at = (self.x, self.fixed, ones)
-        *_, left, right = self.programs.by_entry(*at, entries, self.precision.steps[-1])
-        rule = self.programs.derivatives(*at, self.v, modes=("reverse",))[0]["reverse"]
+        ones, step = np.ones_like(self.w), self.precision.steps[-1]
+        changes, size = self.by_entry(ones, entries)(step)
+        *_, left, right = _slopes(changes, np.asarray(size), step, 0.0) / _unit(self.x[entries])
+        at = (self.x, self.fixed, ones, self.v)
+        rule = self.programs.derivatives(*at, modes=("reverse",))[0]["reverse"]
         for i, a, b in zip(entries, left, right, strict=True):
             place = self.names["reverse"][i]
             self.kinks.append(Kink(place, float(a), float(b), float(rule[i])))

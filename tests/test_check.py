@@ -1,0 +1,475 @@
+"""Gradient checking finds every kind of mistake, and finds none where there is none."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import fnn
+from fnn.check import Check, GradientError, Kink, Report, check_grads, check_rule
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def affine(backward, tangent=None, forward=None):
+    """W x + b with the given backward."""
+
+    @fnn.rule
+    def affine(W, x, b):
+        return W @ x + b
+
+    affine.backward(backward)
+    if tangent is not None:
+        affine.tangent(tangent)
+    if forward is not None:
+        affine.forward(forward)
+    return affine
+
+
+# The checks that most mistakes need; each further one is a program to compile.
+QUICK = {"dtypes": (), "order": 1}
+ARGS = normal(0, 4, 4), normal(1, 4), normal(2, 4)
+
+
+def right(residuals, dy):
+    W, x, _ = residuals
+    return jnp.outer(dy, x), W.T @ dy, dy
+
+
+def right_tangent(residuals, dW, dx, db):
+    W, x, _ = residuals
+    return dW @ x + W @ dx + db
+
+
+def hidden_constant(dy):
+    """dy + 1, in a form that the trace-time check can't see through."""
+    return lax.scan(lambda c, d: (c, d + c), jnp.ones((), dy.dtype), dy)[1]
+
+
+# ------------------------------------------------------------------------------------ right rules
+
+
+def test_a_right_rule_passes():
+    report = check_rule(affine(right), *ARGS)
+    assert report.ok and not report.kinks
+    done = {(c.dtype, c.order, c.mode) for c in report.checks}
+    assert {("float64", 1, "reverse"), ("float64", 1, "forward")} <= done
+    assert {
+        (d, 1, m) for d in ("float16", "bfloat16", "float32") for m in ("reverse", "forward")
+    } <= done
+    assert {m for d, o, m in done if o == 2} == {
+        f"{a} over {b}" for a in ("forward", "reverse") for b in ("forward", "reverse")
+    }
+    whats = {c.what for c in report.checks}
+    assert {"gradient, vmapped", "gradient, vmapped, W shared", "gradient, op by op"} <= whats
+    assert {"autodiff", "differences"} <= {c.against for c in report.checks}
+    assert max(c.error for c in report.checks if c.against == "autodiff") < 1e-12
+    check_rule(affine(right, right_tangent), *ARGS, dtypes=())
+
+
+def test_without_64_bit_mode():
+    with jax.enable_x64(False):
+        assert check_rule(affine(right), *(a.astype("float32") for a in ARGS), **QUICK).ok
+        with pytest.raises(GradientError):
+            check_rule(affine(lambda r, dy: (jnp.outer(dy, r[1]), r[0] @ dy, dy)), *ARGS, **QUICK)
+
+
+def test_structures_integers_keys_and_static_arguments():
+    @fnn.rule
+    def noisy(params, key, labels, *, scale=1.0, power=2):
+        noise = jax.random.normal(key, params["x"].shape)
+        taken = params["x"][labels] ** power
+        return {"y": scale * params["x"] * noise, "taken": taken + params["b"], "count": labels + 1}
+
+    @noisy.backward
+    def _(residuals, d, *, scale, power):
+        params, key, labels = residuals
+        x, noise = params["x"], jax.random.normal(key, params["x"].shape)
+        dx = scale * d["y"] * noise
+        dx = dx.at[labels].add(power * x[labels] ** (power - 1) * d["taken"])
+        return {"x": dx.astype(x.dtype), "b": d["taken"].sum().astype(x.dtype)}, None, None
+
+    args = {"x": normal(0, 5), "b": 0.5}, jax.random.key(1), jnp.array([3, 0, 3])
+    report = check_rule(noisy, *args, scale=3.0, power=3, dtypes=("float32",), order=1)
+    assert report.ok and {c.dtype for c in report.checks} == {"float32", "float64"}
+    wrong = fnn.rule(noisy.definition)
+    wrong.backward(
+        lambda r, d, *, scale, power: (
+            jax.tree.map(lambda g: 2 * g, noisy._backward(r, d, scale=scale, power=power)[0]),
+            None,
+            None,
+        )
+    )
+    with pytest.raises(GradientError, match=r"params\['[xb]'\]"):
+        check_rule(wrong, *args, scale=3.0, power=3, **QUICK)
+
+
+def test_complex_numbers():
+    @fnn.rule
+    def square(z):
+        return z * z
+
+    square.backward(lambda residuals, dy: (2 * residuals[0] * dy,))
+    z = normal(0, 3) + 1j * normal(1, 3)
+    report = check_rule(square, z, dtypes=("float16", "float32"))
+    assert report.ok
+    assert any("no complex float16" in c.skipped for c in report.checks)
+    wrong = fnn.rule(square.definition)
+    wrong.backward(lambda residuals, dy: (2 * jnp.conj(residuals[0]) * dy,))
+    with pytest.raises(GradientError, match=r"z\[\d\]\.(real|imag)"):
+        check_rule(wrong, z, **QUICK)
+    # Real to complex and back.
+    check_grads(lambda x, z: jnp.abs(jnp.fft.fft(x) * z) ** 2, normal(2, 3), z, **QUICK)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (2, 0), (1, 1)])
+def test_all_shapes(shape):
+    @fnn.rule
+    def cube(x):
+        return x**3
+
+    cube.backward(lambda residuals, dy: (3 * residuals[0] ** 2 * dy,))
+    assert check_rule(cube, normal(0, *shape), dtypes=()).ok
+
+
+def test_a_dtype_that_the_definition_refuses_is_skipped():
+    @fnn.rule
+    def solve(A, b):
+        return jnp.linalg.solve(A, b)
+
+    @solve.backward
+    def _(residuals, dy):
+        A, b = residuals
+        db = jnp.linalg.solve(A.T, dy)
+        return -jnp.outer(db, jnp.linalg.solve(A, b)), db
+
+    report = check_rule(solve, normal(0, 3, 3) + 3 * np.eye(3), normal(1, 3), order=1)
+    assert {c.dtype for c in report.checks if c.skipped} == {"float16", "bfloat16"}
+
+
+def test_large_arguments_are_sampled():
+    f = fnn.rule(lambda x: jnp.sin(x))
+    f.backward(lambda residuals, dy: (jnp.cos(residuals[0]) * dy,))
+    x = normal(0, 30, 40)
+    report = check_rule(f, x, **QUICK, max_entries=50)
+    assert "at 50 of 1200 entries" in str(report)
+    wrong = fnn.rule(f.definition)
+    wrong.backward(lambda residuals, dy: ((jnp.cos(residuals[0]) * dy).at[17, 23].mul(1.001),))
+    # One wrong entry of 1200 is found by autodiff, and then by differences too.
+    report = check_rule(wrong, x, **QUICK, max_entries=50, raise_on_error=False)
+    found = {c.against: c for c in report.checks if c.what == "gradient" and not c.ok}
+    assert {"autodiff", "differences"} <= set(found)
+    assert all(c.worst == "x[17, 23]" for c in found.values())
+    assert all(0.9e-3 < c.error < 1.1e-3 for c in found.values())
+
+
+# ------------------------------------------------------------------------------------ wrong rules
+
+WRONG = {
+    "sign": lambda r, dy: (-jnp.outer(dy, r[1]), r[0].T @ dy, dy),
+    "missing factor": lambda r, dy: (jnp.outer(dy, r[1]), r[0].T @ dy, dy / 2),
+    "transposed": lambda r, dy: (jnp.outer(r[1], dy), r[0].T @ dy, dy),
+    "off by a reduction": lambda r, dy: (
+        jnp.outer(dy, r[1]),
+        r[0].T @ dy,
+        jnp.full_like(dy, dy.sum()),
+    ),
+    "affine": lambda r, dy: (jnp.outer(dy, r[1]), r[0].T @ dy, hidden_constant(dy)),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_each_kind_of_mistake_is_caught(kind):
+    report = check_rule(affine(WRONG[kind]), *ARGS, **QUICK, raise_on_error=False)
+    wrong = [c for c in report.checks if not c.ok]
+    argument = "W" if kind in ("sign", "transposed") else "b"
+    gradients = [c for c in wrong if c.what == "gradient"]
+    assert {c.against for c in gradients} == {"autodiff", "differences"}
+    assert all(c.worst.startswith(argument + "[") for c in gradients)
+    assert any(c.what == "tangent" for c in wrong) or kind == "affine"
+    assert any("vmapped" in c.what for c in wrong)
+    assert any("op by op" in c.what for c in wrong) is False  # it's as wrong as the jitted one
+    assert any(c.what.startswith("b(") for c in wrong) == (kind == "affine")
+    with pytest.raises(GradientError, match=f"gradient .* is wrong. At {argument}"):
+        check_rule(affine(WRONG[kind]), *ARGS, **QUICK)
+
+
+def test_a_sum_over_the_batch_taken_as_mean():
+    @fnn.rule
+    def shift(X, b):
+        return X + b
+
+    shift.backward(lambda r, dy: (dy, dy.mean(axis=0)))
+    with pytest.raises(GradientError) as caught:
+        check_rule(shift, normal(0, 5, 3), normal(1, 3), **QUICK)
+    check = caught.value.check
+    assert check.worst.startswith("b[") and check.reference == pytest.approx(5 * check.rule)
+    assert check.error == pytest.approx(0.8)
+
+
+def test_a_wrong_tangent():
+    op = affine(right, lambda r, dW, dx, db: dW @ r[1] + r[0] @ dx)
+    report = check_rule(op, *ARGS, dtypes=(), raise_on_error=False)
+    for check in report.checks:
+        assert check.ok or check.mode in ("forward", "reverse over forward", "forward over forward")
+    assert not report.ok and report.worst.worst.startswith("result[")
+
+
+def test_a_wrong_second_derivative():
+    """The first derivative is right, but its dependence on a residual was cut."""
+    op = affine(lambda r, dy: (jnp.outer(dy, r[1]), lax.stop_gradient(r[0]).T @ dy, dy))
+    report = check_rule(op, *ARGS, dtypes=(), raise_on_error=False)
+    assert all(c.ok for c in report.checks if c.order < 2)
+    wrong = {(c.mode, c.against) for c in report.checks if not c.ok}
+    for mode in ("forward over reverse", "reverse over reverse"):
+        assert {(mode, "autodiff"), (mode, "differences")} <= wrong
+    assert check_rule(op, *ARGS, **QUICK).ok
+
+
+def test_a_wrong_value():
+    op = affine(right, forward=lambda W, x, b: (W @ x, (W, x, b)))
+    with pytest.raises(GradientError, match="value, differentiated"):
+        check_rule(op, *ARGS, **QUICK)
+
+
+def test_wrong_in_one_dtype_only():
+    @fnn.rule
+    def norm(x):
+        wide = x.astype(jnp.promote_types(x.dtype, "float32"))
+        return jnp.sqrt(jnp.sum(wide**2)).astype(x.dtype)
+
+    @norm.backward
+    def _(residuals, dy):
+        (x,) = residuals
+        return (dy * x / jnp.sqrt(jnp.sum(x**2)),)  # overflows in float16
+
+    x = np.array([300.0, 400.0, 10.0])
+    report = check_rule(norm, x, order=1, raise_on_error=False)
+    assert {c.dtype for c in report.checks if not c.ok} == {"float16"}
+
+
+def test_a_rule_that_is_not_well_formed():
+    with pytest.raises(fnn.RuleError, match="shape"):
+        check_rule(affine(lambda r, dy: (jnp.outer(dy, r[1]), dy[:2], dy)), *ARGS)
+    with pytest.raises(TypeError, match="check_grads"):
+        check_rule(jnp.sin, 1.0)
+    with pytest.raises(ValueError, match="nothing to differentiate"):
+        check_grads(lambda n: n, 3)
+
+
+# ----------------------------------------------------------------------------------------- kinks
+
+
+def relu(at_zero=0.0):
+    op = fnn.rule(lambda x: jnp.maximum(x, 0))
+    op.forward(lambda x: (jnp.maximum(x, 0), x))
+    op.backward(lambda x, dy: (jnp.where(x > 0, dy, jnp.where(x == 0, at_zero * dy, 0.0)),))
+    return op
+
+
+@pytest.mark.parametrize("at_zero", [0.0, 0.3])
+def test_kinks_are_named(at_zero):
+    """Any slope between the two one-sided ones is right, whatever autodiff takes."""
+    report = check_rule(relu(at_zero), np.array([-1.0, 0.0, 2.0]), **QUICK)
+    assert report.ok and len(report.kinks) == 1
+    kink = report.kinks[0]
+    assert kink.where == "x[1]"
+    np.testing.assert_allclose((kink.left, kink.right, kink.rule), (0, 1, at_zero), atol=1e-6)
+    assert "kink at x[1]: slope 0 on the left, 1 on the right" in str(report)
+    assert any("1 at kinks" in c.verdict for c in report.checks)
+
+
+def test_a_kink_excuses_no_nonsense():
+    with pytest.raises(GradientError, match="by slopes at kinks"):
+        check_rule(relu(-1.0), np.array([-1.0, 0.0, 2.0]), **QUICK)
+    with pytest.raises(GradientError):  # a mistake elsewhere
+        op = fnn.rule(jnp.abs)
+        op.backward(lambda r, dy: (jnp.where(r[0] > 0, dy, 0.0),))
+        check_rule(op, np.array([-1.0, 0.0, 2.0]), **QUICK)
+
+
+@pytest.mark.parametrize("distance", [3.3e-5, 1e-12])
+def test_points_near_a_kink(distance):
+    """Far enough for a smaller step, they are checked; nearer, they are kinks."""
+    report = check_rule(relu(), np.array([distance, -distance, 1.0]), **QUICK)
+    assert len(report.kinks) == (2 if distance < 1e-9 else 0)
+
+
+def test_kinks_of_maxima_and_of_the_second_derivative():
+    report = check_grads(lambda x: jnp.max(x), np.array([1.0, 2.0, 2.0]), **QUICK)
+    assert [k.where for k in report.kinks] == ["x[1]", "x[2]"]
+    # The derivative of x|x| has a kink at 0, where x|x| itself has none.
+    report = check_grads(lambda x: x * jnp.abs(x), np.array([0.0, 1.0]), dtypes=())
+    assert not report.kinks
+    assert {c.order for c in report.checks if c.kinks} == {2}
+
+
+def test_the_edge_of_the_domain():
+    report = check_grads(lambda x: jnp.sqrt(x), np.array([0.0, 1.0, 1e-6]), order=1)
+    assert [k.where for k in report.kinks] == ["x[0]"]
+    assert not np.isfinite(report.kinks[0].left)
+
+
+def test_no_false_alarms():
+    """Steep, flat, large and small; curved strongly."""
+
+    def f(x):
+        return {
+            "steep": jnp.exp(40 * x[:2]),
+            "flat": jax.nn.sigmoid(x[2:5]),
+            "large": jax.nn.log_softmax(x[5:9]),
+            "scales": jnp.log(x[9:13]),
+            "offset": 1e6 + 1e-3 * jnp.sin(x[13:15]),
+            "steps": jnp.floor(x[13:15]) * x[:2],
+            "infinite": jnp.where(x[13:] > 0, jnp.inf, x[13:]),
+        }
+
+    x = [0.3, -1, 40, -40, 800, 1e4, -1e4, 3, 0, 1e-4, 1e4, 1e8, 1, 0.7, -0.7]
+    report = check_grads(f, np.array(x), dtypes=())
+    assert not report.kinks
+
+
+# -------------------------------------------------------------------------- other people's rules
+
+
+def custom_vjp(backward):
+    @jax.custom_vjp
+    def f(x, y):
+        return jnp.sin(x) * y
+
+    f.defvjp(lambda x, y: (f(x, y), (x, y)), backward)
+    return f
+
+
+def test_custom_vjp():
+    x, y = normal(0, 3), normal(1, 3)
+    f = custom_vjp(lambda r, g: (jnp.cos(r[0]) * r[1] * g, jnp.sin(r[0]) * g))
+    report = check_grads(f, x, y)
+    assert report.ok
+    skipped = {c.mode for c in report.checks if c.skipped}
+    assert skipped == {"forward", "reverse over forward", "forward over forward"}
+    assert all("custom_vjp has no forward mode" in c.skipped for c in report.checks if c.skipped)
+    assert {"autodiff", "differences"} <= {c.against for c in report.checks}
+    assert {c.mode for c in report.checks if c.order == 2 and not c.skipped} == {
+        "forward over reverse",
+        "reverse over reverse",
+    }
+    wrong = custom_vjp(lambda r, g: (jnp.cos(r[0]) * g, jnp.sin(r[0]) * g))
+    with pytest.raises(GradientError, match=r"f: the gradient .* At x\["):
+        check_grads(wrong, x, y, **QUICK)
+    # Within another function there is no plain definition to compare with: differences find it.
+    with pytest.raises(GradientError, match="by differences"):
+        check_grads(lambda p: wrong(p["x"], p["y"]).sum(), {"x": x, "y": y}, **QUICK)
+
+
+@pytest.mark.parametrize(
+    "backward",
+    [
+        lambda r, g: (jnp.cos(r[0]) * r[1] * g * jnp.abs(g), jnp.sin(r[0]) * g),
+        lambda r, g: (jnp.cos(r[0]) * r[1] * g + 1e-3, jnp.sin(r[0]) * g),
+        lambda r, g: (jnp.cos(r[0]) * r[1] * jnp.clip(g, -1, 1), jnp.sin(r[0]) * g),
+    ],
+)
+def test_a_backward_that_is_not_linear(backward):
+    report = check_grads(
+        custom_vjp(backward), 2 * normal(0, 3), normal(1, 3), raise_on_error=False, **QUICK
+    )
+    rows = [c for c in report.checks if c.what == "b(w + 30z)"]
+    assert len(rows) == 1 and not rows[0].ok and rows[0].against == "b(w) + 30 b(z)"
+
+
+def test_custom_vjp_with_static_arguments():
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+    def power(x, n):
+        return x**n
+
+    power.defvjp(lambda x, n: (x**n, x), lambda n, x, g: (n * x ** (n - 1) * g,))
+    assert check_grads(power, np.array([1.5, -2.0]), 3, **QUICK).ok
+
+
+def test_custom_jvp():
+    def of(slope):
+        @jax.custom_jvp
+        def softplus(x):
+            return jnp.logaddexp(x, 0)
+
+        softplus.defjvps(lambda dx, y, x: slope(x) * dx)
+        return softplus
+
+    report = check_grads(of(jax.nn.sigmoid), normal(0, 3))
+    assert report.ok and not any(c.skipped for c in report.checks)
+    with pytest.raises(GradientError):
+        check_grads(of(lambda x: jax.nn.sigmoid(2 * x)), normal(0, 3), **QUICK)
+
+
+def test_other_arguments():
+    def f(x, kind, n, key, options):
+        y = jnp.sin(x) if kind == "sin" else x
+        return y**n + jax.random.normal(key) * options["scale"], options["labels"]
+
+    options = {"scale": 2.0, "labels": np.arange(3)}
+    assert check_grads(f, normal(0, 3), "sin", 2, jax.random.key(0), options, **QUICK).ok
+
+
+def test_a_while_loop_has_no_reverse_mode():
+    def f(x):
+        return lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.sin(c[1])), (0, x))[1]
+
+    report = check_grads(f, normal(0, 3), dtypes=())
+    assert report.ok
+    assert {c.mode for c in report.checks if not c.skipped} == {"forward", "forward over forward"}
+
+
+def test_a_function_that_computes_in_float32():
+    W = jnp.asarray(normal(1, 3, 3), "float32")
+
+    def f(x):
+        return jnp.tanh(W @ x.astype("float32"))
+
+    report = check_grads(f, normal(0, 3), **QUICK)
+    assert report.ok and "computes in float32" in str(report)
+
+    @jax.custom_vjp
+    def wrong(x):
+        return f(x)
+
+    wrong.defvjp(lambda x: (f(x), x), lambda x, g: ((W.T @ g).astype(x.dtype),))
+    with pytest.raises(GradientError):
+        check_grads(lambda x: wrong(x), normal(0, 3), **QUICK)
+
+
+# -------------------------------------------------------------------------------------- the report
+
+
+def test_the_report_prints_as_a_table():
+    report = check_rule(affine(WRONG["sign"]), *ARGS, **QUICK, raise_on_error=False)
+    lines = str(report).splitlines()
+    assert lines[0] == "affine: WRONG"
+    header = lines[1]
+    assert header.split() == ["against", "dtype", "order", "mode", "error", "at", "verdict"]
+    rows = lines[3 : 3 + len(report.checks)]
+    assert len(rows) == len(report.checks)
+    for check, row in zip(report.checks, rows, strict=True):
+        assert row.startswith(check.what) and row.endswith(check.verdict)
+        for column, text in (("dtype", check.dtype), ("mode", check.mode), ("at", check.worst)):
+            at = header.index(f"{column} ")
+            assert row[at : at + len(text)] == text
+    assert isinstance(report, Report) and all(isinstance(c, Check) for c in report.checks)
+    assert Kink("x[0]", 0.0, 1.0, 0.5).where == "x[0]"
+
+
+def test_the_error_names_the_entry_and_both_numbers():
+    with pytest.raises(AssertionError) as caught:
+        check_rule(affine(WRONG["missing factor"]), *ARGS, **QUICK)
+    error = caught.value
+    assert isinstance(error, GradientError) and not error.report.ok
+    c = error.check
+    assert c.what == "gradient" and c.order == 1 and c.worst.startswith("b[")
+    assert c.reference == pytest.approx(2 * c.rule) and c.error == pytest.approx(0.5)
+    assert f"{c.rule:.9g}" in str(error) and f"{c.reference:.9g}" in str(error)
+    assert str(error.report) in str(error)
