@@ -68,7 +68,8 @@ def softmax_cross_entropy(
         loss = -_pick(log_p, labels)
     else:
         q = labels.astype(log_p.dtype)
-        loss = -jnp.sum(jnp.where(q == 0, 0, q * log_p), axis=-1)
+        is_excluded = (q == 0) & (log_p == -jnp.inf)
+        loss = -jnp.sum(q * jnp.where(is_excluded, 0, log_p), axis=-1)
     if label_smoothing:
         loss = (1 - label_smoothing) * loss - label_smoothing * jnp.mean(log_p, axis=-1)
     return loss
