@@ -697,10 +697,13 @@ class _Differences:
     smooth: np.ndarray
 
 
-def _differences(at_step: Callable, entries, precision: _Precision, eps, unit=1.0) -> _Differences:
+def _differences(
+    at_step: Callable, entries, precision: _Precision, eps: float, inside: float, unit: Any = 1.0
+) -> _Differences:
     """With smaller and smaller steps, until the function is smooth within one.
 
     at_step: gives the changes and their size at a step.
+    inside: the size of the numbers that the function computes with, whatever its result's is.
     unit: what the steps are multiplied with.
     """
     if not entries.size:
@@ -709,7 +712,7 @@ def _differences(at_step: Callable, entries, precision: _Precision, eps, unit=1.
     for step in precision.steps:
         changes, size = (np.asarray(n, "float64") for n in at_step(step))
         with np.errstate(invalid="ignore", over="ignore"):
-            numbers = [n / unit for n in _slopes(changes, size, step, eps)]
+            numbers = [n / unit for n in _slopes(changes, size + inside, step, eps)]
         slope, error, rounding, kink, left, right = numbers
         known = np.abs(slope[np.isfinite(slope)])
         size = np.maximum(np.abs(slope), 1e-3 * known.max(initial=0.0) + 1e-6)
@@ -805,12 +808,13 @@ class _Inspection:
         skip: Any = False,
         uncertainty: Any = 0.0,
         tolerance: float | None = None,
-        floor: float = 1e-4,
+        floor: tuple[float, float] = (1e-4, 1e-8),
     ) -> None:
         """Compare all entries but those to `skip`.
 
-        The relative error's denominator is at least `floor` times the largest entry: nothing
-        can be asked of an entry that is small because large terms cancel in it.
+        The relative error's denominator is at least floor[0] times the largest entry, plus
+        floor[1]: nothing can be asked of an entry that is small because large terms cancel in
+        it.
         """
         rule, reference = np.array(rule, "float64"), np.array(reference, "float64")
         names = self.names[mode] if names is None else names
@@ -820,7 +824,7 @@ class _Inspection:
         largest = np.abs(reference[np.isfinite(reference)]).max(initial=0.0)
         with np.errstate(invalid="ignore", over="ignore"):
             size = np.maximum(np.abs(rule), np.abs(reference))
-            size = np.maximum(size, floor * largest + 1e-8)
+            size = np.maximum(size, floor[0] * largest + floor[1])
             error = np.abs(rule - reference) / size
             allowed = tolerance + uncertainty / size
         error = np.where(same, 0.0, np.nan_to_num(error, nan=np.inf))
@@ -852,11 +856,11 @@ class _Inspection:
         """Of f for a first derivative, of our own first derivative for a second."""
         x, fixed, w, v = self.at
         eps = float(jnp.finfo(self.value.dtype).eps)
+        largest = float(np.abs(x).max(initial=1.0))
         if mode == "reverse":
             sample = self.sample(np.asarray(found[mode]), plain.get(mode))
-            return _differences(
-                self.by_entry(w, sample), sample, self.precision, eps, _unit(x[sample])
-            )
+            changes, inside = self.by_entry(w, sample), min(largest, 1e3)
+            return _differences(changes, sample, self.precision, eps, inside, _unit(x[sample]))
         of = {"forward": "value", "forward over forward": "forward"}.get(mode, "reverse")
         if of != "value" and of not in able:
             return None
@@ -866,6 +870,7 @@ class _Inspection:
                 np.arange(len(self.names[mode])),
                 self.precision,
                 eps,
+                largest,
             )
         return self.along[of]
 
@@ -1011,6 +1016,8 @@ class _Inspection:
                 self.in_dtype(dtype, mode, rule, plain, exact)
 
     def in_dtype(self, dtype, mode, rule, plain, exact) -> None:
+        # w and v are about 1, and so are the terms that cancel in a smaller number.
+        floor = (1.0, 0.1)
         # Not where the true number is too large for the dtype.
         skip = self.kinked[mode] | ~(np.abs(exact) < float(jnp.finfo(dtype).max))
         tolerance = max(64 * float(jnp.finfo(dtype).eps), self.precision.exact)
@@ -1018,9 +1025,9 @@ class _Inspection:
             # No more can be asked than of autodiff in this dtype.
             skip |= ~np.isfinite(plain)
             off = np.abs(plain - exact)[~skip].max(initial=0.0)
-            size = np.abs(exact)[~skip].max(initial=0.0) + 1e-8
+            size = np.abs(exact)[~skip].max(initial=0.0) + floor[1]
             tolerance = max(tolerance, 8 * float(off / size))
-        options = {"dtype": dtype, "skip": skip, "tolerance": tolerance, "floor": 1.0}
+        options = {"dtype": dtype, "skip": skip, "tolerance": tolerance, "floor": floor}
         self.compare(mode, "float64", rule, exact, **options)
 
 
