@@ -1,139 +1,230 @@
-"""What a hand-written rule costs: FLOPs and bytes against JAX's autodiff of the definition.
+"""Every operation of `fnn.ops`, forward and backward, against autodiff of its definition.
 
-    pip install -e '.[bench]' && python benchmarks/rules.py [--markdown]
+    python benchmarks/rules.py [--only relu gelu] [--markdown]
 
-For each operation in `fnn.ops`, the compiled program of its value and gradient at one example
-and under `vmap`; then the trap in vmap: the gradient of an MLP whose every product is a rule,
-mapped over the batch, and over a batch of batches. All numbers come from the compiled
-program, so that they are the same on a busy machine.
+Each number is a ratio, the hand-written rule's to autodiff's, of what the compiled program of
+value and gradient takes: FLOPs, exp (calls of exp, tanh, log and the like), bytes (read and
+written by the program's steps), and temporary bytes. Below 1 the rule does less. `one` is one
+example of 512 numbers, `mapped` is `vmap` over 64 of them. All are the compiler's own counts.
+A dash: neither takes any.
+
+The last table is the trap in vmap: a network whose every product is one rule, with weights that
+all examples share. Were the weights copied to each example, FLOPs would stay and bytes explode.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import statistics
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from interleaved import machine, table
+from measure import interleaved, machine, table
 
 import fnn
-from fnn import ops
+from fnn.jaxpr import program
 
-rng = np.random.default_rng(0)
-
-
-def normal(*shape):
-    return jnp.asarray(rng.normal(size=shape), "float32")
+SIZE, BATCH = 512, 64
 
 
-def cost(function, *args) -> tuple[float, float, float]:
-    """FLOPs, bytes accessed and temporary bytes of the compiled program."""
-    compiled = jax.jit(function).lower(*args).compile()
+def arrays(*shapes: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """Random numbers of these shapes."""
+    rng = np.random.default_rng(0)
+    return tuple(jnp.asarray(rng.standard_normal(shape), "float32") for shape in shapes)
+
+
+def cases() -> dict[str, tuple[Callable, tuple]]:
+    """Each operation with its arguments for one example."""
+    ops = fnn.ops
+    (x,) = arrays((SIZE,))
+    label = jnp.asarray(3)
+    p = jax.nn.softmax(x)
+    found = {
+        name: (getattr(ops, name), (x,))
+        for name in ops.__all__
+        if name not in ("maxout", "l2") and not _is_loss(name)
+    }
+    found["gelu, exact"] = (functools.partial(ops.gelu, approximate=False), (x,))
+    found["maxout"] = (ops.maxout, (x.reshape(4, -1),))
+    for name in ("softmax_cross_entropy", "multiclass_hinge"):
+        found[name] = (getattr(ops, name), (x, label))
+    found["softmax_cross_entropy, smoothed"] = (
+        functools.partial(ops.softmax_cross_entropy, label_smoothing=0.1),
+        (x, label),
+    )
+    found["softmax_cross_entropy, distribution"] = (ops.softmax_cross_entropy, (x, p))
+    found["sigmoid_binary_cross_entropy"] = (ops.sigmoid_binary_cross_entropy, (x, jnp.round(p)))
+    for name in ("squared_error", "huber"):
+        found[name] = (getattr(ops, name), (x, p))
+    found["l2"] = (ops.l2, ({"W": x.reshape(16, -1), "b": x},))
+    return found
+
+
+def _is_loss(name: str) -> bool:
+    return hasattr(fnn.ops.losses, name) and not hasattr(fnn.ops.activations, name)
+
+
+def without_rules(function: Callable) -> Callable:
+    """The function with each fnn operation in it replaced by its plain definition."""
+
+    def plain(*args):
+        closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+        outs = _run_without_rules(closed, jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shape), outs)
+
+    return plain
+
+
+def _run_without_rules(closed, args):
+    flat = program(closed)
+    values = flat.values(args)
+    for equation in flat.equations:
+        ins = [values[i] for i in equation.ins]
+        call = equation.operation()
+        if call is None:
+            outs = equation.apply(ins)
+        else:
+            outs = _run_without_rules(jax.make_jaxpr(call.primal)(*ins), ins)
+        for i, value in zip(equation.outs, outs, strict=True):
+            values[i] = value
+    return [values[i] for i in flat.outputs]
+
+
+def cost(function: Callable, args: tuple) -> dict[str, float]:
+    """What value and gradient take, with the upstream gradient as an argument."""
+    ys = jax.eval_shape(function, *args)
+    dys = jax.tree.map(lambda y: jnp.ones(y.shape, y.dtype), ys)
+    wanted = tuple(
+        i
+        for i, a in enumerate(args)
+        if all(jnp.issubdtype(x.dtype, jnp.inexact) for x in jax.tree.leaves(a))
+    )
+
+    def value_and_gradient(args, dys):
+        def f(*chosen):
+            full = list(args)
+            for i, a in zip(wanted, chosen, strict=True):
+                full[i] = a
+            return function(*full)
+
+        y, pull = jax.vjp(f, *(args[i] for i in wanted))
+        return y, pull(dys)
+
+    compiled = jax.jit(value_and_gradient).lower(args, dys).compile()
     analysis = compiled.cost_analysis()
-    temporary = compiled.memory_analysis().temp_size_in_bytes
-    return analysis.get("flops", 0.0), analysis["bytes accessed"], temporary
+    return {
+        "FLOPs": analysis.get("flops", 0),
+        "exp": analysis.get("transcendentals", 0),
+        "bytes": analysis.get("bytes accessed", 0),
+        "temporary": compiled.memory_analysis().temp_size_in_bytes,
+    }
 
 
-def arguments(name: str) -> tuple:
-    """Arguments for an operation at one example of 256 entries."""
-    x = normal(256)
-    if name == "maxout":
-        return (normal(2, 256),)
-    if name in ("softmax_cross_entropy", "multiclass_hinge"):
-        return x, jnp.asarray(3)
-    if name == "sigmoid_binary_cross_entropy":
-        return x, jax.nn.sigmoid(normal(256))
-    if name in ("squared_error", "huber"):
-        return x, normal(256)
-    return (x,)
+def compare(function: Callable, args: tuple) -> list[str]:
+    """The ratios for one example, then for a batch."""
+    found = []
+    batched = jax.tree.map(lambda a: jnp.broadcast_to(a, (BATCH, *a.shape)), args)
+    for f, given in ((function, args), (jax.vmap(function), batched)):
+        ours, theirs = cost(f, given), cost(without_rules(f), given)
+        found += [_ratio(ours[key], theirs[key]) for key in ours]
+    return found
 
 
-def ratio(ours: float, theirs: float) -> str:
-    if theirs:
-        return f"{ours / theirs:.2f}"
-    return "1.00" if ours == 0 else f"{ours:.0f} against 0"
+def _ratio(ours: float, theirs: float) -> str:
+    if not theirs:
+        return "-" if not ours else f"{ours:.0f} : 0"
+    return f"{ours / theirs:.2f}"
 
 
-def per_operation():
-    """Rows: operation; FLOPs, bytes and temporaries of ours over autodiff's, plain and vmapped."""
-    rows = []
-    for name in ops.__all__:
-        operation = getattr(ops, name)
-        if not isinstance(operation, fnn.Operation):
-            continue
-        args = arguments(name)
-        batch = jax.tree.map(lambda a: jnp.broadcast_to(a, (128, *a.shape)), args)
-        row = [name]
-        for mapped in (False, True):
-            costs = []
-            for f in (operation, operation.definition):
-
-                def loss(*args, f=f, mapped=mapped):
-                    return jnp.sum((jax.vmap(f) if mapped else f)(*args) ** 2)
-
-                costs.append(cost(jax.value_and_grad(loss), *(batch if mapped else args)))
-            ours, theirs = costs
-            row += [
-                f"{a / b:.2f}" if b else ("1.00" if a == b else "new") for a, b in zip(ours, theirs)
-            ]
-        rows.append(row)
-    return rows
+# ------------------------------------------------------------------------------ the trap in vmap
 
 
 @fnn.rule
-def product(W, x):
-    """W x."""
-    return W @ x
+def linear(W, b, x):
+    """W x + b."""
+    return W @ x + b
 
 
-@product.backward
+@linear.forward
+def _(W, b, x):
+    return W @ x + b, (W, x)
+
+
+@linear.backward
 def _(residuals, dy):
     W, x = residuals
-    return jnp.einsum("i,j->ij", dy, x), W.T @ dy
+    return jnp.outer(dy, x), dy, W.T @ dy
 
 
-def trap():
-    """The 784-512-512-10 MLP at batch 256, mapped once and twice, its products as rules."""
-    sizes = (784, 512, 512, 10)
-    weights = [normal(n, m) / m**0.5 for m, n in zip(sizes, sizes[1:])]
-    batch = normal(256, 784)
+def shared_weights(rounds: int) -> list[list[str]]:
+    """A 784-512-512-10 network, every product one rule, against the same in plain JAX."""
+    sizes = 784, 512, 512, 10
+    params = [arrays((m, n), (m,)) for n, m in zip(sizes, sizes[1:])]
+    x, y = arrays((256, 784), (256, 10))
+
+    def loss_with(linear):
+        def loss(params, x, y):
+            for W, b in params[:-1]:
+                x = fnn.ops.tanh(linear(W * 0.04, b, x))
+            return jnp.sum((linear(*params[-1], x) - y) ** 2)
+
+        return loss
+
+    def once(loss, params):
+        return jnp.mean(jax.vmap(loss, (None, 0, 0))(params, x, y))
+
+    def twice(loss, params):
+        mapped = jax.vmap(jax.vmap(loss, (None, 0, 0)), (None, 0, 0))
+        return jnp.mean(mapped(params, x.reshape(16, 16, -1), y.reshape(16, 16, -1)))
+
+    def per_example(loss, params):
+        return jax.vmap(jax.grad(loss), (None, 0, 0))(params, x[:16], y[:16])
+
+    measured = {
+        "gradient of vmap, 256 examples": (jax.grad, once),
+        "gradient of vmap of vmap, 16 x 16 examples": (jax.grad, twice),
+        "vmap of gradient, 16 examples": (None, per_example),
+    }
     rows = []
-    for levels in (1, 2):
-        x = batch if levels == 1 else batch.reshape(4, 64, 784)
-        costs = []
-        for multiply in (product, jnp.matmul):
-
-            def loss(weights, x, multiply=multiply, levels=levels):
-                def one(x):
-                    for W in weights[:-1]:
-                        x = jax.nn.relu(multiply(W, x))
-                    return jnp.sum(multiply(weights[-1], x) ** 2)
-
-                for _ in range(levels):
-                    one = jax.vmap(one)
-                return jnp.mean(one(x))
-
-            costs.append(cost(jax.grad(loss), weights, x))
-        name = "vmap" if levels == 1 else "vmap of vmap"
-        (flops, read, temporary), theirs = costs
-        ratios = [f"{a / b:.3f}" for a, b in zip(costs[0], theirs)]
-        rows.append([name, f"{flops:.4g}", f"{temporary / 1e6:.2f} MB", *ratios])
+    for label, (transform, function) in measured.items():
+        compiled = {}
+        for name, op in (("ours", linear), ("plain", without_rules(linear))):
+            f = functools.partial(function, loss_with(op))
+            f = transform(f) if transform else f
+            compiled[name] = jax.jit(f).lower(params).compile()
+        calls = {name: lambda c=c: jax.block_until_ready(c(params)) for name, c in compiled.items()}
+        times = {k: statistics.median(t) for k, t in interleaved(calls, rounds).items()}
+        flops = {k: c.cost_analysis()["flops"] for k, c in compiled.items()}
+        memory = {k: c.memory_analysis().temp_size_in_bytes for k, c in compiled.items()}
+        rows.append(
+            [label]
+            + [_ratio(of["ours"], of["plain"]) for of in (flops, memory, times)]
+            + [f"{memory['ours'] / 1e6:.1f} MB", f"{1e3 * times['ours']:.1f} ms"]
+        )
     return rows
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="*", metavar="OPERATION")
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
-    print(machine(), "\n")
-    head = ["operation", "FLOPs", "bytes", "temporaries"]
-    head += ["vmapped: FLOPs", "bytes", "temporaries"]
-    print("Value and gradient, ours ÷ autodiff of the same definition:\n")
-    print(table(head, per_operation(), options.markdown))
-    print("\nAn MLP whose products are rules, ours ÷ plain JAX:\n")
-    head = ["mapped by", "FLOPs", "temporaries", "FLOPs ÷", "bytes ÷", "temporaries ÷"]
-    print(table(head, trap(), options.markdown))
+    print(machine())
+    chosen = {k: v for k, v in cases().items() if options.only is None or k in options.only}
+    kinds = "FLOPs", "exp", "bytes", "temporary"
+    heads = [
+        "rule / autodiff",
+        *(f"one: {kinds[0]}", *kinds[1:]),
+        *(f"mapped: {kinds[0]}", *kinds[1:]),
+    ]
+    rows = [[name, *compare(*case)] for name, case in chosen.items()]
+    print(f"\n{table(heads, rows, options.markdown)}")
+    heads = ["shared weights, rule / plain JAX", "FLOPs", "temporary", "time", "temporary", "time"]
+    print(f"\n{table(heads, shared_weights(options.rounds), options.markdown)}")
 
 
 if __name__ == "__main__":
