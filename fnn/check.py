@@ -179,9 +179,9 @@ class GradientError(AssertionError):
     """A derivative is wrong. `check` is the worst comparison, `report` holds them all."""
 
     def __init__(self, report: Report):
-        self.report = report
-        self.check = report.worst
-        c = self.check
+        c = report.worst
+        assert c is not None  # an empty report holds nothing wrong
+        self.report, self.check = report, c
         super().__init__(
             f"{report.name}: the {c.what} ({c.mode}, order {c.order}, {c.dtype}) is wrong. At "
             f"{c.worst} it is {c.rule:.9g} but should be {c.reference:.9g} by {c.against} "
@@ -295,7 +295,7 @@ def check_grads(
         if isinstance(f, Operation):
             plain = dataclasses.replace(ours, function=f.definition)
         elif isinstance(f, (jax.custom_vjp, jax.custom_jvp)):
-            plain = dataclasses.replace(ours, function=f.__wrapped__)
+            plain = dataclasses.replace(ours, function=inspect.unwrap(f))
         programs = _Programs(ours, plain)
         name = getattr(f, "__name__", type(f).__name__)
         report = _Inspection(programs, name, leaves, seed, max_entries).report(dtypes, order)
@@ -310,9 +310,9 @@ def _finish(report: Report, raise_on_error: bool) -> Report:
 
 def _parameter_names(f, count) -> tuple[str, ...]:
     try:
-        parameters = inspect.signature(f).parameters.values()
+        parameters = list(inspect.signature(f).parameters.values())
     except (TypeError, ValueError):
-        parameters = ()
+        parameters = []
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [p.name for p in parameters if p.kind in positional][:count]
     return (*names, *(f"argument {i}" for i in range(len(names), count)))
@@ -428,10 +428,10 @@ def _flatten(function, keywords, names, args, static_places=()) -> tuple[_Flat, 
         place = path[0].idx
         label = names[place] + jax.tree_util.keystr(path[1:])
         is_static = place in static_places or not _is_array(value)
-        dtype = None if is_static else jax.typeof(value).dtype
-        moves = not is_static and bool(jax.dtypes.issubdtype(dtype, jnp.inexact))
-        is_complex = moves and bool(jnp.issubdtype(dtype, jnp.complexfloating))
-        shape = () if is_static else tuple(jax.typeof(value).shape)
+        aval = jax.typeof(0 if is_static else value)
+        moves = bool(jax.dtypes.issubdtype(aval.dtype, jnp.inexact))
+        is_complex = bool(jax.dtypes.issubdtype(aval.dtype, jnp.complexfloating))
+        shape = tuple(aval.shape)
         static = _Static(value) if is_static else None
         leaves.append(_Leaf(label, names[place], shape, moves, is_complex, static))
         if moves:
@@ -707,7 +707,8 @@ def _differences(
     unit: what the steps are multiplied with.
     """
     if not entries.size:
-        return _Differences(entries, *np.zeros((4, 0)), np.zeros(0, bool))
+        nothing = np.zeros(0)
+        return _Differences(entries, nothing, nothing, nothing, nothing, nothing.astype(bool))
     best: list[np.ndarray] = []
     for step in precision.steps:
         changes, size = (np.asarray(n, "float64") for n in at_step(step))
@@ -971,7 +972,8 @@ class _Inspection:
             )
         ends = np.cumsum(self.programs.ours.sizes)
         for argument, (rule, alone) in shared.items():
-            names, skip = [], []
+            names: list[str] = []
+            skip = []
             for part, end, size in zip(
                 self.programs.ours.arguments, ends, self.programs.ours.sizes, strict=True
             ):

@@ -358,7 +358,7 @@ def _mapped_residuals(mapped: MappedCall, in_avals, *context):
         is_mapped.extend(in_batched)
         return leaves, tuple(in_batched)
 
-    structure = None
+    structure: Any = None
 
     def residuals_of(*leaves):
         nonlocal structure
@@ -413,6 +413,7 @@ class LinearMap:
         op = self.call.operation
         given = iter(dys)
         dy = [next(given) if _is_inexact(a) else None for a in self.out_avals]
+        assert op._backward is not None
         grads = op._backward(
             jax.tree.unflatten(self.residual_tree, residuals),
             jax.tree.unflatten(self.out_tree, dy),
@@ -553,7 +554,7 @@ def _checked_linear_map(call: Call, in_avals, *context) -> LinearMap:
                 f"{_describe(pair)}."
             )
         value, residuals = pair
-    out_tree = jax.tree.structure(wanted)
+    out_tree: Any = jax.tree.structure(wanted)
     same = jax.tree.structure(value) == out_tree and all(
         v.shape == w.shape and v.dtype == w.dtype
         for v, w in zip(jax.tree.leaves(value), jax.tree.leaves(wanted), strict=True)
@@ -601,7 +602,8 @@ def _flat_gradients(call: Call, in_avals, grads) -> list:
             f"{op.name}.backward returned {len(grads)} gradients, but {op.name} has "
             f"{len(arg_trees)} arguments: {', '.join(names)}. (None stands for no gradient.)"
         )
-    flat, start = [], 0
+    flat: list[Any] = []
+    start = 0
     for name, tree, grad in zip(names, arg_trees, grads, strict=True):
         avals = in_avals[start : start + tree.num_leaves]
         start += tree.num_leaves
