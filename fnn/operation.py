@@ -48,6 +48,8 @@ from jax.extend.core import ClosedJaxpr, Literal, Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from fnn.outer_products import with_matrix_products
+
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -515,7 +517,8 @@ class MappedLinearMap:
     def _summed(self, residuals, dys):
         if _base(self).call.operation._tangent is None:
             tangent = functools.partial(self._tangent_at, residuals)
-            return jax.linear_transpose(tangent, *self.dx_avals)(list(dys))
+            transposed = jax.linear_transpose(tangent, *self.dx_avals)
+            return with_matrix_products(transposed)(list(dys))
         # A hand-written tangent need not be transposable: sum the gradients themselves.
         vmapped = self.axis.vmap(self.linear.full_backward, (list(self.residual_axes), 0), 0)
         return [
