@@ -103,10 +103,12 @@ def _sum_of_outer_products(eqn, maker) -> _Product | None:
     out = mul.outvars[0].aval
     if not all(jax.numpy.issubdtype(d, jax.numpy.inexact) for d in (out.dtype, total)):
         return None
-    factors = [_unbroadcast(v, out.shape, maker) for v in mul.invars]
-    if any(f is None or f.variable.aval.dtype != out.dtype for f in factors):
+    a, b = (_unbroadcast(v, out.shape, maker) for v in mul.invars)
+    if a is None or b is None:
         return None
-    a, b = factors
+    factors = a, b
+    if any(f.variable.aval.dtype != out.dtype for f in factors):
+        return None
     if any(not f.variable.aval.sharding.mesh.empty for f in factors):
         return None
     summed, axes = set(eqn.params["axes"]), range(out.ndim)
@@ -128,7 +130,7 @@ def _sum_of_outer_products(eqn, maker) -> _Product | None:
         b.variable,
         ([place_a[d] for d in contract], [place_b[d] for d in contract]),
         ([place_a[d] for d in batch], [place_b[d] for d in batch]),
-        tuple([out.shape[d] for d in f.axes] for f in factors),
+        ([out.shape[d] for d in a.axes], [out.shape[d] for d in b.axes]),
         [found.index(d) for d in kept if d in found],
         tuple(out.shape[d] for d in kept),
         total,
@@ -174,7 +176,7 @@ def _unbroadcast(variable, shape, maker) -> _Factor | None:
         axis = {d: same[c] for d, c in axis.items() if c in same}
         variable = source
     size = variable.aval.shape
-    order = sorted(axis, key=axis.get)
+    order = sorted(axis, key=lambda d: axis[d])
     if [axis[d] for d in order] != [k for k, n in enumerate(size) if n != 1]:
         return None
     return _Factor(variable, order)
