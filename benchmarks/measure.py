@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +16,10 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds that one call of each function takes, one sample in each round.
 
-    The functions take turns, so that whatever else the machine does meets all of them. A
-    sample is the mean of as many calls as fit into `seconds` (at least one). Each function
-    must wait for its result at the end of a call or, if it has an attribute `wait`, there.
+    The functions take turns, in an order drawn anew for each round, so that whatever else the
+    machine does, and what the one before left in the caches, meets all of them. A sample is
+    the mean of as many calls as fit into `seconds` (at least one). Each function must wait
+    for its result at the end of a call or, if it has an attribute `wait`, there.
     """
     calls = {}
     for name, function in functions.items():
@@ -27,9 +29,9 @@ def interleaved(
     gc.collect()
     gc.disable()
     try:
-        order = list(functions)
-        for i in range(rounds):
-            for name in order[i % len(order) :] + order[: i % len(order)]:
+        draw = random.Random(0)
+        for _ in range(rounds):
+            for name in draw.sample(list(functions), len(functions)):
                 samples[name].append(_sample(functions[name], calls[name]))
     finally:
         gc.enable()

@@ -487,39 +487,76 @@ def _check_size(network, params):
 
 # ------------------------------------------------------------------------------- the physical limit
 
+PRODUCTS = ("dot_general", "conv_general_dilated")
+MOVES = ("transpose", "reshape", "squeeze", "expand_dims")
+
 
 def bare_products(network, optimizer, x, y):
     """The matrix products and convolutions of one step, alone: forward, and twice as many back.
 
-    They are the ones in plain JAX's jaxpr, each on inputs of its own, in one compiled function.
+    It is plain JAX's jaxpr with everything between the products left out: what would change
+    numbers hands on an input of its output's shape. The optimiser isn't there either.
     """
-    jaxpr = jax.make_jaxpr(jax.value_and_grad(plain_loss(network)))(initial(network), x, y)
-    products = []
+    params = initial(network)
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(plain_loss(network)))(params, x, y)
+    wanted = []
 
-    def collect(jaxpr):
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-                products.append(eqn)
-            for value in eqn.params.values():
-                if hasattr(value, "jaxpr"):
-                    collect(value.jaxpr)
+    def note(aval):
+        wanted.append(aval)
+        return jnp.zeros(aval.shape, aval.dtype)
 
-    collect(jaxpr.jaxpr)
+    def run(supply, *leaves):
+        made, used = [], set()
+        found = _only_products(jaxpr.jaxpr, leaves, supply, made, used)
+        used.update(map(id, found))
+        unused = [value for value in made if id(value) not in used]
+        return [value for value in found if value is not None] + unused
+
+    leaves = [*jax.tree.leaves(params), x, y]
+    jax.eval_shape(functools.partial(run, note), *leaves)
     rng = np.random.default_rng(0)
-    inputs = [
-        [jnp.asarray(rng.standard_normal(v.aval.shape, "float32")) for v in eqn.invars]
-        for eqn in products
-    ]
+    fresh = [jnp.asarray(rng.standard_normal(a.shape), a.dtype) for a in wanted]
 
-    @jax.jit
-    def run(inputs):
-        return [
-            eqn.primitive.bind(*ins, **eqn.params)
-            for eqn, ins in zip(products, inputs, strict=True)
-        ]
+    def step(old, leaves, fresh):
+        given = iter(fresh)
+        return run(lambda _: next(given), *leaves)
 
-    return loop(lambda _, x, y: run(inputs), None, x, y)
+    # The last call's results are donated, so that their memory serves again.
+    first = jax.jit(lambda leaves, fresh: step(None, leaves, fresh))(leaves, fresh)
+    again = jax.jit(step, donate_argnums=0, keep_unused=True)
+    return loop(lambda old, x, y: again(old, leaves, fresh), first, x, y)
 
+
+def _only_products(jaxpr, args, supply, made, used):
+    """Evaluate a jaxpr's products; None stands for a value that is neither input nor product."""
+    values = dict(zip(jaxpr.invars, args, strict=True))
+
+    def read(atom):
+        return None if hasattr(atom, "val") else values.get(atom)
+
+    for eqn in jaxpr.eqns:
+        ins = [read(v) for v in eqn.invars]
+        inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        if inner is not None:
+            outs = _only_products(getattr(inner, "jaxpr", inner), ins, supply, made, used)
+        elif eqn.primitive.name in PRODUCTS or (eqn.primitive.name in MOVES and ins[0] is not None):
+            used.update(map(id, ins))
+            ins = [supply(v.aval) if x is None else x for v, x in zip(eqn.invars, ins)]
+            outs = [eqn.primitive.bind(*ins, **eqn.params)]
+            made += outs
+        else:
+            alive = [x for x in ins if x is not None]
+            outs = [
+                next(
+                    (x for x in alive if x.shape == v.aval.shape and x.dtype == v.aval.dtype), None
+                )
+                for v in eqn.outvars
+            ]
+        values.update(zip(eqn.outvars, outs, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+# ----------------------------------------------------------------------------------- all of them
 
 OURS = "fnn.train_step"
 
