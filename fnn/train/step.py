@@ -149,6 +149,9 @@ class TrainStep:
     # ---------------------------------------------------------------- the step, on the device
 
     def _step(self, state: State, batch: Any, key: Any):
+        # Python comes by here only to trace a new program: to check shapes here costs no time.
+        check_params(state.params)
+        _check_opt_state(self.optimizer, state)
         size = batch_size(batch)
 
         def mean(params):
@@ -194,28 +197,28 @@ class TrainStep:
     # ------------------------------------------------------------------ checks, on the host
 
     def _look_at(self, state: State, batch: Any, key: Any) -> None:
-        """Check what goes in, thoroughly at the first of each shape."""
+        """Check what goes in: quickly, as it is done at every step, but new shapes thoroughly."""
         if not isinstance(state, State):
             raise TypeError(
                 f"the first argument of a step is the State of step.init(params), but got a "
                 f"{type(state).__name__}."
             )
-        leaves, tree = jax.tree.flatten(batch)
-        shapes = tuple((np.shape(x), getattr(x, "dtype", None)) for x in leaves)
-        widths = tuple(np.shape(p) for p in jax.tree.leaves(state.params))
-        kind = (tree, shapes, jax.tree.structure(state), widths, key is None)
-        if kind not in self._known:
-            self._known[kind] = self._meet(state, batch, key)
-        labels = self._known[kind]
-        if self._check and labels:
-            on_host = tuple(lb for lb in labels if isinstance(leaves[lb.leaf], np.ndarray))
-            check_labels(batch, on_host)
         if _is_donated(state):
             raise ValueError(
                 "this state was given to a step already, which donated its memory to the state "
                 "that it returned: write `state, metrics = step(state, batch)` and go on from "
                 "that. (jax.tree.map(jnp.copy, state) keeps one.)"
             )
+        leaves, tree = jax.tree.flatten(batch)
+        types = [(getattr(x, "shape", None), getattr(x, "dtype", None)) for x in leaves]
+        kind = (tree, key is None, *types)
+        if kind not in self._known:
+            self._known[kind] = self._meet(state, batch, key)
+        labels = self._known[kind]
+        if labels and self._check:
+            on_host = tuple(lb for lb in labels if isinstance(leaves[lb.leaf], np.ndarray))
+            if on_host:
+                check_labels(batch, on_host)
 
     def _meet(self, state: State, batch: Any, key: Any) -> tuple[Labels, ...]:
         check_key(self.loss, self._takes_key, key)
