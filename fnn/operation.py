@@ -266,7 +266,9 @@ class Call:
         linear = _checked_linear_map(self, in_avals, *_context())
         args = jax.tree.unflatten(self.in_tree, leaves)
         if op._forward is None:
-            return jax.tree.leaves(op.definition(*args, **dict(self.static))), args, linear
+            # The operation and not its definition: what differentiates the value again, as in
+            # the derivative of a vjp, then meets the rule.
+            return op._primitive.bind(*_same_varying_axes(list(leaves)), call=self), args, linear
         y, residuals = op._forward(*args, **dict(self.static))
         return jax.tree.leaves(y), residuals, linear
 

@@ -1071,3 +1071,22 @@ def test_a_closed_over_array_is_a_constant():
         times,
         normal(1, 2, 3),
     )
+
+
+def test_without_a_forward_the_value_is_differentiated_by_the_rule():
+    """The value that a vjp hands out is the operation's, whose rule says 0 at the kink."""
+
+    @fnn.rule
+    def ramp(x):
+        return jnp.maximum(x, 0)
+
+    @ramp.backward
+    def _(residuals, dy):
+        return (jnp.where(residuals[0] > 0, dy, 0),)
+
+    def value(x):
+        return jax.vjp(ramp, x)[0]
+
+    assert jax.grad(value)(0.0) == jax.grad(ramp)(0.0) == 0.0
+    mapped = jax.grad(lambda x: jnp.sum(jax.vmap(value)(x)))(jnp.zeros(3))
+    np.testing.assert_array_equal(mapped, jnp.zeros(3))
