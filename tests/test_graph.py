@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 import fnn
+from fnn.backprop.primitives import RULES
 from fnn.backprop.steps import Step
 
 
@@ -322,6 +323,28 @@ def test_steps_of_arrays_are_spelled_out_in_shapes_and_words():
     lines = [str(step) for step in fnn.graph(lambda W, x: (W @ x).sum())(W, x).steps()]
     assert lines[0] == "∂f/∂v2 = ∂f/∂f · ∂f/∂v2: () 1 → (2,) [1, 1], local gradient 1"
     assert lines[1].startswith("∂f/∂W = ∂f/∂v2 · ∂v2/∂W: (2,) [1, 1] → (2, 3) ‖g‖ 2.45, ")
+
+
+def test_rules_with_a_forward_of_their_own_say_their_local_gradient_too():
+    holding_functions = {"scan", "cond", "while", "remat2", "checkpoint"}
+    written_by_others = {"custom_jvp_call", "custom_vjp_call"}
+    silent = {name for name, rule in RULES.items() if not rule.says}
+    assert silent == holding_functions | written_by_others
+
+    def says(function, *args):
+        return [step.says for step in fnn.graph(function)(*args).steps()]
+
+    x = jnp.array([0.3, -1.0, 2.0])
+    assert says(lambda x: x.prod(), x) == ["Π of the others"]
+    assert says(lambda x: jnp.sort(x)[0], x)[-1] == "g back at its place"
+    write = lambda x, u: x.at[jnp.array([0, 2])].set(u).sum()
+    assert says(write, x, x[:2])[1:] == [
+        "1, and 0 where overwritten",
+        "g[i] where u was the last one",
+    ]
+    A = jnp.diag(x) + 0.1
+    decomposed = says(lambda A: jnp.linalg.qr(A)[1].sum(), A)
+    assert "[Q̄ + Q sym(R̄ Rᴴ - Qᴴ Q̄)] R⁻ᴴ" in decomposed
 
 
 def test_control_flow_holds_graphs():

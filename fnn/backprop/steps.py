@@ -184,13 +184,13 @@ def _in_words(visit, position, results, nodes) -> str:
     from fnn.backprop.primitives import is_ruled
 
     rule = visit.rule
-    if not isinstance(rule, LocalRule):
+    if not rule.says:
         if visit.equation.operation() is not None:
             return f"the hand-written backward of {results[0].operation}"
         return f"the rule of {results[0].operation}" if is_ruled(visit.equation) else "by jax.vjp"
-    if not rule.says:
-        return "?"
     said = rule.says[min(position, len(rule.says) - 1)]
+    if not isinstance(rule, LocalRule):
+        return said
     inputs = [nodes[i].label for i in visit.equation.ins]
     names = {}
     if rule.elementwise and len(inputs) == 1:

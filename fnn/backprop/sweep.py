@@ -22,14 +22,17 @@ from fnn.jaxpr import Equation, Program, is_inexact, zeros
 
 
 class ControlRule(NamedTuple):
-    """A rule with a forward of its own, for equations that hold whole functions.
+    """A rule with a forward of its own: to keep what the backward needs, or to run functions.
 
     forward: `(equation, needed, ins, opaque) -> (outs, saved)`.
     backward: `(equation, needed, saved, cotangents, opaque) -> cotangents of the inputs`.
+    says: for each argument, the local gradient in words; the last one for all further
+        arguments. None where it is whatever the functions inside make of it.
     """
 
     forward: Callable[[Equation, Sequence[bool], Sequence, bool], tuple[list, Any]]
     backward: Callable[[Equation, Sequence[bool], Any, Sequence, bool], Sequence]
+    says: tuple[str, ...] = ()
 
 
 class Visit(NamedTuple):

@@ -524,7 +524,9 @@ RULES = {
     "while": ControlRule(_while_forward, _while_backward),
     "remat2": ControlRule(_checkpoint_forward, _checkpoint_backward),
     "checkpoint": ControlRule(_checkpoint_forward, _checkpoint_backward),
-    "custom_linear_solve": ControlRule(_solve_forward, _solve_backward),
+    "custom_linear_solve": ControlRule(
+        _solve_forward, _solve_backward, says=("A⁻ᵀ g for b, -(∂b) xᵀ for A",)
+    ),
     "custom_jvp_call": THROUGH_JAX,
     "custom_vjp_call": THROUGH_JAX,
 }

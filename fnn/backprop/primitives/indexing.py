@@ -192,7 +192,11 @@ RULES: dict[str, LocalRule | ControlRule] = {
         says=("g in zeros",),
     ),
     "dynamic_update_slice": joint(_dynamic_update_slice, says=("g outside", "g inside")),
-    "scatter": ControlRule(_scatter_forward, _scatter_backward),
+    "scatter": ControlRule(
+        _scatter_forward,
+        _scatter_backward,
+        says=("1, and 0 where overwritten", "0", "g[i] where u was the last one"),
+    ),
     "scatter-add": each(lambda g, *_, **__: g, None, _scatter_add, says=("1", "0", "g[i]")),
     "scatter-sub": each(
         lambda g, *_, **__: g,

@@ -42,7 +42,7 @@ def _textbook(*, says: tuple[str, ...]):
     return rule
 
 
-def _factors(formula):
+def _factors(*, says: tuple[str, ...]):
     """The same for a decomposition into factors, of which perhaps only one gets a gradient.
 
     ȳ is None for the others, and the formula leaves their part out: the eigenvalues alone take
@@ -50,20 +50,23 @@ def _factors(formula):
     even if nobody asked for it: the singular vectors, to differentiate the singular values.
     """
 
-    def forward(equation, needed, ins, opaque):
-        (a,), vectors = ins, _VECTORS.get(equation.name)
-        if vectors is None or vectors.wanted(equation.params):
-            outs = equation.apply(ins)
-            return outs, (outs, a)
-        kept = vectors.decompose(a, equation.params)
-        return [kept[0]], (kept, a)
+    def rule(formula):
+        def forward(equation, needed, ins, opaque):
+            (a,), vectors = ins, _VECTORS.get(equation.name)
+            if vectors is None or vectors.wanted(equation.params):
+                outs = equation.apply(ins)
+                return outs, (outs, a)
+            kept = vectors.decompose(a, equation.params)
+            return [kept[0]], (kept, a)
 
-    def backward(equation, needed, saved, g, opaque):
-        y, a = saved
-        with equation.context.manager:
-            return (_in_jax_convention(formula, list(g), y, a, equation.params),)
+        def backward(equation, needed, saved, g, opaque):
+            y, a = saved
+            with equation.context.manager:
+                return (_in_jax_convention(formula, list(g), y, a, equation.params),)
 
-    return ControlRule(forward, backward)
+        return ControlRule(forward, backward, says)
+
+    return rule
 
 
 def _in_jax_convention(formula, g, y, a, params):
@@ -172,7 +175,7 @@ def _lu(bars, outputs, a, **_):
     return jnp.take_along_axis(x, _inverse(permutation)[..., :, None], axis=-2)
 
 
-@_factors
+@_factors(says=("[Q̄ + Q sym(R̄ Rᴴ - Qᴴ Q̄)] R⁻ᴴ",))
 def _qr(bars, outputs, a, *, pivoting, full_matrices, **_):
     """A = Q R, or A with its columns permuted.
 
@@ -237,7 +240,7 @@ def _completed_q(q_bar, q, n):
 # these gradients are infinite where eigenvalues coincide.
 
 
-@_factors
+@_factors(says=("V (diag(w̄) + F ∘ Vᴴ V̄) Vᴴ with F = 1 / (w[j] - w[i])",))
 def _eigh(bars, outputs, a, *, subset_by_index=None, **_):
     """A = V diag(w) Vᴴ.  Ā = V (diag(w̄) + F ∘ Vᴴ V̄) Vᴴ,  F[i,j] = 1 / (w[j] - w[i])
 
@@ -256,7 +259,12 @@ def _eigh(bars, outputs, a, *, subset_by_index=None, **_):
     return v @ middle @ v.mT.conj()
 
 
-@_factors
+@_factors(
+    says=(
+        "U [(J + Jᴴ) Σ + Σ (K + Kᴴ) + diag(s̄)] Vᴴ with J = F ∘ UᴴŪ, K = F ∘ VᴴV̄ "
+        "(and a part outside U and V if A isn't square)",
+    )
+)
 def _svd(bars, outputs, a, *, full_matrices, compute_uv, subset_by_index=None, **params):
     """A = U Σ Vᴴ.  With F[i,j] = 1 / (s[j]² - s[i]²),  J = F ∘ UᴴŪ,  K = F ∘ VᴴV̄:
 
@@ -306,7 +314,7 @@ def _svd(bars, outputs, a, *, full_matrices, compute_uv, subset_by_index=None, *
     return _sum(surplus, u @ middle @ vh)
 
 
-@_factors
+@_factors(says=("V⁻ᴴ (diag(w̄) + conj(F) ∘ VᴴV̄) Vᴴ with F = 1 / (w[j] - w[i])",))
 def _eig(
     bars,
     outputs,

@@ -133,7 +133,7 @@ def _gate(name: str, f: Callable) -> Combine:
     )
 
 
-def running(combine: Combine) -> ControlRule:
+def running(combine: Combine, *, says: str) -> ControlRule:
     """The running totals of ∘, along an axis and from either end."""
 
     def forward(equation, needed, ins, opaque):
@@ -147,7 +147,7 @@ def running(combine: Combine) -> ControlRule:
         turned = lax.rev if equation.params["reverse"] else lambda a, axes: a
         return [turned(_descend(combine, turned(g, [axis]), levels, axis), [axis])]
 
-    return ControlRule(forward, backward)
+    return ControlRule(forward, backward, (says,))
 
 
 class Level(NamedTuple):
@@ -278,16 +278,16 @@ RULES: dict[str, LocalRule | ControlRule] = {
     "reduce_sum": each(_sum, says=("1",)),
     "reduce_max": each(_extremum, says=("x = y",)),
     "reduce_min": each(_extremum, says=("x = y",)),
-    "reduce_prod": ControlRule(_product_forward, _product_backward),
+    "reduce_prod": ControlRule(_product_forward, _product_backward, says=("Π of the others",)),
     "cumsum": each(
         lambda g, y, x, *, axis, reverse: lax.cumsum(g, axis=axis, reverse=not reverse),
         says=("Σ of what comes after",),
     ),
-    "cumprod": running(PRODUCT),
-    "cummax": running(_gate("max", lax.max)),
-    "cummin": running(_gate("min", lax.min)),
-    "cumlogsumexp": running(LOGSUMEXP),
-    "sort": ControlRule(_sort_forward, _sort_backward),
+    "cumprod": running(PRODUCT, says="Π of the others, in the totals from x on"),
+    "cummax": running(_gate("max", lax.max), says="1 in each total where x is the maximum"),
+    "cummin": running(_gate("min", lax.min), says="1 in each total where x is the minimum"),
+    "cumlogsumexp": running(LOGSUMEXP, says="exp(x − y), in the totals from x on"),
+    "sort": ControlRule(_sort_forward, _sort_backward, says=("g back at its place",)),
     "top_k": each(_top_k, says=("g at its place",)),
     "approx_top_k": each(_approx_top_k, says=("g at its place",)),
     # Whole numbers and truth values

@@ -168,8 +168,8 @@ RULES: dict[str, LocalRule | ControlRule] = {
     "stack": joint(_stack, says=("its part",)),
     "unstack": each(_unstack, says=("stacked",)),
     # In another place
-    "optimization_barrier": ControlRule(_keeping_inputs, _barrier_backward),
-    "device_put": ControlRule(_keeping_inputs, _device_put_backward),
+    "optimization_barrier": ControlRule(_keeping_inputs, _barrier_backward, says=("1",)),
+    "device_put": ControlRule(_keeping_inputs, _device_put_backward, says=("1",)),
     "sharding_constraint": each(_sharding_constraint, says=("1",)),
     "reshard": each(_reshard, says=("1",)),
     "tie": each(None, lambda g, y, a, b: g, says=("0", "1")),
