@@ -121,29 +121,29 @@ def multiclass_hinge(scores: jax.Array, labels: jax.Array, *, margin: float = 1.
     recognition", 1999.
     """
     _check_classes("multiclass_hinge", "scores", scores, labels, distributions=False)
-    return jnp.sum(jnp.maximum(_margins(scores, labels, margin), 0), axis=-1)
+    return jnp.sum(_hinges(scores, labels, margin), axis=-1)
 
 
 @multiclass_hinge.forward
 def _(scores, labels, *, margin):
-    loss = multiclass_hinge(scores, labels, margin=margin)
+    hinges = _hinges(scores, labels, margin)
     # Not "> 0", so that the NaN of a label out of range counts, and reaches the gradient.
-    return loss, (~(_margins(scores, labels, margin) <= 0), labels)
+    return jnp.sum(hinges, axis=-1), (~(hinges <= 0), labels)
 
 
 @multiclass_hinge.backward
 def _(residuals, dy, *, margin):
     too_close, labels = residuals
     dy = dy * jnp.where(_is_class(labels, too_close), 1, jnp.nan).astype(dy.dtype)
-    right = -dy * jnp.sum(too_close, axis=-1, dtype=dy.dtype)
     wrong = jnp.where(too_close, dy[..., None], 0)
-    return jnp.where(_one_hot(labels, too_close), right[..., None], wrong), None
+    return _add_at_label(wrong, labels, -jnp.sum(wrong, axis=-1)), None
 
 
-def _margins(scores, labels, margin):
-    """sⱼ − s_y + Δ for the wrong classes, 0 for the right one."""
+def _hinges(scores, labels, margin):
+    """max(0, sⱼ − s_y + Δ) for the wrong classes, 0 for the right one."""
     right = _pick(scores, labels)[..., None]
-    return jnp.where(_one_hot(labels, scores), 0, scores - (right - margin))
+    margins = jnp.where(_one_hot(labels, scores), 0, scores - (right - margin))
+    return jnp.maximum(margins, 0)
 
 
 @rule
@@ -344,6 +344,16 @@ def _pick(scores, labels):
     index = jnp.where(is_class, _index(labels), 0)[..., None]
     picked = jnp.take_along_axis(scores, index, axis=-1, mode="promise_in_bounds")[..., 0]
     return jnp.where(is_class, picked, jnp.nan)
+
+
+def _add_at_label(x, labels, amount):
+    """x with `amount` added to the right class's entry: in place, where a select copies x."""
+
+    def add(x, label, amount):
+        place = x.at[label]
+        return place.add(amount, mode="drop", unique_indices=True, wrap_negative_indices=False)
+
+    return jnp.vectorize(add, signature="(classes),(),()->(classes)")(x, _index(labels), amount)
 
 
 def _empty(x):
