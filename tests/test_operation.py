@@ -694,6 +694,35 @@ def test_integers_and_keys_get_no_gradient():
     same(lambda f: pushed(lambda x: f(x, jax.random.PRNGKey(0), jnp.int32(1))), noisy, x)
 
 
+def test_a_number_arrives_as_an_array():
+    @fnn.rule
+    def scaled(x, n):
+        return x * n.astype(x.dtype)
+
+    @scaled.forward
+    def _(x, n):
+        return x * n.astype(x.dtype), n.astype(x.dtype)[None]
+
+    @scaled.backward
+    def _(n, dy):
+        return dy * n[0], None
+
+    x = jnp.arange(3.0, dtype="bfloat16")
+    for n in (2, 2.0, True, np.float32(2)):
+        plain = lambda x, n=n: (x * jnp.asarray(n).astype(x.dtype)).sum()
+        ours = lambda x, n=n: scaled(x, n).sum()
+        for grad in (jax.grad, fnn.grad):
+            np.testing.assert_array_equal(grad(ours)(x), jax.grad(plain)(x))
+            np.testing.assert_array_equal(jax.jit(grad(ours))(x), jax.grad(plain)(x))
+        for got, want in zip(*(jax.jvp(f, (x,), (x,)) for f in (ours, plain)), strict=True):
+            assert (got, got.dtype) == (want, want.dtype)
+    # As in plain JAX, a number doesn't widen what it meets.
+    product = fnn.rule(lambda x, n: x * n)
+    product.forward(lambda x, n: (x * n, n))
+    product.backward(lambda n, dy: (dy * n, None))
+    assert jax.vjp(lambda x: product(x, 2), x)[0].dtype == x.dtype
+
+
 def test_a_result_of_integers_only():
     @fnn.rule
     def best(x):
