@@ -178,6 +178,26 @@ def test_named_scopes_and_jitted_functions_are_groups():
     assert "15 operations" in dot
 
 
+def test_the_unnamed_parts_of_a_network_are_groups_with_their_layers_names():
+    swish = lambda x: x * jax.nn.sigmoid(x)
+    layers = fnn.layers
+    net = layers.chain(
+        layers.Linear(4),
+        layers.residual(layers.Linear(4), fnn.ops.tanh, layers.Linear(4)),
+        swish,
+        layers.Linear(2),
+        lambda x: jnp.exp(x) / jnp.exp(x).sum(),
+    )
+    params = net.init(jax.random.key(0), jnp.ones(3))
+    graph = fnn.graph(lambda params, x: net.apply(params, x).sum())(params, jnp.ones(3))
+    scopes = list(dict.fromkeys(node.scope[0] for node in graph if node.scope))
+    assert scopes == ["Linear 0", "residual 1", "part 2", "Linear 3", "part 4"]
+    assert any(node.scope == ("residual 1", "Linear 2") for node in graph)
+    dot = graph.backprop().to_dot(max_boxes=8)
+    assert ">residual 1<" in dot and ">part 4<" in dot  # closed
+    assert 'label="Linear 3"' in dot and 'label="part 2"' in dot  # open
+
+
 def test_a_long_computation_without_functions_stays_readable():
     def function(x):
         for _ in range(60):

@@ -183,8 +183,16 @@ def _each(combinator: str, parts: dict, params: Any) -> Iterator[tuple[str | int
 def _naming(name: str | int, part: Layer):
     """Name the part in the profiler, in the graph, and in a note to any error from inside."""
     try:
-        with jax.named_scope(str(name)):
+        with jax.named_scope(_title(name, part)):
             yield
     except Exception as error:
         error.add_note(f"in part {name!r}, {part}")
         raise
+
+
+def _title(name: str | int, part: Layer) -> str:
+    """The part's name; "Linear 0" for the first of several without one."""
+    if isinstance(name, str):
+        return name
+    kind = part.made_by.name if part.made_by else "<layer>"
+    return f"part {name}" if kind.startswith("<") else f"{kind} {name}"

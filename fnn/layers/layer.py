@@ -63,10 +63,14 @@ class Construction:
     args: tuple
     kwargs: Mapping[str, Any]
 
+    @property
+    def name(self) -> str:
+        return name_of(self.constructor)
+
     def __str__(self):
         args = [_show(a) for a in self.args]
         kwargs = [f"{k}={_show(v)}" for k, v in self.kwargs.items()]
-        return f"{name_of(self.constructor)}({', '.join(args + kwargs)})"
+        return f"{self.name}({', '.join(args + kwargs)})"
 
 
 def constructor(make: Callable[P, Layer]) -> Callable[P, Layer]:
@@ -120,8 +124,12 @@ class PlainFunction:
 
     function: Callable
 
-    def __str__(self):
+    @property
+    def name(self) -> str:
         return name_of(self.function)
+
+    def __str__(self):
+        return self.name
 
 
 def name_of(function: Any) -> str:
