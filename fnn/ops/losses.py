@@ -252,17 +252,15 @@ def huber(prediction: jax.Array, target: jax.Array, *, delta: float = 1.0) -> ja
     _check_equal_shapes("huber", "prediction", prediction, "target", target)
     if delta <= 0:
         raise ValueError(f"huber: argument 'delta' is {delta}, wanted a positive number.")
-    d = jnp.abs(prediction - target.astype(prediction.dtype))
-    c = jnp.minimum(d, delta)
-    return jnp.sum(c * (d - 0.5 * c))
+    d = prediction - target.astype(prediction.dtype)
+    return _huber(d, _clip(d, delta))
 
 
 @huber.forward
 def _(prediction, target, *, delta):
     d = prediction - target.astype(prediction.dtype)
-    # A select rather than a clip: its derivative at |d| = delta is 0 from either side.
-    c = jnp.where(jnp.abs(d) < delta, d, (delta * jnp.sign(d)).astype(d.dtype))
-    return huber(prediction, target, delta=delta), (c, _empty(target))
+    c = _clip(d, delta)
+    return _huber(d, c), (c, _empty(target))
 
 
 @huber.backward
@@ -270,6 +268,15 @@ def _(residuals, dy, *, delta):
     c, target = residuals
     d_prediction = dy * c
     return d_prediction, (-d_prediction).astype(target.dtype) if _is_floating(target) else None
+
+
+def _huber(d, c):
+    return jnp.sum(jnp.abs(c) * (jnp.abs(d) - 0.5 * jnp.abs(c)))
+
+
+def _clip(d, delta):
+    """d between ±δ; a select, for its derivative at |d| = δ is 0 from either side."""
+    return jnp.where(jnp.abs(d) < delta, d, (delta * jnp.sign(d)).astype(d.dtype))
 
 
 # ----------------------------------------------------------------------------- regularisation
