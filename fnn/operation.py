@@ -265,12 +265,12 @@ class Call:
         op, in_avals = self.operation, tuple(jax.typeof(x) for x in leaves)
         linear = _checked_linear_map(self, in_avals, *_context())
         # JAX hands a Python number on as a number that knows its dtype, but isn't an array.
-        leaves = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]
-        args = jax.tree.unflatten(self.in_tree, leaves)
+        arrays = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]
+        args = jax.tree.unflatten(self.in_tree, arrays)
         if op._forward is None:
             # The operation and not its definition: what differentiates the value again, as in
             # the derivative of a vjp, then meets the rule.
-            return op._primitive.bind(*_same_varying_axes(leaves), call=self), args, linear
+            return op._primitive.bind(*_same_varying_axes(arrays), call=self), args, linear
         y, residuals = op._forward(*args, **dict(self.static))
         return jax.tree.leaves(y), residuals, linear
 
