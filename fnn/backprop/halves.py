@@ -11,6 +11,7 @@ are built on it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 from fnn.backprop import sweep
@@ -67,6 +68,7 @@ def halves(
     needed: Sequence[bool],
     has_cotangent: Sequence[bool] | None = None,
     recompute: Callable[[Equation, Program], bool] | None = None,
+    gradients_of: Callable[..., tuple[list, list]] | None = None,
 ) -> Halves:
     """Cut the gradient of a jaxpr in two.
 
@@ -77,7 +79,10 @@ def halves(
             given.
         recompute: which equations of the forward half the backward half does again rather
             than keep their results.
+        gradients_of: the sweep: `(program, ins, needed, cotangents) -> (outs, gradients)`;
+            plain backpropagation unless given.
     """
+    find = gradients_of or functools.partial(sweep.gradients_of, opaque=True)
     flat = program(closed_jaxpr)
     in_avals = [flat.avals[i] for i in flat.inputs]
     out_avals = [flat.avals[i] for i in flat.outputs]
@@ -88,7 +93,7 @@ def halves(
     def both(*args):
         ins, given = args[: len(in_avals)], iter(args[len(in_avals) :])
         cotangents = [next(given) if has else None for has in has_cotangent]
-        outs, gradients = sweep.gradients_of(flat, ins, needed, cotangents, opaque=True)
+        outs, gradients = find(flat, ins, needed, cotangents)
         return [*outs, *gradients]
 
     joint = program(trace(both, [*in_avals, *ct_avals]), inline=False)

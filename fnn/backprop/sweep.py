@@ -64,7 +64,12 @@ class Tape:
 
 
 def forward(
-    program: Program, args: Sequence, needed: Sequence[bool], *, opaque: bool = False
+    program: Program,
+    args: Sequence,
+    needed: Sequence[bool],
+    *,
+    opaque: bool = False,
+    rule_of: Callable[[Equation], LocalRule | ControlRule] | None = None,
 ) -> Tape:
     """Run a program and note, for each equation on the way from a needed input, its visit.
 
@@ -72,9 +77,10 @@ def forward(
         program: what to run.
         args: one array for each of the program's inputs.
         needed: of which inputs a gradient will be wanted.
+        rule_of: the rule of an equation; the hand-written ones unless given.
     """
-    from fnn.backprop.primitives import rule_of
-
+    if rule_of is None:
+        from fnn.backprop.primitives import rule_of
     values = program.values(args)
     active = [False] * len(values)
     for i, is_needed in zip(program.inputs, needed, strict=True):

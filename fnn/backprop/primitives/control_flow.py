@@ -19,17 +19,23 @@ from fnn.jaxpr import as_varying, close, is_inexact, program, scan_layout, trace
 
 
 def _scan_forward(equation, needed, ins, opaque):
-    """Run the loop; keep, stacked over the steps, what each step's backward needs.
+    """Run the loop; keep, stacked over the steps, what each step's backward needs."""
+    body = equation.params["jaxpr"]
+    num_consts, num_carry = scan_layout(equation.params)
+    active = active_in_loop(body, needed, num_consts, num_carry)
+    cut = halves(body, active, cotangents_of_loop(body, active, num_consts, num_carry))
+    outs, kept = run_loop(equation, cut, ins)
+    return outs, (cut, active, kept)
+
+
+def run_loop(equation, cut, ins) -> tuple[list, tuple[dict, dict]]:
+    """The loop's outputs, and what its body's backward half needs: once, and for each step.
 
     What doesn't depend on the step (on constants of the loop alone) is kept once.
     """
     params = equation.params
-    body = params["jaxpr"]
     num_consts, num_carry = scan_layout(params)
     consts, init, xs = _cut(ins, num_consts, num_carry)
-    active = _active_in_loop(body, needed, num_consts, num_carry)
-    cut = halves(body, active, _cotangents_of_loop(body, active, num_consts, num_carry))
-
     const_ids, carry_ids, xs_ids = _cut(cut.ins, num_consts, num_carry)
     fixed = set(const_ids) | set(cut.joint.constants)
     once, each_step = [], []
@@ -54,21 +60,31 @@ def _scan_forward(equation, needed, ins, opaque):
 
     carry, (ys, stacks) = _scan(step, init, xs, params)
     by_id = dict(zip(xs_ids, xs, strict=True))
-    saved = (
-        cut,
-        active,
+    return [*carry, *ys], (
         dict(zip(kept_once, [values[i] for i in kept_once], strict=True)),
         {i: by_id[i] for i in kept_xs} | dict(zip(stacked, stacks, strict=True)),
     )
-    return [*carry, *ys], saved
 
 
 def _scan_backward(equation, needed, saved, cotangents, opaque):
     """The loop backwards: the carry is the gradient of the carry, and each constant's sum."""
+    cut, active, kept = saved
+    num_consts, _ = scan_layout(equation.params)
+    found = run_loop_back(equation, cut, active, kept, cotangents, sum(active[:num_consts]))
+    flat = iter(found)
+    return [next(flat) if a else None for a in active]
+
+
+def run_loop_back(equation, cut, active, kept, cotangents, num_sums) -> list:
+    """The gradients that the body's backward half finds, over all steps.
+
+    The first `num_sums` of them are summed over the steps, the next are those of the carry,
+    the others are stacked.
+    """
     params = equation.params
     num_consts, num_carry = scan_layout(params)
-    cut, active, once, per_step = saved
-    outs_active = _cotangents_of_loop(params["jaxpr"], active, num_consts, num_carry)
+    once, per_step = kept
+    outs_active = cotangents_of_loop(params["jaxpr"], active, num_consts, num_carry)
     joint_avals = cut.joint.avals
     full = [
         g if g is not None else _zero_cotangent(joint_avals[i], n >= num_carry, params["length"])
@@ -77,8 +93,7 @@ def _scan_backward(equation, needed, saved, cotangents, opaque):
     ]
     num_active_carry = sum(outs_active[:num_carry])
     ct_carry, ct_ys = full[:num_active_carry], full[num_active_carry:]
-    const_ids = [i for i, a in zip(cut.ins[:num_consts], active, strict=False) if a]
-    sums = [zeros(joint_avals[i]) for i in const_ids]
+    sums = [zeros(joint_avals[i]) for i in cut.gradients[:num_sums]]
 
     def step(state, given):
         sums, ct_carry = state
@@ -91,8 +106,7 @@ def _scan_backward(equation, needed, saved, cotangents, opaque):
 
     start = (sums, [as_varying(g, a) for g, a in zip(ct_carry, _carry_avals(cut, active, params))])
     (sums, ct_init), d_xs = _scan(step, start, (ct_ys, per_step), params, backwards=True)
-    flat = iter([*sums, *ct_init, *d_xs])
-    return [next(flat) if a else None for a in active]
+    return [*sums, *ct_init, *d_xs]
 
 
 def _scan(step, init, xs, params, backwards=False):
@@ -115,7 +129,7 @@ def _cut(values, *sizes):
     return [*pieces, list(values[start:])]
 
 
-def _active_in_loop(body, needed, num_consts, num_carry) -> list[bool]:
+def active_in_loop(body, needed, num_consts, num_carry) -> list[bool]:
     """Which inputs of a loop's body depend on a needed input, in any step (a fixed point)."""
     avals = body.in_avals
     active = [n and is_inexact(a) for n, a in zip(needed, avals, strict=True)]
@@ -129,7 +143,7 @@ def _active_in_loop(body, needed, num_consts, num_carry) -> list[bool]:
         active[num_consts : num_consts + num_carry] = grown
 
 
-def _cotangents_of_loop(body, active, num_consts, num_carry) -> list[bool]:
+def cotangents_of_loop(body, active, num_consts, num_carry) -> list[bool]:
     """Which outputs of the body get an upstream gradient: active carries, inexact ys."""
     carry = active[num_consts : num_consts + num_carry]
     return [*carry, *_reached(program(body), active)[num_carry:]]
@@ -373,6 +387,12 @@ def _concrete(value) -> int | None:
 
 
 def _checkpoint_forward(equation, needed, ins, opaque):
+    cut = cut_checkpoint(equation, needed)
+    outs, residuals = cut.run_forward(ins)
+    return outs, (cut, residuals)
+
+
+def cut_checkpoint(equation, needed, gradients_of=None):
     """Keep the inputs, and what the policy says is worth keeping; forget the rest."""
     params = equation.params
     policy = params["policy"]
@@ -385,12 +405,16 @@ def _checkpoint_forward(equation, needed, ins, opaque):
             return not verdict
         return type(verdict).__name__ == "RecomputeType"
 
-    cut = halves(close(params["jaxpr"]), needed, recompute=recompute)
-    outs, residuals = cut.run_forward(ins)
-    return outs, (cut, residuals)
+    return halves(close(params["jaxpr"]), needed, recompute=recompute, gradients_of=gradients_of)
 
 
 def _checkpoint_backward(equation, needed, saved, cotangents, opaque):
+    found = iter(run_checkpoint_back(equation, saved, cotangents, opaque))
+    return [next(found) if n else None for n in needed]
+
+
+def run_checkpoint_back(equation, saved, cotangents, opaque) -> list:
+    """The gradients that the backward half finds, its inside computed again."""
     cut, residuals = saved
     given = _given([cut.joint.avals[i] for i in cut.outs], cotangents)
 
@@ -402,8 +426,7 @@ def _checkpoint_backward(equation, needed, saved, cotangents, opaque):
 
     # As one call: taken apart, a loop around it would keep what it is here to forget.
     call = jax.checkpoint(again, prevent_cse=False) if opaque else again
-    found = iter(call(residuals, given))
-    return [next(found) if n else None for n in needed]
+    return call(residuals, given)
 
 
 def _given(avals, cotangents):
