@@ -7,10 +7,11 @@ check_rule, check_grads     rules against autodiff against finite differences
 ops                         activations and losses
 layers, initializers        networks, as pairs of pure functions
 train_step, fit             training
+per_example                 per-example gradients, kept factored
 plot                        pictures of training
 """
 
-from fnn import initializers, layers, ops, plot
+from fnn import initializers, layers, ops, per_example, plot
 from fnn.backprop import Graph, grad, graph, value_and_grad, vjp
 from fnn.check import GradientError, check_grads, check_rule
 from fnn.layers import summary
@@ -37,6 +38,7 @@ __all__ = [
     "initializers",
     "layers",
     "ops",
+    "per_example",
     "plot",
     "rule",
     "summary",

@@ -1,0 +1,50 @@
+"""Per-example gradients from one backward pass, kept factored, and what follows from them.
+
+    losses, g = fnn.per_example.grads(loss)(params, batch)
+    fnn.per_example.norms(g)
+
+grads                               the gradient of each example, factored
+sum, mean, weighted_sum             gradients of sums
+norms, gram, dot                    inner products
+second_moment, variance             entry by entry
+noise_scale                         how large a batch is worth while
+materialize, explain                the gradients themselves; how they are kept
+clipped_grad                        the sum of clipped gradients, for differential privacy
+"""
+
+from fnn.per_example.clipping import Clipped, clipped_grad
+from fnn.per_example.differentiate import grads
+from fnn.per_example.gradient import FactoredGradient
+from fnn.per_example.quantities import (
+    Explanation,
+    dot,
+    explain,
+    gram,
+    materialize,
+    mean,
+    noise_scale,
+    norms,
+    second_moment,
+    sum,
+    variance,
+    weighted_sum,
+)
+
+__all__ = [
+    "Clipped",
+    "Explanation",
+    "FactoredGradient",
+    "clipped_grad",
+    "dot",
+    "explain",
+    "grads",
+    "gram",
+    "materialize",
+    "mean",
+    "noise_scale",
+    "norms",
+    "second_moment",
+    "sum",
+    "variance",
+    "weighted_sum",
+]
