@@ -213,7 +213,9 @@ def _matrix_product(k, g, ins, params) -> Term | None:
     g = lax.reshape(g, (stack, positions, math.prod(size(w, w_kept))))
     axes = [*w_batch, *w_kept, *w_contract]
     order = tuple(axes.index(d) for d in range(w.ndim))
-    return Product(a, g, Layout(size(w, w_batch), size(w, w_kept), size(w, w_contract), order))
+    term = Product(a, g, Layout(size(w, w_batch), size(w, w_kept), size(w, w_contract), order))
+    is_complex = jnp.iscomplexobj(a) or jnp.iscomplexobj(g)
+    return _real_part(term) if is_complex and not jnp.iscomplexobj(w) else term
 
 
 def _convolution(k, g, ins, params) -> Term | None:
@@ -381,7 +383,22 @@ def _pass_same(k, term, ins, equation, flat):
 
 
 def _pass_cast(k, term, ins, equation, flat):
-    return term if is_inexact(flat.avals[equation.ins[0]]) else None
+    if not is_inexact(flat.avals[equation.ins[0]]):
+        return None
+    was_complex, is_complex = (
+        jnp.issubdtype(flat.avals[i].dtype, jnp.complexfloating)
+        for i in (equation.ins[0], equation.outs[0])
+    )
+    return term if was_complex == is_complex else _real_part(term)
+
+
+def _real_part(term: Term) -> Term | None:
+    """Of a real weight in complex products: Re(Gᵀ A) = (Re G)ᵀ Re A - (Im G)ᵀ Im A."""
+    if isinstance(term, Product):
+        a = jnp.concatenate([jnp.real(term.a), jnp.imag(term.a)], axis=-2)
+        g = jnp.concatenate([jnp.real(term.g), -jnp.imag(term.g)], axis=-2)
+        return Product(a, g, term.layout)
+    return dataclasses.replace(term, g=jnp.real(term.g)) if isinstance(term, Rows) else None
 
 
 def _pass_neg(k, term, ins, equation, flat):
