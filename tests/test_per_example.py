@@ -9,7 +9,7 @@ import optax
 import pytest
 import zoo
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec as P
 
 import fnn.per_example as pe
 from fnn.per_example.differentiate import factored, keys_of
@@ -384,10 +384,10 @@ def unused():
 @case
 def keyed():
     """A key for each example, and a static argument."""
-    p = {"W": R(0, 5, 5)}
+    p = {"W": R(0, 5, 5), "b": R(1, 5)}
 
     def loss(p, x, key, *, rate):
-        return jnp.sum((jax.random.bernoulli(key, rate, (5,)) * (p["W"] @ x)) ** 2)
+        return jnp.sum((jax.random.bernoulli(key, rate, (5,)) * (p["W"] @ x + p["b"])) ** 2)
 
     return loss, p, R(3, 6, 5), {"key": jax.random.key(7), "static": {"rate": 0.5}}
 
@@ -519,5 +519,451 @@ def test_every_quantity_is_exact(name):
         assert kinds(found["g"][leaf]) == kept, f"{leaf}\n{pe.explain(found['g'])}"
 
 
-if __name__ == "__main__":
-    pytest.main([__file__])
+def test_gram_forms_gradients_only_where_that_is_cheaper():
+    """Position by position, and one row of the matrix at a time."""
+    p = {"W": R(0, 40, 50), "E": R(1, 9, 50)}
+
+    def loss(p, e):
+        x, i = e
+        return jnp.sum(jnp.sin((x + p["E"][i]) @ p["W"].T))
+
+    batch = R(2, 4, 2, 50), ints(3, 4, 2, below=9)
+
+    def both(p, batch, others):
+        (_, g), (_, h) = gradients(loss, p, batch), gradients(loss, p, others)
+        (_, d), (_, e) = theirs(loss, p, batch), theirs(loss, p, others)
+        return pe.gram(g, h), flattened(d) @ flattened(e).T
+
+    others = R(4, 3, 2, 50), ints(5, 3, 2, below=9)
+    close(*compiled(both, p, batch, others))
+
+
+# ------------------------------------------------------------------------------- other libraries
+
+MODELS = ["nnx_cnn", "nnx_attention", "linen_cnn", "linen_lstm", "equinox_cnn"]
+MODELS += ["equinox_attention", "haiku_attention", "haiku_lstm"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_other_libraries(name):
+    loss, params, data = zoo.ZOO[name]("float64", 3)
+    one = lambda p, e: loss(p, *[x[None] for x in e])
+    kept = {}
+
+    def both(params, data):
+        losses, g = pe.grads(one)(params, data)
+        kept["text"] = str(pe.explain(g))
+        plain, d = theirs(one, params, data)
+        ours = losses, pe.materialize(g), pe.norms(g), pe.sum(g)
+        sums = jax.tree.map(lambda x: x.sum(0), d)
+        return ours, (plain, d, jnp.linalg.norm(flattened(d), axis=1), sums)
+
+    close(*compiled(both, params, data))
+    assert "A (" in kept["text"] or "x [" in kept["text"]
+
+
+# -------------------------------------------------------------------------------------- clipping
+
+GROUPS = {"first": ["['b']", "['E']", "['k']", "['g']"], "rest": ["["]}
+
+
+@pytest.mark.parametrize("name", ["perceptron", "tied", "recurrent", "convolutions", "keyed"])
+def test_clipped_gradients(name):
+    loss, params, batch, about = CASES[name]()
+    key, static = about.get("key"), about.get("static", {})
+    size = jax.tree.leaves(batch)[0].shape[0]
+    mask = jnp.arange(size) != 1
+    clip = functools.partial(pe.clipped_grad, loss)
+
+    def both(params, batch):
+        _, d = theirs(loss, params, batch, key=key, static=static)
+        rows = jnp.linalg.norm(flattened(d), axis=1)
+        limit = jnp.median(rows)  # about half of the examples are clipped
+        added = lambda c: jax.tree.map(lambda x: jnp.tensordot(c, x, 1), d)
+        weights = jnp.minimum(1, limit / rows)
+        run = lambda f, **more: f(params, batch, key, **static, **more).gradient
+        same = {
+            "chosen": clip(limit),
+            "1 sweep": clip(limit, sweeps=1),
+            "2 sweeps": clip(limit, sweeps=2),
+            "parts": clip(limit, microbatch_size=2),
+        }
+        ours = {what: run(f) for what, f in same.items()}
+        expected = dict.fromkeys(same, added(weights))
+        ours["mask"] = run(clip(limit), mask=mask)
+        expected["mask"] = added(weights * mask)
+        # Groups: each with a norm of its own, or the whole's shared out.
+        in_first = lambda path: jax.tree_util.keystr(path).startswith(tuple(GROUPS["first"]))
+        of = jax.tree_util.tree_map_with_path(lambda path, _: in_first(path), params)
+        part = lambda yes: [
+            x for x, o in zip(jax.tree.leaves(d), jax.tree.leaves(of), strict=True) if o is yes
+        ]
+        norms = {yes: jnp.linalg.norm(flattened(part(yes)), axis=1) for yes in (True, False)}
+        for what, limits, given in [
+            ("groups", (limit / 2, limit), {"first": limit / 2, "rest": limit}),
+            ("shared", (limit / 2**0.5,) * 2, limit),
+        ]:
+            by = {yes: jnp.minimum(1, c / norms[yes]) for yes, c in zip((True, False), limits)}
+            ours[what] = run(clip(given, groups=GROUPS, sweeps=2 if what == "groups" else None))
+            expected[what] = jax.tree.map(lambda o, x, by=by: jnp.tensordot(by[o], x, 1), of, d)
+        whole = clip(limit, microbatch_size=2)(params, batch, key, **static)
+        ours["norms"], expected["norms"] = whole.norms, rows
+        ours["losses"] = whole.losses
+        expected["losses"] = theirs(loss, params, batch, key=key, static=static)[0]
+        return ours, expected
+
+    ours, expected = compiled(both, params, batch)
+    for what in expected:
+        close(ours[what], expected[what])
+
+
+def test_a_zero_gradient_is_clipped_to_zero():
+    loss = lambda w, x: jnp.sum((w * x) ** 2)
+    found = pe.clipped_grad(loss, 1.0)(jnp.ones(3), jnp.array([[0.0] * 3, [2.0] * 3]))
+    assert found.norms[0] == 0 and np.isfinite(found.gradient).all()
+    np.testing.assert_allclose(np.linalg.norm(found.gradient), 1, 1e-6)
+
+
+def test_noise_has_the_norm_that_was_asked_for():
+    """Of every coordinate σ C; with groups σ √ΣC²; complex ones have two coordinates."""
+    loss = lambda p, x: 0 * x * (jnp.sum(p["a"]) + jnp.sum(p["b"]).real)
+    p = {"a": jnp.zeros((100, 100)), "b": jnp.zeros((50, 100)) + 0j}
+    batch = jnp.ones(2)
+    for clip, groups, expected in [
+        (2.0, None, 3.0),
+        (2.0, {"x": ["['a']"], "y": ["['b']"]}, 3.0),
+        ({"x": 3.0, "y": 4.0}, lambda path: "x" if "a" in path else "y", 7.5),
+    ]:
+        clipped = jax.jit(pe.clipped_grad(loss, clip, groups=groups, noise_multiplier=1.5))
+        g = clipped(p, batch, noise_key=jax.random.key(0)).gradient
+        numbers = np.concatenate([g["a"].ravel(), np.real(g["b"]).ravel(), np.imag(g["b"]).ravel()])
+        assert abs(numbers.std() / expected - 1) < 0.02
+        assert abs(numbers.mean()) < 0.05 * expected
+        assert abs(np.imag(g["b"]).std() / expected - 1) < 0.03
+        other = clipped(p, batch, noise_key=jax.random.key(1)).gradient
+        assert abs(np.corrcoef(g["a"].ravel(), other["a"].ravel())[0, 1]) < 0.05
+
+
+def test_noise_and_optax_make_a_step_and_parts_get_noise_once():
+    loss = lambda w, x: jnp.sum(w * x)
+    clipped = pe.clipped_grad(loss, 1.0, noise_multiplier=1.0, microbatch_size=3)
+    optimizer = optax.sgd(0.1)
+
+    @jax.jit
+    def step(w, state, x, key):
+        found = clipped(w, x, noise_key=key)
+        updates, state = optimizer.update(found.gradient / len(x), state, w)
+        return optax.apply_updates(w, updates), state
+
+    w = jnp.zeros(4000)
+    w, _ = step(w, optimizer.init(w), jnp.zeros((8, 4000)), jax.random.key(0))
+    assert abs(np.std(w) * 8 / 0.1 - 1) < 0.05
+
+
+def test_aux_goes_through_sweeps_and_parts():
+    def loss(w, x, key):
+        y = w @ x
+        return jnp.sum(y**2), {"y": y, "key": key}
+
+    w, x, keys = R(0, 3, 4), R(1, 5, 4), jax.random.split(jax.random.key(0), 5)
+    (losses, aux), g = pe.grads(loss, has_aux=True)(w, x, keys)
+    close(aux["y"], x @ w.T)
+    close(losses, jnp.sum((x @ w.T) ** 2, 1))
+    assert (jax.random.key_data(aux["key"]) == jax.random.key_data(keys)).all()
+    close(g.materialize(), 2 * jnp.einsum("ni,nj->nij", x @ w.T, x))
+    for options in ({}, {"sweeps": 2}, {"microbatch_size": 2}):
+        found = pe.clipped_grad(loss, 1e9, has_aux=True, **options)(w, x, keys)
+        close(found.aux["y"], x @ w.T)
+        close(found.gradient, 2 * (x @ w.T).T @ x)
+    assert pe.clipped_grad(lambda w, x: jnp.sum(w * x), 1.0)(w, x[:, :3, None]).aux is None
+
+
+# ------------------------------------------------------------------------------- what is kept
+
+
+def test_explain_says_what_is_kept_and_why():
+    p = {"W": R(0, 20, 30), "V": R(1, 20, 20), "few": R(2, 2, 30), "n": R(3, 20), "E": R(4, 50, 30)}
+    p |= {"k": R(5, 3, 3, 30, 40), "small": R(6, 3, 3, 1, 2)}
+
+    def loss(p, e):
+        x, i = e
+        h = jnp.tanh((x + p["E"][i]) @ p["W"].T)
+        z = jnp.sum((h @ p["V"]) * p["n"]) + jnp.sum(x @ p["few"].T)
+        z += jnp.sum(zoo.conv(x[None, :, None], p["k"]) ** 2)
+        return z + jnp.sum(zoo.conv(x[None, :, :, None], p["small"]) ** 2)
+
+    _, g = pe.grads(loss)(p, (R(7, 2, 4, 30), ints(8, 2, 4, below=50)))
+    found = {row["path"]: row for row in pe.explain(g)}
+    assert found["['W']"]["kept"] == "A (4 × 30), G (4 × 20)"
+    assert found["['W']"]["numbers"] == 200 and found["['W']"]["dense"] == 600
+    assert found["['V']"]["kept"] == "A (4 × 20), G (4 × 20)"
+    assert found["['E']"]["kept"] == "indices (4), G (4 × 30)"
+    assert found["['k']"]["kept"] == "x [1, 4, 1, 30], G [1, 4, 1, 40]"
+    # x and G hold 128 numbers, the gradient 60.
+    assert found["['few']"]["kept"] == "dense"
+    assert "128" in found["['few']"]["why"] and "60" in found["['few']"]["why"]
+    assert found["['small']"]["kept"] == "dense" and "18" in found["['small']"]["why"]
+    assert found["['n']"]["kept"] == "dense" and "mul" in found["['n']"]["why"]
+    assert "test_per_example.py" in found["['n']"]["why"]
+    text = str(pe.explain(g))
+    assert "÷ dense" in text and "numbers for one example, where its gradient has" in text
+    assert repr(g["W"]) == "FactoredGradient(['W']: float64[20, 30], Product)"
+
+
+def test_both_ways_to_a_norm_are_taken():
+    """Few positions: their inner products. Many: the gradient formed."""
+    loss = lambda w, x: jnp.sum(jnp.sin(x @ w.T))
+    w = R(0, 40, 50)
+    for positions, by_gram in [(4, True), (30, False)]:
+        x = R(1, 3, positions, 50)
+        _, g = gradients(loss, w, x)
+        assert jax.tree.map(lambda x: x[0], g.terms[0]).norm_by_gram is by_gram
+        d = jax.vmap(jax.grad(loss), (None, 0))(w, x)
+        close(pe.norms(g), jnp.linalg.norm(flattened(d), axis=1))
+
+
+def test_the_methods_of_a_leaf_are_the_functions_of_a_tree():
+    w, x = R(0, 3, 4), R(1, 5, 4)
+    _, g = pe.grads(lambda w, x: jnp.sum(jnp.sin(w @ x)))(w, x)
+    for name in ("sum", "mean", "norms", "gram", "second_moment", "variance", "materialize"):
+        np.testing.assert_array_equal(getattr(g, name)(), getattr(pe, name)(g))
+    np.testing.assert_array_equal(g.dot(w), pe.dot(g, w))
+    c = jnp.arange(5.0)
+    np.testing.assert_array_equal(g.weighted_sum(c), pe.weighted_sum(g, c))
+    by = pe.norms({"a": g, "b": [g, g]}, by=lambda path: "all")
+    close(by["all"], g.norms() * 3**0.5)
+
+
+# --------------------------------------------------------------------------------- transforms
+
+
+def mlp(out=3):
+    def loss(p, e):
+        x, y = e
+        return jnp.sum((p["V"] @ jnp.tanh(p["W"] @ x + p["b"]) - y) ** 2)
+
+    return loss, {"W": R(0, 7, 5), "b": R(1, 7), "V": R(2, out, 7)}
+
+
+def test_the_tree_passes_through_transforms():
+    loss, p = mlp()
+    batch = R(3, 8, 5), R(4, 8, 3)
+    _, d = theirs(loss, p, batch)
+    norms = jnp.linalg.norm(flattened(d), axis=1)
+
+    # Out of one compiled function, into another, its memory given away.
+    _, g = jax.jit(pe.grads(loss))(p, batch)
+    close(jax.jit(pe.norms)(g), norms)
+    close(pe.norms(jax.device_get(g)), norms)
+    summed = jax.jit(pe.sum, donate_argnums=0)
+    close(summed(g), jax.tree.map(lambda x: x.sum(0), d))
+
+    # Several networks at once.
+    many = jax.tree.map(lambda w: jnp.stack([w, 2 * w]), p)
+    found = jax.jit(jax.vmap(lambda p: pe.norms(pe.grads(loss)(p, batch)[1])))(many)
+    close(found[0], norms)
+    _, twice = jax.vmap(lambda p: pe.grads(loss)(p, batch))(many)
+    close(jax.vmap(pe.norms)(twice), found)
+
+    # A loop over parts of the batch: the trees stacked.
+    parts = jax.tree.map(lambda x: x.reshape(4, 2, *x.shape[1:]), batch)
+    _, stacked = lax.scan(lambda s, part: (s, pe.grads(loss)(p, part)[1]), None, parts)
+    whole = jax.tree.map(lambda x: x.reshape(8, *x.shape[2:]), stacked)
+    close(pe.norms(whole), norms)
+    # As a loop's carry, and as a conditional's result.
+    _, g = pe.grads(loss)(p, batch)
+    turned = lambda i, g: jax.tree.map(lambda x: x[::-1], g)
+    close(pe.norms(lax.fori_loop(0, 3, turned, g)), norms[::-1])
+    close(pe.norms(lax.cond(True, lambda: g, lambda: g)), norms)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_sharded_over_devices(check_vma):
+    mesh = jax.make_mesh((4,), ("batch",), (jax.sharding.AxisType.Auto,))
+    E = {"E": R(6, 9, 5)}
+    mlp_loss, p = mlp()
+    loss = lambda p, e: mlp_loss(p, (e[0] + p["E"][e[2]], e[1]))
+    p |= E
+    batch = R(3, 8, 5), R(4, 8, 3), ints(5, 8, below=9)
+    losses, d = theirs(loss, p, batch)
+    norms = jnp.linalg.norm(flattened(d), axis=1)
+    split = functools.partial(jax.shard_map, mesh=mesh, check_vma=check_vma)
+
+    grads = split(pe.grads(loss), in_specs=(P(), P("batch")), out_specs=P("batch"))
+    found, g = jax.jit(grads)(p, batch)
+    close(found, losses)
+    close(pe.materialize(g), d)
+    close(jax.jit(pe.norms)(g), norms)
+    assert g["W"].terms[0].a.sharding.spec[0] == "batch"
+
+    def clipped(p, batch):
+        found = pe.clipped_grad(loss, 1.0)(p, batch)
+        return found.norms, lax.psum(found.gradient, "batch")
+
+    clip = split(clipped, in_specs=(P(), P("batch")), out_specs=(P("batch"), P()))
+    found, total = jax.jit(clip)(p, batch)
+    close(found, norms)
+    c = jnp.minimum(1, 1 / norms)
+    close(total, jax.tree.map(lambda x: jnp.tensordot(c, x, 1), d))
+
+
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_sharded_by_the_compiler(kind):
+    mesh = jax.make_mesh((4,), ("batch",), (kind,))
+    loss, p = mlp()
+    batch = R(3, 8, 5), R(4, 8, 3)
+    _, d = theirs(loss, p, batch)
+    place = jax.NamedSharding(mesh, P("batch"))
+    found = jax.jit(lambda p, b: pe.norms(pe.grads(loss)(p, b)[1]))(p, jax.device_put(batch, place))
+    close(found, jnp.linalg.norm(flattened(d), axis=1))
+
+
+# ------------------------------------------------------------------------------------- errors
+
+
+def test_batch_statistics_are_refused():
+    w, x = R(0, 3), R(1, 4, 3)
+    for collective in (lax.pmean, lax.psum, lax.pmax):
+
+        def loss(w, x, collective=collective):
+            y = x * w
+            return jnp.sum((y - collective(y, "batch")) ** 2)
+
+        with pytest.raises(ValueError, match="depends on other examples"):
+            pe.grads(loss)(w, x)
+        # Where somebody has bound the name, too.
+        with pytest.raises(ValueError, match="depends on other examples"):
+            jax.vmap(lambda x: pe.grads(loss)(w, x), axis_name="batch")(x[:, None])
+
+    def inside(w, x):
+        step = lambda h, _: (jax.checkpoint(lambda h: h - lax.pmean(h, "batch"))(h * w), None)
+        return jnp.sum(lax.scan(step, x, None, length=2)[0])
+
+    with pytest.raises(ValueError, match="depends on other examples"):
+        jax.vmap(lambda x: pe.grads(inside)(w, x), axis_name="batch")(x[:, None])
+
+
+def test_a_collective_of_constants_is_fine():
+    loss = lambda w, x: jnp.sum(w * x) / lax.psum(1, "batch") * lax.axis_size("batch")
+    found = jax.vmap(lambda x: pe.grads(loss)(R(0, 3), x)[1].norms(), axis_name="batch")
+    close(found(R(1, 4, 2, 3)), jnp.linalg.norm(R(1, 4, 2, 3), axis=-1))
+
+
+def test_batch_norm_of_other_libraries_is_refused():
+    import equinox as eqx
+    import flax.linen as nn
+    from flax import nnx
+
+    x = R(1, 4, 3)
+    linen = nn.BatchNorm(use_running_average=False, axis_name="batch", param_dtype="float64")
+    variables = linen.init(jax.random.key(0), x)
+
+    def linen_loss(p, x):
+        out, _ = linen.apply(variables | {"params": p}, x[None], mutable=["batch_stats"])
+        return jnp.sum(out**2)
+
+    with pytest.raises(ValueError, match="depends on other examples"):
+        pe.grads(linen_loss)(variables["params"], x)
+
+    norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, axis_name="batch", mode="batch")
+    p, static = eqx.partition(norm, eqx.is_inexact_array)
+    equinox_loss = lambda p, x: jnp.sum(eqx.combine(p, static)(x, state)[0] ** 2)
+    with pytest.raises(ValueError, match="depends on other examples"):
+        pe.grads(equinox_loss)(p, x)
+
+    net = nnx.BatchNorm(3, axis_name="batch", rngs=nnx.Rngs(0))
+    graph, p, rest = nnx.split(net, nnx.Param, ...)
+    nnx_loss = lambda p, x: jnp.sum(nnx.merge(graph, p, rest, copy=True)(x[None]) ** 2)
+    with pytest.raises(ValueError, match="depends on other examples"):
+        pe.grads(nnx_loss)(p, x)
+
+
+def test_errors_say_what_to_do():
+    w, x = R(0, 3), R(1, 4, 3)
+    loss = lambda w, x: jnp.sum(w * x)
+    grads = pe.grads(loss)
+    with pytest.raises(ValueError, match="batch is empty"):
+        grads(w, x[:0])
+    with pytest.raises(ValueError, match=r"batch\[0\]: 4, batch\[1\]: 3"):
+        grads(w, (x, x[:3]))
+    with pytest.raises(ValueError, match="has shape \\(\\), but its first axis must be"):
+        grads(w, (x, 1.0))
+    with pytest.raises(ValueError, match="without arrays"):
+        grads(w, ())
+    with pytest.raises(TypeError, match=r"\['i'\] has dtype int"):
+        grads({"i": jnp.arange(3)}, x)
+    with pytest.raises(TypeError, match=r"\['name'\] is no array but str"):
+        grads({"name": "linear"}, x)
+    with pytest.raises(TypeError, match="must be a real scalar, but has shape \\(3,\\)"):
+        pe.grads(lambda w, x: w * x)(w, x)
+    with pytest.raises(TypeError, match="dtype complex128"):
+        pe.grads(lambda w, x: jnp.sum(w * x) * 1j)(w, x)
+    with pytest.raises(TypeError, match="returned tuple.*has_aux"):
+        pe.grads(lambda w, x: (jnp.sum(w * x), x))(w, x)
+    with pytest.raises(TypeError, match="must return a pair"):
+        pe.grads(loss, has_aux=True)(w, x)
+    with pytest.raises(ValueError, match="one for each of the 4 examples"):
+        pe.grads(lambda w, x, key: jnp.sum(w * x))(w, x, jax.random.split(jax.random.key(0), 3))
+
+    _, g = grads(w, x)
+    with pytest.raises(ValueError, match="weights has shape \\(3,\\), but there are 4"):
+        pe.weighted_sum(g, jnp.ones(3))
+    with pytest.raises(ValueError, match="has shape \\(3,\\), but the tensor.*\\(2,\\)"):
+        pe.dot(g, w[:2])
+    with pytest.raises(ValueError, match="structure must be the parameters'"):
+        pe.dot(g, {"w": w})
+    with pytest.raises(ValueError, match="gradients of the same parameters"):
+        pe.gram({"a": g}, {"b": g})
+    with pytest.raises(ValueError, match="same parameters"):
+        pe.gram(g, pe.grads(loss)(w[:2], x[:, :2])[1])
+    with pytest.raises(ValueError, match="in none of the groups"):
+        pe.norms({"a": g}, by={"x": ["b"]})
+    with pytest.raises(ValueError, match='must be None, "leaf"'):
+        pe.norms(g, by="group")
+    with pytest.raises(ValueError, match="at least 2 examples"):
+        pe.noise_scale(grads(w, x[:1])[1])
+    with pytest.raises(TypeError, match="tree of factored gradients"):
+        pe.norms({"a": w})
+
+    clip = functools.partial(pe.clipped_grad, loss)
+    for bad, match in [
+        (lambda: clip(0.0), "clip_norm must be positive"),
+        (lambda: clip({"a": 1.0}), "no groups are given"),
+        (lambda: clip(1.0, sweeps=3), "sweeps must be 1, 2 or None"),
+        (lambda: clip(1.0, microbatch_size=0), "microbatch_size must be at least 1"),
+        (lambda: clip(1.0, noise_multiplier=1.0)(w, x), "pass noise_key"),
+        (lambda: clip(1.0)(w, x, mask=jnp.ones(3)), "mask must have shape \\(4,\\)"),
+        (lambda: clip({"a": 1.0}, groups=lambda path: "b")(w, x), "no entry for the groups"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            bad()
+
+
+# ----------------------------------------------------------------------------------- efficiency
+
+
+def test_norms_take_less_work_and_hardly_more_memory_than_a_gradient():
+    """784-512-512-10 at batch 256, from the compiled programs."""
+    sizes, dtype = (784, 512, 512, 10), jnp.float32
+    shapes = {f"W{i}": (o, n) for i, (n, o) in enumerate(zip(sizes, sizes[1:]))}
+    p = {name: jax.ShapeDtypeStruct(s, dtype) for name, s in shapes.items()}
+
+    def loss(p, e):
+        h, y = e
+        for i in range(3):
+            h = p[f"W{i}"] @ (h if i == 0 else jax.nn.relu(h))
+        return -jax.nn.log_softmax(h)[y]
+
+    batch = jax.ShapeDtypeStruct((256, 784), dtype), jax.ShapeDtypeStruct((256,), jnp.int32)
+    mean = lambda p, b: jnp.mean(jax.vmap(loss, (None, 0))(p, b))
+    program = lambda f: jax.jit(f).lower(p, batch).compile()
+    one = program(jax.grad(mean))
+    norms = program(lambda p, b: pe.norms(pe.grads(loss)(p, b)[1]))
+    clipped = program(lambda p, b: pe.clipped_grad(loss, 1.0)(p, b).gradient)
+    flops = lambda f: f.cost_analysis()["flops"]
+    assert flops(norms) < 0.75 * flops(one)
+    assert flops(clipped) < 1.05 * flops(one)
+    temporary = lambda f: f.memory_analysis().temp_size_in_bytes
+    whole = lambda f: temporary(f) + f.memory_analysis().output_size_in_bytes
+    assert temporary(norms) <= 1.5 * temporary(one) + 1024
+    assert whole(clipped) <= 1.5 * whole(one)

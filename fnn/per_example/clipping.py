@@ -102,7 +102,7 @@ def clipped_grad(
                 f"noise_multiplier is {noise_multiplier}, so the noise needs a key: pass "
                 "noise_key=..., a fresh one at each step."
             )
-        mask = jnp.ones(size) if mask is None else jnp.asarray(mask, jnp.float32)
+        mask = jnp.ones(size) if mask is None else jnp.asarray(mask)
         if mask.shape != (size,):
             raise ValueError(f"mask must have shape ({size},), but has shape {mask.shape}.")
         limits = _limits(params, clip_norm, groups)
@@ -113,7 +113,7 @@ def clipped_grad(
         else:
             found = _in_parts(part, (inputs, mask), size, microbatch_size)
         if noise_multiplier:
-            scale = noise_multiplier * math.sqrt(sum(c**2 for c in limits.values()))
+            scale = noise_multiplier * jnp.sqrt(sum(c**2 for c in limits.values()))
             found = found._replace(gradient=_with_noise(found.gradient, scale, noise_key))
         return found
 
@@ -142,7 +142,7 @@ def _clipped(loss, params, limits, groups, has_aux, sweeps, static, inputs, mask
     by_group = norms if groups is not None else {None: norms}
     # C / max(|g|, C) is min(1, C / |g|), at a gradient of zero too.
     weights = {
-        name: mask * (limits[name] / jnp.maximum(n, limits[name])).astype(mask.dtype)
+        name: mask.astype(n.dtype) * (limits[name] / jnp.maximum(n, limits[name]))
         for name, n in by_group.items()
     }
     if sweeps is None:
@@ -221,8 +221,10 @@ def _in_parts(part, batch, size: int, microbatch_size: int) -> Clipped:
 def _with_noise(gradient, scale, key):
     leaves, tree = jax.tree.flatten(gradient)
     keys = jax.random.split(key, len(leaves))
+    # JAX's complex normal numbers have variance 1 in both parts together, where C counts each.
+    scales = [scale * (math.sqrt(2) if jnp.iscomplexobj(x) else 1) for x in leaves]
     noisy = [
-        x + scale * jax.random.normal(k, x.shape, x.dtype)
-        for x, k in zip(leaves, keys, strict=True)
+        x + (s * jax.random.normal(k, x.shape, x.dtype)).astype(x.dtype)
+        for x, s, k in zip(leaves, scales, keys, strict=True)
     ]
     return jax.tree.unflatten(tree, noisy)

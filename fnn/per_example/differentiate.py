@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn.jaxpr import Program, is_inexact, program, trace, zeros
+from fnn.jaxpr import Program, as_varying, is_inexact, program, trace, zeros
 from fnn.per_example.factors import CONSTANT, EXAMPLE, PARAMETERS, factored_halves, sides
 from fnn.per_example.gradient import FactoredGradient
 from fnn.per_example.terms import Dense, Term, economical, merged
@@ -102,7 +102,7 @@ def factored(
     has_cotangent = [True] + [False] * (len(closed.out_avals) - 1)
     found = factored_halves(closed, needed, kinds, has_cotangent)
     outs, residuals = found.cut.run_forward([*leaves, *example])
-    seed = jnp.ones((), outs[0].dtype)
+    seed = as_varying(jnp.ones((), outs[0].dtype), closed.out_avals[0])
     terms = found.terms(found.cut.run_backward(residuals, [seed]))
     gradients = [
         leaf_gradient(t, path, leaf, thrifty)

@@ -32,7 +32,6 @@ from fnn.jaxpr import (
     Equation,
     Program,
     is_inexact,
-    program,
     scan_layout,
     source_line,
 )
@@ -96,7 +95,10 @@ def factored_gradients(
             upstream = [terms.pop(i, []) for i in equation.outs]
             if not any(upstream):
                 continue
-            products = _among_parameters(tape, visit, upstream, side)
+            if equation.name in TO_ALL_DEVICES:
+                products = upstream
+            else:
+                products = _among_parameters(tape, visit, upstream, side)
         else:
             upstream = [gradients[i] for i in equation.outs]
             if all(g is None for g in upstream):
@@ -302,6 +304,10 @@ MEETINGS: dict[str, Callable[..., Term | None]] = {
 
 # ------------------------------------------------------------------- among parameters alone
 
+# Under shard_map: a parameter that all devices share meets examples that each has of its own.
+# Its gradient would be summed over the devices; those of single examples stay where they are.
+TO_ALL_DEVICES = ("pvary", "pcast")
+
 
 def _among_parameters(tape, visit, upstream, side) -> list:
     """Terms of an output as terms of the inputs; those that lose their factors become dense."""
@@ -438,9 +444,9 @@ def _one_number(i: int, value, flat):
     if math.prod(jnp.shape(value)) == 1:
         return jnp.asarray(value).reshape(())
     for equation in flat.equations:
-        if i in equation.outs and equation.name == "broadcast_in_dim":
-            if math.prod(flat.avals[equation.ins[0]].shape) == 1:
-                return jnp.asarray(value)[(0,) * jnp.ndim(value)]
+        made = i in equation.outs and equation.name == "broadcast_in_dim"
+        if made and math.prod(flat.avals[equation.ins[0]].shape) == 1:
+            return jnp.asarray(value)[(0,) * jnp.ndim(value)]
     return None
 
 
@@ -718,8 +724,7 @@ def _stacked(layout: Layout, steps: int) -> Layout:
     """The layout of a weight with one more axis in front, which the factors share."""
     order = (0, *(i + 1 for i in layout.order))
     views = []
-    shapes = layout._shapes()
-    for view, before in zip(layout.views, shapes):
+    for view in layout.views:
         if view.kind == "transpose":
             views.append(dataclasses.replace(view, argument=(0, *(d + 1 for d in view.argument))))
         elif view.kind == "reshape":

@@ -182,7 +182,7 @@ class Product:
     def squared_norm(self):
         a, g = _wide(self.a, self.g)
         if self.positions == 1:
-            return jnp.sum(_squares(a, -1) * _squares(g, -1))
+            return jnp.sum(_squares(a) * _squares(g))
         if self.norm_by_gram:
             return jnp.sum((_gram(a) * _gram(g)).real)
         return jnp.sum(_square(self.form()))
@@ -382,8 +382,8 @@ def inner(one: Term, other: Term):
                 picked = jnp.where(
                     (rows.index < size).reshape(-1, *[1] * (picked.ndim - 1)), picked, 0
                 )
-                rest = rows.layout.without(0)
-                return _vdot(jax.vmap(lambda x: rest.to_parameter(x))(g[0]), picked)
+                row = rows.layout.without(0).to_parameter
+                return _vdot(jax.vmap(row)(g[0]), picked)
     if isinstance(other, Dense):
         return one.dot(other.value)
     return other.dot(one.materialize())
@@ -665,8 +665,12 @@ def _square(x):
     return lax.real(x) ** 2 + lax.imag(x) ** 2 if jnp.iscomplexobj(x) else lax.square(x)
 
 
-def _squares(x, axis: int):
-    return jnp.sum(_square(x), axis=axis)
+def _squares(x):
+    """Σ |x|² along the last axis; as a product, since XLA copies what it would sum the squares of
+    when that lies transposed, as a batch's activations W x do."""
+    if jnp.iscomplexobj(x):
+        return jnp.sum(_square(x), axis=-1)
+    return jnp.einsum("...i,...i->...", x, x, precision="highest")
 
 
 def _gram(x):
