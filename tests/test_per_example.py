@@ -421,11 +421,9 @@ def quantities(g, others, direction):
         "materialize": pe.materialize(g),
         "norms": pe.norms(g),
         "norms by leaf": pe.norms(g, by="leaf"),
-        "gram": pe.gram(g),
         "gram with others": pe.gram(g, others),
         "dot": pe.dot(g, direction),
         "sum": pe.sum(g),
-        "mean": pe.mean(g),
         "weighted_sum": pe.weighted_sum(g, weights_like(g)),
         "second_moment": pe.second_moment(g),
         "variance": pe.variance(g),
@@ -452,11 +450,9 @@ def plain_quantities(d, others, direction):
         "materialize": d,
         "norms": jnp.linalg.norm(rows, axis=1),
         "norms by leaf": jax.tree.map(lambda x: jnp.linalg.norm(flattened(x), axis=1), d),
-        "gram": rows @ rows.T,
         "gram with others": rows @ flattened(others).T,
         "dot": rows @ direction,
         "sum": jax.tree.map(lambda x: x.sum(0), d),
-        "mean": jax.tree.map(lambda x: x.mean(0), d),
         "weighted_sum": jax.tree.map(lambda x: jnp.tensordot(weights_like(d), x, 1), d),
         "second_moment": jax.tree.map(squares, d),
         "variance": jax.tree.map(lambda x: squares(x - x.mean(0)), d),
@@ -500,15 +496,15 @@ def test_every_quantity_is_exact(name):
         plain, d = theirs(loss, params, batch, **options)
         part = lambda tree: jax.tree.map(lambda x: x[:2], tree)
         ours = quantities(g, part(g), direction)
-        few = pe.materialize(thrifty), pe.norms(thrifty), pe.sum(thrifty), pe.gram(thrifty)
+        few = pe.materialize(thrifty), pe.norms(thrifty)
         return (losses, ours, few), (plain, plain_quantities(d, part(d), direction))
 
     (losses, ours, few), (plain, expected) = compiled(both, params, batch)
     close(losses, plain, tolerance)
     for what in expected:
-        scale = 10 if what in ("gram", "gram with others", "variance", "noise_scale") else 1
+        scale = 10 if what in ("gram with others", "variance", "noise_scale") else 1
         close(ours[what], expected[what], tolerance * scale)
-    close(few, tuple(expected[k] for k in ("materialize", "norms", "sum", "gram")), tolerance * 10)
+    close(few, (expected["materialize"], expected["norms"]), tolerance)
     for dtype, leaf in zip(
         jax.tree.leaves(jax.tree.map(lambda x: x.dtype, params)),
         jax.tree.leaves(ours["materialize"]),
@@ -666,16 +662,15 @@ def test_aux_goes_through_sweeps_and_parts():
         return jnp.sum(y**2), {"y": y, "key": key}
 
     w, x, keys = R(0, 3, 4), R(1, 5, 4), jax.random.split(jax.random.key(0), 5)
-    (losses, aux), g = pe.grads(loss, has_aux=True)(w, x, keys)
+    (losses, aux), g = compiled(pe.grads(loss, has_aux=True), w, x, keys)
     close(aux["y"], x @ w.T)
     close(losses, jnp.sum((x @ w.T) ** 2, 1))
     assert (jax.random.key_data(aux["key"]) == jax.random.key_data(keys)).all()
     close(g.materialize(), 2 * jnp.einsum("ni,nj->nij", x @ w.T, x))
     for options in ({}, {"sweeps": 2}, {"microbatch_size": 2}):
-        found = pe.clipped_grad(loss, 1e9, has_aux=True, **options)(w, x, keys)
+        found = compiled(pe.clipped_grad(loss, 1e9, has_aux=True, **options), w, x, keys)
         close(found.aux["y"], x @ w.T)
         close(found.gradient, 2 * (x @ w.T).T @ x)
-    assert pe.clipped_grad(lambda w, x: jnp.sum(w * x), 1.0)(w, x[:, :3, None]).aux is None
 
 
 # ------------------------------------------------------------------------------- what is kept
@@ -692,7 +687,8 @@ def test_explain_says_what_is_kept_and_why():
         z += jnp.sum(zoo.conv(x[None, :, None], p["k"]) ** 2)
         return z + jnp.sum(zoo.conv(x[None, :, :, None], p["small"]) ** 2)
 
-    _, g = pe.grads(loss)(p, (R(7, 2, 4, 30), ints(8, 2, 4, below=50)))
+    # Shapes are enough to ask.
+    _, g = jax.eval_shape(pe.grads(loss), p, (R(7, 2, 4, 30), ints(8, 2, 4, below=50)))
     found = {row["path"]: row for row in pe.explain(g)}
     assert found["['W']"]["kept"] == "A (4 × 30), G (4 × 20)"
     assert found["['W']"]["numbers"] == 200 and found["['W']"]["dense"] == 600
@@ -716,10 +712,15 @@ def test_both_ways_to_a_norm_are_taken():
     w = R(0, 40, 50)
     for positions, by_gram in [(4, True), (30, False)]:
         x = R(1, 3, positions, 50)
-        _, g = gradients(loss, w, x)
-        assert jax.tree.map(lambda x: x[0], g.terms[0]).norm_by_gram is by_gram
-        d = jax.vmap(jax.grad(loss), (None, 0))(w, x)
-        close(pe.norms(g), jnp.linalg.norm(flattened(d), axis=1))
+        _, g = jax.eval_shape(functools.partial(gradients, loss), w, x)
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), g.terms[0])
+        assert one.norm_by_gram is by_gram
+
+        def both(w, x):
+            d = jax.vmap(jax.grad(loss), (None, 0))(w, x)
+            return pe.norms(gradients(loss, w, x)[1]), jnp.linalg.norm(flattened(d), axis=1)
+
+        close(*compiled(both, w, x))
 
 
 def test_the_methods_of_a_leaf_are_the_functions_of_a_tree():
@@ -732,6 +733,8 @@ def test_the_methods_of_a_leaf_are_the_functions_of_a_tree():
     np.testing.assert_array_equal(g.weighted_sum(c), pe.weighted_sum(g, c))
     by = pe.norms({"a": g, "b": [g, g]}, by=lambda path: "all")
     close(by["all"], g.norms() * 3**0.5)
+    close(g.gram(), flattened(g.materialize()) @ flattened(g.materialize()).T)
+    close(g.mean(), g.materialize().mean(0))
 
 
 # --------------------------------------------------------------------------------- transforms
@@ -748,13 +751,12 @@ def mlp(out=3):
 def test_the_tree_passes_through_transforms():
     loss, p = mlp()
     batch = R(3, 8, 5), R(4, 8, 3)
-    _, d = theirs(loss, p, batch)
-    norms = jnp.linalg.norm(flattened(d), axis=1)
+    _, d = jax.jit(functools.partial(theirs, loss))(p, batch)
+    norms = np.linalg.norm(flattened(d), axis=1)
 
     # Out of one compiled function, into another, its memory given away.
     _, g = jax.jit(pe.grads(loss))(p, batch)
     close(jax.jit(pe.norms)(g), norms)
-    close(pe.norms(jax.device_get(g)), norms)
     summed = jax.jit(pe.sum, donate_argnums=0)
     close(summed(g), jax.tree.map(lambda x: x.sum(0), d))
 
@@ -762,19 +764,19 @@ def test_the_tree_passes_through_transforms():
     many = jax.tree.map(lambda w: jnp.stack([w, 2 * w]), p)
     found = jax.jit(jax.vmap(lambda p: pe.norms(pe.grads(loss)(p, batch)[1])))(many)
     close(found[0], norms)
-    _, twice = jax.vmap(lambda p: pe.grads(loss)(p, batch))(many)
-    close(jax.vmap(pe.norms)(twice), found)
+    _, twice = jax.jit(jax.vmap(lambda p: pe.grads(loss)(p, batch)))(many)
+    close(jax.jit(jax.vmap(pe.norms))(twice), found)
 
     # A loop over parts of the batch: the trees stacked.
     parts = jax.tree.map(lambda x: x.reshape(4, 2, *x.shape[1:]), batch)
     _, stacked = lax.scan(lambda s, part: (s, pe.grads(loss)(p, part)[1]), None, parts)
     whole = jax.tree.map(lambda x: x.reshape(8, *x.shape[2:]), stacked)
-    close(pe.norms(whole), norms)
+    close(jax.jit(pe.norms)(whole), norms)
     # As a loop's carry, and as a conditional's result.
-    _, g = pe.grads(loss)(p, batch)
+    _, g = jax.jit(pe.grads(loss))(p, batch)
     turned = lambda i, g: jax.tree.map(lambda x: x[::-1], g)
-    close(pe.norms(lax.fori_loop(0, 3, turned, g)), norms[::-1])
-    close(pe.norms(lax.cond(True, lambda: g, lambda: g)), norms)
+    close(jax.jit(lambda g: pe.norms(lax.fori_loop(0, 3, turned, g)))(g), norms[::-1])
+    close(jax.jit(lambda b, g: pe.norms(lax.cond(b, turned, turned, 0, g)))(True, g), norms[::-1])
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -785,14 +787,14 @@ def test_sharded_over_devices(check_vma):
     loss = lambda p, e: mlp_loss(p, (e[0] + p["E"][e[2]], e[1]))
     p |= E
     batch = R(3, 8, 5), R(4, 8, 3), ints(5, 8, below=9)
-    losses, d = theirs(loss, p, batch)
-    norms = jnp.linalg.norm(flattened(d), axis=1)
+    losses, d = jax.jit(functools.partial(theirs, loss))(p, batch)
+    norms = np.linalg.norm(flattened(d), axis=1)
     split = functools.partial(jax.shard_map, mesh=mesh, check_vma=check_vma)
 
     grads = split(pe.grads(loss), in_specs=(P(), P("batch")), out_specs=P("batch"))
     found, g = jax.jit(grads)(p, batch)
     close(found, losses)
-    close(pe.materialize(g), d)
+    close(jax.jit(pe.materialize)(g), d)
     close(jax.jit(pe.norms)(g), norms)
     assert g["W"].terms[0].a.sharding.spec[0] == "batch"
 
