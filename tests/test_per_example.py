@@ -613,6 +613,26 @@ def test_clipped_gradients(name):
         close(ours[what], expected[what])
 
 
+def test_two_sweeps_where_gradients_are_large(monkeypatch):
+    from fnn.per_example import clipping
+
+    called = []
+    again = clipping._swept_again
+    monkeypatch.setattr(clipping, "_swept_again", lambda *a: (called.append(1), again(*a))[1])
+    products = lambda w, x: jnp.sum(jnp.sin(w @ x) ** 2)
+    normed = lambda w, x: jnp.sum((w / jnp.linalg.norm(w) @ x) ** 2)
+    w, x = R(0, 60, 50), R(1, 4, 50)
+    for loss, options, sweeps in [
+        (products, {}, 1),
+        (normed, {}, 2),
+        (normed, {"sweeps": 1}, 1),
+        (products, {"sweeps": 2}, 2),
+    ]:
+        called.clear()
+        jax.eval_shape(clipping.clipped_grad(loss, 1.0, **options), w, x)
+        assert len(called) == sweeps - 1
+
+
 def test_a_zero_gradient_is_clipped_to_zero():
     loss = lambda w, x: jnp.sum((w * x) ** 2)
     found = pe.clipped_grad(loss, 1.0)(jnp.ones(3), jnp.array([[0.0] * 3, [2.0] * 3]))

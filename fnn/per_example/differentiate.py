@@ -81,9 +81,20 @@ def grads(loss: Callable, *, has_aux: bool = False) -> Callable:
 
 
 def factored(
-    loss: Callable, params: Any, inputs: tuple, static: dict, *, has_aux: bool, thrifty=True
+    loss: Callable,
+    params: Any,
+    inputs: tuple,
+    static: dict,
+    *,
+    has_aux: bool,
+    thrifty: bool = True,
+    costs: dict[str, int] | None = None,
 ) -> tuple[Any, Any]:
-    """`(loss, factored gradients)` of one example, as a function to vmap."""
+    """`(loss, factored gradients)` of one example, as a function to vmap.
+
+    In `costs`, where given, is noted how many numbers any reverse sweep keeps of one example,
+    "residuals", and how many of its gradients' factors come on top, "on top".
+    """
     paths, leaves, tree = parameters(params)
     example, example_tree = jax.tree.flatten(inputs)
     seen: dict[str, Any] = {}
@@ -108,6 +119,11 @@ def factored(
         leaf_gradient(t, path, leaf, thrifty)
         for t, path, leaf in zip(terms, paths, leaves, strict=True)
     ]
+    if costs is not None:
+        costs["residuals"] = sum(r.size for r in residuals if not any(r is x for x in leaves))
+        # A product's first factor, the input, is kept for an ordinary sweep too.
+        terms = [t for g in gradients for t in g.terms]
+        costs["on top"] = sum(jax.tree.leaves(t)[-1].size for t in terms)
     value = (outs[0], jax.tree.unflatten(seen["aux"], outs[1:])) if has_aux else outs[0]
     return value, jax.tree.unflatten(tree, gradients)
 

@@ -237,7 +237,51 @@ class Convolution:
         return self.parameters["kernel_shape"]
 
     def form(self):
+        (_, out, _) = self.layout.sizes
+        if math.prod(self._space) > 2 * out:
+            return self._by_offset()
         return self.as_product().form()
+
+    @property
+    def _space(self) -> tuple[int, ...]:
+        _, _, y_spec = self.parameters["dimension_numbers"]
+        return tuple(self.g.shape[d] for d in y_spec[2:])
+
+    def _by_offset(self):
+        """(groups, out, in): the entries of the kernel one after the other, each the product of
+        a window of x with g. All patches at once would hold as many x as the kernel has entries.
+        """
+        p = self.parameters
+        x_spec, w_spec, y_spec = p["dimension_numbers"]
+        groups = p["feature_group_count"]
+        x, g = _wide(self.x, self.g)
+        pads = [(0, 0, 0)] * x.ndim
+        for d, (low, high), dilation in zip(x_spec[2:], p["padding"], p["lhs_dilation"]):
+            pads[d] = (low, high, dilation - 1)
+        x = lax.pad(x, jnp.zeros((), x.dtype), pads)
+        kernel = [p["kernel_shape"][d] for d in w_spec[2:]]
+        offsets = numpy.array(list(numpy.ndindex(*kernel))) * numpy.array(p["rhs_dilation"])
+        step = [1] * x.ndim
+        for d, stride in zip(x_spec[2:], p["window_strides"]):
+            step[d] = stride
+        size = list(x.shape)
+        for d, n in zip(x_spec[2:], self._space):
+            size[d] = (n - 1) * step[d] + 1
+        in_groups = lambda a, d: a.reshape(*a.shape[:d], groups, -1, *a.shape[d + 1 :])
+        summed = lambda spec: [d + (d > spec[1]) for d in (spec[0], *spec[2:])]
+        numbers = (summed(x_spec), summed(y_spec)), ([x_spec[1]], [y_spec[1]])
+        g = in_groups(g, y_spec[1])
+
+        def at(offset):
+            start = [jnp.zeros((), offset.dtype)] * x.ndim
+            for d, o in zip(x_spec[2:], offset):
+                start[d] = o
+            window = lax.slice(lax.dynamic_slice(x, start, size), [0] * x.ndim, size, step)
+            window = in_groups(window, x_spec[1])
+            return lax.dot_general(window, g, numbers, precision=p["precision"])
+
+        found = lax.map(at, jnp.asarray(offsets, jnp.int32))  # (kernel, groups, in, out)
+        return lax.reshape(lax.transpose(found, (1, 3, 2, 0)), self.layout.sizes)
 
     def as_product(self) -> Product:
         """The same with the patches made: as many numbers as kernel entries, at each pixel."""
@@ -258,10 +302,13 @@ class Convolution:
         return Product(a, g, self.layout)
 
     def materialize(self):
-        return self.as_product().materialize()
+        return self.layout.to_parameter(self.form())
 
     def squared_norm(self):
-        return self.as_product().squared_norm()
+        (_, out, ins), p = self.layout.sizes, math.prod(self._space)
+        if p * (out + ins) < out * ins:
+            return self.as_product().squared_norm()
+        return jnp.sum(_square(self.form()))
 
     def dot(self, w):
         """⟨x ∗ g, w⟩ = ⟨g, x ∗ w⟩: one more forward convolution."""
