@@ -11,7 +11,7 @@ bytes, and those with the results) are the compiled program's, as ratios to that
     optax        differentially_private_aggregate, given vmap(grad)
     jax-privacy  clipped_grad, as it is by default, and one example at a time
     Opacus       hooks (GradSampleModule) and ghost clipping, on the MLP
-    BackPACK     BatchL2 of each parameter, on the MLP
+    BackPACK     norms, second moment and variance, on the MLP
 
 are left out, with the line that installs them, where they aren't installed.
 """
@@ -210,6 +210,10 @@ def fnn_moments(loss, p, batch):
     return _compiled(lambda p, batch: pe.second_moment(pe.grads(loss)(p, batch)[1]), p, batch)
 
 
+def fnn_variance(loss, p, batch):
+    return _compiled(lambda p, batch: pe.variance(pe.grads(loss)(p, batch)[1]), p, batch)
+
+
 def optax_clipped(loss, p, batch):
     import optax
 
@@ -297,19 +301,19 @@ def opacus_ghost(loss, p, batch):
     return run
 
 
-def backpack_norms(loss, p, batch):
+def backpack_quantity(loss, p, batch, extension):
     import torch
-    from backpack import backpack, extend
-    from backpack.extensions import BatchL2Grad
+    from backpack import backpack, extend, extensions
 
     net, x, y = _torch_mlp(p, batch)
     net, measure = extend(net), extend(torch.nn.CrossEntropyLoss(reduction="sum"))
 
     def run():
         net.zero_grad()
-        with backpack(BatchL2Grad()):
+        with backpack(getattr(extensions, extension)()):
             measure(net(x), y).backward()
-        return torch.sqrt(sum(w.batch_l2 for w in net.parameters()))
+        if extension == "BatchL2Grad":
+            return torch.sqrt(sum(w.batch_l2 for w in net.parameters()))
 
     return run
 
@@ -324,6 +328,7 @@ ROWS: dict[str, tuple[Callable, str, str, tuple[str, ...]]] = {
     "fnn clipped, 2 sweeps": (functools.partial(fnn_clipped, sweeps=2), "jax", "jax", ()),
     "vmap(grad) clipped": (vmap_clipped, "jax", "jax", ()),
     "fnn second moment": (fnn_moments, "jax", "jax", ()),
+    "fnn variance": (fnn_variance, "jax", "jax", ("mlp",)),
     "optax clipped": (optax_clipped, "optax", "optax", ()),
     "jax-privacy clipped": (jax_privacy, "jax_privacy", "jax-privacy", ("mlp",)),
     "jax-privacy clipped, one at a time": (
@@ -335,8 +340,15 @@ ROWS: dict[str, tuple[Callable, str, str, tuple[str, ...]]] = {
     "PyTorch mean gradient": (torch_gradient, "torch", "torch==2.13.0", ("mlp",)),
     "Opacus hooks": (opacus_hooks, "opacus", "opacus", ("mlp",)),
     "Opacus ghost": (opacus_ghost, "opacus", "opacus", ("mlp",)),
-    "BackPACK norms": (backpack_norms, "backpack", "backpack-for-pytorch", ("mlp",)),
 }
+BACKPACK = {"norms": "BatchL2Grad", "second moment": "SumGradSquared", "variance": "Variance"}
+for _name, _extension in BACKPACK.items():
+    ROWS[f"BackPACK {_name}"] = (
+        functools.partial(backpack_quantity, extension=_extension),
+        "backpack",
+        "backpack-for-pytorch",
+        ("mlp",),
+    )
 
 # --------------------------------------------------------------------------------------- tables
 
