@@ -514,11 +514,13 @@ def weighted_sum(term: Term, weights):
     if isinstance(term, Dense):
         if weights is None:
             return jnp.sum(term.value, axis=0)
-        weights = weights.astype(term.value.dtype)
-        return jnp.tensordot(weights, term.value, axes=(0, 0))
+        (value,) = _wide(term.value)
+        return jnp.tensordot(weights.astype(value.dtype), value, axes=(0, 0))
     if weights is not None:
-        c = weights.astype(term.g.dtype)
-        term = dataclasses.replace(term, g=term.g * lax.expand_dims(c, range(1, term.g.ndim)))
+        # In half precision a rounded weight may let a clipped gradient grow beyond its limit.
+        (g,) = _wide(term.g)
+        c = lax.expand_dims(weights.astype(g.dtype), range(1, g.ndim))
+        term = dataclasses.replace(term, g=g * c)
     if isinstance(term, Convolution):
         return _sum_of_convolutions(term)
     return _as_one(term).materialize()
@@ -682,7 +684,7 @@ def _sum_of_convolutions(term: Convolution):
     merge = lambda x, d: jnp.moveaxis(x, 0, d).reshape(
         *x.shape[1 : d + 1], x.shape[0] * x.shape[d + 1], *x.shape[d + 2 :]
     )
-    x, g = merge(term.x, x_spec[0]), merge(term.g, y_spec[0])
+    x, g = _wide(merge(term.x, x_spec[0]), merge(term.g, y_spec[0]))
     w = jnp.zeros(term.kernel_shape, x.dtype)
     static = {k: v for k, v in p.items() if k != "kernel_shape"}
     static["dimension_numbers"] = lax.ConvDimensionNumbers(*p["dimension_numbers"])
