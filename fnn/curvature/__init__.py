@@ -1,0 +1,44 @@
+"""Curvature of a network's loss: products, diagonals, Kronecker factors, and optimisers.
+
+All take `model(params, input)`, the outputs of one example, and `loss(outputs, target)`, its
+loss, and return a function of `(params, (inputs, targets))`. All are of the mean loss.
+
+ggn_vector_product, hessian_vector_product,
+fisher_vector_product, empirical_fisher       linear operators
+eigenpairs                                    the largest eigenvalues of an operator
+ggn_diagonal, hessian_diagonal, ggn_trace     diagonals
+ggn_gram, ntk                                 all pairs of examples
+kronecker_factors                             KFAC's and KFLR's factors
+kfac, natural_gradient                        optimisers
+"""
+
+from fnn.curvature.diagonals import ggn_diagonal, ggn_gram, ggn_trace, hessian_diagonal, ntk
+from fnn.curvature.kronecker import Block, Diagonal, Kronecker, kronecker_factors
+from fnn.curvature.operators import (
+    LinearOperator,
+    eigenpairs,
+    empirical_fisher,
+    fisher_vector_product,
+    ggn_vector_product,
+    hessian_vector_product,
+    natural_gradient,
+)
+
+__all__ = [
+    "Block",
+    "Diagonal",
+    "Kronecker",
+    "LinearOperator",
+    "eigenpairs",
+    "empirical_fisher",
+    "fisher_vector_product",
+    "ggn_diagonal",
+    "ggn_gram",
+    "ggn_trace",
+    "ggn_vector_product",
+    "hessian_diagonal",
+    "hessian_vector_product",
+    "kronecker_factors",
+    "natural_gradient",
+    "ntk",
+]

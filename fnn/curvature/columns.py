@@ -1,0 +1,222 @@
+"""The reverse sweep started from columns of the output Hessian's root, not from a gradient.
+
+Where backpropagation takes the loss's gradient by the outputs back to the parameters, this takes
+the columns of S back, H = S Sᵀ: what arrives, Jᵀ S, has (Jᵀ S)(Jᵀ S)ᵀ = Jᵀ H J, the generalised
+Gauss-Newton matrix (Schraudolph 2002; Dangel et al. 2020). The parameters' gradients are kept
+factored, with the input A once and G for each column.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fnn.curvature import output_hessian
+from fnn.per_example import terms as algebra
+from fnn.per_example.differentiate import (
+    batch_size,
+    check_independent,
+    leaf_gradient,
+    parameters,
+    traced,
+)
+from fnn.per_example.factors import EXAMPLE, PARAMETERS, factored_halves
+from fnn.per_example.gradient import FactoredGradient
+from fnn.per_example.terms import Convolution, Dense, Product, Rows, Term
+from fnn.jaxpr import program
+
+
+@dataclasses.dataclass(eq=False)
+class Columns:
+    """For one parameter, the columns of Jᵀ S for each example, factored.
+
+    terms: arrays with the batch as first axis; those that differ by column have the columns as
+        second.
+    axes: the same structure; 0 where an array has an axis of columns (behind the batch's), None
+        where it hasn't.
+    count: the number of columns.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    terms: tuple[Term, ...]
+    axes: tuple[Term, ...]
+    count: int
+
+    @property
+    def batch_size(self) -> int:
+        return jax.tree.leaves(self.terms)[0].shape[0]
+
+    def each(self, function: Callable) -> Any:
+        """function(terms of one example and one column), mapped: (batch, columns, ...)."""
+        by_column = lambda terms: jax.vmap(function, in_axes=(self.axes,))(terms)
+        return jax.vmap(by_column)(self.terms)
+
+    def as_batch(self) -> FactoredGradient:
+        """Each example's each column as an example: (batch · columns)."""
+        own = self.each(lambda terms: terms)
+        flat = lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+        return FactoredGradient(jax.tree.map(flat, own), self.path, self.shape, self.dtype)
+
+    def sum_of_squares(self) -> jax.Array:
+        """Σ over examples and columns of the entries' squares: the GGN's diagonal, times N."""
+        if len(self.terms) == 1:
+            (term,), (axes,) = self.terms, self.axes
+            if isinstance(term, Dense):
+                return jnp.sum(algebra._square(algebra._wide(term.value)[0]), axis=(0, 1))
+            one_position = isinstance(term, Product) and term.positions == 1
+            if one_position and axes.a is None and axes.g == 0:
+                a, g = algebra._wide(term.a, term.g)
+                squares = Product(algebra._square(a), _sum_squares(g, 1), term.layout)
+                return algebra.weighted_sum(squares, None)
+        size = self.count * functools.reduce(lambda n, k: n * k, self.shape, 1)
+
+        def squares(terms):
+            part = dataclasses.replace(self, terms=terms)
+            formed = part.each(_materialized)
+            return jnp.sum(algebra._square(algebra._wide(formed)[0]), axis=(0, 1))
+
+        return algebra._accumulate(squares, self.terms, self.batch_size, size)
+
+    def squared_norms(self) -> jax.Array:
+        """|Jᵀ s|² for each example's each column, (batch, columns)."""
+        return self.each(algebra.squared_norm)
+
+
+def _sum_squares(x, axis):
+    return jnp.sum(algebra._square(x), axis=axis)
+
+
+def _materialized(terms):
+    return functools.reduce(jnp.add, [t.materialize() for t in terms])
+
+
+def columns(
+    model: Callable,
+    loss: Callable | None,
+    params: Any,
+    batch: Any,
+    *,
+    key=None,
+    samples: int = 0,
+    seeds: Callable | None = None,
+    thrifty: bool = True,
+) -> tuple[list[Columns], Any, Any]:
+    """`(columns of each parameter, their tree, outputs)` of a batch.
+
+    Args:
+        model: `model(params, input)`, the outputs of one example, an array.
+        loss: `loss(outputs, target)`, for the root of its Hessian; or
+        seeds: `(outputs, target) -> (columns, *outputs.shape)`, instead.
+        params: a tree of real arrays.
+        batch: `(inputs, targets)`, trees of arrays with the examples along their first axis.
+        key, samples: how many random columns to take instead of the exact root.
+        thrifty: form what has more numbers in its factors than the gradient has.
+    """
+    inputs, targets = pair(batch)
+    size = batch_size(batch)
+    paths, leaves, tree = parameters(params)
+    seen: dict[str, Any] = {}
+    keys = None if key is None else jax.random.split(key, size)
+
+    def of_example(x, target, key):
+        example, example_tree = jax.tree.flatten(x)
+
+        def flat(*args):
+            here = jax.tree.unflatten(tree, args[: len(leaves)])
+            out = model(here, jax.tree.unflatten(example_tree, args[len(leaves) :]))
+            return [one_array(out)]
+
+        closed = traced(flat, [*leaves, *example])
+        kinds = [PARAMETERS] * len(leaves) + [EXAMPLE] * len(example)
+        check_independent(program(closed), kinds)
+        found = factored_halves(closed, [k == PARAMETERS for k in kinds], kinds)
+        (z,), residuals = found.cut.run_forward([*leaves, *example])
+        if seeds is not None:
+            s = seeds(z, target)
+        else:
+            s = output_hessian.columns(loss, z, target, key, samples)
+        # What the forward half made, the inputs A, doesn't differ by column.
+        cut = found.cut
+        known = dict(cut.joint.constants)
+        known.update(zip(cut.ins, [*leaves, *example], strict=True))
+        known.update(zip(cut.residuals, residuals, strict=True))
+        fixed = [i in known for i in cut.gradients]
+        differing = [i for i, f in zip(cut.gradients, fixed, strict=True) if not f]
+        small = dataclasses.replace(cut, gradients=list(dict.fromkeys(differing)))
+        back = jax.vmap(lambda s: small.run_backward(residuals, [s]))(s)
+        made = dict(zip(small.gradients, back, strict=True))
+        arrays = [known[i] if i in known else made[i] for i in cut.gradients]
+        axes = [None if f else 0 for f in fixed]
+        per_leaf = found.terms(arrays), _unflatten_axes(found, axes)
+        joined = [
+            _joined(t, a, path, leaf, thrifty, s.shape[0])
+            for t, a, path, leaf in zip(*per_leaf, paths, leaves, strict=True)
+        ]
+        seen["axes"] = [a for _, a in joined]
+        seen["count"] = s.shape[0]
+        return [t for t, _ in joined], z
+
+    all_terms, z = jax.vmap(of_example)(inputs, targets, keys)
+    found = [
+        Columns(path, leaf.shape, leaf.dtype, terms, axes, seen["count"])
+        for path, leaf, terms, axes in zip(paths, leaves, all_terms, seen["axes"], strict=True)
+    ]
+    return found, tree, z
+
+
+def _unflatten_axes(found, axes):
+    return jax.tree.unflatten(found.terms_tree, axes)
+
+
+def _joined(terms, axes, path, leaf, thrifty, count):
+    """One parameter's terms, joined column by column where there is something to join."""
+    if len(terms) == 1 and not thrifty:
+        return tuple(terms), tuple(axes)
+    if len(terms) == 1 and (isinstance(terms[0], Dense) or not _pays_to_form(terms[0], leaf, count)):
+        return tuple(terms), tuple(axes)
+    join = lambda ts: leaf_gradient(list(ts), path, leaf, thrifty).terms
+    if not terms:
+        terms = jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (count, *x.shape)), list(join([]))
+        )
+        return tuple(terms), jax.tree.map(lambda x: 0, tuple(terms))
+    joined = jax.vmap(join, in_axes=(axes,), axis_size=count)(terms)
+    return joined, jax.tree.map(lambda x: 0, joined)
+
+
+def _pays_to_form(term: Term, leaf, count: int) -> bool:
+    """Do G's numbers for one column outnumber the gradient's?"""
+    if isinstance(term, Product) and term.positions == 1:
+        return False
+    return term.g.size >= leaf.size * count
+
+
+def pair(batch: Any) -> tuple[Any, Any]:
+    """A batch as `(inputs, targets)`."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise ValueError(
+            "batch must be a pair (inputs, targets) for a model(params, input) and a "
+            f"loss(outputs, target), but is {type(batch).__name__}"
+            + (f" of {len(batch)}." if hasattr(batch, "__len__") else ".")
+        )
+    return batch[0], batch[1]
+
+
+def one_array(out: Any) -> jax.Array:
+    try:
+        aval = jax.typeof(out)
+    except TypeError:
+        raise TypeError(
+            f"model(params, input) must return one array, the outputs of one example, but "
+            f"returned {type(out).__name__}."
+        ) from None
+    if not jnp.issubdtype(aval.dtype, jnp.floating):
+        raise TypeError(f"the model's outputs must be real, but have dtype {aval.dtype}.")
+    return out

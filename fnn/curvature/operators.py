@@ -1,0 +1,284 @@
+"""Curvature matrices as linear operators: products with vectors, never the matrix.
+
+All are matrices of the MEAN loss over the batch, by the parameters; a vector is a tree like
+them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+import fnn.per_example as per_example
+from fnn.backprop import grad, vjp
+from fnn.curvature import output_hessian
+from fnn.curvature.columns import columns, one_array, pair
+from fnn.per_example.differentiate import batch_size, parameters
+
+
+@dataclasses.dataclass(eq=False)
+class LinearOperator:
+    """A symmetric matrix A as `operator(v)`, or `operator @ v`, for trees v like the parameters.
+
+    `jax.scipy.sparse.linalg.cg(operator, b)` takes it as it is, `to_lineax()` makes it one of
+    lineax's. Make it where it is used, inside `jit`: it holds arrays, but is no pytree.
+    """
+
+    product: Callable[[Any], Any]
+    like: Any
+    name: str
+
+    def __call__(self, v: Any) -> Any:
+        self._check(v)
+        return self.product(v)
+
+    __matmul__ = __call__
+
+    def damped(self, damping: float) -> LinearOperator:
+        """A + damping · I."""
+
+        def product(v):
+            return jax.tree.map(lambda a, x: a + damping * x, self.product(v), v)
+
+        return LinearOperator(product, self.like, f"{self.name} + damping")
+
+    def to_dense(self) -> jax.Array:
+        """The matrix (n, n), one product for each column: for small networks, and for tests."""
+        zero, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, self.like))
+        column = lambda e: ravel_pytree(self.product(unravel(e)))[0]
+        return jax.lax.map(column, jnp.eye(zero.size, dtype=zero.dtype)).T
+
+    def to_lineax(self) -> Any:
+        """A `lineax.FunctionLinearOperator`, tagged symmetric.
+
+        Raises:
+            ImportError: lineax isn't installed.
+        """
+        try:
+            import lineax
+        except ImportError as error:
+            raise ImportError("to_lineax needs lineax: pip install lineax") from error
+        tags = [lineax.symmetric_tag]
+        if self.name != "Hessian":
+            tags.append(lineax.positive_semidefinite_tag)
+        structure = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, self.like))
+        return lineax.FunctionLinearOperator(self.product, structure, tags)
+
+    def _check(self, v) -> None:
+        got, want = jax.tree.structure(v), jax.tree.structure(self.like)
+        if got != want:
+            raise ValueError(
+                f"the {self.name} acts on trees like the parameters, {want}, but got {got}."
+            )
+        for (path, x), p in zip(
+            jax.tree_util.tree_leaves_with_path(v), jax.tree.leaves(self.like), strict=True
+        ):
+            if jnp.shape(x) != jnp.shape(p):
+                raise ValueError(
+                    f"the vector for the {self.name} has shape {jnp.shape(x)} at "
+                    f"{jax.tree_util.keystr(path) or 'its only leaf'}, where the parameter has "
+                    f"shape {jnp.shape(p)}."
+                )
+
+
+def ggn_vector_product(model: Callable, loss: Callable) -> Callable:
+    """The generalised Gauss-Newton matrix, (1/N) Σₙ JₙᵀHₙJₙ, as an operator.
+
+    J is the Jacobian of the outputs by the parameters, H the Hessian of the loss by the outputs
+    (Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent",
+    2002). One product costs one forward-mode and one reverse pass; the network is linearised
+    once, when the operator is made.
+
+    Args:
+        model: `model(params, input)`, the outputs of one example, an array.
+        loss: `loss(outputs, target)`, the loss of one example, convex in the outputs.
+
+    Returns:
+        A function `(params, (inputs, targets))` that makes a `LinearOperator`.
+    """
+
+    def make(params: Any, batch: Any) -> LinearOperator:
+        (inputs, targets), size = pair(batch), batch_size(batch)
+        outputs = lambda p: jax.vmap(lambda x: one_array(model(p, x)))(inputs)
+        z, push = jax.linearize(outputs, params)
+        _, pull = vjp(outputs, params)
+
+        def product(v):
+            by_example = lambda z, t, u: output_hessian.of(loss, z, t).product(z, u)
+            (found,) = pull(jax.vmap(by_example)(z, targets, push(v)) / size)
+            return found
+
+        return LinearOperator(product, params, "GGN")
+
+    return make
+
+
+def hessian_vector_product(model: Callable, loss: Callable) -> Callable:
+    """The Hessian of the mean loss as an operator: the derivative of the gradient in a direction
+    (Pearlmutter, "Fast exact multiplication by the Hessian", 1994). Arguments as for
+    `ggn_vector_product`; the loss needn't be convex.
+    """
+
+    def make(params: Any, batch: Any) -> LinearOperator:
+        inputs, targets = pair(batch)
+        batch_size(batch)
+
+        def mean(p):
+            return jnp.mean(jax.vmap(lambda x, t: loss(model(p, x), t))(inputs, targets))
+
+        _, push = jax.linearize(grad(mean), params)
+        return LinearOperator(push, params, "Hessian")
+
+    return make
+
+
+def fisher_vector_product(
+    model: Callable, loss: Callable, *, key: Any = None, samples: int = 0
+) -> Callable:
+    """The Fisher matrix (1/N) Σₙ E[∇ log p(t|z) ∇ log p(t|z)ᵀ] as an operator.
+
+    The label t is drawn from the network's own distribution, loss = −log p. For squared error
+    (a normal distribution), softmax and binary cross-entropy it is the GGN (Martens, "New
+    insights and perspectives on the natural gradient method", 2020), and that is how it is
+    found; with `samples` the expectation is over as many drawn labels.
+
+    Raises:
+        ValueError: the loss isn't the negative log-likelihood of a known distribution.
+    """
+
+    def make(params: Any, batch: Any) -> LinearOperator:
+        inputs, targets = pair(batch)
+        first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+        z = model(params, first(inputs))
+        if not output_hessian.is_likelihood(loss, z, first(targets)):
+            raise ValueError(
+                "the Fisher matrix needs a loss that is a negative log-likelihood: one of fnn.ops' "
+                "squared_error, softmax_cross_entropy (integer labels) and "
+                "sigmoid_binary_cross_entropy. For other losses use ggn_vector_product."
+            )
+        if not samples:
+            return dataclasses.replace(ggn_vector_product(model, loss)(params, batch), name="Fisher")
+        drawn, tree, _ = columns(model, loss, params, batch, key=key, samples=samples)
+        grads = jax.tree.unflatten(tree, [c.as_batch() for c in drawn])
+        return _outer_products(grads, params, batch_size(batch), "Fisher")
+
+    return make
+
+
+def empirical_fisher(model: Callable, loss: Callable) -> Callable:
+    """(1/N) Σₙ gₙgₙᵀ, of the gradients at the data's own labels, as an operator.
+
+    One sweep keeps the gradients factored; a product is their inner products with v, and a
+    weighted sum. It isn't the Fisher matrix (Kunstner, Hennig & Balles, "Limitations of the
+    empirical Fisher approximation", 2019). Its diagonal is
+    `fnn.per_example.second_moment`, its trace the mean of the squared norms.
+    """
+
+    def make(params: Any, batch: Any) -> LinearOperator:
+        pair(batch)
+        whole = lambda p, example: loss(model(p, example[0]), example[1])
+        _, grads = per_example.grads(whole)(params, tuple(batch))
+        return _outer_products(grads, params, batch_size(batch), "empirical Fisher")
+
+    return make
+
+
+def _outer_products(grads, params, size, name) -> LinearOperator:
+    def product(v):
+        found = per_example.weighted_sum(grads, per_example.dot(grads, v) / size)
+        return jax.tree.map(lambda x, p: x.astype(jnp.asarray(p).dtype), found, params)
+
+    return LinearOperator(product, params, name)
+
+
+def eigenpairs(
+    operator: LinearOperator, k: int, key: jax.Array, *, steps: int | None = None
+) -> tuple[jax.Array, Any]:
+    """The k largest eigenvalues of an operator and their eigenvectors, by Lanczos' method.
+
+    With full reorthogonalisation (Golub & Van Loan, "Matrix computations", section 10.1). The
+    extreme eigenvalues converge first; more steps make the later of the k exact.
+
+    Args:
+        operator: a symmetric operator, such as `ggn_vector_product(model, loss)(params, batch)`.
+        k: how many.
+        key: for the vector it starts from.
+        steps: products with the operator; 2 k + 20 unless given, at most the dimension.
+
+    Returns:
+        `(values, vectors)`: (k,) in descending order, and a tree like the parameters with a
+        leading axis of k, of unit length together.
+    """
+    zero, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, operator.like))
+    size = zero.size
+    steps = min(size, 2 * k + 20 if steps is None else steps)
+    if not 0 < k <= steps:
+        raise ValueError(f"k must be between 1 and the number of steps, {steps}, but is {k}.")
+    product = lambda v: ravel_pytree(operator(unravel(v)))[0]
+
+    def orthogonal(v, basis):
+        for _ in range(2):  # twice is enough (Kahan, Parlett)
+            v = v - basis.T @ (basis @ v)
+        return v
+
+    def step(carry, i):
+        basis, v = carry
+        basis = basis.at[i].set(v)
+        w = product(v)
+        alpha = v @ w
+        w = orthogonal(w, basis)
+        beta = jnp.linalg.norm(w)
+        # An invariant subspace is used up: go on from any vector that is orthogonal to it.
+        fresh = orthogonal(jax.random.normal(jax.random.fold_in(key, i), v.shape, v.dtype), basis)
+        tiny = beta <= jnp.finfo(v.dtype).eps * size * jnp.abs(alpha)
+        after = jnp.where(tiny, fresh / jnp.linalg.norm(fresh), w / jnp.where(tiny, 1, beta))
+        return (basis, after), (alpha, jnp.where(tiny, 0, beta))
+
+    v = jax.random.normal(key, zero.shape, zero.dtype)
+    basis = jnp.zeros((steps, size), zero.dtype)
+    start = (basis, v / jnp.linalg.norm(v))
+    (basis, _), (alpha, beta) = jax.lax.scan(step, start, jnp.arange(steps))
+    tridiagonal = jnp.diag(alpha) + jnp.diag(beta[:-1], 1) + jnp.diag(beta[:-1], -1)
+    values, vectors = jnp.linalg.eigh(tridiagonal)
+    found = (basis.T @ vectors[:, ::-1][:, :k]).T
+    found = found / jnp.linalg.norm(found, axis=1, keepdims=True)
+    return values[::-1][:k], jax.vmap(unravel)(found)
+
+
+def natural_gradient(
+    model: Callable, loss: Callable, *, damping: float = 1e-3, max_iterations: int = 50,
+    tolerance: float = 1e-5,
+) -> Callable:
+    """The natural gradient (G + damping · I)⁻¹ ∇L, by conjugate gradients on the GGN G.
+
+    For a negative log-likelihood G is the Fisher matrix (Amari 1998; Martens, "Deep learning via
+    Hessian-free optimization", 2010).
+
+    Returns:
+        A function `(params, (inputs, targets))` to `(mean loss, natural gradient)`; the latter,
+        a tree like the parameters, is what an optimiser such as `optax.sgd` takes for a
+        gradient.
+    """
+
+    def of_batch(params: Any, batch: Any) -> tuple[jax.Array, Any]:
+        inputs, targets = pair(batch)
+
+        def mean(p):
+            return jnp.mean(jax.vmap(lambda x, t: loss(model(p, x), t))(inputs, targets))
+
+        from fnn.backprop import value_and_grad
+
+        value, gradient = value_and_grad(mean)(params)
+        operator = ggn_vector_product(model, loss)(params, batch).damped(damping)
+        found, _ = jax.scipy.sparse.linalg.cg(
+            operator, gradient, tol=tolerance, maxiter=max_iterations
+        )
+        return value, found
+
+    return of_batch
