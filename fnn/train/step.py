@@ -52,7 +52,7 @@ def train_step(
             dict of metrics. The step maps it over the batch.
         optimizer: any optax transformation. Those that want more than the gradient
             (`optax.lbfgs`, `polyak_sgd`, `reduce_on_plateau`, ...) get `value`, `grad` and
-            `value_fn` of the batch's mean loss. Complex parameters move along the conjugate
+            `value_fn` of the batch's mean loss, and `batch` (`fnn.curvature.kfac`). Complex parameters move along the conjugate
             of JAX's gradient, the direction of steepest descent.
         nonfinite: what to do about a step whose loss or gradient holds inf or nan (or is so
             large that its norm overflows). "raise": the step isn't applied and a
@@ -167,6 +167,9 @@ class TrainStep:
             **mean_metrics(metrics),
         }
 
+        def value_of(params, batch=batch):  # a line search passes on what else update was given
+            return mean_loss(self.loss, params, batch, size, key)[0]
+
         def apply():
             updates, opt_state = self.optimizer.update(
                 gradient,
@@ -174,21 +177,24 @@ class TrainStep:
                 state.params,
                 value=value,
                 grad=gradient,
-                value_fn=lambda params: mean(params)[0],
+                value_fn=value_of,
+                batch=batch,
             )
             params = optax.apply_updates(state.params, updates)
             return _typed_like(State(params, opt_state, state.step + 1), state)
 
         if self._nonfinite == "ignore":
             return apply(), metrics, None
-        # All that explains a bad step is computed only if there is one. And a `cond` needn't read
-        # and write the parameters once more, as a `where` would.
-        good = jnp.isfinite(value) & jnp.isfinite(total)
+        # The choice between new and old is part of the loop that makes the new: it costs nothing.
+        # One number, made once: the barrier keeps the compiler from making it at each entry.
+        good = jax.lax.optimization_barrier(jnp.isfinite(value) & jnp.isfinite(total))
+        new = jax.tree.map(lambda new, old: jnp.where(good, new, old), apply(), state)
+        # What explains a bad step is computed only if there is one; the state is then the old.
         quiet = jax.eval_shape(report, state, losses, squares)
-        new, told = jax.lax.cond(
+        told = jax.lax.cond(
             good,
-            lambda: (apply(), jnp.zeros(quiet.shape, quiet.dtype)),
-            lambda: (state, report(state, losses, squares)),
+            lambda: jnp.zeros(quiet.shape, quiet.dtype),
+            lambda: report(new, losses, squares),
         )
         if self._nonfinite == "skip":
             return new, metrics | {"skipped": (~good).astype(jnp.float32)}, None
