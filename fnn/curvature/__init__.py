@@ -13,6 +13,7 @@ kfac, natural_gradient                        optimisers
 """
 
 from fnn.curvature.diagonals import ggn_diagonal, ggn_gram, ggn_trace, hessian_diagonal, ntk
+from fnn.curvature.kfac import KFACState, kfac
 from fnn.curvature.kronecker import Block, Diagonal, Kronecker, kronecker_factors
 from fnn.curvature.operators import (
     LinearOperator,
@@ -27,6 +28,7 @@ from fnn.curvature.operators import (
 __all__ = [
     "Block",
     "Diagonal",
+    "KFACState",
     "Kronecker",
     "LinearOperator",
     "eigenpairs",
@@ -38,6 +40,7 @@ __all__ = [
     "ggn_vector_product",
     "hessian_diagonal",
     "hessian_vector_product",
+    "kfac",
     "kronecker_factors",
     "natural_gradient",
     "ntk",
