@@ -8,10 +8,11 @@ ops                         activations and losses
 layers, initializers        networks, as pairs of pure functions
 train_step, fit             training
 per_example                 per-example gradients, kept factored
+curvature                   Gauss-Newton, Hessian, Fisher, KFAC
 plot                        pictures of training
 """
 
-from fnn import initializers, layers, ops, per_example, plot
+from fnn import curvature, initializers, layers, ops, per_example, plot
 from fnn.backprop import Graph, grad, graph, value_and_grad, vjp
 from fnn.check import GradientError, check_grads, check_rule
 from fnn.layers import summary
@@ -31,6 +32,7 @@ __all__ = [
     "TrainStep",
     "check_grads",
     "check_rule",
+    "curvature",
     "evaluate",
     "fit",
     "grad",

@@ -52,8 +52,9 @@ def train_step(
             dict of metrics. The step maps it over the batch.
         optimizer: any optax transformation. Those that want more than the gradient
             (`optax.lbfgs`, `polyak_sgd`, `reduce_on_plateau`, ...) get `value`, `grad` and
-            `value_fn` of the batch's mean loss, and `batch` (`fnn.curvature.kfac`). Complex parameters move along the conjugate
-            of JAX's gradient, the direction of steepest descent.
+            `value_fn` of the batch's mean loss, and `batch` (for `fnn.curvature.kfac`). Complex
+            parameters move along the conjugate of JAX's gradient, the direction of steepest
+            descent.
         nonfinite: what to do about a step whose loss or gradient holds inf or nan (or is so
             large that its norm overflows). "raise": the step isn't applied and a
             NonFiniteError that names the parameters is raised. "skip": the step isn't
