@@ -28,6 +28,14 @@ START = {"W": jnp.zeros(3), "b": jnp.zeros(())}
 SGD = optax.sgd(0.1)
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Python's own handler: a shell has its background jobs ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def squares(params, example):
     x, y = example
     error = params["W"] @ x + params["b"] - y
