@@ -189,9 +189,9 @@ def _where_they_meet(tape, visit, upstream, side) -> list:
 
 def _why(equation: Equation) -> str:
     operation = equation.operation()
-    name = operation.op.name if operation is not None and hasattr(operation, "op") else None
+    name = equation.name if operation is None else operation.operation.name
     line = source_line(equation.source_info)
-    return f"used in {name or equation.name}" + (f" at {line}" if line else "")
+    return f"used in {name}" + (f" at {line}" if line else "")
 
 
 def _matrix_product(k, g, ins, params) -> Term | None:
