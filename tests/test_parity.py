@@ -21,6 +21,8 @@ BYTES = 256  # some scalars more or fewer, each in a buffer of 64 bytes
 # keys) is compared on the scale of the largest one. bfloat16 rounds to 8 bits, wherever.
 TOLERANCE = {"float32": 1e-5, "float64": 1e-13}
 TOLERANCE_OF = {"mixed_precision": 1e-2}
+# JAX 0.10 takes y + 1 for the derivative of y = eˣ − 1, which cancels; we take eˣ, as JAX 0.12.
+EXPONENTIALS_MORE = {"mlp_activations": 1.15}
 
 
 def compiled(function, *args):
@@ -55,7 +57,8 @@ def test_equal_to_jax_for_no_more_work(name):
     flops, flops_jax = (c.cost_analysis().get("flops", 0) for c in (ours, theirs))
     assert flops <= SLACK * flops_jax, f"{flops / flops_jax:.3f} times JAX's FLOPs"
     functions, functions_jax = (c.cost_analysis().get("transcendentals", 0) for c in (ours, theirs))
-    assert functions <= SLACK * functions_jax, f"{functions / functions_jax:.3f} times JAX's exp"
+    most = EXPONENTIALS_MORE.get(name, SLACK) * functions_jax
+    assert functions <= most, f"{functions / functions_jax:.3f} times JAX's exp"
     memory, memory_jax = (c.memory_analysis().temp_size_in_bytes for c in (ours, theirs))
     assert memory <= SLACK * memory_jax + BYTES, f"{memory / memory_jax:.3f} times JAX's bytes"
 

@@ -10,6 +10,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from primitive_checks import check_cost, check_primitive, compare, our_vjp, random_like
 
+import fnn
+
 NEW = hasattr(lax, "one_minus_square")  # JAX 0.12 has primitives that 0.10 lacks
 
 
@@ -479,3 +481,8 @@ def test_largest_k():
         check_primitive(lambda x, axis=axis: lax.approx_min_k(x, 2, axis), x)
     check_primitive(lambda x: lax.approx_max_k(x, 2, -1)[0], x, primitive="approx_top_k")
     check_cost(lambda x: lax.top_k(x, 2)[0], x)
+
+
+def test_the_gradient_of_expm1_does_not_cancel():
+    gradient = fnn.grad(lax.expm1)(jnp.float32(-30.0))
+    np.testing.assert_allclose(gradient, np.exp(-30.0), rtol=1e-5)

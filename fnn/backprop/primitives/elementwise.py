@@ -133,12 +133,8 @@ def _abs(g, y, x):
 
 
 def _tanh(g, y, x):
-    """g (1 − y) (1 + y), which doesn't cancel where |y| is almost 1.
-
-    The factor 1 + y is multiplied out: compilers find that one the easiest to fit in.
-    """
-    below = mul(g, sub(number(1, y), y))
-    return add(below, mul(below, y))
+    """g (1 − y) (1 + y), which doesn't cancel where |y| is almost 1."""
+    return mul(g, mul(sub(number(1, y), y), add(number(1, y), y)))
 
 
 def _acosh(g, y, x):
@@ -304,7 +300,8 @@ POWERS_AND_LOGARITHMS = {
     "cbrt": unary(lambda g, y, x: mul(g, mul(number(1 / 3, y), integer_pow(y, -2))), "1 / 3y²"),
     "exp": unary(lambda g, y, x: mul(g, y), "y"),
     "exp2": unary(lambda g, y, x: mul(mul(g, y), number(math.log(2), y)), "y log(2)"),
-    "expm1": unary(lambda g, y, x: mul(g, add(y, number(1, y))), "y + 1"),
+    # Not y + 1, which cancels where y is almost −1.
+    "expm1": unary(lambda g, y, x: mul(g, exp(x)), "eˣ"),
     "log": unary(lambda g, y, x: div(g, x), "1 / x"),
     "log2": unary(lambda g, y, x: div(g, mul(x, number(math.log(2), x))), "1 / (x log(2))"),
     "log1p": unary(lambda g, y, x: div(g, add(x, number(1, x))), "1 / (1 + x)"),
