@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn.curvature import output_hessian
+from fnn.jaxpr import program
 from fnn.per_example import terms as algebra
 from fnn.per_example.differentiate import (
     batch_size,
@@ -27,8 +28,7 @@ from fnn.per_example.differentiate import (
 )
 from fnn.per_example.factors import EXAMPLE, PARAMETERS, factored_halves
 from fnn.per_example.gradient import FactoredGradient
-from fnn.per_example.terms import Convolution, Dense, Product, Rows, Term
-from fnn.jaxpr import program
+from fnn.per_example.terms import Dense, Product, Term
 
 
 @dataclasses.dataclass(eq=False)
@@ -179,13 +179,13 @@ def _joined(terms, axes, path, leaf, thrifty, count):
     """One parameter's terms, joined column by column where there is something to join."""
     if len(terms) == 1 and not thrifty:
         return tuple(terms), tuple(axes)
-    if len(terms) == 1 and (isinstance(terms[0], Dense) or not _pays_to_form(terms[0], leaf, count)):
+    if len(terms) == 1 and (
+        isinstance(terms[0], Dense) or not _pays_to_form(terms[0], leaf, count)
+    ):
         return tuple(terms), tuple(axes)
     join = lambda ts: leaf_gradient(list(ts), path, leaf, thrifty).terms
     if not terms:
-        terms = jax.tree.map(
-            lambda x: jnp.broadcast_to(x, (count, *x.shape)), list(join([]))
-        )
+        terms = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), list(join([])))
         return tuple(terms), jax.tree.map(lambda x: 0, tuple(terms))
     joined = jax.vmap(join, in_axes=(axes,), axis_size=count)(terms)
     return joined, jax.tree.map(lambda x: 0, joined)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,18 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from fnn.backprop import grad
 from fnn.curvature.columns import columns, pair
 from fnn.curvature.operators import hessian_vector_product
 from fnn.jaxpr import inner_jaxprs, program, trace
-from fnn.per_example import quantities
 from fnn.per_example.differentiate import batch_size, parameters
 from fnn.per_example.gradient import _as
 
 
-def ggn_diagonal(
-    model: Callable, loss: Callable, *, key: Any = None, samples: int = 0
-) -> Callable:
+def ggn_diagonal(model: Callable, loss: Callable, *, key: Any = None, samples: int = 0) -> Callable:
     """The diagonal of the generalised Gauss-Newton matrix (1/N) Σₙ JₙᵀHₙJₙ.
 
     One sweep with the columns of H's root S: Σ_c (JᵀS_c)². With one position, (A²)ᵀ Σ_c G_c²
@@ -128,9 +123,7 @@ def hessian_diagonal(model: Callable, loss: Callable, *, chunk: int = 64) -> Cal
             return ggn_diagonal(model, loss)(params, batch)
         operator = hessian_vector_product(model, loss)(params, batch)
         flat, unravel = ravel_pytree(params)
-        entry = lambda i: ravel_pytree(
-            operator(unravel(jnp.zeros_like(flat).at[i].set(1)))
-        )[0][i]
+        entry = lambda i: ravel_pytree(operator(unravel(jnp.zeros_like(flat).at[i].set(1))))[0][i]
         found = jax.lax.map(entry, jnp.arange(flat.size), batch_size=chunk)
         return unravel(found)
 
@@ -163,17 +156,64 @@ def _has_known_hessian(model, loss, params, batch) -> bool:
 
 # Linear, or linear in pieces, in all their inputs together.
 _LINEAR = {
-    "add", "sub", "neg", "add_any", "reshape", "squeeze", "expand_dims", "transpose", "rev",
-    "broadcast_in_dim", "slice", "concatenate", "pad", "reduce_sum", "convert_element_type",
-    "copy", "copy_p", "select_n", "max", "min", "abs", "clamp", "reduce_max", "reduce_min",
-    "gather", "dynamic_slice", "stop_gradient", "reduce_window_sum", "reduce_window_max",
-    "select_and_gather_add", "reduce_precision", "sort", "real", "imag",
+    "add",
+    "sub",
+    "neg",
+    "add_any",
+    "reshape",
+    "squeeze",
+    "expand_dims",
+    "transpose",
+    "rev",
+    "broadcast_in_dim",
+    "slice",
+    "concatenate",
+    "pad",
+    "reduce_sum",
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "select_n",
+    "max",
+    "min",
+    "abs",
+    "clamp",
+    "reduce_max",
+    "reduce_min",
+    "gather",
+    "dynamic_slice",
+    "stop_gradient",
+    "reduce_window_sum",
+    "reduce_window_max",
+    "select_and_gather_add",
+    "reduce_precision",
+    "sort",
+    "real",
+    "imag",
 }
 _BILINEAR = {"dot_general", "conv_general_dilated", "mul"}
 _PIECEWISE_LINEAR_OPERATIONS = {"relu", "leaky_relu", "maxout", "hard_tanh", "relu6"}
 _NOT_DIFFERENTIATED = {
-    "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "sign", "floor", "ceil", "round",
-    "iota", "argmax", "argmin", "is_finite", "stop_gradient", "random_bits", "shift_right_logical",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "and",
+    "or",
+    "not",
+    "sign",
+    "floor",
+    "ceil",
+    "round",
+    "iota",
+    "argmax",
+    "argmin",
+    "is_finite",
+    "stop_gradient",
+    "random_bits",
+    "shift_right_logical",
 }
 
 

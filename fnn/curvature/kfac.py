@@ -202,9 +202,7 @@ def kfac(
                     ratio.astype(state.ratio.dtype),
                 )
 
-            adapted, ratio = _every(
-                adapt_damping_every, state.count + 1, adapt, (adapted, ratio)
-            )
+            adapted, ratio = _every(adapt_damping_every, state.count + 1, adapt, (adapted, ratio))
         new = KFACState(
             state.count + 1, state.key, factors, weight, inverses, adapted, delta, ratio
         )

@@ -27,7 +27,7 @@ from fnn.backprop import grad
 from fnn.curvature.columns import Columns, columns
 from fnn.per_example import terms as algebra
 from fnn.per_example.differentiate import batch_size
-from fnn.per_example.terms import Convolution, Dense, Layout, Product, Rows
+from fnn.per_example.terms import Convolution, Layout, Product, Rows
 
 
 @functools.partial(
@@ -169,7 +169,9 @@ def factors_of(own: Columns, size: int, kind: str, largest_block: int) -> Factor
         g = jnp.einsum("ncspo,ncspq->soq", term.g, term.g) / size
         # The factor that stands first in the layout is the table's rows: theirs is diagonal.
         swapped = dataclasses.replace(
-            term.layout, out=term.layout.ins, ins=term.layout.out,
+            term.layout,
+            out=term.layout.ins,
+            ins=term.layout.out,
             order=_swapped(term.layout),
         )
         return Kronecker(counts[None] / (size * positions), g, swapped, own.shape)

@@ -7,7 +7,6 @@ them.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ import fnn.per_example as per_example
 from fnn.backprop import grad, vjp
 from fnn.curvature import output_hessian
 from fnn.curvature.columns import columns, one_array, pair
-from fnn.per_example.differentiate import batch_size, parameters
+from fnn.per_example.differentiate import batch_size
 
 
 @dataclasses.dataclass(eq=False)
@@ -163,7 +162,9 @@ def fisher_vector_product(
                 "sigmoid_binary_cross_entropy. For other losses use ggn_vector_product."
             )
         if not samples:
-            return dataclasses.replace(ggn_vector_product(model, loss)(params, batch), name="Fisher")
+            return dataclasses.replace(
+                ggn_vector_product(model, loss)(params, batch), name="Fisher"
+            )
         drawn, tree, _ = columns(model, loss, params, batch, key=key, samples=samples)
         grads = jax.tree.unflatten(tree, [c.as_batch() for c in drawn])
         return _outer_products(grads, params, batch_size(batch), "Fisher")
@@ -252,7 +253,11 @@ def eigenpairs(
 
 
 def natural_gradient(
-    model: Callable, loss: Callable, *, damping: float = 1e-3, max_iterations: int = 50,
+    model: Callable,
+    loss: Callable,
+    *,
+    damping: float = 1e-3,
+    max_iterations: int = 50,
     tolerance: float = 1e-5,
 ) -> Callable:
     """The natural gradient (G + damping · I)⁻¹ ∇L, by conjugate gradients on the GGN G.

@@ -73,9 +73,7 @@ def _sigmoid_binary_cross_entropy() -> Known:
 
 
 def _multiclass_hinge() -> Known:
-    return Known(
-        lambda z, u: jnp.zeros_like(u), lambda z: jnp.zeros((0, *z.shape), z.dtype), None
-    )
+    return Known(lambda z, u: jnp.zeros_like(u), lambda z: jnp.zeros((0, *z.shape), z.dtype), None)
 
 
 _KNOWN = {
@@ -131,8 +129,10 @@ def _operation_of(loss, z, target):
         return None
     call = at_z[0].operation()
     operation = None if call is None else call.operation
-    if operation not in _KNOWN or flat.avals[flat.inputs[0]].ndim > 1 and (
-        operation in (ops.softmax_cross_entropy, ops.multiclass_hinge)
+    if (
+        operation not in _KNOWN
+        or flat.avals[flat.inputs[0]].ndim > 1
+        and (operation in (ops.softmax_cross_entropy, ops.multiclass_hinge))
     ):
         return None
     # A target of floats needn't add up to one: then the softmax's Hessian has its sum as factor.
