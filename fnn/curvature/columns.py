@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fnn.backprop.halves import run
 from fnn.curvature import output_hessian
 from fnn.jaxpr import program
 from fnn.per_example import terms as algebra
@@ -142,18 +143,28 @@ def columns(
             s = seeds(z, target)
         else:
             s = output_hessian.columns(loss, z, target, key, samples)
-        # What the forward half made, the inputs A, doesn't differ by column.
+        # What doesn't depend on the column, the inputs A above all, is made and kept once.
         cut = found.cut
-        known = dict(cut.joint.constants)
-        known.update(zip(cut.ins, [*leaves, *example], strict=True))
-        known.update(zip(cut.residuals, residuals, strict=True))
-        fixed = [i in known for i in cut.gradients]
-        differing = [i for i, f in zip(cut.gradients, fixed, strict=True) if not f]
-        small = dataclasses.replace(cut, gradients=list(dict.fromkeys(differing)))
-        back = jax.vmap(lambda s: small.run_backward(residuals, [s]))(s)
-        made = dict(zip(small.gradients, back, strict=True))
-        arrays = [known[i] if i in known else made[i] for i in cut.gradients]
-        axes = [None if f else 0 for f in fixed]
+        once = dict(cut.joint.constants)
+        once.update(zip(cut.ins, [*leaves, *example], strict=True))
+        once.update(zip(cut.residuals, residuals, strict=True))
+        by_column, depends = [], set(cut.cotangents)
+        for equation in cut.backward:
+            if depends.intersection(equation.ins):
+                depends.update(equation.outs)
+                by_column.append(equation)
+            else:
+                run([equation], once)
+        differing = list(dict.fromkeys(i for i in cut.gradients if i in depends))
+
+        def back(s):
+            values = once | dict(zip(cut.cotangents, [s], strict=True))
+            run(by_column, values)
+            return [values[i] for i in differing]
+
+        made = dict(zip(differing, jax.vmap(back)(s), strict=True))
+        arrays = [made[i] if i in depends else once[i] for i in cut.gradients]
+        axes = [0 if i in depends else None for i in cut.gradients]
         per_leaf = found.terms(arrays), _unflatten_axes(found, axes)
         joined = [
             _joined(t, a, path, leaf, thrifty, s.shape[0])
@@ -193,7 +204,7 @@ def _joined(terms, axes, path, leaf, thrifty, count):
 
 def _pays_to_form(term: Term, leaf, count: int) -> bool:
     """Do G's numbers for one column outnumber the gradient's?"""
-    if isinstance(term, Product) and term.positions == 1:
+    if isinstance(term, Dense) or (isinstance(term, Product) and term.positions == 1):
         return False
     return term.g.size >= leaf.size * count
 
@@ -207,6 +218,13 @@ def pair(batch: Any) -> tuple[Any, Any]:
             + (f" of {len(batch)}." if hasattr(batch, "__len__") else ".")
         )
     return batch[0], batch[1]
+
+
+def check_samples(key: Any, samples: int) -> None:
+    if samples and key is None:
+        raise ValueError(f"samples is {samples}, so labels are drawn: pass key=... too.")
+    if samples < 0:
+        raise ValueError(f"samples must be at least 0, but is {samples}.")
 
 
 def one_array(out: Any) -> jax.Array:

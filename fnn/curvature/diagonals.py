@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from fnn.curvature.columns import columns, pair
+from fnn.curvature.columns import check_samples, columns, pair
 from fnn.curvature.operators import hessian_vector_product
 from fnn.jaxpr import inner_jaxprs, program, trace
 from fnn.per_example.differentiate import batch_size, parameters
@@ -32,7 +32,7 @@ def ggn_diagonal(model: Callable, loss: Callable, *, key: Any = None, samples: i
     Returns:
         A function `(params, (inputs, targets))` to a tree like the parameters.
     """
-    _check_samples(key, samples)
+    check_samples(key, samples)
 
     def of_batch(params: Any, batch: Any) -> Any:
         found, tree, _ = columns(model, loss, params, batch, key=key, samples=samples)
@@ -47,7 +47,7 @@ def ggn_trace(model: Callable, loss: Callable, *, key: Any = None, samples: int 
 
     Arguments as for `ggn_diagonal`. No product of factors is formed for it.
     """
-    _check_samples(key, samples)
+    check_samples(key, samples)
 
     def of_batch(params: Any, batch: Any) -> jax.Array:
         found, _, _ = columns(model, loss, params, batch, key=key, samples=samples, thrifty=False)
@@ -128,13 +128,6 @@ def hessian_diagonal(model: Callable, loss: Callable, *, chunk: int = 64) -> Cal
         return unravel(found)
 
     return of_batch
-
-
-def _check_samples(key, samples) -> None:
-    if samples and key is None:
-        raise ValueError(f"samples is {samples}, so labels are drawn: pass key=... too.")
-    if samples < 0:
-        raise ValueError(f"samples must be at least 0, but is {samples}.")
 
 
 def _has_known_hessian(model, loss, params, batch) -> bool:
@@ -261,7 +254,10 @@ def _parameters_of(flat, given) -> list[frozenset] | None:
         elif name == "div":
             if ins[1]:
                 return None
-        elif name in ("custom_jvp_call", "custom_vjp_call", "cond", "checkpoint", "remat2"):
+        elif name in ("custom_jvp_call", "custom_vjp_call"):
+            if not _derivative_is_constant(equation, [flat.avals[i] for i in equation.ins], ins):
+                return None
+        elif name in ("cond", "checkpoint", "remat2"):
             operands = ins[1:] if name == "cond" else ins
             found = [
                 _parameters_of(program(j), operands[-len(j.in_avals) :] if j.in_avals else [])
@@ -274,3 +270,30 @@ def _parameters_of(flat, given) -> list[frozenset] | None:
             return None
         depends.update(zip(equation.outs, outs, strict=True))
     return [depends[i] for i in flat.outputs]
+
+
+def _derivative_is_constant(equation, avals, ins) -> bool:
+    """Is the rule that a function has for its derivative the same at all points, in pieces?
+
+    The rule needn't be the function's own derivative: a step function may have a smooth one.
+    """
+    moving = [k for k, parameters in enumerate(ins) if parameters]
+
+    def derivative(values, cotangents):
+        def of_moving(*given):
+            here = list(values)
+            for k, x in zip(moving, given, strict=True):
+                here[k] = x
+            return equation.apply(here)
+
+        return list(jax.vjp(of_moving, *[values[k] for k in moving])[1](cotangents))
+
+    struct = lambda aval: jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    values = [struct(a) for a in avals]
+    outs = jax.eval_shape(equation.apply, values)
+    if not all(jnp.issubdtype(x.dtype, jnp.inexact) for x in [*outs, *(values[k] for k in moving)]):
+        return False
+    flat = program(trace(lambda v, c: derivative(v, c), [values, outs]))
+    given = [frozenset([k]) if ins[k] else frozenset() for k in range(len(values))]
+    found = _parameters_of(flat, [*given, *[frozenset()] * len(outs)])
+    return found is not None and not any(found)

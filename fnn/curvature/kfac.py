@@ -110,7 +110,7 @@ def kfac(
         raise ValueError(f"kfac: average must be at least 0 and below 1, but is {average}.")
     key = jax.random.key(0) if key is None else key
     with_model = learning_rate is None
-    look_back = with_model and momentum != 0.0
+    look_back = momentum != 0.0 if with_model else bool(momentum)
 
     def new_factors(params, batch, key):
         draw = {"key": key, "samples": samples} if samples else {}
@@ -162,7 +162,7 @@ def kfac(
         outputs = lambda p: jax.vmap(lambda x: one_array(model(p, x)))(inputs)
         z, push = jax.linearize(outputs, params)
         vectors = [direction, state.velocity] if look_back else [direction]
-        curved, pushed = _quadratic(loss, z, targets, push, vectors)
+        curved = _quadratic(loss, z, targets, push, vectors)
         inner = jnp.array([[_dot(u, v) for v in vectors] for u in vectors])
         slope = jnp.array([_dot(gradient, v) for v in vectors])
         damped = curved + (state.damping + l2) * inner
@@ -170,24 +170,17 @@ def kfac(
             steps = _minimum(damped, slope)
         else:
             rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-            steps = jnp.array([rate])
+            steps = jnp.array([rate, momentum] if look_back else [rate])
         if trust_region is not None:
             length = 0.5 * steps @ damped @ steps
             steps = steps * jnp.sqrt(jnp.minimum(1, trust_region / jnp.maximum(length, 1e-30)))
         delta = _combined(steps, vectors)
-        if not with_model and momentum:
-            delta = jax.tree.map(lambda d, v: d + momentum * v, delta, state.velocity)
 
         adapted, ratio = state.damping, state.ratio
         if adapt_damping_every:
 
             def adapt():
-                if not with_model and momentum:
-                    quadratic, _ = _quadratic(loss, z, targets, push, [delta])
-                    own = quadratic[0, 0] + (state.damping + l2) * _dot(delta, delta)
-                    foretold = _dot(gradient, delta) + 0.5 * own
-                else:
-                    foretold = slope @ steps + 0.5 * steps @ damped @ steps
+                foretold = slope @ steps + 0.5 * steps @ damped @ steps
                 after = optax.apply_updates(params, delta)
                 change = _mean(loss, outputs(after), targets) - _mean(loss, z, targets)
                 if l2:
@@ -263,12 +256,12 @@ def _inverse_of_positive(matrix, damping):
 
 
 def _quadratic(loss, z, targets, push, vectors):
-    """uᵀ GGN v for all pairs of vectors, and the outputs' tangents."""
+    """uᵀ GGN v for all pairs of vectors."""
     pushed = [push(v) for v in vectors]
     product = lambda z, t, u: output_hessian.of(loss, z, t).product(z, u)
     bent = [jax.vmap(product)(z, targets, u) for u in pushed]
     size = z.shape[0]
-    return jnp.array([[jnp.vdot(u, v) / size for v in bent] for u in pushed]), pushed
+    return jnp.array([[jnp.vdot(u, v) / size for v in bent] for u in pushed])
 
 
 def _minimum(matrix, slope):

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn.backprop import grad
-from fnn.curvature.columns import Columns, columns
+from fnn.curvature.columns import Columns, check_samples, columns
 from fnn.per_example import terms as algebra
 from fnn.per_example.differentiate import batch_size
 from fnn.per_example.terms import Convolution, Layout, Product, Rows
@@ -128,8 +128,7 @@ def kronecker_factors(
     """
     if kind not in ("expand", "reduce"):
         raise ValueError(f'kind must be "expand" or "reduce", but is {kind!r}.')
-    if samples and key is None:
-        raise ValueError(f"samples is {samples}, so labels are drawn: pass key=... too.")
+    check_samples(key, samples)
     if samples and empirical:
         raise ValueError("the empirical Fisher takes the data's labels: no samples.")
 

@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax.flatten_util import ravel_pytree
 import fnn.per_example as per_example
 from fnn.backprop import grad, vjp
 from fnn.curvature import output_hessian
-from fnn.curvature.columns import columns, one_array, pair
+from fnn.curvature.columns import check_samples, columns, one_array, pair
 from fnn.per_example.differentiate import batch_size
 
 
@@ -148,8 +149,10 @@ def fisher_vector_product(
     found; with `samples` the expectation is over as many drawn labels.
 
     Raises:
-        ValueError: the loss isn't the negative log-likelihood of a known distribution.
+        ValueError: the loss isn't the negative log-likelihood of a known distribution, or there
+            are samples to draw without a key.
     """
+    check_samples(key, samples)
 
     def make(params: Any, batch: Any) -> LinearOperator:
         inputs, targets = pair(batch)
@@ -228,23 +231,26 @@ def eigenpairs(
             v = v - basis.T @ (basis @ v)
         return v
 
+    def unit(v):
+        return v / jnp.linalg.norm(v)
+
     def step(carry, i):
-        basis, v = carry
+        basis, v, scale = carry
         basis = basis.at[i].set(v)
         w = product(v)
         alpha = v @ w
         w = orthogonal(w, basis)
         beta = jnp.linalg.norm(w)
+        scale = jnp.maximum(scale, jnp.maximum(jnp.abs(alpha), beta))
         # An invariant subspace is used up: go on from any vector that is orthogonal to it.
+        used_up = beta <= 10 * jnp.finfo(v.dtype).eps * math.sqrt(size) * scale
         fresh = orthogonal(jax.random.normal(jax.random.fold_in(key, i), v.shape, v.dtype), basis)
-        tiny = beta <= jnp.finfo(v.dtype).eps * size * jnp.abs(alpha)
-        after = jnp.where(tiny, fresh / jnp.linalg.norm(fresh), w / jnp.where(tiny, 1, beta))
-        return (basis, after), (alpha, jnp.where(tiny, 0, beta))
+        after = unit(orthogonal(unit(jnp.where(used_up, fresh, w)), basis))
+        return (basis, after, scale), (alpha, jnp.where(used_up, 0, beta))
 
     v = jax.random.normal(key, zero.shape, zero.dtype)
-    basis = jnp.zeros((steps, size), zero.dtype)
-    start = (basis, v / jnp.linalg.norm(v))
-    (basis, _), (alpha, beta) = jax.lax.scan(step, start, jnp.arange(steps))
+    start = (jnp.zeros((steps, size), zero.dtype), unit(v), jnp.zeros((), zero.dtype))
+    (basis, _, _), (alpha, beta) = jax.lax.scan(step, start, jnp.arange(steps))
     tridiagonal = jnp.diag(alpha) + jnp.diag(beta[:-1], 1) + jnp.diag(beta[:-1], -1)
     values, vectors = jnp.linalg.eigh(tridiagonal)
     found = (basis.T @ vectors[:, ::-1][:, :k]).T

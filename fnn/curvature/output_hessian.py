@@ -125,7 +125,12 @@ def _operation_of(loss, z, target):
         trace(lambda z, *t: [loss(z, jax.tree.unflatten(tree, t))], [z, *leaves]), inline=True
     )
     at_z = [e for e in flat.equations if flat.inputs[0] in e.ins]
-    if len(at_z) != 1 or list(at_z[0].outs) != flat.outputs or at_z[0].ins[0] != flat.inputs[0]:
+    if (
+        len(at_z) != 1
+        or list(at_z[0].outs) != flat.outputs
+        or at_z[0].ins[0] != flat.inputs[0]
+        or flat.inputs[0] in at_z[0].ins[1:]
+    ):
         return None
     call = at_z[0].operation()
     operation = None if call is None else call.operation

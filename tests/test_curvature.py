@@ -1,0 +1,608 @@
+"""Curvature against dense Hessians and Gauss-Newton matrices, built by jacrev in float64."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+import fnn
+from fnn import curvature, ops
+from fnn.curvature import output_hessian
+from fnn.curvature.diagonals import piecewise_linear
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def close(a, b, rtol=1e-8, atol=1e-10):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), a, b)
+
+
+def flat(tree):
+    return ravel_pytree(tree)[0]
+
+
+# ------------------------------------------------------------------------------------- networks
+
+N = 5
+LABELS = jnp.arange(N) % 3
+
+
+def mlp(f):
+    params = {"W1": normal(0, 6, 4), "b1": normal(1, 6), "W2": normal(2, 3, 6)}
+    return (lambda p, x: p["W2"] @ f(p["W1"] @ x + p["b1"])), params, normal(3, N, 4)
+
+
+def recurrent():
+    def model(p, xs):
+        def step(h, x):
+            return jnp.tanh(p["W"] @ x + p["U"] @ h), None
+
+        return p["out"] @ lax.scan(step, jnp.zeros(4), xs)[0]
+
+    params = {"W": normal(0, 4, 3), "U": normal(1, 4, 4) / 2, "out": normal(2, 3, 4)}
+    return model, params, normal(3, N, 4, 3)
+
+
+def convolutional():
+    numbers = ("NHWC", "HWIO", "NHWC")
+
+    def model(p, x):
+        h = lax.conv_general_dilated(x[None], p["k"], (1, 1), "SAME", dimension_numbers=numbers)
+        h = lax.conv_general_dilated(
+            jax.nn.relu(h + p["b"]),
+            p["g"],
+            (1, 1),
+            "VALID",
+            dimension_numbers=numbers,
+            feature_group_count=2,
+        )
+        return p["out"] @ h.reshape(-1)
+
+    params = {
+        "k": normal(0, 3, 3, 2, 4), "b": normal(1, 4), "g": normal(2, 2, 2, 2, 4),
+        "out": normal(4, 3, 16),
+    }  # fmt: skip
+    return model, params, normal(3, N, 3, 3, 2)
+
+
+def embedding():
+    model = lambda p, i: p["out"] @ jnp.tanh(p["E"][i]).mean(0)
+    params = {"E": normal(0, 5, 3), "out": normal(2, 3, 3)}
+    return model, params, jax.random.randint(jax.random.key(1), (N, 4), 0, 5)
+
+
+def layers_in_a_scan():
+    model = lambda p, x: p["out"] @ lax.scan(lambda h, W: (jnp.tanh(W @ h), None), x, p["W"])[0]
+    return model, {"W": normal(0, 2, 4, 4), "out": normal(1, 3, 4)}, normal(3, N, 4)
+
+
+def twice():
+    """A weight that meets itself: not linear in it, in no piece."""
+    return (lambda p, x: p @ jax.nn.relu(p @ x)), normal(0, 3, 3), normal(3, N, 3)
+
+
+NETWORKS = {
+    "tanh": lambda: mlp(jnp.tanh),
+    "relu": lambda: mlp(jax.nn.relu),
+    "recurrent": recurrent,
+    "convolutional": convolutional,
+    "embedding": embedding,
+    "layers in a scan": layers_in_a_scan,
+    "twice": twice,
+}
+
+
+def fourth_power(z, target):
+    return jnp.sum((z - target) ** 4)
+
+
+@functools.cache
+def dense(name, loss):
+    """The GGN, the Hessian and the Jacobians (examples, outputs, parameters), by autodiff."""
+    model, params, xs = NETWORKS[name]()
+    targets = targets_of(loss)
+    vector, unravel = ravel_pytree(params)
+
+    def of_example(x, t):
+        z = model(params, x)
+        J = jax.jacrev(lambda v: model(unravel(v), x))(vector)
+        H = jax.hessian(lambda z: loss(z, t))(z)
+        return J.T @ H @ J, J
+
+    def mean(v):
+        return jnp.mean(jax.vmap(lambda x, t: loss(model(unravel(v), x), t))(xs, targets))
+
+    G, J = jax.jit(jax.vmap(of_example))(xs, targets)
+    return G.mean(0), jax.jit(jax.hessian(mean))(vector), J
+
+
+def targets_of(loss):
+    return LABELS if loss in (ops.softmax_cross_entropy, ops.multiclass_hinge) else normal(7, N, 3)
+
+
+SOME = [
+    ("tanh", ops.softmax_cross_entropy),
+    ("tanh", fourth_power),
+    ("relu", ops.squared_error),
+    ("relu", ops.multiclass_hinge),
+    *((n, ops.softmax_cross_entropy) for n in list(NETWORKS)[2:]),
+]
+IDS = [f"{n}, {getattr(f, 'name', None) or f.__name__}" for n, f in SOME]
+
+# ---------------------------------------------------------------------------------- the matrices
+
+
+@pytest.mark.parametrize(("name", "loss"), SOME, ids=IDS)
+def test_products_diagonals_traces_and_grams(name, loss):
+    model, params, xs = NETWORKS[name]()
+    batch = xs, targets_of(loss)
+    G, H, J = dense(name, loss)
+    v = jax.tree.map(lambda p: normal(11, *p.shape), params)
+
+    @jax.jit
+    def ours(params, batch):
+        ggn = curvature.ggn_vector_product(model, loss)(params, batch)
+        hessian = curvature.hessian_vector_product(model, loss)(params, batch)
+        return {
+            "Gv": flat(ggn @ v),
+            "(G + 2)v": flat(ggn.damped(2.0) @ v),
+            "Hv": flat(hessian(v)),
+            "diag G": flat(curvature.ggn_diagonal(model, loss)(params, batch)),
+            "diag H": flat(curvature.hessian_diagonal(model, loss)(params, batch)),
+            "trace": curvature.ggn_trace(model, loss)(params, batch),
+            "ntk": curvature.ntk(model)(params, xs),
+            "ntk of two": curvature.ntk(model)(params, xs, xs[:2]),
+        }
+
+    w = flat(v)
+    kernel = jnp.einsum("nip,mjp->nimj", J, J)
+    want = {
+        "Gv": G @ w,
+        "(G + 2)v": G @ w + 2 * w,
+        "Hv": H @ w,
+        "diag G": jnp.diag(G),
+        "diag H": jnp.diag(H),
+        "trace": jnp.trace(G),
+        "ntk": kernel,
+        "ntk of two": kernel[:, :, :2],
+    }
+    got = ours(params, batch)
+    for key, value in want.items():
+        np.testing.assert_allclose(got[key], value, rtol=1e-8, atol=1e-10, err_msg=key)
+    if loss is not ops.multiclass_hinge:
+        gram = jax.jit(curvature.ggn_gram(model, loss))(params, batch)
+        k = min(len(gram), len(G))
+        close(jnp.linalg.eigvalsh(gram)[::-1][:k], jnp.linalg.eigvalsh(G)[::-1][:k])
+
+
+def test_which_networks_are_piecewise_linear():
+    found = {}
+    for name, make in NETWORKS.items():
+        model, params, xs = make()
+        found[name] = piecewise_linear(model, params, xs)
+    assert {n for n, yes in found.items() if yes} == {"relu", "convolutional"}
+    attention = lambda p, x: jax.nn.softmax((p["q"] @ x) * x) @ x * p["v"]
+    assert not piecewise_linear(
+        attention, {"q": normal(0, 4, 4), "v": normal(1, 4)}, normal(3, N, 4)
+    )
+    for f in (ops.relu, ops.leaky_relu):
+        assert piecewise_linear(*mlp(f))
+
+
+def test_the_fast_hessian_diagonal_is_one_sweep():
+    """No loop over the parameters in its program."""
+    model, params, xs = mlp(jax.nn.relu)
+    batch = xs, LABELS
+    of = curvature.hessian_diagonal(model, ops.softmax_cross_entropy)
+    assert "while" not in jax.jit(of).lower(params, batch).as_text()
+    model, params, xs = mlp(jnp.tanh)
+    of = curvature.hessian_diagonal(model, ops.softmax_cross_entropy, chunk=4)
+    assert "while" in jax.jit(of).lower(params, (xs, LABELS)).as_text()
+
+
+def test_fisher_matrices():
+    model, params, xs = mlp(jnp.tanh)
+    batch = xs, LABELS
+    G, _, J = dense("tanh", ops.softmax_cross_entropy)
+    exact = curvature.fisher_vector_product(model, ops.softmax_cross_entropy)(params, batch)
+    close(exact.to_dense(), G)
+    drawn = curvature.fisher_vector_product(
+        model, ops.softmax_cross_entropy, key=jax.random.key(0), samples=20_000
+    )
+    error = jax.jit(lambda p: drawn(p, batch).to_dense())(params) - G
+    assert jnp.linalg.norm(error) < 0.03 * jnp.linalg.norm(G)
+    with pytest.raises(ValueError, match="negative log-likelihood"):
+        curvature.fisher_vector_product(model, fourth_power)(params, (xs, normal(7, N, 3)))
+
+    def gradient(x, t):
+        return flat(jax.grad(lambda p: ops.softmax_cross_entropy(model(p, x), t))(params))
+
+    g = jax.vmap(gradient)(*batch)
+    found = curvature.empirical_fisher(model, ops.softmax_cross_entropy)(params, batch)
+    close(found.to_dense(), g.T @ g / N)
+
+
+@pytest.mark.parametrize("loss", [ops.softmax_cross_entropy, ops.squared_error, fourth_power])
+def test_sampled_diagonals_and_traces_are_unbiased(loss):
+    model, params, xs = mlp(jnp.tanh)
+    batch = xs, targets_of(loss)
+    G, _, _ = dense("tanh", loss)
+    draw = {"key": jax.random.key(1), "samples": 20_000}
+    diagonal = jax.jit(curvature.ggn_diagonal(model, loss, **draw))(params, batch)
+    error = jnp.linalg.norm(flat(diagonal) - jnp.diag(G))
+    assert error < 0.03 * jnp.linalg.norm(jnp.diag(G))
+    trace = jax.jit(curvature.ggn_trace(model, loss, **draw))(params, batch)
+    assert abs(trace / jnp.trace(G) - 1) < 0.03
+
+
+def test_eigenpairs():
+    model, params, xs = mlp(jnp.tanh)
+    G, _, _ = dense("tanh", ops.softmax_cross_entropy)
+    operator = curvature.ggn_vector_product(model, ops.softmax_cross_entropy)(params, (xs, LABELS))
+    values, vectors = curvature.eigenpairs(operator, 3, jax.random.key(0))
+    want, basis = jnp.linalg.eigh(G)
+    close(values, want[::-1][:3], 1e-6)
+    overlap = jnp.abs(jnp.sum(jax.vmap(flat)(vectors) * basis.T[::-1][:3], axis=1))
+    close(overlap, jnp.ones(3), 1e-6)
+    with pytest.raises(ValueError, match="k must be"):
+        curvature.eigenpairs(operator, 0, jax.random.key(0))
+
+
+def test_natural_gradient_and_conjugate_gradients():
+    model, params, xs = mlp(jnp.tanh)
+    loss, batch = ops.softmax_cross_entropy, (xs, LABELS)
+    G, _, _ = dense("tanh", loss)
+    value, found = jax.jit(
+        curvature.natural_gradient(model, loss, damping=0.1, max_iterations=200, tolerance=1e-12)
+    )(params, batch)
+    mean = lambda p: jnp.mean(jax.vmap(lambda x, t: loss(model(p, x), t))(*batch))
+    want, gradient = jax.value_and_grad(mean)(params)
+    close(value, want)
+    close(flat(found), jnp.linalg.solve(G + 0.1 * jnp.eye(len(G)), flat(gradient)), 1e-6, 1e-8)
+
+
+def test_operators_refuse_other_trees_and_become_lineax_operators():
+    model, params, xs = mlp(jnp.tanh)
+    operator = curvature.ggn_vector_product(model, ops.squared_error)(params, (xs, normal(7, N, 3)))
+    with pytest.raises(ValueError, match="trees like the parameters"):
+        operator({"W1": params["W1"]})
+    with pytest.raises(ValueError, match=r"shape \(3,\) at \['b1'\].*shape \(6,\)"):
+        operator(params | {"b1": jnp.zeros(3)})
+    if importlib.util.find_spec("lineax") is None:
+        with pytest.raises(ImportError, match="pip install lineax"):
+            operator.to_lineax()
+    else:
+        import lineax
+
+        solved = lineax.linear_solve(
+            operator.damped(1.0).to_lineax(), params, lineax.CG(rtol=1e-10, atol=1e-10)
+        )
+        close(operator.damped(1.0)(solved.value), params, 1e-6, 1e-8)
+
+
+# ------------------------------------------------------------------------------------ the losses
+
+
+@pytest.mark.parametrize(
+    ("loss", "target"),
+    [
+        (ops.squared_error, normal(0, 4)),
+        (ops.softmax_cross_entropy, jnp.int32(2)),
+        (functools.partial(ops.softmax_cross_entropy, label_smoothing=0.2), jnp.int32(2)),
+        (ops.softmax_cross_entropy, jnp.array([0.2, 0.5, 0.9, 0.3])),  # doesn't add up to one
+        (ops.sigmoid_binary_cross_entropy, jnp.array([0.0, 1, 1, 0])),
+        (ops.multiclass_hinge, jnp.int32(1)),
+        (lambda z, t: ops.softmax_cross_entropy(z, t), jnp.int32(0)),
+        (lambda z, t: ops.softmax_cross_entropy(2 * z, t), jnp.int32(0)),
+        (lambda z, t: 3 * ops.squared_error(z, t), normal(0, 4)),
+        (fourth_power, normal(0, 4)),
+    ],
+)
+def test_the_root_of_the_output_hessian(loss, target):
+    z = normal(5, 4)
+    H = jax.hessian(lambda z: loss(z, target))(z)
+    known = output_hessian.of(loss, z, target)
+    S = known.root(z)
+    close(S.T @ S, H)
+    close(jax.vmap(lambda u: known.product(z, u))(jnp.eye(4)), H)
+
+
+def test_known_losses_are_recognised():
+    z, label = normal(5, 4), jnp.int32(2)
+    known = lambda loss, target: output_hessian._operation_of(loss, z, target)
+    assert known(lambda z, t: ops.softmax_cross_entropy(z, t), label) is ops.softmax_cross_entropy
+    smooth = functools.partial(ops.softmax_cross_entropy, label_smoothing=0.1)
+    assert known(smooth, label) is ops.softmax_cross_entropy
+    assert known(lambda z, t: ops.softmax_cross_entropy(-z, t), label) is None
+    assert known(lambda z, t: 2 * ops.squared_error(z, t), z) is None
+    with pytest.raises(TypeError, match="real scalar loss"):
+        output_hessian.of(lambda z, t: z, z, z)
+
+
+# ----------------------------------------------------------------------------- Kronecker factors
+
+
+def blocks(params, matrix):
+    """The matrix's diagonal blocks, a tree like the parameters."""
+    sizes = np.cumsum([0, *(p.size for p in jax.tree.leaves(params))])
+    leaves = [matrix[a:b, a:b] for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def test_factors_are_exact_for_one_example_with_one_column():
+    """One output: then a block is (a aᵀ) ⊗ (g gᵀ) itself."""
+    params = {"W1": normal(0, 4, 3), "b1": normal(1, 4), "w": normal(2, 1, 4)}
+    model = lambda p, x: p["w"] @ jnp.tanh(p["W1"] @ x + p["b1"])
+    x, t = normal(3, 1, 3), normal(4, 1, 1)
+    found = curvature.kronecker_factors(model, ops.squared_error)(params, (x, t))
+    vector, unravel = ravel_pytree(params)
+    J = jax.jacrev(lambda v: model(unravel(v), x[0]))(vector)
+    is_factors = lambda f: hasattr(f, "times")
+    dense_blocks = jax.tree.map(lambda f: f.to_dense(), found, is_leaf=is_factors)
+    close(dense_blocks, blocks(params, 2 * J.T @ J))
+    w = normal(5, 4, 3)
+    close(found["W1"].times(w).reshape(-1), found["W1"].to_dense() @ w.reshape(-1))
+
+
+@pytest.mark.parametrize("kind", ["expand", "reduce"])
+def test_factors_of_weights_used_at_several_positions(kind):
+    """Written out position by position, for a recurrent and a convolutional network."""
+    loss = ops.squared_error
+    targets = normal(7, N, 3)
+
+    def average(a, g):
+        """a (N, positions, in), g (N, columns, positions, out): the two kinds' definitions."""
+        n, positions, _ = a.shape
+        if kind == "reduce":
+            a, g = a.mean(1, keepdims=True), g.sum(2, keepdims=True)
+            positions = 1
+        A = sum(jnp.outer(v, v) for example in a for v in example) / (n * positions)
+        G = sum(jnp.outer(v, v) for e in g for column in e for v in column) / n
+        return A, G
+
+    model, params, xs = recurrent()
+
+    def states(p, xs):
+        def step(h, x):
+            return jnp.tanh(p["W"] @ x + p["U"] @ h), h
+
+        return lax.scan(step, jnp.zeros(4), xs)[1]
+
+    def taps(d, xs):  # the outputs, each step's pre-activation moved by d
+        def step(h, xd):
+            return jnp.tanh(params["W"] @ xd[0] + params["U"] @ h + xd[1]), None
+
+        return params["out"] @ lax.scan(step, jnp.zeros(4), (xs, d))[0]
+
+    g = jax.vmap(lambda x: np.sqrt(2) * jax.jacrev(taps)(jnp.zeros((4, 4)), x))(xs)
+    found = jax.jit(curvature.kronecker_factors(model, loss, kind=kind))(params, (xs, targets))
+    for name, a in (("W", xs), ("U", jax.vmap(lambda x: states(params, x))(xs))):
+        A, G = average(a, g)
+        close(found[name].A[0], A)
+        close(found[name].G[0], G)
+
+    numbers = ("NHWC", "HWIO", "NHWC")
+    out = normal(8, 3, 8)
+
+    def conv(p, x):
+        y = lax.conv_general_dilated(x[None], p, (1, 1), "VALID", dimension_numbers=numbers)
+        return out @ jnp.tanh(y).reshape(-1)
+
+    kernel, xs = normal(0, 2, 2, 2, 2), normal(3, N, 3, 3, 2)
+    found = jax.jit(curvature.kronecker_factors(conv, loss, kind=kind))(kernel, (xs, targets))
+
+    def patches(x):  # (pixels, features, kernel): the layout's order
+        return jnp.stack(
+            [x[i : i + 2, j : j + 2].reshape(4, 2).T.reshape(-1) for i in (0, 1) for j in (0, 1)]
+        )
+
+    def after(d, x):
+        y = lax.conv_general_dilated(x[None], kernel, (1, 1), "VALID", dimension_numbers=numbers)
+        return out @ jnp.tanh(y.reshape(4, 2) + d).reshape(-1)
+
+    g = jax.vmap(lambda x: np.sqrt(2) * jax.jacrev(after)(jnp.zeros((4, 2)), x))(xs)
+    A, G = average(jax.vmap(patches)(xs), g)
+    close(found.A[0], A)
+    close(found.G[0], G)
+
+
+def test_factors_of_stacks_tables_and_the_empirical_fisher():
+    model, params, xs = layers_in_a_scan()
+    found = jax.jit(curvature.kronecker_factors(model, ops.softmax_cross_entropy))(
+        params, (xs, LABELS)
+    )
+    assert found["W"].A.shape == (2, 4, 4) and found["W"].G.shape == (2, 4, 4)
+    first = jnp.einsum("ni,nj->ij", xs, xs) / N
+    close(found["W"].A[0], first)
+    second = jax.vmap(lambda x: jnp.tanh(params["W"][0] @ x))(xs)
+    close(found["W"].A[1], second.T @ second / N)
+
+    model, params, index = embedding()
+    found = curvature.kronecker_factors(model, ops.softmax_cross_entropy)(params, (index, LABELS))
+    counts = jnp.bincount(index.reshape(-1), length=5)
+    close(found["E"].A[0], counts / counts.sum())
+    assert found["E"].G.shape == (1, 3, 3)
+    close(found["E"].times(params["E"]).reshape(-1), found["E"].to_dense() @ flat(params["E"]))
+
+    model, params, xs = mlp(jnp.tanh)
+    loss = ops.softmax_cross_entropy
+    found = curvature.kronecker_factors(model, loss, empirical=True)(params, (xs, LABELS))
+    g = jax.vmap(lambda x, t: jax.grad(lambda z: loss(z, t))(model(params, x)))(xs, LABELS)
+    close(found["W2"].G[0], g.T @ g / N)
+
+    exact = curvature.kronecker_factors(model, loss)(params, (xs, LABELS))
+    drawn = jax.jit(
+        curvature.kronecker_factors(model, loss, key=jax.random.key(0), samples=20_000)
+    )(params, (xs, LABELS))
+    close(drawn["W1"].A, exact["W1"].A)
+    assert jnp.linalg.norm(drawn["W1"].G - exact["W1"].G) < 0.03 * jnp.linalg.norm(exact["W1"].G)
+
+
+def test_factors_refuse_what_is_wrong():
+    model, params, xs = mlp(jnp.tanh)
+    with pytest.raises(ValueError, match="expand"):
+        curvature.kronecker_factors(model, ops.squared_error, kind="both")
+    with pytest.raises(ValueError, match="key"):
+        curvature.kronecker_factors(model, ops.squared_error, samples=1)
+    with pytest.raises(ValueError, match="pair"):
+        curvature.kronecker_factors(model, ops.squared_error)(params, xs)
+    with pytest.raises(TypeError, match="must return one array"):
+        curvature.ggn_diagonal(lambda p, x: (x, x), ops.squared_error)(params, (xs, xs))
+
+
+# ------------------------------------------------------------------------------------------ KFAC
+
+
+def regression():
+    """Linear least squares: the GGN is (2/N) XᵀX ⊗ I, exactly a Kronecker product."""
+    X = normal(0, 20, 3)
+    Y = X @ normal(1, 3, 2) + 0.1 * normal(2, 20, 2)
+    return (lambda W, x: W @ x), jnp.zeros((2, 3)), (X, Y)
+
+
+def mean_loss(model, loss, batch):
+    return lambda p: jnp.mean(jax.vmap(lambda x, t: loss(model(p, x), t))(*batch))
+
+
+def test_kfac_solves_a_linear_problem_in_one_step():
+    model, W, batch = regression()
+    optimizer = curvature.kfac(model, ops.squared_error, batch, damping=1e-12, samples=0)
+    gradient = jax.grad(mean_loss(model, ops.squared_error, batch))(W)
+    updates, state = jax.jit(optimizer.update)(gradient, optimizer.init(W), W, batch=batch)
+    want = np.linalg.lstsq(batch[0], batch[1], rcond=None)[0].T
+    close(W + updates, want, 1e-6)
+    close(state.ratio, 1.0, 1e-6)  # unless adapted: the model is exact
+
+
+def test_kfac_takes_fewer_steps_than_adam():
+    model, params, xs = mlp(jnp.tanh)
+    xs = normal(3, 64, 4)
+    batch = xs, jax.vmap(lambda x: jnp.sin(3 * x[:3]))(xs)
+    loss = ops.squared_error
+    value = mean_loss(model, loss, batch)
+
+    def trained(optimizer, steps):
+        def step(state, _):
+            params, opt = state
+            g = jax.grad(value)(params)
+            updates, opt = optimizer.update(g, opt, params, batch=batch)
+            return (optax.apply_updates(params, updates), opt), None
+
+        start = params, optimizer.init(params)
+        return value(jax.jit(lambda s: lax.scan(step, s, None, length=steps))(start)[0][0])
+
+    adam = min(
+        trained(optax.with_extra_args_support(optax.adam(r)), 60) for r in (0.003, 0.01, 0.03, 0.1)
+    )
+    kfac = trained(curvature.kfac(model, loss, batch, damping=0.1), 30)
+    assert kfac < adam
+
+
+def test_kfac_in_a_training_step():
+    model, params, xs = mlp(jnp.tanh)
+    batch = xs, LABELS
+    loss = ops.softmax_cross_entropy
+    for options in (
+        {},
+        {"learning_rate": optax.constant_schedule(0.1), "momentum": 0.5, "factors_every": 2},
+        {"trust_region": 1e-3, "l2": 1e-3, "kind": "reduce"},
+    ):
+        optimizer = curvature.kfac(model, loss, batch, **options)
+        step = fnn.train_step(lambda p, e: loss(model(p, e[0]), e[1]), optimizer)
+        state = step.init(params)
+        losses = []
+        for _ in range(12):
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+        assert losses[-1] < losses[0], options
+
+
+def test_kfac_trust_region_and_damping():
+    model, params, xs = mlp(jnp.tanh)
+    batch, loss = (xs, LABELS), ops.softmax_cross_entropy
+    gradient = jax.grad(mean_loss(model, loss, batch))(params)
+    G, _, _ = dense("tanh", loss)
+
+    def updated(**options):
+        optimizer = curvature.kfac(model, loss, batch, adapt_damping_every=1, **options)
+        updates, state = optimizer.update(gradient, optimizer.init(params), params, batch=batch)
+        return flat(updates), state
+
+    free, state = updated(damping=0.1)
+    length = 0.5 * free @ (G + 0.1 * jnp.eye(len(G))) @ free
+    held, _ = updated(damping=0.1, trust_region=float(length) / 4)
+    close(held, free / 2, 1e-6)
+    # λ: down where the model foretold the loss, up where it promised too much.
+    value = mean_loss(model, loss, batch)
+    after = optax.apply_updates(params, jax.tree.map(lambda x: x, _like(params, free)))
+    foretold = flat(gradient) @ free + length
+    ratio = (value(after) - value(params)) / foretold
+    close(state.ratio, ratio, 1e-4)
+    expected = 0.1 * (19 / 20) if ratio > 0.75 else 0.1 / (19 / 20) if ratio < 0.25 else 0.1
+    close(state.damping, expected, 1e-5)
+    _, wild = updated(damping=0.1, learning_rate=50.0)
+    assert wild.ratio < 0.25 and wild.damping > 0.1
+
+
+def _like(params, vector):
+    return ravel_pytree(params)[1](vector)
+
+
+def test_kfac_refuses_what_is_wrong():
+    model, params, xs = mlp(jnp.tanh)
+    batch = xs, LABELS
+    optimizer = curvature.kfac(model, ops.softmax_cross_entropy, batch)
+    state = optimizer.init(params)
+    with pytest.raises(ValueError, match="batch="):
+        optimizer.update(params, state, params)
+    with pytest.raises(ValueError, match="params"):
+        optimizer.update(params, state, batch=batch)
+    with pytest.raises(ValueError, match="damping must be positive"):
+        curvature.kfac(model, ops.softmax_cross_entropy, batch, damping=0.0)
+
+
+# -------------------------------------------------------------------- models of other libraries
+
+
+def test_models_of_other_libraries():
+    import equinox as eqx
+    import flax.linen as nn
+    import haiku as hk
+    from flax import nnx
+
+    x = normal(0, N, 4)
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(jnp.tanh(nn.Dense(5)(x)))
+
+    linen = Linen()
+    arrays, rest = eqx.partition(eqx.nn.MLP(4, 3, 5, 1, key=jax.random.key(0)), eqx.is_array)
+    graphdef, nnx_state = nnx.split(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+    haiku = hk.without_apply_rng(hk.transform(lambda x: hk.Linear(3)(jnp.tanh(hk.Linear(5)(x)))))
+    for model, params in (
+        (linen.apply, linen.init(jax.random.key(0), x[0])),
+        (lambda p, x: eqx.combine(p, rest)(x), arrays),
+        (lambda p, x: nnx.merge(graphdef, p)(x), nnx_state),
+        (haiku.apply, haiku.init(jax.random.key(0), x[0])),
+    ):
+        params = jax.tree.map(lambda p: p.astype("float64"), params)
+        vector, unravel = ravel_pytree(params)
+        loss = ops.softmax_cross_entropy
+
+        def block(x, t, model=model, params=params, vector=vector, unravel=unravel):
+            J = jax.jacrev(lambda v: model(unravel(v), x))(vector)
+            H = jax.hessian(lambda z: ops.softmax_cross_entropy(z, t))(model(params, x))
+            return jnp.diag(J.T @ H @ J)
+
+        found = jax.jit(curvature.ggn_diagonal(model, loss))(params, (x, LABELS))
+        close(flat(found), jax.vmap(block)(x, LABELS).mean(0))
