@@ -122,8 +122,8 @@ def factored(
     if costs is not None:
         costs["residuals"] = sum(r.size for r in residuals if not any(r is x for x in leaves))
         # A product's first factor, the input, is kept for an ordinary sweep too.
-        terms = [t for g in gradients for t in g.terms]
-        costs["on top"] = sum(jax.tree.leaves(t)[-1].size for t in terms)
+        kept = [t for g in gradients for t in g.terms]
+        costs["on top"] = sum(jax.tree.leaves(t)[-1].size for t in kept)
     value = (outs[0], jax.tree.unflatten(seen["aux"], outs[1:])) if has_aux else outs[0]
     return value, jax.tree.unflatten(tree, gradients)
 

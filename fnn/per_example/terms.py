@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -149,6 +149,7 @@ class Layout:
 # -------------------------------------------------------------------------------------- terms
 
 
+@dataclass_transform(frozen_default=True, eq_default=False)
 def _term(*data: str, static: Sequence[str]):
     def register(cls):
         cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
