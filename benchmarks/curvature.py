@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import importlib.util
 import statistics
 import sys
@@ -75,10 +76,15 @@ QUANTITIES = {
 
 
 def installed(module: str, line: str) -> bool:
-    if importlib.util.find_spec(module) is not None:
-        return True
-    print(f"{module} is left out: {line}", file=sys.stderr)
-    return False
+    if importlib.util.find_spec(module) is None:
+        print(f"{module} is left out: {line}", file=sys.stderr)
+        return False
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # installed, but not for this JAX
+        print(f"{module} is left out: importing it raises {error!r}", file=sys.stderr)
+        return False
+    return True
 
 
 def quantities(batch: int, rounds: int, only: list[str]) -> list[list[str]]:
