@@ -606,3 +606,145 @@ def test_models_of_other_libraries():
 
         found = jax.jit(curvature.ggn_diagonal(model, loss))(params, (x, LABELS))
         close(flat(found), jax.vmap(block)(x, LABELS).mean(0))
+
+
+# ------------------------------------------------------------------------------- particular cases
+
+
+def test_a_derivative_rule_of_its_own_is_not_linear_in_pieces():
+    """A step with a smooth surrogate gradient, as in spiking networks."""
+
+    @jax.custom_jvp
+    def spike(x):
+        return jnp.where(x > 0, 1.0, 0.0)
+
+    spike.defjvp(lambda x, dx: (spike(x[0]), jax.nn.sigmoid(x[0]) * dx[0]))
+    model, p, xs = mlp(spike)
+    batch = xs, normal(5, N, 3)
+    assert not piecewise_linear(model, p, xs)
+    H = curvature.hessian_vector_product(model, ops.squared_error)(p, batch).to_dense()
+    close(flat(curvature.hessian_diagonal(model, ops.squared_error)(p, batch)), jnp.diag(H))
+
+
+@pytest.mark.parametrize(
+    ("loss", "target"),
+    [
+        (lambda z, t: 3 * ops.squared_error(z, t), normal(1, 3)),
+        (lambda z, t: ops.squared_error(z**2, t), -(normal(1, 3) ** 2)),
+        (lambda z, t: ops.squared_error(z, z), normal(1, 3)),
+        (ops.softmax_cross_entropy, jnp.array([0.2, 0.3, 0.5])),
+    ],
+    ids=["scaled", "of a square", "with itself", "soft labels"],
+)
+def test_more_than_a_known_loss_goes_by_autodiff(loss, target):
+    z = normal(7, 3)
+    assert output_hessian._operation_of(loss, z, target) is None
+    found, H = output_hessian.of(loss, z, target), jax.hessian(loss)(z, target)
+    close(found.root(z).T @ found.root(z), H)
+    close(found.product(z, normal(8, 3)), H @ normal(8, 3))
+
+
+def test_the_hinge_has_no_columns_and_no_curvature():
+    model, p, xs = convolutional()
+    batch, loss = (xs, LABELS), ops.multiclass_hinge
+    for make in (curvature.ggn_trace, curvature.ggn_diagonal, curvature.kronecker_factors):
+        found = jax.jit(make(model, loss))(p, batch)
+        if make is curvature.kronecker_factors:
+            found = [f.times(w) for f, w in zip(_leaves_of(found), jax.tree.leaves(p), strict=True)]
+        assert not flat(found).any()
+
+
+def _leaves_of(factors):
+    return jax.tree.leaves(factors, is_leaf=lambda f: hasattr(f, "times"))
+
+
+@pytest.mark.parametrize("kind", ["expand", "reduce"])
+def test_factors_of_an_attention_projection_by_a_loop_over_words(kind):
+    p = {"Q": normal(0, 3, 4), "K": normal(1, 3, 4), "V": normal(2, 3, 4)}
+    loss, batch = ops.softmax_cross_entropy, (normal(3, N, 5, 4), LABELS)
+
+    def tail(p, q, x):
+        scores = jax.nn.softmax(q @ (x @ p["K"].T).T)
+        return jnp.tanh(scores @ (x @ p["V"].T)).sum(0)
+
+    model = lambda p, x: tail(p, x @ p["Q"].T, x)
+    A, G = 0, 0
+    for x, t in zip(*batch, strict=True):
+        z, pull = jax.vjp(lambda q, x=x: tail(p, q, x), x @ p["Q"].T)
+        values, vectors = jnp.linalg.eigh(jax.hessian(loss)(z, t))
+        columns = [pull(s)[0] for s in (vectors * jnp.sqrt(jnp.maximum(values, 0))).T]
+        if kind == "reduce":
+            A += jnp.outer(x.mean(0), x.mean(0)) / N
+            G += sum(jnp.outer(g.sum(0), g.sum(0)) for g in columns) / N
+        else:
+            A += sum(jnp.outer(a, a) for a in x) / (5 * N)
+            G += sum(jnp.outer(row, row) for g in columns for row in g) / N
+    found = jax.jit(curvature.kronecker_factors(model, loss, kind=kind))(p, batch)["Q"]
+    own = (found.A[0], found.G[0])
+    close(*((own[0], A) if own[0].shape == A.shape else (own[1], A)))
+    close(*((own[1], G) if own[1].shape == G.shape else (own[0], G)))
+
+
+def test_the_groups_of_a_convolution_have_factors_each():
+    p = {"k": normal(0, 2, 2, 2, 4), "V": normal(2, 3, 16)}
+    numbers = ("NHWC", "HWIO", "NHWC")
+
+    def model(p, x):
+        y = lax.conv_general_dilated(
+            x[None], p["k"], (1, 1), "VALID", dimension_numbers=numbers, feature_group_count=2
+        )
+        return p["V"] @ jnp.tanh(y).reshape(-1)
+
+    xs = normal(3, N, 3, 3, 4)
+    found = jax.jit(curvature.kronecker_factors(model, ops.softmax_cross_entropy))(p, (xs, LABELS))
+    assert found["k"].A.shape == (2, 8, 8) and found["k"].G.shape == (2, 2, 2)
+    for group in range(2):
+        own = xs[..., 2 * group : 2 * group + 2]
+        patches = [
+            x[i : i + 2, j : j + 2].reshape(4, 2).T.reshape(-1)
+            for x in own
+            for i in (0, 1)
+            for j in (0, 1)
+        ]
+        close(found["k"].A[group], sum(jnp.outer(a, a) for a in patches) / len(patches))
+
+
+def test_the_trust_region_bounds_a_step_with_momentum_too():
+    model, p, xs = mlp(jnp.tanh)
+    batch, loss = (xs, LABELS), ops.softmax_cross_entropy
+    bound, damping = 1e-3, 0.1
+    optimizer = curvature.kfac(
+        model,
+        loss,
+        batch,
+        damping=damping,
+        trust_region=bound,
+        adapt_damping_every=0,
+        learning_rate=1.0,
+        momentum=0.9,
+    )
+
+    @jax.jit
+    def step(p, state):
+        gradient = jax.grad(mean_loss(model, loss, batch))(p)
+        updates, state = optimizer.update(gradient, state, p, batch=batch)
+        product = curvature.ggn_vector_product(model, loss)(p, batch).damped(damping)(updates)
+        return optax.apply_updates(p, updates), state, flat(updates) @ flat(product) / 2
+
+    state = optimizer.init(p)
+    for _ in range(3):
+        p, state, length = step(p, state)
+        close(length, bound, 1e-3)
+
+
+def test_samples_need_a_key():
+    for make in (
+        curvature.ggn_diagonal,
+        curvature.ggn_trace,
+        curvature.kronecker_factors,
+        curvature.fisher_vector_product,
+    ):
+        with pytest.raises(ValueError, match="pass key="):
+            make(mlp(jnp.tanh)[0], ops.softmax_cross_entropy, samples=1)
+        with pytest.raises(ValueError, match="at least 0"):
+            make(mlp(jnp.tanh)[0], ops.softmax_cross_entropy, samples=-1)

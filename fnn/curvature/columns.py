@@ -221,10 +221,10 @@ def pair(batch: Any) -> tuple[Any, Any]:
 
 
 def check_samples(key: Any, samples: int) -> None:
-    if samples and key is None:
-        raise ValueError(f"samples is {samples}, so labels are drawn: pass key=... too.")
     if samples < 0:
         raise ValueError(f"samples must be at least 0, but is {samples}.")
+    if samples and key is None:
+        raise ValueError(f"samples is {samples}, so labels are drawn: pass key=... too.")
 
 
 def one_array(out: Any) -> jax.Array:

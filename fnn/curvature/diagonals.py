@@ -61,6 +61,7 @@ def ggn_trace(model: Callable, loss: Callable, *, key: Any = None, samples: int 
 def ggn_gram(model: Callable, loss: Callable) -> Callable:
     """The Gram matrix of all columns JₙᵀSₙ, (N · C, N · C), divided by N.
 
+    C is the number of outputs, less one for softmax, whose Hessian has that rank.
     It has the GGN's nonzero eigenvalues, and is small where there are more parameters than
     N · C (Dangel, Tatzel & Hennig, "ViViT: Curvature access through the generalized
     Gauss-Newton's low-rank structure", 2022). Arguments as for `ggn_diagonal`.

@@ -210,7 +210,8 @@ def _as_product(term, axes):
     if axes.x is not None or axes.g != 0:
         return None, None
     one = lambda x, g: dataclasses.replace(term, x=x, g=g).as_product()
-    a = jax.vmap(lambda x, g: one(x, g).a)(term.x, term.g[:, 0])
+    unused = jnp.zeros(term.g.shape[2:], term.g.dtype)  # there may be no column at all
+    a = jax.vmap(lambda x: one(x, unused).a)(term.x)
     g = jax.vmap(lambda x, gs: jax.vmap(lambda g: one(x, g).g)(gs))(term.x, term.g)
     return Product(a, g, term.layout), Product(None, 0, term.layout)
 

@@ -53,9 +53,12 @@ def _softmax_cross_entropy() -> Known:
         return p * u - p * jnp.sum(p * u)
 
     def root(z):
-        p = jax.nn.softmax(z)
-        # Column c is √p_c (e_c − p); Σ_c of their squares is diag(p) − p pᵀ.
-        return jnp.sqrt(p)[:, None] * (jnp.eye(z.size, dtype=z.dtype) - p)
+        # With q = √p of unit length, diag(p) − p pᵀ = D (I − q qᵀ) D, D = diag(q). Householder's
+        # reflection that takes the first axis to −q takes the others to a basis of what is
+        # orthogonal to q: one column less than there are classes.
+        q = jnp.sqrt(jax.nn.softmax(z))
+        v = q.at[0].add(1)
+        return (jnp.eye(z.size, dtype=z.dtype)[1:] - v[1:, None] * v / (1 + q[0])) * q
 
     def sample(z, key):
         return jax.nn.softmax(z) - jax.nn.one_hot(jax.random.categorical(key, z), z.size)
