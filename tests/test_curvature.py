@@ -180,6 +180,10 @@ def test_products_diagonals_traces_and_grams(name, loss):
     if loss is not ops.multiclass_hinge:
         gram = jax.jit(curvature.ggn_gram(model, loss))(params, batch)
         k = min(len(gram), len(G))
+        two = jax.jit(curvature.ggn_gram(model, loss))(
+            params, batch, jax.tree.map(lambda x: x[:2], batch)
+        )
+        close(two, gram[:, : len(gram) * 2 // N] * N / np.sqrt(2 * N))
         close(jnp.linalg.eigvalsh(gram)[::-1][:k], jnp.linalg.eigvalsh(G)[::-1][:k])
 
 

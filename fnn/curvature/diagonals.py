@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -59,18 +60,27 @@ def ggn_trace(model: Callable, loss: Callable, *, key: Any = None, samples: int 
 
 
 def ggn_gram(model: Callable, loss: Callable) -> Callable:
-    """The Gram matrix of all columns JₙᵀSₙ, (N · C, N · C), divided by N.
+    """The Gram matrix of all columns JₙᵀSₙ, (N · C, N · C), divided by N; or of two batches'.
 
     C is the number of outputs, less one for softmax, whose Hessian has that rank.
     It has the GGN's nonzero eigenvalues, and is small where there are more parameters than
     N · C (Dangel, Tatzel & Hennig, "ViViT: Curvature access through the generalized
     Gauss-Newton's low-rank structure", 2022). Arguments as for `ggn_diagonal`.
+
+    Returns:
+        A function `(params, batch, other_batch=None)`: with another batch of M examples the
+        matrix is (N · C, M · C), divided by √(N M).
     """
 
-    def of_batch(params: Any, batch: Any) -> jax.Array:
-        found, _, _ = columns(model, loss, params, batch)
-        grams = [g.gram() for g in (c.as_batch() for c in found)]
-        return functools.reduce(jnp.add, grams) / batch_size(batch)
+    def of_batch(params: Any, batch: Any, other: Any = None) -> jax.Array:
+        own = [c.as_batch() for c in columns(model, loss, params, batch)[0]]
+        size = other_size = batch_size(batch)
+        others = own
+        if other is not None:
+            others = [c.as_batch() for c in columns(model, loss, params, other)[0]]
+            other_size = batch_size(other)
+        grams = [g.gram(h) for g, h in zip(own, others, strict=True)]
+        return functools.reduce(jnp.add, grams) / math.sqrt(size * other_size)
 
     return of_batch
 

@@ -7,7 +7,7 @@ grads                               the gradient of each example, factored
 sum, mean, weighted_sum             gradients of sums
 norms, gram, dot                    inner products
 second_moment, variance             entry by entry
-noise_scale                         how large a batch is worth while
+noise, noise_scale                  how large a batch is worth while
 materialize, explain                the gradients themselves; how they are kept
 clipped_grad                        the sum of clipped gradients, for differential privacy
 """
@@ -17,11 +17,13 @@ from fnn.per_example.differentiate import grads
 from fnn.per_example.gradient import FactoredGradient
 from fnn.per_example.quantities import (
     Explanation,
+    Noise,
     dot,
     explain,
     gram,
     materialize,
     mean,
+    noise,
     noise_scale,
     norms,
     second_moment,
@@ -34,6 +36,7 @@ __all__ = [
     "Clipped",
     "Explanation",
     "FactoredGradient",
+    "Noise",
     "clipped_grad",
     "dot",
     "explain",
@@ -41,6 +44,7 @@ __all__ = [
     "gram",
     "materialize",
     "mean",
+    "noise",
     "noise_scale",
     "norms",
     "second_moment",

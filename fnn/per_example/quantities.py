@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,26 +131,42 @@ def variance(grads: Any) -> Any:
     return _each(FactoredGradient.variance, grads)
 
 
-def noise_scale(grads: Any) -> jax.Array:
-    """The simple gradient noise scale, tr Σ / |G|², a scalar; Σ is the examples' covariance.
+class Noise(NamedTuple):
+    """What `noise` returns, both scalars.
 
-    Both are estimated without bias from the batch of B (McCandlish et al. 2018, "An empirical
-    model of large-batch training", appendix A.1, with small batches of one):
+    variance: tr Σ, of the examples' gradients.
+    signal: |G|², of the true gradient; it may come out negative where the noise hides it.
+    """
+
+    variance: jax.Array
+    signal: jax.Array
+
+
+def noise(grads: Any) -> Noise:
+    """tr Σ and |G|² of a batch, each without bias: average them over steps, then divide.
+
+    From a batch of B (McCandlish et al. 2018, "An empirical model of large-batch training",
+    appendix A.1, with small batches of one):
 
         |G|² = (B |ḡ|² − mean |gₙ|²) / (B − 1),   tr Σ = (mean |gₙ|² − |ḡ|²) B / (B − 1).
-
-    It is about the batch size beyond which a larger one hardly helps. Average the two over
-    steps where it is noisy; |G|² may even come out negative.
     """
     leaves, _ = _leaves(grads)
     size = leaves[0].batch_size
     if size < 2:
-        raise ValueError("noise_scale needs at least 2 examples, but the batch has 1.")
+        raise ValueError("the noise needs at least 2 examples, but the batch has 1.")
     squares = jnp.mean(_total([g.squared_norms() for g in leaves]))
     mean = _total([jnp.sum(algebra._square(algebra._wide(g.mean())[0])) for g in leaves])
     signal = (size * mean - squares) / (size - 1)
-    noise = (squares - mean) * size / (size - 1)
-    return noise / signal
+    return Noise((squares - mean) * size / (size - 1), signal)
+
+
+def noise_scale(grads: Any) -> jax.Array:
+    """The simple gradient noise scale, tr Σ / |G|², a scalar; see `noise`.
+
+    It is about the batch size beyond which a larger one hardly helps (McCandlish et al. 2018).
+    """
+    found = noise(grads)
+    return found.variance / found.signal
 
 
 def materialize(grads: Any) -> Any:
@@ -199,8 +215,9 @@ def _leaves(grads) -> tuple[list[FactoredGradient], Any]:
     for leaf in leaves:
         if not _is_factored(leaf):
             raise TypeError(
-                "grads must be a tree of factored gradients, as fnn.per_example.grads(loss)"
-                f"(params, batch) returns, but holds {type(leaf).__name__}."
+                "grads must be a tree of factored gradients, the second of what fnn.per_example."
+                "grads returns (losses, grads = fnn.per_example.grads(loss)(params, batch)), but "
+                f"holds {type(leaf).__name__}."
             )
     if not leaves:
         raise ValueError("grads is a tree without parameters.")
