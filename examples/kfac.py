@@ -11,7 +11,7 @@ All optimisers start from the same weights and draw batches of the same size. Ad
 momentum try several learning rates, constant ones, and the rate with the lowest loss at the end
 is shown; KFAC takes its rate and its momentum from its quadratic model of the loss. It needs about
 an eighth of Adam's steps; but one of its steps, on a network as small as this and on a CPU, costs
-ten to fifteen of Adam's, so that by the clock it wins nothing here. The data are all 1797 digits
+about fifteen of Adam's, so that by the clock it wins nothing here. The data are all 1797 digits
 of scikit-learn: the picture is about descent, not about digits that nobody has seen. In the
 folder out/ you find afterwards
 

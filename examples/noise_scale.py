@@ -9,7 +9,7 @@ is mostly noise; one that is much larger costs more than it brings. It is small 
 examples pull the same way, and grows as the loss falls. Here Adam trains a two-layer network on
 batches of 64 of scikit-learn's digits, and now and then `fnn.per_example.noise_scale` looks at
 the gradients of all 1437 training digits at once, none of which is ever formed. Training stops
-while the scale is well below their number: beyond it the digits can't tell G from zero, and the
+while the scale is below their number: beyond it the digits can't tell G from zero, and the
 estimate swings and may even come out negative. In the folder out/ you find afterwards
 
     noise_scale.png    training loss and noise scale against steps
