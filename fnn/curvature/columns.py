@@ -9,7 +9,7 @@ factored, with the input A once and G for each column.
 from __future__ import annotations
 
 import dataclasses
-import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,16 +18,13 @@ import jax.numpy as jnp
 
 from fnn.backprop.halves import run
 from fnn.curvature import output_hessian
-from fnn.jaxpr import program
 from fnn.per_example import terms as algebra
 from fnn.per_example.differentiate import (
     batch_size,
-    check_independent,
+    halves_of_example,
     leaf_gradient,
     parameters,
-    traced,
 )
-from fnn.per_example.factors import EXAMPLE, PARAMETERS, factored_halves
 from fnn.per_example.gradient import FactoredGradient
 from fnn.per_example.terms import Dense, Product, Term
 
@@ -76,11 +73,11 @@ class Columns:
                 a, g = algebra._wide(term.a, term.g)
                 squares = Product(algebra._square(a), _sum_squares(g, 1), term.layout)
                 return algebra.weighted_sum(squares, None)
-        size = self.count * functools.reduce(lambda n, k: n * k, self.shape, 1)
+        size = self.count * math.prod(self.shape)
 
         def squares(terms):
             part = dataclasses.replace(self, terms=terms)
-            formed = part.each(_materialized)
+            formed = part.each(algebra.materialized)
             return jnp.sum(algebra._square(algebra._wide(formed)[0]), axis=(0, 1))
 
         return algebra._accumulate(squares, self.terms, self.batch_size, size)
@@ -92,10 +89,6 @@ class Columns:
 
 def _sum_squares(x, axis):
     return jnp.sum(algebra._square(x), axis=axis)
-
-
-def _materialized(terms):
-    return functools.reduce(jnp.add, [t.materialize() for t in terms])
 
 
 def columns(
@@ -134,10 +127,7 @@ def columns(
             out = model(here, jax.tree.unflatten(example_tree, args[len(leaves) :]))
             return [one_array(out)]
 
-        closed = traced(flat, [*leaves, *example])
-        kinds = [PARAMETERS] * len(leaves) + [EXAMPLE] * len(example)
-        check_independent(program(closed), kinds)
-        found = factored_halves(closed, [k == PARAMETERS for k in kinds], kinds)
+        found = halves_of_example(flat, leaves, example)
         (z,), residuals = found.cut.run_forward([*leaves, *example])
         if seeds is not None:
             s = seeds(z, target)
@@ -165,7 +155,7 @@ def columns(
         made = dict(zip(differing, jax.vmap(back)(s), strict=True))
         arrays = [made[i] if i in depends else once[i] for i in cut.gradients]
         axes = [0 if i in depends else None for i in cut.gradients]
-        per_leaf = found.terms(arrays), _unflatten_axes(found, axes)
+        per_leaf = found.terms(arrays), jax.tree.unflatten(found.terms_tree, axes)
         joined = [
             _joined(t, a, path, leaf, thrifty, s.shape[0])
             for t, a, path, leaf in zip(*per_leaf, paths, leaves, strict=True)
@@ -182,17 +172,9 @@ def columns(
     return found, tree, z
 
 
-def _unflatten_axes(found, axes):
-    return jax.tree.unflatten(found.terms_tree, axes)
-
-
 def _joined(terms, axes, path, leaf, thrifty, count):
     """One parameter's terms, joined column by column where there is something to join."""
-    if len(terms) == 1 and not thrifty:
-        return tuple(terms), tuple(axes)
-    if len(terms) == 1 and (
-        isinstance(terms[0], Dense) or not _pays_to_form(terms[0], leaf, count)
-    ):
+    if len(terms) == 1 and not (thrifty and _pays_to_form(terms[0], leaf, count)):
         return tuple(terms), tuple(axes)
     join = lambda ts: leaf_gradient(list(ts), path, leaf, thrifty).terms
     if not terms:

@@ -252,7 +252,7 @@ def _parameters_of(flat, given) -> list[frozenset] | None:
         name = equation.name
         outs = [union] * len(equation.outs)
         if not union or name in _NOT_DIFFERENTIATED:
-            outs = [frozenset() if name in _NOT_DIFFERENTIATED else union] * len(equation.outs)
+            outs = [frozenset()] * len(equation.outs)
         elif operation is not None:
             if operation.operation.name not in _PIECEWISE_LINEAR_OPERATIONS:
                 return None
@@ -304,7 +304,7 @@ def _derivative_is_constant(equation, avals, ins) -> bool:
     outs = jax.eval_shape(equation.apply, values)
     if not all(jnp.issubdtype(x.dtype, jnp.inexact) for x in [*outs, *(values[k] for k in moving)]):
         return False
-    flat = program(trace(lambda v, c: derivative(v, c), [values, outs]))
+    flat = program(trace(derivative, [values, outs]))
     given = [frozenset([k]) if ins[k] else frozenset() for k in range(len(values))]
     found = _parameters_of(flat, [*given, *[frozenset()] * len(outs)])
     return found is not None and not any(found)

@@ -175,9 +175,8 @@ def factors_of(own: Columns, size: int, kind: str, largest_block: int) -> Factor
         )
         return Kronecker(counts[None] / (size * positions), g, swapped, own.shape)
     numbers = math.prod(own.shape)
-    if numbers <= largest_block and numbers * numbers <= largest_block**2:
-        formed = own.each(lambda ts: functools.reduce(jnp.add, [t.materialize() for t in ts]))
-        flat = _first(formed.reshape(-1, numbers))
+    if numbers <= largest_block:
+        flat = _first(own.each(algebra.materialized).reshape(-1, numbers))
         return Block(flat.T @ flat / size, own.shape)
     return Diagonal(own.sum_of_squares() / size, own.shape)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 import fnn.per_example as per_example
-from fnn.backprop import grad, vjp
+from fnn.backprop import grad, value_and_grad, vjp
 from fnn.curvature import output_hessian
 from fnn.curvature.columns import check_samples, columns, one_array, pair
 from fnn.per_example.differentiate import batch_size
@@ -126,16 +126,17 @@ def hessian_vector_product(model: Callable, loss: Callable) -> Callable:
     """
 
     def make(params: Any, batch: Any) -> LinearOperator:
-        inputs, targets = pair(batch)
-        batch_size(batch)
-
-        def mean(p):
-            return jnp.mean(jax.vmap(lambda x, t: loss(model(p, x), t))(inputs, targets))
-
-        _, push = jax.linearize(grad(mean), params)
+        _, push = jax.linearize(grad(_mean_loss(model, loss, batch)), params)
         return LinearOperator(push, params, "Hessian")
 
     return make
+
+
+def _mean_loss(model, loss, batch) -> Callable:
+    """The batch's mean loss as a function of the parameters."""
+    inputs, targets = pair(batch)
+    batch_size(batch)
+    return lambda p: jnp.mean(jax.vmap(lambda x, t: loss(model(p, x), t))(inputs, targets))
 
 
 def fisher_vector_product(
@@ -278,14 +279,7 @@ def natural_gradient(
     """
 
     def of_batch(params: Any, batch: Any) -> tuple[jax.Array, Any]:
-        inputs, targets = pair(batch)
-
-        def mean(p):
-            return jnp.mean(jax.vmap(lambda x, t: loss(model(p, x), t))(inputs, targets))
-
-        from fnn.backprop import value_and_grad
-
-        value, gradient = value_and_grad(mean)(params)
+        value, gradient = value_and_grad(_mean_loss(model, loss, batch))(params)
         operator = ggn_vector_product(model, loss)(params, batch).damped(damping)
         found, _ = jax.scipy.sparse.linalg.cg(
             operator, gradient, tol=tolerance, maxiter=max_iterations

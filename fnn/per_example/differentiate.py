@@ -8,8 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn.jaxpr import Program, as_varying, is_inexact, program, trace, zeros
-from fnn.per_example.factors import CONSTANT, EXAMPLE, PARAMETERS, factored_halves, sides
+from fnn.jaxpr import Program, as_varying, inner_jaxprs, is_inexact, program, trace, zeros
+from fnn.per_example.factors import (
+    CONSTANT,
+    EXAMPLE,
+    PARAMETERS,
+    FactoredHalves,
+    factored_halves,
+    sides,
+)
 from fnn.per_example.gradient import FactoredGradient
 from fnn.per_example.terms import Dense, Term, economical, merged
 
@@ -106,14 +113,9 @@ def factored(
         aux_leaves, seen["aux"] = jax.tree.flatten(aux)
         return [_scalar(value), *aux_leaves]
 
-    closed = traced(flat, [*leaves, *example])
-    kinds = [PARAMETERS] * len(leaves) + [EXAMPLE] * len(example)
-    check_independent(program(closed), kinds)
-    needed = [k == PARAMETERS for k in kinds]
-    has_cotangent = [True] + [False] * (len(closed.out_avals) - 1)
-    found = factored_halves(closed, needed, kinds, has_cotangent)
+    found = halves_of_example(flat, leaves, example)
     outs, residuals = found.cut.run_forward([*leaves, *example])
-    seed = as_varying(jnp.ones((), outs[0].dtype), closed.out_avals[0])
+    seed = as_varying(jnp.ones((), outs[0].dtype), jax.typeof(outs[0]))
     terms = found.terms(found.cut.run_backward(residuals, [seed]))
     gradients = [
         leaf_gradient(t, path, leaf, thrifty)
@@ -126,6 +128,15 @@ def factored(
         costs["on top"] = sum(jax.tree.leaves(t)[-1].size for t in kept)
     value = (outs[0], jax.tree.unflatten(seen["aux"], outs[1:])) if has_aux else outs[0]
     return value, jax.tree.unflatten(tree, gradients)
+
+
+def halves_of_example(flat: Callable, leaves: list, example: list) -> FactoredHalves:
+    """The two halves of the gradient of flat(*leaves, *example)'s first result, by the leaves."""
+    closed = traced(flat, [*leaves, *example])
+    kinds = [PARAMETERS] * len(leaves) + [EXAMPLE] * len(example)
+    check_independent(program(closed), kinds)
+    has_cotangent = [True] + [False] * (len(closed.out_avals) - 1)
+    return factored_halves(closed, [k == PARAMETERS for k in kinds], kinds, has_cotangent)
 
 
 def leaf_gradient(terms: list[Term], path: str, leaf, thrifty: bool) -> FactoredGradient:
@@ -235,8 +246,6 @@ _DEPENDENT = (
 
 def check_independent(flat: Program, kinds: list[int]) -> None:
     """An error if what depends on the example goes into a collective, also inside loops."""
-    from fnn.jaxpr import inner_jaxprs
-
     side = sides(flat, kinds)
     for equation in flat.equations:
         ins = [side[i] for i in equation.ins]

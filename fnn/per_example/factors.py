@@ -35,7 +35,16 @@ from fnn.jaxpr import (
     scan_layout,
     source_line,
 )
-from fnn.per_example.terms import Convolution, Dense, Layout, Product, Rows, Term, kernel_layout
+from fnn.per_example.terms import (
+    Convolution,
+    Dense,
+    Layout,
+    Product,
+    Rows,
+    Term,
+    as_one,
+    kernel_layout,
+)
 
 # What a value depends on. The larger of its inputs' decides an equation's outputs.
 CONSTANT, PARAMETERS, EXAMPLE = range(3)
@@ -190,8 +199,12 @@ def _where_they_meet(tape, visit, upstream, side) -> list:
 def _why(equation: Equation) -> str:
     operation = equation.operation()
     name = equation.name if operation is None else operation.operation.name
+    return f"used in {name}{_at_line(equation)}"
+
+
+def _at_line(equation: Equation) -> str:
     line = source_line(equation.source_info)
-    return f"used in {name}" + (f" at {line}" if line else "")
+    return f" at {line}" if line else ""
 
 
 def _matrix_product(k, g, ins, params) -> Term | None:
@@ -344,17 +357,13 @@ def _among_parameters(tape, visit, upstream, side) -> list:
             for t in ts:
                 value = t.materialize().astype(tape.program.avals[i].dtype)
                 dense[-1] = value if dense[-1] is None else lax.add(dense[-1], value)
-                why = why or (t.why if isinstance(t, Dense) else _lost(equation))
+                lost_here = f"made from it by {equation.name}{_at_line(equation)}"
+                why = why or (t.why if isinstance(t, Dense) else lost_here)
         found = sweep.pull_back(tape, visit, dense)
         for k, product in enumerate(found):
             if visit.needed[k] and product is not None:
                 products[k] = [*(products[k] or []), Dense(product, why)]
     return products
-
-
-def _lost(equation: Equation) -> str:
-    line = source_line(equation.source_info)
-    return f"made from it by {equation.name}" + (f" at {line}" if line else "")
 
 
 def _viewed(term, kind, argument) -> Term:
@@ -422,21 +431,22 @@ def _pass_add(k, term, ins, equation, flat):
 
 
 def _pass_mul(k, term, ins, equation, flat):
-    """Times one number, or times numbers that vary along axes of one factor only."""
-    other = equation.ins[1 - k]
-    if sum(flat.avals[i].shape == flat.avals[equation.outs[0]].shape for i in equation.ins) == 0:
-        return None
+    """Times one number."""
     if ins[k].shape != flat.avals[equation.outs[0]].shape:
         return None
-    c = _one_number(other, ins[1 - k], flat)
-    return None if c is None else term.scaled(c)
+    c = _one_number(equation.ins[1 - k], ins[1 - k], flat)
+    return None if c is None else _scaled(term, c)
 
 
 def _pass_div(k, term, ins, equation, flat):
     if k == 1 or ins[0].shape != flat.avals[equation.outs[0]].shape:
         return None
     c = _one_number(equation.ins[1], ins[1], flat)
-    return None if c is None else term.scaled(1 / jnp.asarray(c))
+    return None if c is None else _scaled(term, 1 / c)
+
+
+def _scaled(term, c):
+    return dataclasses.replace(term, g=term.g * c.astype(term.g.dtype))
 
 
 def _one_number(i: int, value, flat):
@@ -696,26 +706,15 @@ def _over_steps(term: Term, is_constant: bool) -> Term:
     """
     if isinstance(term, Dense):
         return term
+    if is_constant:
+        return as_one(term)
     if isinstance(term, Product):
         steps, stack, positions, _ = term.a.shape
-        if is_constant:
-            flat = lambda x: jnp.moveaxis(x, 0, 1).reshape(stack, steps * positions, x.shape[-1])
-            return Product(flat(term.a), flat(term.g), term.layout)
         flat = lambda x: x.reshape(steps * stack, positions, x.shape[-1])
         return Product(flat(term.a), flat(term.g), _stacked(term.layout, steps))
     if isinstance(term, Rows):
-        if is_constant:
-            index, g = term.index, term.g
-            return Rows(index.reshape(-1), g.reshape(1, -1, g.shape[-1]), term.layout)
         value = jax.vmap(Rows.materialize)(term)
         return Dense(value, "a loop's steps look up rows of tables of their own")
-    if is_constant:
-        p = term.parameters
-        x_spec, _, y_spec = p["dimension_numbers"]
-        merge = lambda x, d: jnp.moveaxis(x, 0, d).reshape(
-            *x.shape[1 : d + 1], x.shape[0] * x.shape[d + 1], *x.shape[d + 2 :]
-        )
-        return dataclasses.replace(term, x=merge(term.x, x_spec[0]), g=merge(term.g, y_spec[0]))
     product = jax.vmap(Convolution.as_product)(term)
     return _over_steps(product, is_constant)
 

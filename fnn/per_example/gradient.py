@@ -107,10 +107,7 @@ class FactoredGradient:
 
     def materialize(self) -> jax.Array:
         """The gradients themselves, (batch, *shape), in the parameter's dtype."""
-        found = functools.reduce(
-            jnp.add, [jax.vmap(lambda x: x.materialize())(t) for t in self.terms]
-        )
-        return _as(found, self.dtype)
+        return _as(jax.vmap(algebra.materialized)(self.terms), self.dtype)
 
     def explain(self) -> list[dict[str, Any]]:
         """How each term is kept, why, and how many numbers that takes: a dict for each.
@@ -133,9 +130,7 @@ class FactoredGradient:
         if len(self.terms) == 1:
             return algebra.sum_of_squares(self.terms[0])
         size = math.prod(self.shape)
-        whole = lambda ts: jax.vmap(
-            lambda one: functools.reduce(jnp.add, [t.materialize() for t in one])
-        )(ts)
+        whole = jax.vmap(algebra.materialized)
         return algebra._accumulate(
             lambda ts: jnp.sum(algebra._square(algebra._wide(whole(ts))[0]), axis=0),
             self.terms,

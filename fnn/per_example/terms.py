@@ -203,9 +203,6 @@ class Product:
             return _vdot(g, jnp.einsum("spi,soi->spo", a.conj(), w))
         return _vdot(a, jnp.einsum("spo,soi->spi", g.conj(), w))
 
-    def scaled(self, c):
-        return dataclasses.replace(self, g=self.g * c.astype(self.g.dtype))
-
     def rows(self, index):
         """The gradient's rows at `index`, (n, …): of the parameter's first axis; or None."""
         owner = self.layout.owner(0)
@@ -320,9 +317,6 @@ class Convolution:
         y = _convolve(x.conj(), kernel.astype(x.dtype), self.parameters)
         return _vdot(g, y)
 
-    def scaled(self, c):
-        return dataclasses.replace(self, g=self.g * c.astype(self.g.dtype))
-
     def rows(self, index):
         return None
 
@@ -370,9 +364,6 @@ class Rows:
         _, g = _wide(self.g, self.g)
         return _vdot(g[0], w.at[self.index].get(mode="fill", fill_value=0))
 
-    def scaled(self, c):
-        return dataclasses.replace(self, g=self.g * c.astype(self.g.dtype))
-
     def rows(self, index):
         return None
 
@@ -384,9 +375,6 @@ class Dense:
     value: Any
     why: str
 
-    def form(self):
-        return self.value
-
     def materialize(self):
         return self.value
 
@@ -397,9 +385,6 @@ class Dense:
     def dot(self, w):
         return _vdot(*_wide(self.value, w))
 
-    def scaled(self, c):
-        return dataclasses.replace(self, value=self.value * c.astype(self.value.dtype))
-
     def rows(self, index):
         return self.value.at[index].get(mode="fill", fill_value=0)
 
@@ -407,6 +392,11 @@ class Dense:
 Term = Product | Convolution | Rows | Dense
 
 # -------------------------------------------------------------- inner products of two terms
+
+
+def materialized(terms: Sequence[Term]):
+    """The gradient that the terms add up to."""
+    return functools.reduce(jnp.add, [t.materialize() for t in terms])
 
 
 def squared_norm(terms: Sequence[Term]):
@@ -523,12 +513,21 @@ def weighted_sum(term: Term, weights):
         c = lax.expand_dims(weights.astype(g.dtype), range(1, g.ndim))
         term = dataclasses.replace(term, g=g * c)
     if isinstance(term, Convolution):
-        return _sum_of_convolutions(term)
-    return _as_one(term).materialize()
+        return _summed_by_convolving(as_one(term))
+    return as_one(term).materialize()
 
 
-def _as_one(term: Product | Rows) -> Product | Rows:
-    """The batch as more positions of one example: their gradients' sum is its gradient."""
+def as_one(term: Product | Convolution | Rows) -> Product | Convolution | Rows:
+    """A batch, or a loop's steps, as more positions of one example: their gradients' sum is its
+    gradient."""
+    if isinstance(term, Convolution):
+        x_spec, _, y_spec = term.parameters["dimension_numbers"]
+        # The first axis goes into the convolution's own axis of examples.
+        merge = lambda x, d: jnp.moveaxis(x, 0, d).reshape(
+            *x.shape[1 : d + 1], x.shape[0] * x.shape[d + 1], *x.shape[d + 2 :]
+        )
+        x, g = merge(term.x, x_spec[0]), merge(term.g, y_spec[0])
+        return dataclasses.replace(term, x=x, g=g)
     if isinstance(term, Rows):
         n, _, p, row = term.g.shape
         return Rows(term.index.reshape(-1), term.g.reshape(1, n * p, row), term.layout)
@@ -547,10 +546,10 @@ def sum_of_squares(term: Term):
     if isinstance(term, Product) and term.positions == 1:
         a, g = _wide(term.a, term.g)
         squares = Product(_square(a), _square(g), term.layout)
-        return _as_one(squares).materialize()
+        return as_one(squares).materialize()
     if isinstance(term, Rows):
         once = jax.vmap(Rows.once)(term)
-        return _as_one(dataclasses.replace(once, g=_square(once.g))).materialize()
+        return as_one(dataclasses.replace(once, g=_square(once.g))).materialize()
     n = term.g.shape[0]
     formed = math.prod(term.layout.sizes)
     return _accumulate(
@@ -586,22 +585,18 @@ def gram(terms: Sequence[Term], others: Sequence[Term]):
             return _gram_of_dense(one.value, other.value)
         if same and isinstance(one, Product) and _pairs_by_positions(one, other):
             return _gram_by_positions(one, other)
-    size = math.prod(jax.eval_shape(_materialized, list(others)).shape)
+    form = jax.vmap(materialized)
+    size = math.prod(jax.eval_shape(form, list(others)).shape)
     if size <= 2**26:
-        return _gram_of_dense(_materialized(list(terms)), _materialized(list(others)))
+        return _gram_of_dense(form(list(terms)), form(list(others)))
+
     # One row of the matrix at a time: one gradient formed, and its inner product with all.
-    row = lambda t: jax.vmap(lambda o: functools.reduce(jnp.add, [x.dot(_added(t)) for x in o]))(
-        list(others)
-    )
+    def row(t):
+        formed = materialized(t)
+        of_other = lambda o: functools.reduce(jnp.add, [x.dot(formed) for x in o])
+        return jax.vmap(of_other)(list(others))
+
     return lax.map(row, list(terms))
-
-
-def _added(terms):
-    return functools.reduce(jnp.add, [t.materialize() for t in terms])
-
-
-def _materialized(terms):
-    return jax.vmap(_added)(terms)
 
 
 def _gram_of_dense(x, y):
@@ -676,16 +671,12 @@ def _patches(x, p: dict, space: Sequence[int]):
     return jnp.stack(found, axis=2).reshape(*x.shape[:2], *kernel, *space)
 
 
-def _sum_of_convolutions(term: Convolution):
-    """The batch as one: (batch, n, ...) -> (batch · n, ...), and one convolution's pullback."""
+def _summed_by_convolving(term: Convolution):
+    """The gradient by the convolution's own pullback, the fastest way for many examples."""
     from fnn.backprop.primitives import contraction
 
     p = term.parameters
-    x_spec, _, y_spec = p["dimension_numbers"]
-    merge = lambda x, d: jnp.moveaxis(x, 0, d).reshape(
-        *x.shape[1 : d + 1], x.shape[0] * x.shape[d + 1], *x.shape[d + 2 :]
-    )
-    x, g = _wide(merge(term.x, x_spec[0]), merge(term.g, y_spec[0]))
+    x, g = _wide(term.x, term.g)
     w = jnp.zeros(term.kernel_shape, x.dtype)
     static = {k: v for k, v in p.items() if k != "kernel_shape"}
     static["dimension_numbers"] = lax.ConvDimensionNumbers(*p["dimension_numbers"])
