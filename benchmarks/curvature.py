@@ -183,6 +183,7 @@ def their_kfac(p, data):
         use_adaptive_momentum=True,
         use_adaptive_damping=True,
         initial_damping=1e-3,
+        num_burnin_steps=0,
         multi_device=False,
     )
     key = jax.random.PRNGKey(0)

@@ -295,40 +295,113 @@ def test_operators_refuse_other_trees_and_become_lineax_operators():
 # ------------------------------------------------------------------------------------ the losses
 
 
-@pytest.mark.parametrize(
-    ("loss", "target"),
-    [
-        (ops.squared_error, normal(0, 4)),
-        (ops.softmax_cross_entropy, jnp.int32(2)),
-        (functools.partial(ops.softmax_cross_entropy, label_smoothing=0.2), jnp.int32(2)),
-        (ops.softmax_cross_entropy, jnp.array([0.2, 0.5, 0.9, 0.3])),  # doesn't add up to one
-        (ops.sigmoid_binary_cross_entropy, jnp.array([0.0, 1, 1, 0])),
-        (ops.multiclass_hinge, jnp.int32(1)),
-        (lambda z, t: ops.softmax_cross_entropy(z, t), jnp.int32(0)),
-        (lambda z, t: ops.softmax_cross_entropy(2 * z, t), jnp.int32(0)),
-        (lambda z, t: 3 * ops.squared_error(z, t), normal(0, 4)),
-        (fourth_power, normal(0, 4)),
-    ],
-)
-def test_the_root_of_the_output_hessian(loss, target):
-    z = normal(5, 4)
-    H = jax.hessian(lambda z: loss(z, target))(z)
+def of_words(reduce, z_of=lambda z: z):
+    """A language model's loss: one softmax for each position."""
+    return lambda z, t: reduce(ops.softmax_cross_entropy(z_of(z), t), t)
+
+
+WORDS = jnp.array([1, 0, 3])
+KNOWN = {
+    "squared error": (ops.squared_error, normal(0, 4)),
+    "softmax": (ops.softmax_cross_entropy, jnp.int32(2)),
+    "smooth": (
+        functools.partial(ops.softmax_cross_entropy, label_smoothing=0.2), jnp.int32(2),
+    ),
+    # These don't add up to one.
+    "soft labels": (ops.softmax_cross_entropy, jnp.array([0.2, 0.5, 0.9, 0.3])),
+    "smooth soft labels": (
+        functools.partial(ops.softmax_cross_entropy, label_smoothing=0.2),
+        jnp.array([0.2, 0.5, 0.9, 0.3]),
+    ),
+    "sigmoid": (ops.sigmoid_binary_cross_entropy, jnp.array([0.0, 1, 1, 0])),
+    "hinge": (ops.multiclass_hinge, jnp.int32(1)),
+    "in a lambda": (lambda z, t: ops.softmax_cross_entropy(z, t), jnp.int32(0)),
+    "of a multiple": (lambda z, t: ops.softmax_cross_entropy(2 * z + 1, t), jnp.int32(0)),
+    "a multiple": (lambda z, t: 3 * ops.squared_error(z, t) + t[0], normal(0, 4)),
+    "and a penalty": (lambda z, t: ops.squared_error(z, t) + t @ z, normal(0, 4)),
+    "mean of words": (of_words(lambda x, t: jnp.mean(x)), WORDS),
+    "some words": (
+        of_words(lambda x, t: jnp.sum(jnp.where(t > 0, x, 0)) / jnp.sum(t > 0)), WORDS,
+    ),
+    "the next words": (of_words(lambda x, t: x.sum(), lambda z: z[:-1]), WORDS[1:]),
+    "words in rows": (
+        of_words(lambda x, t: x.mean(), lambda z: z.reshape(2, -1, 2)), jnp.eye(2, 3, dtype=int),
+    ),
+    "vmapped words": (
+        lambda z, t: jnp.mean(jax.vmap(ops.softmax_cross_entropy)(z, t)), WORDS,
+    ),
+    "vmapped squares": (
+        lambda z, t: jnp.arange(3) @ jax.vmap(ops.squared_error)(z, t), normal(1, 3, 4),
+    ),
+    "hinges of words": (lambda z, t: jnp.mean(ops.multiclass_hinge(z, t)), WORDS),
+    "sigmoids of words": (
+        lambda z, t: ops.sigmoid_binary_cross_entropy(z, t), jnp.eye(3, 4),
+    ),
+}  # fmt: skip
+UNKNOWN = {
+    "fourth power": (fourth_power, normal(0, 4)),
+    "of a square": (lambda z, t: ops.squared_error(z**2, t), -(normal(0, 4) ** 2)),
+    "with itself": (lambda z, t: ops.squared_error(z, z), normal(0, 4)),
+    "squared": (lambda z, t: ops.softmax_cross_entropy(z, t) ** 2, jnp.int32(1)),
+    "of two": (lambda z, t: ops.squared_error(z, t) + ops.squared_error(z, 0 * t), normal(0, 4)),
+    "weighted by itself": (
+        lambda z, t: ops.squared_error(z, t) * lax.stop_gradient(z @ z), normal(0, 4),
+    ),
+}  # fmt: skip
+
+
+def outputs_of(name):
+    words = "words" in name or "vmapped" in name
+    return normal(5, 3, 4) if words else normal(5, 4)
+
+
+@pytest.mark.parametrize("name", [*KNOWN, *UNKNOWN])
+def test_the_root_of_the_output_hessian(name):
+    (loss, target), z = (KNOWN | UNKNOWN)[name], outputs_of(name)
+    H = jax.hessian(loss)(z, target).reshape(z.size, z.size)
+    assert (output_hessian._composition(loss, z, target) is not None) == (name in KNOWN)
     known = output_hessian.of(loss, z, target)
-    S = known.root(z)
+    S = known.root(z).reshape(-1, z.size)
     close(S.T @ S, H)
-    close(jax.vmap(lambda u: known.product(z, u))(jnp.eye(4)), H)
+    directions = jnp.eye(z.size).reshape(-1, *z.shape)
+    products = jax.vmap(lambda u: known.product(z, u))(directions)
+    close(products.reshape(z.size, z.size), H)
+    if known.sample is not None:
+        s = jax.vmap(lambda k: known.sample(z, k))(jax.random.split(jax.random.key(0), 20_000))
+        s = s.reshape(-1, z.size)
+        close(s.T @ s / len(s), H, atol=0.05 * jnp.abs(H).max())
 
 
-def test_known_losses_are_recognised():
-    z, label = normal(5, 4), jnp.int32(2)
-    known = lambda loss, target: output_hessian._operation_of(loss, z, target)
-    assert known(lambda z, t: ops.softmax_cross_entropy(z, t), label) is ops.softmax_cross_entropy
-    smooth = functools.partial(ops.softmax_cross_entropy, label_smoothing=0.1)
-    assert known(smooth, label) is ops.softmax_cross_entropy
-    assert known(lambda z, t: ops.softmax_cross_entropy(-z, t), label) is None
-    assert known(lambda z, t: 2 * ops.squared_error(z, t), z) is None
+def test_a_language_model_has_a_fisher_matrix_and_samples():
+    """Its loss is a mean over words: labels are drawn for each of them."""
+    model = lambda p, xs: jnp.tanh(xs @ p["V"]) @ p["W"]
+    p = {"V": normal(0, 3, 4), "W": normal(1, 4, 4)}
+    batch = normal(2, N, 3, 3), jax.random.randint(jax.random.key(3), (N, 3), 0, 4)
+    loss, _ = KNOWN["some words"]
+    G = curvature.ggn_vector_product(model, loss)(p, batch).to_dense()
+    close(curvature.fisher_vector_product(model, loss)(p, batch).to_dense(), G)
+    draw = {"key": jax.random.key(4), "samples": 20_000}
+    drawn = curvature.ggn_diagonal(model, loss, **draw)(p, batch)
+    close(flat(drawn), jnp.diag(G), 0.1)
+    drawn = curvature.fisher_vector_product(model, loss, **draw)(p, batch)
+    close(flat(drawn(p)), G @ flat(p), 0.1, 0.01)
+
+
+def test_a_loss_with_a_weight_below_zero_is_not_convex():
+    z = outputs_of("words")
+    signed = lambda c: lambda z, t: c @ ops.softmax_cross_entropy(z, t)
+    by_target = lambda z, t: jnp.sum(ops.softmax_cross_entropy(z, t) * (t - 1))
+    assert output_hessian.is_convex(signed(jnp.ones(3)), z, WORDS)
+    assert not output_hessian.is_convex(signed(jnp.array([1.0, 1, -1])), z, WORDS)
+    assert not output_hessian.is_convex(by_target, z, WORDS)
     with pytest.raises(TypeError, match="real scalar loss"):
         output_hessian.of(lambda z, t: z, z, z)
+    # So the Hessian's diagonal of such a network is found in the slow way, with its sign.
+    model, p, xs = lambda p, x: p @ x, normal(1, 3, 4), normal(2, N, 4)
+    loss = lambda z, t: -ops.softmax_cross_entropy(z, t)
+    found = curvature.hessian_diagonal(model, loss)(p, (xs, LABELS))
+    positive = curvature.hessian_diagonal(model, ops.softmax_cross_entropy)(p, (xs, LABELS))
+    close(found, -positive)
 
 
 # ----------------------------------------------------------------------------- Kronecker factors
@@ -628,24 +701,6 @@ def test_a_derivative_rule_of_its_own_is_not_linear_in_pieces():
     assert not piecewise_linear(model, p, xs)
     H = curvature.hessian_vector_product(model, ops.squared_error)(p, batch).to_dense()
     close(flat(curvature.hessian_diagonal(model, ops.squared_error)(p, batch)), jnp.diag(H))
-
-
-@pytest.mark.parametrize(
-    ("loss", "target"),
-    [
-        (lambda z, t: 3 * ops.squared_error(z, t), normal(1, 3)),
-        (lambda z, t: ops.squared_error(z**2, t), -(normal(1, 3) ** 2)),
-        (lambda z, t: ops.squared_error(z, z), normal(1, 3)),
-        (ops.softmax_cross_entropy, jnp.array([0.2, 0.3, 0.5])),
-    ],
-    ids=["scaled", "of a square", "with itself", "soft labels"],
-)
-def test_more_than_a_known_loss_goes_by_autodiff(loss, target):
-    z = normal(7, 3)
-    assert output_hessian._operation_of(loss, z, target) is None
-    found, H = output_hessian.of(loss, z, target), jax.hessian(loss)(z, target)
-    close(found.root(z).T @ found.root(z), H)
-    close(found.product(z, normal(8, 3)), H @ normal(8, 3))
 
 
 def test_the_hinge_has_no_columns_and_no_curvature():

@@ -3,6 +3,11 @@
 All take `model(params, input)`, the outputs of one example, and `loss(outputs, target)`, its
 loss, and return a function of `(params, (inputs, targets))`. All are of the mean loss.
 
+What is known of a loss's Hessian by the outputs is seen in its program: write it with fnn.ops'
+squared_error, softmax_cross_entropy, sigmoid_binary_cross_entropy or multiclass_hinge. Weights,
+masks, means over words and slices of the outputs may stand around it. Any other loss is
+differentiated twice, a matrix of the outputs' size for each example.
+
 ggn_vector_product, hessian_vector_product,
 fisher_vector_product, empirical_fisher       linear operators
 eigenpairs                                    the largest eigenvalues of an operator

@@ -147,7 +147,8 @@ def fisher_vector_product(
     The label t is drawn from the network's own distribution, loss = −log p. For squared error
     (a normal distribution), softmax and binary cross-entropy it is the GGN (Martens, "New
     insights and perspectives on the natural gradient method", 2020), and that is how it is
-    found; with `samples` the expectation is over as many drawn labels.
+    found; with `samples` the expectation is over as many drawn labels. For a weighted sum or
+    mean of such losses, of a text's words for one, it is the same sum of their Fisher matrices.
 
     Raises:
         ValueError: the loss isn't the negative log-likelihood of a known distribution, or there
