@@ -14,7 +14,8 @@ from jax.flatten_util import ravel_pytree
 import fnn
 from fnn import curvature, ops
 from fnn.curvature import output_hessian
-from fnn.curvature.diagonals import piecewise_linear
+from fnn.curvature.hessian_diagonal import _layers, piecewise_linear
+from fnn.jaxpr import program, trace
 
 
 def normal(seed, *shape):
@@ -210,6 +211,62 @@ def test_the_fast_hessian_diagonal_is_one_sweep():
     model, params, xs = mlp(jnp.tanh)
     of = curvature.hessian_diagonal(model, ops.softmax_cross_entropy, chunk=4)
     assert "while" in jax.jit(of).lower(params, (xs, LABELS)).as_text()
+
+
+def by_layers(name):
+    """`(model, params, one input, the parameters whose diagonals go through layers)`."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+
+    def conv(x, k, groups=1):
+        options = {"dimension_numbers": numbers, "feature_group_count": groups}
+        return lax.conv_general_dilated(x[None], k, (2, 2), "SAME", **options)[0]
+
+    W, V, b = normal(0, 6, 4), normal(1, 3, 6), normal(2, 6)
+    model = {
+        "dense": lambda p, x: p["V"] @ jnp.tanh(p["W"] @ x + p["b"]),
+        "shared bias": lambda p, x: p["V"] @ jnp.tanh(p["W"] @ x + p["b"]) + p["b"][:3],
+        "tied": lambda p, x: (p["W"].T @ jnp.tanh(p["W"] @ x))[:3] + p["V"] @ p["b"],
+        "views": lambda p, x: jnp.tanh(x @ p["W"][:, ::-1].reshape(4, 6)) @ p["V"].T,
+        "words": lambda p, x: jnp.tanh(x @ p["W"].T + p["b"]).sum(0) @ p["V"].T,
+        "convolution": lambda p, x: p["V"] @ jnp.tanh(conv(x, p["W"]) + p["b"]).sum((0, 1)),
+        "groups": lambda p, x: p["V"] @ jnp.tanh(conv(x, p["W"], 2)).sum((0, 1)),
+        "matrices": lambda p, x: p["V"] @ jnp.tanh(jnp.einsum("gi,gio->go", x, p["W"])).reshape(6),
+        "low rank": lambda p, x: p["V"] @ jnp.tanh((p["W"] @ p["A"]) @ x + p["b"]),
+        "itself": lambda p, x: p["V"] @ jnp.tanh(p["W"] @ (x * p["W"][0])),
+    }[name]  # fmt: skip
+    x, found = normal(3, N, 4), {"W", "V"}
+    if name in ("dense", "tied"):
+        found.add("b")
+    if name in ("tied", "itself"):
+        found.discard("W")
+    if name == "words":
+        x = normal(3, N, 2, 4)
+    if name in ("convolution", "groups"):
+        W, x = normal(0, 3, 3, 4, 6), normal(3, N, 3, 3, 4)
+        W = W[:, :, :2] if name == "groups" else W
+    if name == "matrices":
+        W, x = normal(0, 2, 4, 3), normal(3, N, 2, 4)
+    if name == "low rank":
+        return model, {"W": W, "V": V, "b": b, "A": normal(4, 4, 4)}, x, {"V"}
+    return model, {"W": W, "V": V, "b": b}, x, found
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dense", "shared bias", "tied", "views", "words", "convolution", "groups", "matrices"]
+    + ["low rank", "itself"],
+)
+def test_the_hessian_diagonal_through_layers(name):
+    model, p, xs, layers = by_layers(name)
+    loss = lambda z, t: ops.softmax_cross_entropy(z, t % 3) + jnp.sin(z).sum()
+    names = sorted(p)
+    of_leaves = lambda *w: [model(dict(zip(names, w[:-1], strict=True)), w[-1])]
+    found = _layers(program(trace(of_leaves, [*(p[k] for k in names), xs[0]])), len(p))
+    numbers = {i for layer in found for i in (layer.weight, layer.bias) if i is not None}
+    assert {names[i] for i in numbers} == layers
+    H = curvature.hessian_vector_product(model, loss)(p, (xs, LABELS)).to_dense()
+    diagonal = jax.jit(curvature.hessian_diagonal(model, loss, chunk=5))(p, (xs, LABELS))
+    close(flat(diagonal), jnp.diag(H))
 
 
 def test_fisher_matrices():

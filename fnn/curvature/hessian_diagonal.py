@@ -1,0 +1,393 @@
+"""The Hessian's diagonal, weight by weight through the layer that it makes.
+
+The second derivatives by a weight W that is used once, in y = W a, are those by y, seen through
+a: with one position
+
+    ∂²L/∂Wₒᵢ² = Σₙ ∂²Lₙ/∂yₒ² aᵢ².
+
+So one Hessian product for each entry of y, of all examples at once, does what would otherwise take
+one for each entry of W. If the network is linear in pieces there are no others than the loss's,
+and the diagonal is that of the Gauss-Newton matrix: one sweep.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fnn.backprop import grad
+from fnn.backprop.halves import run
+from fnn.curvature import output_hessian
+from fnn.curvature.columns import one_array, pair
+from fnn.curvature.diagonals import ggn_diagonal
+from fnn.jaxpr import Program, inner_jaxprs, program, trace
+from fnn.per_example.differentiate import batch_size, parameters
+from fnn.per_example.factors import MEETINGS, PASSAGES
+from fnn.per_example.terms import Convolution, Product
+
+
+def hessian_diagonal(model: Callable, loss: Callable, *, chunk: int = 16) -> Callable:
+    """The diagonal of the mean loss's Hessian, exactly.
+
+    In a network of matrix products, convolutions and piecewise linear functions (ReLU, max),
+    each weight used once, the outputs are linear in each weight by itself, and the Hessian's
+    diagonal is the GGN's: one sweep. In any other network a weight that is used once, in a
+    matrix product or convolution, takes one Hessian product for each of its layer's outputs;
+    and any other parameter one for each of its entries.
+
+    Args:
+        model, loss: as for `ggn_diagonal`; here the loss needn't be convex.
+        chunk: how many Hessian products are done at once.
+
+    Returns:
+        A function `(params, (inputs, targets))` to a tree like the parameters.
+    """
+
+    def of_batch(params: Any, batch: Any) -> Any:
+        inputs, targets = pair(batch)
+        size = batch_size(batch)
+        if piecewise_linear(model, params, inputs) and _is_convex(model, loss, params, batch):
+            return ggn_diagonal(model, loss)(params, batch)
+        _, leaves, tree = parameters(params)
+        examples, example_tree = jax.tree.flatten((inputs, targets))
+
+        def of_example(*args):
+            here = jax.tree.unflatten(tree, args[: len(leaves)])
+            x, t = jax.tree.unflatten(example_tree, args[len(leaves) :])
+            return [loss(one_array(model(here, x)), t)]
+
+        flat = program(trace(of_example, [*leaves, *(x[0] for x in examples)]))
+        found: list = [None] * len(leaves)
+        for layer in _layers(flat, len(leaves)):
+            of_weight, of_bias = _through(layer, flat, leaves, examples, size, chunk)
+            found[layer.weight] = of_weight
+            if layer.bias is not None:
+                found[layer.bias] = of_bias
+
+        def mean(leaf, k):
+            here = [*leaves[:k], leaf, *leaves[k + 1 :]]
+            return jnp.mean(jax.vmap(lambda *x: of_example(*here, *x)[0])(*examples))
+
+        for k, leaf in enumerate(leaves):
+            if found[k] is None:
+                _, push = jax.linearize(grad(lambda w, k=k: mean(w, k)), leaf)
+                one_hot = lambda i, w=leaf: jnp.zeros(w.size, w.dtype).at[i].set(1).reshape(w.shape)
+                entry = lambda i, push=push, one=one_hot: push(one(i)).reshape(-1)[i]
+                entries = lax.map(entry, jnp.arange(leaf.size), batch_size=chunk)
+                found[k] = entries.reshape(leaf.shape)
+        found = [f.astype(w.dtype) for f, w in zip(found, leaves, strict=True)]
+        return jax.tree.unflatten(tree, found)
+
+    return of_batch
+
+
+def _is_convex(model, loss, params, batch) -> bool:
+    """Is the loss convex for sure, so that the root of its Hessian is exact?"""
+    inputs, targets = batch
+    first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+    z = jax.eval_shape(model, params, first(inputs))
+    return output_hessian.is_convex(loss, z, first(targets))
+
+
+# ------------------------------------------------------------------------------------ by layers
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """Where a weight has its only use, y = W a, with what is added to y and nowhere else.
+
+    weight, bias: numbers of the parameters; bias is None if there is none.
+    at: the number of the equation that makes y.
+    argument: which of its arguments comes from the weight.
+    views: the numbers of the equations that rearrange the weight before.
+    """
+
+    weight: int
+    bias: int | None
+    at: int
+    argument: int
+    views: tuple[int, ...]
+
+
+_VIEWS = ("transpose", "reshape", "squeeze", "expand_dims", "rev", "slice", "convert_element_type")
+
+
+def _layers(flat: Program, count: int) -> list[_Layer]:
+    """The layers of a program whose first `count` inputs are the parameters."""
+    users: dict[int, list[int]] = {}
+    for at, equation in enumerate(flat.equations):
+        for i in equation.ins:
+            users.setdefault(i, []).append(at)
+    for i in flat.outputs:
+        users.setdefault(i, []).append(-1)
+    depends = _dependence(flat, count)
+    found = []
+    for weight in range(count):
+        value, views = flat.inputs[weight], []
+        while len(users.get(value, ())) == 1 and users[value] != [-1]:
+            (at,) = users[value]
+            equation = flat.equations[at]
+            if equation.name in _VIEWS:
+                views.append(at)
+                (value,) = equation.outs
+                continue
+            if equation.name in ("dot_general", "conv_general_dilated"):
+                argument = equation.ins.index(value)
+                others = [i for k, i in enumerate(equation.ins) if k != argument]
+                (y,) = equation.outs
+                apart = not any(weight in depends[i] for i in others)
+                is_kernel = equation.name == "dot_general" or argument == 1
+                real = jnp.issubdtype(flat.avals[y].dtype, jnp.floating)
+                smaller = math.prod(flat.avals[y].shape) < math.prod(flat.avals[value].shape)
+                if apart and is_kernel and real and smaller:
+                    bias = _bias(flat, y, users, count)
+                    found.append(_Layer(weight, bias, at, argument, tuple(views)))
+            break
+    return found
+
+
+def _bias(flat: Program, y: int, users, count: int) -> int | None:
+    """The parameter that is added to y and has no other use."""
+    if len(users.get(y, ())) != 1 or users[y] == [-1]:
+        return None
+    equation = flat.equations[users[y][0]]
+    if equation.name not in ("add", "add_any") or y not in equation.ins:
+        return None
+    other = equation.ins[1 - equation.ins.index(y)]
+    parameters_ = flat.inputs[:count]
+    if other not in parameters_ or len(users[other]) != 1:
+        return None
+    return parameters_.index(other) if flat.avals[other].shape == flat.avals[y].shape else None
+
+
+def _dependence(flat: Program, count: int) -> list[frozenset]:
+    """Of which parameters each value is a function."""
+    found: list = [frozenset()] * len(flat.avals)
+    for k, i in enumerate(flat.inputs[:count]):
+        found[i] = frozenset([k])
+    for equation in flat.equations:
+        union = frozenset().union(*(found[i] for i in equation.ins))
+        for i in equation.outs:
+            found[i] = union
+    return found
+
+
+def _through(
+    layer: _Layer, flat: Program, leaves: Sequence, examples: Sequence, size: int, chunk: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """The diagonals for the layer's weight and bias, by the second derivatives by its y."""
+    equation = flat.equations[layer.at]
+    (y,) = equation.outs
+    start = lambda example: dict(enumerate(flat.values([*leaves, *example])))
+
+    def term(g, *example) -> Product:
+        """What W's gradient would be for an upstream gradient g of y."""
+        values = start(example)
+        run(flat.equations[: layer.at], values)
+        ins = [values[i] for i in equation.ins]
+        found = MEETINGS[equation.name](layer.argument, g, ins, equation.params)
+        for at in reversed(layer.views):
+            view = flat.equations[at]
+            found = PASSAGES[view.name](0, found, [values[i] for i in view.ins], view, flat)
+        return found.as_product() if isinstance(found, Convolution) else found
+
+    def moved(eps, *example):
+        values = start(example)
+        run(flat.equations[: layer.at + 1], values)
+        values[y] = values[y] + eps
+        run(flat.equations[layer.at + 1 :], values)
+        return values[flat.outputs[0]]
+
+    zero = jnp.zeros((size, *flat.avals[y].shape), flat.avals[y].dtype)
+    total = lambda eps: jnp.sum(jax.vmap(moved)(eps, *examples))
+    _, push = jax.linearize(grad(total), zero)
+
+    terms = jax.vmap(term)(zero, *examples)
+    a, layout = terms.a, terms.layout
+    _, stack, positions, out = terms.g.shape
+    # y in the order of the factor G, and back.
+    arranged = lambda g: term(g, *(x[0] for x in examples)).g
+    back = jax.linear_transpose(arranged, zero[0])
+
+    def entry(i):
+        s, p, o = jnp.unravel_index(i, (stack, positions, out))
+        one = jnp.zeros((stack, positions, out), terms.g.dtype).at[s, p, o].set(1)
+        (direction,) = back(one)
+        pushed = push(jnp.broadcast_to(direction, zero.shape))
+        row = jax.vmap(arranged)(pushed)[:, s, :, o]  # (examples, positions)
+        if positions == 1:
+            return row[:, 0]
+        seen = jnp.einsum("nq,nqi->ni", row, a[:, s])
+        return row[:, p], jnp.sum(a[:, s, p] * seen, axis=0)
+
+    found = lax.map(entry, jnp.arange(stack * positions * out), batch_size=chunk)
+    if positions == 1:
+        own = found.reshape(stack, out, size)
+        by_weight = jnp.einsum("son,nsi->soi", own, a[:, :, 0] ** 2)
+    else:
+        own, by_position = found
+        by_weight = by_position.reshape(stack, positions, out, -1).sum(1)
+    by_bias = None
+    if layer.bias is not None:
+        (by_bias,) = back(own.reshape(stack, positions, out, size).sum(-1) / size)
+    return layout.to_parameter(by_weight) / size, by_bias
+
+
+# --------------------------------------------------------------------------- linear in pieces
+
+# Linear, or linear in pieces, in all their inputs together.
+_LINEAR = {
+    "add",
+    "sub",
+    "neg",
+    "add_any",
+    "reshape",
+    "squeeze",
+    "expand_dims",
+    "transpose",
+    "rev",
+    "broadcast_in_dim",
+    "slice",
+    "concatenate",
+    "pad",
+    "reduce_sum",
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "select_n",
+    "max",
+    "min",
+    "abs",
+    "clamp",
+    "reduce_max",
+    "reduce_min",
+    "gather",
+    "dynamic_slice",
+    "stop_gradient",
+    "reduce_window_sum",
+    "reduce_window_max",
+    "select_and_gather_add",
+    "reduce_precision",
+    "sort",
+    "real",
+    "imag",
+}
+_BILINEAR = {"dot_general", "conv_general_dilated", "mul"}
+_PIECEWISE_LINEAR_OPERATIONS = {"relu", "leaky_relu", "maxout", "hard_tanh", "relu6"}
+_NOT_DIFFERENTIATED = {
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "and",
+    "or",
+    "not",
+    "sign",
+    "floor",
+    "ceil",
+    "round",
+    "iota",
+    "argmax",
+    "argmin",
+    "is_finite",
+    "stop_gradient",
+    "random_bits",
+    "shift_right_logical",
+}
+
+
+def piecewise_linear(model: Callable, params: Any, inputs: Any) -> bool:
+    """Are the outputs, in pieces, linear in each parameter array while the others are fixed?
+
+    Then a parameter's second derivative by itself is zero almost everywhere. Seen from the
+    program: each value carries the set of parameters that it depends on; products multiply
+    values without a parameter in common, and all else is linear in pieces.
+    """
+    _, leaves, tree = parameters(params)
+    example = jax.tree.map(lambda x: x[0], inputs)
+    example_leaves, example_tree = jax.tree.flatten(example)
+
+    def flat(*args):
+        here = jax.tree.unflatten(tree, args[: len(leaves)])
+        return [model(here, jax.tree.unflatten(example_tree, args[len(leaves) :]))]
+
+    traced = program(trace(flat, [*leaves, *example_leaves]))
+    given = [frozenset([i]) for i in range(len(leaves))] + [frozenset()] * len(example_leaves)
+    return _parameters_of(traced, given) is not None
+
+
+def _parameters_of(flat, given) -> list[frozenset] | None:
+    """Of which parameters each output is a piecewise linear function; None if it isn't."""
+    depends = {i: frozenset() for i in flat.constants}
+    depends.update(zip(flat.inputs, given, strict=True))
+    for equation in flat.equations:
+        ins = [depends[i] for i in equation.ins]
+        union = frozenset().union(*ins)
+        operation = equation.operation()
+        name = equation.name
+        outs = [union] * len(equation.outs)
+        if not union or name in _NOT_DIFFERENTIATED:
+            outs = [frozenset()] * len(equation.outs)
+        elif operation is not None:
+            if operation.operation.name not in _PIECEWISE_LINEAR_OPERATIONS:
+                return None
+            # maxout multiplies its weights with its input.
+            if sum(len(i) for i in ins) != len(union):
+                return None
+        elif name in _BILINEAR:
+            if ins[0] & ins[1]:
+                return None
+        elif name == "div":
+            if ins[1]:
+                return None
+        elif name in ("custom_jvp_call", "custom_vjp_call"):
+            if not _derivative_is_constant(equation, [flat.avals[i] for i in equation.ins], ins):
+                return None
+        elif name in ("cond", "checkpoint", "remat2"):
+            operands = ins[1:] if name == "cond" else ins
+            found = [
+                _parameters_of(program(j), operands[-len(j.in_avals) :] if j.in_avals else [])
+                for role, j in inner_jaxprs(equation).items()
+                if len(j.in_avals) == len(operands)
+            ]
+            if not found or any(f is None for f in found):
+                return None
+        elif name not in _LINEAR:
+            return None
+        depends.update(zip(equation.outs, outs, strict=True))
+    return [depends[i] for i in flat.outputs]
+
+
+def _derivative_is_constant(equation, avals, ins) -> bool:
+    """Is the rule that a function has for its derivative the same at all points, in pieces?
+
+    The rule needn't be the function's own derivative: a step function may have a smooth one.
+    """
+    moving = [k for k, parameters in enumerate(ins) if parameters]
+
+    def derivative(values, cotangents):
+        def of_moving(*given):
+            here = list(values)
+            for k, x in zip(moving, given, strict=True):
+                here[k] = x
+            return equation.apply(here)
+
+        return list(jax.vjp(of_moving, *[values[k] for k in moving])[1](cotangents))
+
+    struct = lambda aval: jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    values = [struct(a) for a in avals]
+    outs = jax.eval_shape(equation.apply, values)
+    if not all(jnp.issubdtype(x.dtype, jnp.inexact) for x in [*outs, *(values[k] for k in moving)]):
+        return False
+    flat = program(trace(derivative, [values, outs]))
+    given = [frozenset([k]) if ins[k] else frozenset() for k in range(len(values))]
+    found = _parameters_of(flat, [*given, *[frozenset()] * len(outs)])
+    return found is not None and not any(found)
