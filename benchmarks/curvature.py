@@ -21,8 +21,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
-import importlib.util
 import statistics
 import sys
 import time
@@ -32,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import per_example as workloads
-from measure import interleaved, machine, ratios, table
+from measure import compiled, installed, interleaved, machine, milliseconds, ratio, table
 
 import fnn
 import fnn.per_example as pe
@@ -50,12 +48,12 @@ def cross_entropy(logits, labels):
     return jnp.mean(ops.softmax_cross_entropy(logits, labels))
 
 
+def loss_of(model):
+    return workloads.loss_of(model, cross_entropy)
+
+
 def mean_loss(model, p, batch):
-    return jnp.mean(jax.vmap(lambda x, y: cross_entropy(model(p, x), y))(*batch))
-
-
-def compiled(function, p, batch):
-    return jax.jit(function).lower(p, batch).compile()
+    return jnp.mean(jax.vmap(loss_of(model), (None, 0))(p, batch))
 
 
 def temporary(program) -> int:
@@ -97,7 +95,7 @@ def plain_hessian_product(model, p, batch):
 
 
 def plain_empirical_fisher(model, p, batch):
-    losses = lambda p: jax.vmap(lambda x, y: cross_entropy(model(p, x), y))(*batch)
+    losses = lambda p: jax.vmap(loss_of(model), (None, 0))(p, batch)
     _, along = jax.jvp(losses, (p,), (p,))
     return jax.vjp(losses, p)[1](along / along.size)[0]
 
@@ -165,8 +163,7 @@ def quantities(workload: str, batch: int, rounds: int, only: list[str]) -> list[
     """The rows of one workload's table."""
     model, p, data = workloads.WORKLOADS[workload][0](batch)
     names = [n for n in only if not ROWS[n][2] or workload in ROWS[n][2]]
-    gradient = compiled(jax.grad(functools.partial(mean_loss, model)), p, data)
-    programs = {"gradient": gradient}
+    programs = {"gradient": workloads.mean_gradient(loss_of(model), p, data)}
     for name in names:
         print(f"{workload}: preparing {name}", file=sys.stderr, flush=True)
         ours, plain, _ = ROWS[name]
@@ -176,8 +173,8 @@ def quantities(workload: str, batch: int, rounds: int, only: list[str]) -> list[
     samples = interleaved(
         {n: lambda f=f: jax.block_until_ready(f(p, data)) for n, f in programs.items()}, rounds
     )
-    middle = lambda a, b: f"{statistics.median(ratios(samples[a], samples[b])):.2f}"
-    ms = lambda a: f"{1e3 * statistics.median(samples[a]):.2f}"
+    middle = lambda a, b: ratio(samples[a], samples[b])
+    ms = lambda a: milliseconds(samples[a])
     flops = lambda name: programs[name].cost_analysis()["flops"]
     rows = [["gradient", ms("gradient"), "1.00", "1.00", "1.00", "", "", ""]]
     for name in names:
@@ -193,7 +190,7 @@ def quantities(workload: str, batch: int, rounds: int, only: list[str]) -> list[
 # --------------------------------------------------------------------------------------- BackPACK
 
 MODEL = workloads.mlp(1)[0]
-PER_EXAMPLE = pe.grads(lambda p, example: cross_entropy(MODEL(p, example[0]), example[1]))
+PER_EXAMPLE = pe.grads(loss_of(MODEL))
 
 
 def of_gradients(name: str) -> Callable:
@@ -218,21 +215,9 @@ BACKPACK_ROWS = {
 }
 
 
-def installed(module: str, line: str) -> bool:
-    if importlib.util.find_spec(module) is None:
-        print(f"{module} is left out: {line}", file=sys.stderr)
-        return False
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # installed, but not for this JAX
-        print(f"{module} is left out: importing it raises {error!r}", file=sys.stderr)
-        return False
-    return True
-
-
 def against_backpack(batch: int, rounds: int) -> list[list[str]]:
     _, p, data = workloads.mlp(batch)
-    gradient = compiled(jax.grad(functools.partial(mean_loss, MODEL)), p, data)
+    gradient = workloads.mean_gradient(loss_of(MODEL), p, data)
     calls = {"gradient": lambda: jax.block_until_ready(gradient(p, data))}
     if peers := installed("backpack", BACKPACK):
         calls["PyTorch gradient"] = workloads.torch_gradient(None, p, data)
@@ -243,8 +228,8 @@ def against_backpack(batch: int, rounds: int) -> list[list[str]]:
         if peers:
             calls[f"BackPACK {name}"] = workloads.backpack_quantity(None, p, data, name)
     samples = interleaved(calls, rounds)
-    middle = lambda a, b: f"{statistics.median(ratios(samples[a], samples[b])):.2f}"
-    ms = lambda a: f"{1e3 * statistics.median(samples[a]):.2f}"
+    middle = lambda a, b: ratio(samples[a], samples[b])
+    ms = lambda a: milliseconds(samples[a])
     rows = [["gradient", "jax.grad", ms("gradient"), "1.00"]]
     rows[0] += [ms("PyTorch gradient"), "1.00", ""] if peers else []
     for name, (ours, _) in BACKPACK_ROWS.items():

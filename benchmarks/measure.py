@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import importlib.util
 import os
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+
+import jax
 
 
 def interleaved(
@@ -59,6 +64,33 @@ def ratios(samples: Sequence[float], reference: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(samples, reference, strict=True)]
 
 
+def milliseconds(samples: Sequence[float]) -> str:
+    """Their median."""
+    return f"{1e3 * statistics.median(samples):.2f}"
+
+
+def ratio(samples: Sequence[float], reference: Sequence[float]) -> str:
+    """The median of the ratios round by round."""
+    return f"{statistics.median(ratios(samples, reference)):.2f}"
+
+
+def compiled(function: Callable, *args):
+    return jax.jit(function).lower(*args).compile()
+
+
+def installed(module: str, line: str) -> bool:
+    """Can it be imported? If not, the line that installs it, or what importing it raises."""
+    if importlib.util.find_spec(module) is None:
+        print(f"{module} is left out: {line}", file=sys.stderr)
+        return False
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # installed, but not for this JAX
+        print(f"{module} is left out: importing it raises {error!r}", file=sys.stderr)
+        return False
+    return True
+
+
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> str:
     """Rows of text under heads: aligned columns, or a Markdown table."""
     widths = [max(len(r[i]) for r in (heads, *rows)) for i in range(len(heads))]
@@ -77,8 +109,6 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -
 
 def machine() -> str:
     """The processor, its cores, and the versions that matter."""
-    import jax
-
     name = platform.processor()
     try:
         with open("/proc/cpuinfo") as f:

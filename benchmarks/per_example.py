@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import math
-import statistics
 import sys
 from collections.abc import Callable
 
@@ -30,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from measure import interleaved, machine, ratios, table
+from measure import compiled, installed, interleaved, machine, milliseconds, ratio, table
 
 import fnn.per_example as pe
 
@@ -56,15 +54,15 @@ def _labels(*shape):
     return jnp.asarray(np.random.default_rng(2).integers(0, 10, shape), jnp.int32)
 
 
-def loss_of(model):
-    """The loss of one example, in plain JAX: cross-entropy, its mean over the words of a text."""
+def _cross_entropy(logits, labels):
+    """In plain JAX; the mean over the words of a text."""
+    log_p = jax.nn.log_softmax(logits)
+    return -jnp.mean(jnp.take_along_axis(log_p, labels[..., None], -1))
 
-    def loss(p, example):
-        x, labels = example
-        log_p = jax.nn.log_softmax(model(p, x))
-        return -jnp.mean(jnp.take_along_axis(log_p, labels[..., None], -1))
 
-    return loss
+def loss_of(model, loss=_cross_entropy):
+    """The loss of one example."""
+    return lambda p, example: loss(model(p, example[0]), example[1])
 
 
 def mlp(batch):
@@ -169,10 +167,6 @@ WORKLOADS = {"mlp": (mlp, 256), "cnn": (cnn, 32), "gpt": (gpt, 16), "lstm": (lst
 # for PyTorch a function of nothing.
 
 
-def _compiled(function, p, batch):
-    return jax.jit(function).lower(p, batch).compile()
-
-
 def _vmap_grad(loss):
     return jax.vmap(jax.grad(loss), (None, 0))
 
@@ -183,13 +177,13 @@ def _norms_of(grads):
 
 
 def mean_gradient(loss, p, batch):
-    return _compiled(
+    return compiled(
         jax.grad(lambda p, batch: jnp.mean(jax.vmap(loss, (None, 0))(p, batch))), p, batch
     )
 
 
 def vmap_norms(loss, p, batch):
-    return _compiled(lambda p, batch: _norms_of(_vmap_grad(loss)(p, batch)), p, batch)
+    return compiled(lambda p, batch: _norms_of(_vmap_grad(loss)(p, batch)), p, batch)
 
 
 def vmap_clipped(loss, p, batch):
@@ -198,24 +192,24 @@ def vmap_clipped(loss, p, batch):
         c = jnp.minimum(1, CLIP / _norms_of(g))
         return jax.tree.map(lambda x: jnp.tensordot(c, x, 1), g)
 
-    return _compiled(clipped, p, batch)
+    return compiled(clipped, p, batch)
 
 
 def fnn_norms(loss, p, batch):
-    return _compiled(lambda p, batch: pe.norms(pe.grads(loss)(p, batch)[1]), p, batch)
+    return compiled(lambda p, batch: pe.norms(pe.grads(loss)(p, batch)[1]), p, batch)
 
 
 def fnn_clipped(loss, p, batch, **options):
     clipped = pe.clipped_grad(loss, CLIP, **options)
-    return _compiled(lambda p, batch: clipped(p, batch).gradient, p, batch)
+    return compiled(lambda p, batch: clipped(p, batch).gradient, p, batch)
 
 
 def fnn_moments(loss, p, batch):
-    return _compiled(lambda p, batch: pe.second_moment(pe.grads(loss)(p, batch)[1]), p, batch)
+    return compiled(lambda p, batch: pe.second_moment(pe.grads(loss)(p, batch)[1]), p, batch)
 
 
 def fnn_variance(loss, p, batch):
-    return _compiled(lambda p, batch: pe.variance(pe.grads(loss)(p, batch)[1]), p, batch)
+    return compiled(lambda p, batch: pe.variance(pe.grads(loss)(p, batch)[1]), p, batch)
 
 
 def optax_clipped(loss, p, batch):
@@ -225,14 +219,14 @@ def optax_clipped(loss, p, batch):
         aggregate = optax.contrib.differentially_private_aggregate(CLIP, 0.0, 0)
         return aggregate.update(_vmap_grad(loss)(p, batch), aggregate.init(p))[0]
 
-    return _compiled(clipped, p, batch)
+    return compiled(clipped, p, batch)
 
 
 def jax_privacy(loss, p, batch, **options):
     import jax_privacy
 
     clipped = jax_privacy.clipped_grad(loss, l2_clip_norm=CLIP, keep_batch_dim=False, **options)
-    return _compiled(lambda p, batch: clipped(p, batch), p, batch)
+    return compiled(lambda p, batch: clipped(p, batch), p, batch)
 
 
 def _torch_mlp(p, batch):
@@ -367,8 +361,7 @@ def compare(workload: str, batch: int, rounds: int, names: list[str]) -> list[li
         maker, module, package, only = ROWS[name]
         if only and workload not in only:
             continue
-        if importlib.util.find_spec(module) is None:
-            print(f"{name}: left out, pip install {package}", file=sys.stderr)
+        if not installed(module, f"pip install {package}"):
             continue
         print(f"{workload}: preparing {name}", file=sys.stderr, flush=True)
         made = maker(loss, p, data)
@@ -381,10 +374,9 @@ def compare(workload: str, batch: int, rounds: int, names: list[str]) -> list[li
     numbers = {name: _costs(program) for name, program in programs.items()}
     rows = []
     for name, found in samples.items():
-        ratio = statistics.median(ratios(found, samples[GRADIENT]))
         costs = numbers.get(name)
         cost = [f"{a / b:.2f}" for a, b in zip(costs, numbers[GRADIENT])] if costs else [""] * 3
-        rows.append([name, f"{1e3 * statistics.median(found):.2f}", f"{ratio:.2f}", *cost])
+        rows.append([name, milliseconds(found), ratio(found, samples[GRADIENT]), *cost])
     return rows
 
 

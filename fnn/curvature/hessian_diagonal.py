@@ -26,6 +26,7 @@ from fnn.backprop.halves import run
 from fnn.curvature import output_hessian
 from fnn.curvature.columns import one_array, pair
 from fnn.curvature.diagonals import ggn_diagonal
+from fnn.curvature.operators import mean_loss
 from fnn.jaxpr import Program, inner_jaxprs, program, trace
 from fnn.per_example.differentiate import batch_size, parameters
 from fnn.per_example.factors import MEETINGS, PASSAGES
@@ -70,17 +71,14 @@ def hessian_diagonal(model: Callable, loss: Callable, *, chunk: int = 16) -> Cal
             if layer.bias is not None:
                 found[layer.bias] = of_bias
 
-        def mean(leaf, k):
-            here = [*leaves[:k], leaf, *leaves[k + 1 :]]
-            return jnp.mean(jax.vmap(lambda *x: of_example(*here, *x)[0])(*examples))
-
+        mean = mean_loss(model, loss, batch)
         for k, leaf in enumerate(leaves):
             if found[k] is None:
-                _, push = jax.linearize(grad(lambda w, k=k: mean(w, k)), leaf)
-                one_hot = lambda i, w=leaf: jnp.zeros(w.size, w.dtype).at[i].set(1).reshape(w.shape)
-                entry = lambda i, push=push, one=one_hot: push(one(i)).reshape(-1)[i]
-                entries = lax.map(entry, jnp.arange(leaf.size), batch_size=chunk)
-                found[k] = entries.reshape(leaf.shape)
+
+                def of_leaf(w, k=k):
+                    return mean(jax.tree.unflatten(tree, [*leaves[:k], w, *leaves[k + 1 :]]))
+
+                found[k] = _entry_by_entry(of_leaf, leaf, chunk)
         found = [f.astype(w.dtype) for f, w in zip(found, leaves, strict=True)]
         return jax.tree.unflatten(tree, found)
 
@@ -93,6 +91,17 @@ def _is_convex(model, loss, params, batch) -> bool:
     first = lambda tree: jax.tree.map(lambda x: x[0], tree)
     z = jax.eval_shape(model, params, first(inputs))
     return output_hessian.is_convex(loss, z, first(targets))
+
+
+def _entry_by_entry(mean: Callable, leaf, chunk: int) -> jax.Array:
+    """The diagonal for a parameter, by one Hessian product for each of its entries."""
+    _, push = jax.linearize(grad(mean), leaf)
+
+    def entry(i):
+        one_hot = jnp.zeros(leaf.size, leaf.dtype).at[i].set(1).reshape(leaf.shape)
+        return push(one_hot).reshape(-1)[i]
+
+    return lax.map(entry, jnp.arange(leaf.size), batch_size=chunk).reshape(leaf.shape)
 
 
 # ------------------------------------------------------------------------------------ by layers
@@ -126,7 +135,6 @@ def _layers(flat: Program, count: int) -> list[_Layer]:
             users.setdefault(i, []).append(at)
     for i in flat.outputs:
         users.setdefault(i, []).append(-1)
-    depends = _dependence(flat, count)
     found = []
     for weight in range(count):
         value, views = flat.inputs[weight], []
@@ -139,13 +147,11 @@ def _layers(flat: Program, count: int) -> list[_Layer]:
                 continue
             if equation.name in ("dot_general", "conv_general_dilated"):
                 argument = equation.ins.index(value)
-                others = [i for k, i in enumerate(equation.ins) if k != argument]
                 (y,) = equation.outs
-                apart = not any(weight in depends[i] for i in others)
                 is_kernel = equation.name == "dot_general" or argument == 1
                 real = jnp.issubdtype(flat.avals[y].dtype, jnp.floating)
                 smaller = math.prod(flat.avals[y].shape) < math.prod(flat.avals[value].shape)
-                if apart and is_kernel and real and smaller:
+                if is_kernel and real and smaller:
                     bias = _bias(flat, y, users, count)
                     found.append(_Layer(weight, bias, at, argument, tuple(views)))
             break
@@ -164,18 +170,6 @@ def _bias(flat: Program, y: int, users, count: int) -> int | None:
     if other not in parameters_ or len(users[other]) != 1:
         return None
     return parameters_.index(other) if flat.avals[other].shape == flat.avals[y].shape else None
-
-
-def _dependence(flat: Program, count: int) -> list[frozenset]:
-    """Of which parameters each value is a function."""
-    found: list = [frozenset()] * len(flat.avals)
-    for k, i in enumerate(flat.inputs[:count]):
-        found[i] = frozenset([k])
-    for equation in flat.equations:
-        union = frozenset().union(*(found[i] for i in equation.ins))
-        for i in equation.outs:
-            found[i] = union
-    return found
 
 
 def _through(
@@ -269,7 +263,6 @@ _LINEAR = {
     "reduce_min",
     "gather",
     "dynamic_slice",
-    "stop_gradient",
     "reduce_window_sum",
     "reduce_window_max",
     "select_and_gather_add",

@@ -126,7 +126,7 @@ def hessian_vector_product(model: Callable, loss: Callable) -> Callable:
     """
 
     def make(params: Any, batch: Any) -> LinearOperator:
-        gradient = grad(_mean_loss(model, loss, batch))
+        gradient = grad(mean_loss(model, loss, batch))
 
         # Not linearised once: on an LSTM that kept twice the memory, and took a sixth off a
         # product's time; in a loop, XLA hoists what doesn't depend on v.
@@ -138,7 +138,7 @@ def hessian_vector_product(model: Callable, loss: Callable) -> Callable:
     return make
 
 
-def _mean_loss(model, loss, batch) -> Callable:
+def mean_loss(model, loss, batch) -> Callable:
     """The batch's mean loss as a function of the parameters."""
     inputs, targets = pair(batch)
     batch_size(batch)
@@ -286,7 +286,7 @@ def natural_gradient(
     """
 
     def of_batch(params: Any, batch: Any) -> tuple[jax.Array, Any]:
-        value, gradient = value_and_grad(_mean_loss(model, loss, batch))(params)
+        value, gradient = value_and_grad(mean_loss(model, loss, batch))(params)
         operator = ggn_vector_product(model, loss)(params, batch).damped(damping)
         found, _ = jax.scipy.sparse.linalg.cg(
             operator, gradient, tol=tolerance, maxiter=max_iterations
