@@ -17,7 +17,7 @@ kronecker_factors                             KFAC's and KFLR's factors
 kfac, natural_gradient                        optimisers
 """
 
-from fnn.curvature.diagonals import ggn_diagonal, ggn_gram, ggn_trace, ntk
+from fnn.curvature.ggn import ggn_diagonal, ggn_gram, ggn_trace, ntk
 from fnn.curvature.hessian_diagonal import hessian_diagonal
 from fnn.curvature.kfac import KFACState, kfac
 from fnn.curvature.kronecker import Block, Diagonal, Kronecker, kronecker_factors

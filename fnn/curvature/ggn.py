@@ -1,4 +1,4 @@
-"""Diagonals, traces and Gram matrices of curvature, from one sweep with columns."""
+"""The GGN's diagonal and trace, its Gram matrix and the NTK, from one sweep with columns."""
 
 from __future__ import annotations
 
