@@ -1,0 +1,183 @@
+"""The checks of what a caller passes: numbers, counts, choices, functions, keys and arrays.
+
+One function for each kind of argument, used by every public function that takes one, so that
+each kind is checked in the same way and refused in the same words. They look at what is known
+where the call stands; of a traced value that is its shape and dtype.
+
+All of them return the value, raise a TypeError for what is of the wrong type and a ValueError
+for what is of the right type and out of range, and begin the message with `where`, the public
+function's name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_LARGEST_SHOWN = 60
+
+
+def number(
+    where: str,
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+    infinite: bool = False,
+) -> Any:
+    """A real number: Python's, numpy's, or an array of shape (). Never nan, never a bool.
+
+    Args:
+        where: the public function that was called.
+        name: the argument.
+        value: what was passed.
+        above, least: an open, a closed lower bound.
+        below, most: an open, a closed upper bound.
+        infinite: whether inf is allowed (within the bounds).
+    """
+    wanted = _wanted_number("a number", above, least, below, most, infinite)
+    if _is_traced(value):
+        if value.shape != () or not _is_real(value.dtype):
+            raise TypeError(_wrong(where, name, wanted, value))
+        return value
+    if not _is_number(value):
+        raise TypeError(_wrong(where, name, wanted, value))
+    x = float(value)
+    fits = (
+        not math.isnan(x)
+        and (infinite or not math.isinf(x))
+        and (above is None or x > above)
+        and (least is None or x >= least)
+        and (below is None or x < below)
+        and (most is None or x <= most)
+    )
+    if not fits:
+        raise ValueError(_wrong(where, name, wanted, value))
+    return value
+
+
+def integer(
+    where: str, name: str, value: Any, *, least: int | None = None, most: int | None = None
+) -> int:
+    """A whole number of an integer type, as a Python int; not a bool, not 3.0, not traced."""
+    wanted = _wanted_number("an integer", None, least, None, most, True)
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
+    if isinstance(value, (np.ndarray, jax.Array)) and not _is_traced(value):
+        is_integer = value.shape == () and jnp.issubdtype(value.dtype, jnp.integer)
+    if not is_integer:
+        raise TypeError(_wrong(where, name, wanted, value))
+    count = int(value)
+    if (least is not None and count < least) or (most is not None and count > most):
+        raise ValueError(_wrong(where, name, wanted, value))
+    return count
+
+
+def flag(where: str, name: str, value: Any) -> bool:
+    """True or False, and nothing that only counts as one of them."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(_wrong(where, name, "True or False", value))
+    return bool(value)
+
+
+def choice(where: str, name: str, value: Any, options: Collection[str | None]) -> Any:
+    """One of a few words."""
+    known = [o for o in options if type(o) is type(value) and o == value]
+    if known:
+        return known[0]
+    *first, last = (repr(o) for o in options)
+    wanted = f"{', '.join(first)} or {last}" if first else last
+    kind = ValueError if isinstance(value, str) else TypeError
+    raise kind(_wrong(where, name, wanted, value))
+
+
+def function(where: str, name: str, value: Any, form: str = "a function") -> Callable:
+    """Something to call; `form` says how it is called: "a function loss(params, example)"."""
+    if not callable(value):
+        raise TypeError(_wrong(where, name, form, value))
+    return value
+
+
+def key(where: str, name: str, value: Any) -> jax.Array:
+    """One PRNG key: a scalar `jax.random.key`, or the uint32 array of `jax.random.PRNGKey`."""
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        if shape == ():
+            return value
+        raise ValueError(_wrong(where, name, "one key (shape ())", value))
+    wanted = "a key, such as jax.random.key(0)"
+    if dtype is not None and dtype == np.uint32:
+        if shape == jax.eval_shape(jax.random.PRNGKey, 0).shape:
+            return value
+        raise ValueError(_wrong(where, name, wanted, value))
+    raise TypeError(_wrong(where, name, wanted, value))
+
+
+def array(where: str, name: str, value: Any) -> Any:
+    """Something with a shape and a dtype that JAX computes in, or a Python number.
+
+    A list is refused and not converted, as by `jax.numpy`: it is a pytree.
+    """
+    try:
+        jax.typeof(value)
+    except TypeError:
+        raise TypeError(_wrong(where, name, "an array", value)) from None
+    return value
+
+
+def show(value: Any) -> str:
+    """A value in an error message, in a line: arrays by dtype and shape, long ones shortened."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        kind = "a traced array" if _is_traced(value) else "an array"
+        if value.shape == () and not _is_traced(value) and value.dtype.kind in "biuf":
+            return f"{value} ({value.dtype}, shape ())"
+        return f"{kind} of dtype {value.dtype} and shape {tuple(value.shape)}"
+    text = repr(value)
+    if len(text) > _LARGEST_SHOWN:
+        text = text[: _LARGEST_SHOWN - 3] + "..."
+    if value is None or isinstance(value, (bool, int, float)):
+        return text
+    return f"{text} of type {type(value).__name__}"
+
+
+def _wrong(where: str, name: str, wanted: str, value: Any) -> str:
+    return f"{where}: {name} must be {wanted}, but got {show(value)}."
+
+
+def _wanted_number(kind, above, least, below, most, infinite) -> str:
+    """ "a positive finite number", "an integer of at least 1", ..."""
+    if (above, least, below, most) == (0, None, None, None):
+        words = f"a positive {kind.split()[-1]}"
+    else:
+        low = f"above {above}" if above is not None else f"of at least {least}"
+        high = f"below {below}" if below is not None else f"of at most {most}"
+        bounds = [low] * (above is not None or least is not None)
+        bounds += [high] * (below is not None or most is not None)
+        words = " ".join([kind, " and ".join(bounds)]) if bounds else kind
+    if infinite or below is not None or most is not None:
+        return words
+    return words.replace("number", "finite number")
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, (bool, np.bool_)):
+        return False
+    if isinstance(value, (int, float, np.integer, np.floating)):
+        return True
+    is_scalar = isinstance(value, (np.ndarray, jax.Array)) and value.shape == ()
+    return is_scalar and _is_real(value.dtype)
+
+
+def _is_real(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
+def _is_traced(value: Any) -> bool:
+    return isinstance(value, jax.core.Tracer)
