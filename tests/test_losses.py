@@ -198,6 +198,38 @@ def test_equal_to_optax_for_any_numbers(x, weights, y):
         jax.tree.map(lambda a, b: close(a, b, 1e-9), ours, theirs)
 
 
+def test_the_gaussian_with_a_variance():
+    """Against scipy's log density, in all modes; and in float64 by differences."""
+    prediction = jnp.stack([LOGITS, jnp.cos(LOGITS)], axis=-1)
+    plain = lambda z, t: -jnp.sum(jax.scipy.stats.norm.logpdf(t, z[..., 0], jnp.exp(z[..., 1] / 2)))
+    loss = ops.gaussian_nll
+    for f in (jax.value_and_grad, functools.partial(jax.value_and_grad, argnums=(0, 1))):
+        jax.tree.map(close, f(loss)(prediction, TARGET), f(plain)(prediction, TARGET))
+    wanted = jax.hessian(plain)(prediction, TARGET)
+    for f in (jax.jacfwd, jax.jacrev):
+        close(quickly(f(jax.grad(loss)))(prediction, TARGET), wanted)
+    each = jax.vmap(jax.grad(loss))(prediction, TARGET)  # one number, of shape ()
+    close(each, jax.grad(plain)(prediction, TARGET))
+    direction = jnp.sin(prediction)
+    rise = loss(prediction + H * direction, TARGET) - loss(prediction - H * direction, TARGET)
+    close(rise / (2 * H), jnp.vdot(jax.grad(loss)(prediction, TARGET), direction), 1e-6)
+    integers = jnp.arange(5)
+    close(loss(prediction, integers), plain(prediction, integers))
+
+
+@dtypes
+def test_the_gaussian_at_extremes(dtype):
+    """A variance that is no number of the dtype's any more, with the mean on the target."""
+    both = quickly(jax.value_and_grad(ops.gaussian_nll))
+    value, gradient = both(jnp.asarray([1.0, -1e4], dtype), jnp.asarray(1, dtype))
+    close(value, -5e3, 2e-3)
+    close(gradient, [0, 0.5])
+    value, gradient = both(jnp.asarray([1.0, 1e4], dtype), jnp.asarray(3, dtype))
+    close(value, 5e3, 2e-3)
+    close(gradient, [0, 0.5])
+    assert value.dtype == gradient.dtype == dtype
+
+
 def test_the_lectures_examples():
     """The cat, car and frog scores of the lecture: 3.2, 5.1, −1.7, the cat being right."""
     scores = jnp.asarray([3.2, 5.1, -1.7])
@@ -438,6 +470,16 @@ def test_huber_where_the_square_becomes_a_line():
             TypeError,
             r"squared_error: argument 'target' of shape \(3,\) has dtype complex128",
         ),
+        (
+            lambda: ops.gaussian_nll(jnp.ones((3, 2)), jnp.ones(2)),
+            ValueError,
+            r"gaussian_nll: argument 'prediction' has shape \(3, 2\), wanted \(2, 2\): a mean and",
+        ),
+        (
+            lambda: ops.gaussian_nll(jnp.ones(2), 1j),
+            TypeError,
+            r"gaussian_nll: argument 'target' of shape \(\) has dtype complex128",
+        ),
         (lambda: ops.huber(1.0, 2.0, delta=0.0), ValueError, r"huber: argument 'delta' is 0.0"),
     ],
 )
@@ -467,6 +509,11 @@ PEERS = {
     ),
     "squared error": (ops.squared_error, lambda f, t: jnp.sum((f - t) ** 2), True),
     "huber": (ops.huber, huber, True),
+    "gaussian": (
+        lambda z, t: ops.gaussian_nll(z.reshape(-1, 2), t[:32]),
+        lambda z, t: -jnp.sum(jax.scipy.stats.norm.logpdf(t[:32], z[::2], jnp.exp(0.5 * z[1::2]))),
+        True,
+    ),
 }
 
 

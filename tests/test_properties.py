@@ -52,6 +52,13 @@ def logits_and_targets(shape):
     return st.tuples(numbers(shape), numbers(shape).map(lambda x: np.clip(x, 0, 1)))
 
 
+def predictions_and_targets(shape):
+    """Means, and logarithms of variances beside them; their targets."""
+    both = lambda m, s: np.stack([m, np.clip(s, -2, 2)], axis=-1)
+    near = numbers(shape).map(lambda x: np.clip(x, -4, 4))
+    return st.tuples(st.builds(both, near, numbers(shape)), near)
+
+
 def parameters(shape):
     return st.tuples(st.fixed_dictionaries({"W": numbers((2, 3)), "b": numbers((2,))}))
 
@@ -107,6 +114,7 @@ OPERATIONS = [
     case(fnn.ops.sigmoid_binary_cross_entropy, logits_and_targets),
     case(fnn.ops.squared_error, pair),
     case(fnn.ops.huber, pair, delta=0.5),
+    case(fnn.ops.gaussian_nll, predictions_and_targets),
     case(fnn.ops.l2, parameters),
 ]
 

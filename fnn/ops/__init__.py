@@ -28,6 +28,7 @@ from fnn.ops.activations import (
     tanh,
 )
 from fnn.ops.losses import (
+    gaussian_nll,
     huber,
     l2,
     multiclass_hinge,
@@ -39,6 +40,7 @@ from fnn.ops.losses import (
 __all__ = [
     "celu",
     "elu",
+    "gaussian_nll",
     "geglu",
     "gelu",
     "glu",

@@ -16,6 +16,7 @@ a gradient of NaN, rather than a plausible number.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -277,6 +278,79 @@ def _huber(d, c):
 def _clip(d, delta):
     """d between ±δ; a select, for its derivative at |d| = δ is 0 from either side."""
     return jnp.where(jnp.abs(d) < delta, d, (delta * jnp.sign(d)).astype(d.dtype))
+
+
+@rule
+def gaussian_nll(prediction: jax.Array, target: jax.Array) -> jax.Array:
+    """−log N(t; m, eˢ) = ½ Σᵢ (sᵢ + (tᵢ − mᵢ)² e^−sᵢ + log 2π): a regression that tells how
+    sure it is.
+
+    Args:
+        prediction: the means m and the logarithms s of the variances, side by side along the
+            last axis: floating, shape `(..., 2)`.
+        target: t, real, of shape `(...)`.
+
+    Returns:
+        The loss, a scalar: the sum over all entries of the target.
+
+    With w = (t − m) e^(−s/2), the local gradient is −w e^(−s/2) for the mean, ½ (1 − w²) for
+    the log variance, and w e^(−s/2) for a floating target. Kept: w and e^(−s/2). Smooth, no
+    kink; not convex in s and m together. e^(−s/2) ends at a third of the dtype's largest number,
+    so that t = m gives no nan; w² overflows, as any square, beyond the root of the largest.
+
+    Raises:
+        TypeError: the prediction isn't real floating, or the target isn't real.
+        ValueError: the prediction's shape isn't the target's and an axis of 2 more.
+
+    Source: Nix, Weigend, "Estimating the mean and variance of the target probability
+    distribution", 1994.
+    """
+    _check_means_and_variances(prediction, target)
+    w, _ = _standardised(prediction, target)
+    return _gaussian_nll(w, prediction)
+
+
+@gaussian_nll.forward
+def _(prediction, target):
+    _check_means_and_variances(prediction, target)
+    w, root_precision = _standardised(prediction, target)
+    return _gaussian_nll(w, prediction), (w, root_precision, _empty(target))
+
+
+@gaussian_nll.backward
+def _(residuals, dy):
+    w, root_precision, target = residuals
+    d_target = dy * (w * root_precision)
+    d_prediction = jnp.stack([-d_target, dy * (0.5 * (1 - jnp.square(w)))], axis=-1)
+    return d_prediction, d_target.astype(target.dtype) if _is_floating(target) else None
+
+
+def _gaussian_nll(w, prediction):
+    log_variance = prediction[..., 1]
+    return 0.5 * jnp.sum(log_variance + jnp.square(w) + math.log(2 * math.pi))
+
+
+def _standardised(prediction, target):
+    """(t − m) / σ and 1 / σ."""
+    mean, log_variance = prediction[..., 0], prediction[..., 1]
+    largest = math.log(float(jnp.finfo(prediction.dtype).max)) - 1
+    root_precision = jnp.exp(jnp.minimum(-0.5 * log_variance, largest))
+    return (target.astype(prediction.dtype) - mean) * root_precision, root_precision
+
+
+def _check_means_and_variances(prediction, target):
+    must_be_real("gaussian_nll", prediction=prediction)
+    if jnp.issubdtype(target.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"gaussian_nll: argument 'target' of shape {target.shape} has dtype {target.dtype}, "
+            "wanted real numbers."
+        )
+    if prediction.shape != (*target.shape, 2):
+        raise ValueError(
+            f"gaussian_nll: argument 'prediction' has shape {prediction.shape}, wanted "
+            f"{(*target.shape, 2)}: a mean and a log variance for each entry of 'target', along "
+            "the last axis."
+        )
 
 
 # ----------------------------------------------------------------------------- regularisation
