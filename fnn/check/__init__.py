@@ -1,0 +1,168 @@
+"""Gradient checking: a rule against autodiff, and both against finite differences.
+
+`check_rule` checks an fnn operation, `check_grads` any differentiable JAX function, such as
+one with a rule of its own under `jax.custom_vjp`. Both follow the notes of Stanford's CS231n
+("Gradient checks", https://cs231n.github.io/neural-networks-3/): central differences in
+float64, the relative error
+
+    |a − n| / max(|a|, |n|)
+
+of the analytic a and the numerical n, and care with kinks, where there is no derivative to
+agree on: they are found and named, and count neither for nor against the rule.
+
+How it is done. All numbers of the arguments that can move become one vector x, all of the
+result one vector y = f(x), and the checks are on
+
+* the gradient of wᵀf by x, for a random w: a number for every entry of the arguments;
+* the tangent f′(x) v, for a random direction v: a number for every entry of the result;
+* the product H v with the Hessian H of wᵀf, and the second tangent vᵀf″(x) v.
+
+A random w makes every entry of the Jacobian count; a mistake anywhere shows, but for
+coincidences of probability zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fnn.check.checks import Inspection
+from fnn.check.derivatives import Programs, cached_programs
+from fnn.check.directions import flatten
+from fnn.check.report import Check, GradientError, Kink, Report
+from fnn.operation import Operation
+
+__all__ = ["Check", "GradientError", "Kink", "Report", "check_grads", "check_rule"]
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def check_rule(
+    op: Operation,
+    *args: Any,
+    dtypes: Sequence[str] = DTYPES,
+    order: int = 2,
+    seed: int = 0,
+    max_entries: int = 256,
+    raise_on_error: bool = True,
+    **static: Any,
+) -> Report:
+    """Check an operation's hand-written rule at these arguments.
+
+    The rule is compared with JAX's derivative of the plain `op.definition` and with central
+    differences of it in float64: reverse and forward mode, first and second order, with and
+    without jit, under vmap with arguments mapped and shared, linearity in the upstream
+    gradient, and in each of `dtypes` against float64. It doesn't matter whether 64-bit mode
+    is on.
+
+    Args:
+        op: the operation, made by `fnn.rule`.
+        *args: its positional arguments, pytrees of arrays of any shapes; floating-point and
+            complex arrays move (they are cast to each dtype in turn), integers and PRNG keys
+            stay.
+        dtypes: the real dtypes to check; float64 is always checked. A dtype that the definition
+            refuses is skipped.
+        order: of the highest derivative, 1 or 2.
+        seed: of the random projections.
+        max_entries: with more entries than that, differences by single entries are taken at a
+            random sample of that many (and always where rule and autodiff differ most); along a
+            random direction, they cover all of them.
+        raise_on_error: if False, return the report whatever it says.
+        **static: the operation's static keyword arguments.
+
+    Returns:
+        A `Report`; print it.
+
+    Raises:
+        GradientError: a derivative is wrong; the message holds the worst entry's index and
+            both numbers.
+        RuleError: the rule isn't well-formed.
+        ValueError: no argument is a floating-point array.
+
+    >>> import fnn
+    >>> print(fnn.check_rule(fnn.ops.relu, jnp.array([-1.0, 0.0, 2.0])).kinks[0])
+    kink at x[1]: slope 0 on the left, 1 on the right; the rule says 0
+    """
+    if not isinstance(op, Operation):
+        raise TypeError(
+            f"check_rule takes an operation made by fnn.rule, but got {op!r}. For any other "
+            "function there is check_grads."
+        )
+    bound = inspect.signature(op.definition).bind(*args, **static)
+    bound.apply_defaults()
+    names = op.argument_names(len(bound.args))
+    keywords = tuple(bound.kwargs.items())
+    with jax.enable_x64(True):
+        arrays = jax.tree.map(jnp.asarray, bound.args)
+        ours, leaves = flatten(op, keywords, names, arrays)
+        plain = dataclasses.replace(ours, function=op.definition)
+        programs = cached_programs(ours, plain, op._edition)
+        inspection = Inspection(programs, op.name, leaves, seed, max_entries)
+        report = inspection.report(dtypes, order)
+    return _finish(report, raise_on_error)
+
+
+def check_grads(
+    f: Callable,
+    *args: Any,
+    dtypes: Sequence[str] = ("float32", "float64"),
+    order: int = 2,
+    seed: int = 0,
+    max_entries: int = 256,
+    raise_on_error: bool = True,
+) -> Report:
+    """Check the derivatives that JAX finds for any function, at these arguments.
+
+    For functions with derivative rules of their own (`jax.custom_vjp`, `jax.custom_jvp`, fnn
+    operations) or built from such. They are compared with central differences in float64, and,
+    if `f` itself is such a function, with JAX's derivative of what it decorates. A mode that
+    JAX can't do (forward mode of a `custom_vjp`) is skipped, and the report says why.
+
+    Args:
+        f: any function that can be jitted and differentiated.
+        *args: its arguments, pytrees. Floating-point and complex arrays (and Python floats)
+            move; all else stays: integer arrays, PRNG keys, strings, Python integers, ...
+        dtypes, order, seed, max_entries, raise_on_error: as for `check_rule`.
+
+    Returns:
+        A `Report`; print it.
+
+    Raises:
+        GradientError: a derivative is wrong; the message holds the worst entry's index and
+            both numbers.
+        ValueError: no argument is a floating-point array.
+    """
+    static_places = tuple(getattr(f, "nondiff_argnums", ()) or ())
+    names = _parameter_names(f, len(args))
+    with jax.enable_x64(True):
+        ours, leaves = flatten(f, (), names, args, static_places)
+        plain = None
+        if isinstance(f, Operation):
+            plain = dataclasses.replace(ours, function=f.definition)
+        elif isinstance(f, (jax.custom_vjp, jax.custom_jvp)):
+            plain = dataclasses.replace(ours, function=inspect.unwrap(f))
+        programs = Programs(ours, plain)
+        name = getattr(f, "__name__", type(f).__name__)
+        report = Inspection(programs, name, leaves, seed, max_entries).report(dtypes, order)
+    return _finish(report, raise_on_error)
+
+
+def _finish(report: Report, raise_on_error: bool) -> Report:
+    if raise_on_error and not report.ok:
+        raise GradientError(report)
+    return report
+
+
+def _parameter_names(f, count) -> tuple[str, ...]:
+    try:
+        parameters = list(inspect.signature(f).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in parameters if p.kind in positional][:count]
+    return (*names, *(f"argument {i}" for i in range(len(names), count)))

@@ -1,0 +1,154 @@
+"""A function of pytrees as one of a single vector of numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A leaf that isn't an array: equal only to one of the same type."""
+
+    value: Any
+
+    def __eq__(self, other):
+        same_type = isinstance(other, Static) and type(self.value) is type(other.value)
+        return same_type and self.value == other.value
+
+    def __hash__(self):
+        try:
+            return hash((type(self.value), self.value))
+        except TypeError:
+            return id(self.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One leaf of the arguments. A complex one moves in its real and in its imaginary part."""
+
+    path: str
+    argument: str
+    shape: tuple[int, ...]
+    moves: bool
+    is_complex: bool
+    static: Static | None
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape)) * (1 + self.is_complex) if self.moves else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Flat:
+    """A function with its arguments as parts: one vector for each argument that moves."""
+
+    function: Callable
+    keywords: tuple[tuple[str, Any], ...]
+    keyword_types: tuple[type, ...]
+    in_tree: Any
+    leaves: tuple[Leaf, ...]
+
+    @property
+    def arguments(self) -> list[str]:
+        """The names of those that move; x has a part for each."""
+        return list(dict.fromkeys(leaf.argument for leaf in self.leaves if leaf.moves))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of the parts."""
+        return [sum(x.size for x in self.leaves if x.argument == a) for a in self.arguments]
+
+    def split(self, x, axis=0) -> list:
+        return jnp.split(x, np.cumsum(self.sizes)[:-1], axis)
+
+    def value(self, parts, fixed):
+        """The result as it is, with parts and fixed arrays put back into the arguments."""
+        rest = jnp.concatenate(parts) if parts else jnp.zeros(0)
+        given, args, start = iter(fixed), [], 0
+        for leaf in self.leaves:
+            if leaf.static is not None:
+                args.append(leaf.static.value)
+            elif not leaf.moves:
+                args.append(next(given))
+            else:
+                numbers = rest[start : start + leaf.size]
+                start += leaf.size
+                if leaf.is_complex:
+                    numbers = lax.complex(*jnp.split(numbers, 2))
+                args.append(numbers.reshape(leaf.shape))
+        return self.function(*jax.tree.unflatten(self.in_tree, args), **dict(self.keywords))
+
+    def of_parts(self, parts, fixed):
+        """The result as one vector of its real numbers."""
+        outs = [jnp.asarray(y) for y in jax.tree.leaves(self.value(parts, fixed))]
+        numbers = []
+        for y in outs:
+            if jnp.issubdtype(y.dtype, jnp.complexfloating):
+                numbers += [jnp.real(y).ravel(), jnp.imag(y).ravel()]
+            elif jnp.issubdtype(y.dtype, jnp.floating):
+                numbers.append(y.ravel())
+        return jnp.concatenate(numbers) if numbers else jnp.zeros(0)
+
+    def __call__(self, x, fixed):
+        return self.of_parts(self.split(x), fixed)
+
+    def input_names(self) -> list[str]:
+        return [n for leaf in self.leaves if leaf.moves for n in entry_names(leaf.path, leaf)]
+
+
+def entry_names(path, leaf) -> list[str]:
+    """A name for each number of an array: `x[0, 3]`."""
+    places = [f"{list(map(int, i))}" if i else "" for i in np.ndindex(*leaf.shape)]
+    if leaf.is_complex:
+        return [f"{path}{p}.{part}" for part in ("real", "imag") for p in places]
+    return [f"{path}{p}" for p in places]
+
+
+def flatten(function, keywords, names, args, static_places=()) -> tuple[Flat, list]:
+    """The function of one vector, and the arrays: numpy float64 or complex128 where they move."""
+    paths, in_tree = jax.tree_util.tree_flatten_with_path(args)
+    leaves, arrays = [], []
+    for path, value in paths:
+        place = path[0].idx
+        label = names[place] + jax.tree_util.keystr(path[1:])
+        is_static = place in static_places or not _is_array(value)
+        aval = jax.typeof(0 if is_static else value)
+        moves = bool(jax.dtypes.issubdtype(aval.dtype, jnp.inexact))
+        is_complex = bool(jax.dtypes.issubdtype(aval.dtype, jnp.complexfloating))
+        shape = tuple(aval.shape)
+        static = Static(value) if is_static else None
+        leaves.append(Leaf(label, names[place], shape, moves, is_complex, static))
+        if moves:
+            value = np.asarray(value)
+            arrays.append(value.astype("complex128" if is_complex else "float64"))
+        elif not is_static:
+            arrays.append(value)
+    if not any(leaf.moves for leaf in leaves):
+        raise ValueError("there is nothing to differentiate: no argument is a floating-point array")
+    types = tuple(type(v) for _, v in keywords)
+    return Flat(function, keywords, types, in_tree, tuple(leaves)), arrays
+
+
+def _is_array(value) -> bool:
+    return isinstance(value, (jax.Array, np.ndarray, np.generic, float, complex))
+
+
+def as_vector(flat: Flat, arrays) -> tuple[np.ndarray, list]:
+    """The vector x, and the arrays that stay."""
+    given = [leaf for leaf in flat.leaves if leaf.static is None]
+    moving, fixed = [], []
+    for leaf, array in zip(given, arrays, strict=True):
+        if not leaf.moves:
+            fixed.append(array)
+        elif leaf.is_complex:
+            moving += [array.real.ravel(), array.imag.ravel()]
+        else:
+            moving.append(array.ravel())
+    return np.concatenate(moving), fixed
