@@ -77,6 +77,30 @@ def test_converges_to_the_closed_form():
     assert not START["W"].any()
 
 
+def test_what_fit_returns_is_printed_within_a_screen():
+    """Whatever the number of parameters, of epochs and of metrics."""
+
+    def loss(params, example):
+        metrics = {f"metric {i}": params[f"W{i}"].sum() for i in range(100)}
+        return sum(metrics.values()) * example, metrics | {"vector": params["W0"][0]}
+
+    params = {f"W{i}": jnp.ones((30, 30)) for i in range(100)}
+    result = fit(loss, params, np.ones(4), SGD, epochs=3, key=KEY)
+    for text in (
+        repr(result),
+        str(result),
+        repr(result.state),
+        repr(jax.eval_shape(lambda: result.state)),
+    ):
+        assert len(text.splitlines()) <= 5 and len(text) < 800
+    assert "3 epochs, 3 steps" in repr(result) and "100 arrays, 90000 numbers" in repr(result)
+    assert f"loss {result.history['loss'][-1]:.4g}" in repr(result)
+    assert "step: 3)" in repr(result.state)
+    none = fit(loss, params, np.ones(4), SGD, epochs=0, key=KEY)
+    assert "0 epochs" in repr(none)
+    jax.jit(lambda state: repr(state) and state.step)(result.state)
+
+
 def test_equals_a_loop_written_by_hand_the_last_batch_being_smaller():
     result = fit(squares, START, (A, Y), SGD, epochs=3, batch_size=8, shuffle=False)
     params, losses = by_hand(cut(8), 3)

@@ -18,7 +18,7 @@ from fnn.train.history import Log
 from fnn.train.interrupt import Interrupts
 from fnn.train.nonfinite import NonFiniteError
 from fnn.train.progress import progress_for
-from fnn.train.state import State, own
+from fnn.train.state import State, own, size_of_tree
 from fnn.train.step import NonFinite, TrainStep, check_values
 
 
@@ -41,6 +41,10 @@ class FitResult(NamedTuple):
     steps: dict[str, np.ndarray]
     state: State
     interrupted: bool
+
+    def __repr__(self) -> str:
+        """The last epoch's record and what there is, in a few lines; the arrays stay out of it."""
+        return _shown(self)
 
 
 def fit(
@@ -183,6 +187,27 @@ def _validation(
         return {f"validation_{name}": value for name, value in means.items()}
 
     return validate
+
+
+def _shown(result: FitResult, most: int = 12) -> str:
+    epochs = max((len(values) for values in result.history.values()), default=0)
+    steps = max((len(values) for values in result.steps.values()), default=0)
+    last = [f"{k} {_short(v[-1])}" for k, v in result.history.items() if len(v)]
+    if len(last) > most:
+        last = [*last[:most], f"and {len(last) - most} more"]
+    lines = [
+        f"FitResult: {epochs} epoch{'s' if epochs != 1 else ''}, {steps} steps"
+        + (", interrupted" if result.interrupted else ""),
+        f"  last epoch: {', '.join(last)}" if last else "  no epoch is over",
+        f"  params: {size_of_tree(result.params)}",
+        f"  fields: {', '.join(result._fields)}",
+    ]
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    """A number of a record; of an array its shape."""
+    return f"{float(value):.4g}" if np.ndim(value) == 0 else f"of shape {np.shape(value)}"
 
 
 def _is_lost(state: State) -> bool:

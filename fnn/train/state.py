@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,20 @@ class State(NamedTuple):
     params: Any
     opt_state: Any
     step: jax.Array
+
+    def __repr__(self) -> str:
+        """What there is, in a line; the numbers stay out of it."""
+        parts = (f"{name}: {size_of_tree(part)}" for name, part in self._asdict().items())
+        return f"State({', '.join(parts)})"
+
+
+def size_of_tree(tree: Any) -> str:
+    """`4 arrays, 7510 numbers`; of a single number its value."""
+    leaves = jax.tree.leaves(tree)
+    if leaves and tree is leaves[0] and jnp.ndim(tree) == 0:
+        return "traced" if isinstance(tree, jax.core.Tracer) else str(tree)
+    numbers = sum(math.prod(jnp.shape(leaf)) for leaf in leaves)
+    return f"{len(leaves)} array{'s' if len(leaves) != 1 else ''}, {numbers} numbers"
 
 
 def initial_state(params: Any, optimizer: optax.GradientTransformation) -> State:
