@@ -470,7 +470,12 @@ LABELS = np.arange(26) % 3
         ),
         (3, {}, TypeError, "must be arrays, like.*got a int"),
         ("text", {}, TypeError, "must be arrays, like.*got a str"),
-        ((A, ["a"] * 26), {"key": KEY}, TypeError, "arrays of numbers"),
+        (
+            (A, ["a"] * 26),
+            {"key": KEY},
+            TypeError,
+            "must be an array of numbers.*strings",
+        ),
         ([(A, Y[:5])], {}, ValueError, r"batch\[0\] has 26, batch\[1\] has 5"),
         ([(NAN, Y)], {}, ValueError, r"batch\[0\].*nan"),
         ((A, Y), {"key": KEY, "validation": (NAN, Y)}, ValueError, r"validation\[0\].*nan"),

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from fnn.train.bad_input import batch_size as size_of
+from fnn.train.conversion import as_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Stream:
         else:
             batches = self.source
         for batch in itertools.islice(batches, self.steps):
-            yield jax.tree.map(_as_array, batch)
+            yield as_arrays(batch, "batch")
 
 
 def batches_of(
@@ -78,7 +79,7 @@ def batches_of(
         TypeError, ValueError: it is neither, is empty, or doesn't fit the other arguments.
     """
     if is_tree_of_arrays(data):
-        data = jax.tree.map(_as_array, data, is_leaf=_is_list_of_numbers)
+        data = as_arrays(data, name)
         size = size_of(data, name)
         if batch_size is None:
             batch_size = 128
@@ -122,14 +123,6 @@ def is_tree_of_arrays(data: Any) -> bool:
     return not known and not jax.tree_util.all_leaves([data])
 
 
-def _is_list_of_numbers(entry: Any) -> bool:
-    if not isinstance(entry, list):
-        return False
-    while isinstance(entry, list) and entry:
-        entry = entry[0]
-    return isinstance(entry, (bool, int, float, np.number))
-
-
 def _check_list(data: list, name: str) -> None:
     if not data:
         raise ValueError(f"{name} is an empty list: there are no batches.")
@@ -140,19 +133,6 @@ def _check_list(data: list, name: str) -> None:
             f"{name} is a list of arrays of different shapes, and a list is an iterable of "
             "batches. If these are the inputs and labels of the examples, pass a tuple: (X, y)."
         )
-
-
-def _as_array(leaf: Any) -> Any:
-    """A JAX array as it is; anything else as a numpy array in a dtype that JAX computes in."""
-    if isinstance(leaf, jax.Array):
-        return leaf
-    array = np.asarray(leaf)
-    if array.dtype.kind in "OSU":
-        raise TypeError(
-            f"data must be arrays of numbers, but one is a {type(leaf).__name__} that numpy reads "
-            f"as dtype {array.dtype} (strings, or rows of different lengths)."
-        )
-    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
 
 
 def _take(data: Any, rows: np.ndarray) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -10,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn.train.bad_input import batch_size as size_of
+from fnn.train.batch_checks import BatchChecks, check_values
 from fnn.train.batch_loss import Loss, batch_losses, mean_metrics, takes_key
 from fnn.train.batches import Arrays, Stream, batches_of
-from fnn.train.history import weighted_mean
+from fnn.train.history import stacked, weighted_mean
+from fnn.train.labels import Labels, find_labels
+from fnn.train.readings import readings
 
 
 def evaluate(
@@ -22,6 +28,7 @@ def evaluate(
     *,
     batch_size: int | None = None,
     key: Any = None,
+    check: bool = True,
 ) -> dict[str, float]:
     """The mean loss and metrics over all examples of the data, each counted once.
 
@@ -31,34 +38,98 @@ def evaluate(
         data: arrays like `(X, y)`, or an iterable of batches, as for `fit`.
         batch_size: how many examples at once, for arrays; 128 by default.
         key: for a loss that takes one.
+        check: look at the values of the data too, as `fit` does: nan, and labels out of range.
 
     Returns:
         `{"loss": ..., metric: ...}` as Python floats (arrays for metrics that are arrays).
 
     Raises:
         TypeError, ValueError: as in `fit`, for the data.
+
+    A loss is compiled at its first evaluation, for each shape of batch, and again if what it
+    reads besides its arguments has changed since: variables that it closes over, globals,
+    attributes of its object. (Attributes read by a computed name aren't seen.) The program
+    is kept as long as the loss is, and doesn't keep the loss.
     """
-    if takes_key(loss) and key is None:
+    takes = takes_key(loss)
+    if takes and key is None:
         raise TypeError("the loss takes a key: pass key=...")
     source = batches_of(data, batch_size=batch_size, shuffle=False, epochs=1)
-    return evaluate_batches(loss, params, source, key if takes_key(loss) else None)
+    with evaluation_of(loss) as evaluation:
+        return evaluation.means(params, source, key if takes else None, check)
 
 
-def evaluate_batches(loss: Loss, params: Any, source: Arrays | Stream, key: Any) -> dict[str, Any]:
-    """`evaluate`, for data that are batches already."""
-    means, sizes = [], []
-    for i, batch in enumerate(source.epoch(key)):
-        sizes.append(size_of(batch))
-        means.append(_means(loss, params, batch, fold_in(key, i)))
-    if not means:
-        raise ValueError("the data has no batches to evaluate.")
-    return weighted_mean(jax.device_get(means), sizes)
+class Evaluation:
+    """The program that evaluates one loss, and what is known of the labels that it reads.
+
+    Args:
+        loss: a function that returns the loss: a weak reference, where the loss mustn't be held.
+    """
+
+    def __init__(self, loss: Callable[[], Any]):
+        self._loss = loss
+        self._labels: dict[Any, tuple[Labels, ...]] = {}
+        # No method of self's is jitted: a cycle would keep what the program holds for a while.
+        traces: list[str] = []
+        self.traces = traces
+
+        @jax.jit
+        def means(params, batch, key):
+            traces.append("means")
+            losses, metrics = batch_losses(loss(), params, batch, size_of(batch), key)
+            return {"loss": jnp.mean(losses), **mean_metrics(metrics)}
+
+        self._means = means
+
+    def means(
+        self, params: Any, source: Arrays | Stream, key: Any, check: bool, name: str = "data"
+    ) -> dict[str, Any]:
+        """The mean loss and metrics over all batches; see `evaluate`."""
+        if check and isinstance(source, Arrays):
+            check_values(self.find_labels, params, source.data, key, name)
+        checks = BatchChecks(self.find_labels, check and isinstance(source, Stream))
+        means, sizes = [], []
+        for i, batch in enumerate(source.epoch(key)):
+            checks.look_at(params, batch, key)
+            sizes.append(size_of(batch))
+            means.append(self._means(params, batch, fold_in(key, i)))
+        if not means:
+            raise ValueError(f"{name} has no batches to evaluate.")
+        return weighted_mean(stacked(jax.device_get(means)), np.array(sizes))
+
+    def find_labels(self, params: Any, example: Any, key: Any) -> tuple[Labels, ...]:
+        """`find_labels` of the loss, done once for arguments of the same types."""
+        leaves, tree = jax.tree.flatten((params, example, key))
+        types = (tree, *[(jnp.shape(x), jnp.result_type(x)) for x in leaves])
+        if types not in self._labels:
+            self.traces.append("labels")
+            self._labels[types] = find_labels(self._loss(), params, example, key)
+        return self._labels[types]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _means(loss: Loss, params: Any, batch: Any, key: Any) -> dict[str, jax.Array]:
-    losses, metrics = batch_losses(loss, params, batch, size_of(batch), key)
-    return {"loss": jnp.mean(losses), **mean_metrics(metrics)}
+@contextlib.contextmanager
+def evaluation_of(loss: Loss) -> Iterator[Evaluation]:
+    """The Evaluation of a loss: the one of before, if the loss still reads the same.
+
+    It is found by the loss's identity and dropped with the loss.
+    """
+    name = (id(loss.__self__), id(loss.__func__)) if inspect.ismethod(loss) else id(loss)
+    kept, was = _kept.get(name, (None, None))
+    if kept is None or was != readings(loss):
+        refer = weakref.WeakMethod if inspect.ismethod(loss) else weakref.ref
+        try:
+            kept = Evaluation(refer(loss, lambda _: _kept.pop(name, None)))
+        except TypeError:  # there are no weak references to it
+            yield Evaluation(lambda: loss)
+            return
+    before = len(kept.traces)
+    yield kept
+    if len(kept.traces) > before:  # taken now: the loss may count its own traces
+        _kept[name] = kept, readings(loss)
+
+
+# By a loss's id: its evaluation, and what it read when it was traced.
+_kept: dict[Any, tuple[Evaluation, list]] = {}
 
 
 @jax.jit

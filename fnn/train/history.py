@@ -1,4 +1,8 @@
-"""What was measured while training: kept on the device, read once an epoch."""
+"""What was measured while training: kept on the device, read once an epoch.
+
+A long epoch's is read in parts, `MOST_ON_DEVICE` steps at a time, so that what is kept grows by
+the numbers themselves and not by an object of Python's, and a buffer on the device, for each.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+MOST_ON_DEVICE = 1024
 
 
 class Log:
@@ -21,7 +27,8 @@ class Log:
         self.history: dict[str, list] = {}
         self.count = 0
         self._on_device: list[dict[str, Any]] = []
-        self._read: list[dict[str, np.ndarray]] = []
+        self._epoch: list[dict[str, np.ndarray]] = []  # read since the last epoch's end, stacked
+        self._before: list[dict[str, np.ndarray]] = []  # read before, an entry an epoch
         self._sizes: list[int] = []
 
     def add(self, metrics: dict[str, Any], size: int) -> None:
@@ -29,6 +36,8 @@ class Log:
         self._on_device.append(metrics)
         self._sizes.append(size)
         self.count += 1
+        if len(self._on_device) >= 2 * MOST_ON_DEVICE:  # the older half: done, or soon
+            self._read(MOST_ON_DEVICE)
 
     def latest(self) -> dict[str, Any]:
         """The metrics of the last step that the device is done with; empty if there is none."""
@@ -39,16 +48,17 @@ class Log:
 
     def epoch_means(self) -> dict[str, Any]:
         """The means over the examples since the last epoch's end (waits for the device)."""
-        records, sizes = jax.device_get(self._on_device), self._sizes
-        self._on_device, self._sizes = [], []
-        self._read += records
-        if "skipped" not in records[0]:
+        self._read(len(self._on_device))
+        records, sizes = _joined(self._epoch), np.array(self._sizes)
+        self._before.append(records)
+        self._epoch, self._sizes = [], []
+        if "skipped" not in records:
             return weighted_mean(records, sizes)
-        taken = [i for i, r in enumerate(records) if not r["skipped"]]
+        taken = records["skipped"] == 0
         # With no step taken, the means are over the bad ones: nan, and not hidden.
-        kept = taken or range(len(records))
-        means = weighted_mean([records[i] for i in kept], [sizes[i] for i in kept])
-        return means | {"skipped": len(records) - len(taken)}
+        kept = taken if taken.any() else ~taken
+        means = weighted_mean({name: r[kept] for name, r in records.items()}, sizes[kept])
+        return means | {"skipped": int(len(taken) - taken.sum())}
 
     def end_epoch(self, record: dict[str, Any]) -> None:
         """Add an epoch's record to the history."""
@@ -57,21 +67,34 @@ class Log:
 
     def steps(self) -> dict[str, np.ndarray]:
         """For each metric, its value at each step."""
-        self._read += jax.device_get(self._on_device)
-        self._on_device = []
-        names = self._read[0] if self._read else {}
-        return {name: np.stack([r[name] for r in self._read]) for name in names}
+        self._read(len(self._on_device))
+        return _joined(self._before + self._epoch)
+
+    def _read(self, count: int) -> None:
+        if count:
+            self._epoch.append(stacked(jax.device_get(self._on_device[:count])))
+            del self._on_device[:count]
 
 
-def weighted_mean(records: Sequence[dict[str, Any]], weights: Sequence[int]) -> dict[str, Any]:
-    """The mean of each entry of dicts of scalars (or arrays), weighted."""
-    total = sum(weights)
+def stacked(records: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Records of the same names as one, with the values of each name along a first axis."""
+    return {name: np.stack([r[name] for r in records]) for name in records[0]}
+
+
+def weighted_mean(records: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, Any]:
+    """The mean of each entry over its first axis, weighted: a float, or an array."""
     means = {}
-    for name in sorted(records[0], key=_order):
-        values = [np.asarray(r[name], np.float64) for r in records]
-        mean = sum(v * (w / total) for v, w in zip(values, weights, strict=True))
+    for name in sorted(records, key=_order):
+        values = np.asarray(records[name], np.float64)
+        mean = np.tensordot(weights / np.sum(weights), values, 1)
         means[name] = float(mean) if np.ndim(mean) == 0 else mean
     return means
+
+
+def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    if not parts:
+        return {}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _order(name: str) -> tuple[int, str]:

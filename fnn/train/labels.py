@@ -1,9 +1,10 @@
-"""Integer labels: found in the loss, and checked against the number of its classes.
+"""Labels: found in the loss, and checked against what the loss can take.
 
 An index out of range is no error on a device: a gather clamps it or gives nan, a one-hot
 vector comes out as zeros. But a loss knows its classes. In its trace, an fnn operation with
 an argument `labels` beside `logits` (or `scores`) of shape `(classes,)` says which entry of
-the example are labels, and how many classes there are.
+the example are labels, and how many classes there are. The labels of
+`fnn.ops.sigmoid_binary_cross_entropy` are probabilities, from 0 to 1.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from fnn.jaxpr import Equation, Program, program, trace
 from fnn.operation import MappedCall
+from fnn.ops.losses import sigmoid_binary_cross_entropy
 from fnn.train.batch_loss import Loss, scalar_and_metrics
 from fnn.train.state import path_name
 
@@ -40,13 +42,27 @@ class Labels(NamedTuple):
 
     Fields:
         leaf: which of the example's arrays (in the order of `jax.tree.leaves`).
-        classes: how many classes there are: labels are 0, ..., classes - 1.
+        classes: how many classes there are: labels are 0, ..., classes - 1. None for
+            probabilities.
         operation: the name of the operation that reads them.
     """
 
     leaf: int
-    classes: int
+    classes: int | None
     operation: str
+
+    def are_wrong(self, values: Any) -> Any:
+        """Which of these values can't be such labels, nan included."""
+        if self.classes is None:
+            return ~((values >= 0) & (values <= 1))
+        return (values < 0) | (values >= self.classes)
+
+    @property
+    def wanted(self) -> str:
+        """What they should be, in words."""
+        if self.classes is None:
+            return "labels from 0 to 1"
+        return f"logits of {self.classes} classes: labels are 0, ..., {self.classes - 1}"
 
 
 def find_labels(loss: Loss, params: Any, example: Any, key: Any = None) -> tuple[Labels, ...]:
@@ -81,7 +97,7 @@ def check_labels(data: Any, labels: tuple[Labels, ...], name: str = "batch") -> 
     """Look at every label of the data.
 
     Raises:
-        ValueError: a label is negative, or as large as the number of classes or larger.
+        ValueError: a label isn't among the classes, or a probability isn't from 0 to 1.
     """
     problem = describe_bad_labels(data, labels, name)
     if problem:
@@ -91,17 +107,22 @@ def check_labels(data: Any, labels: tuple[Labels, ...], name: str = "batch") -> 
 def describe_bad_labels(data: Any, labels: tuple[Labels, ...], name: str = "batch") -> str:
     """Which label is out of range, in words; empty if none is."""
     leaves = jax.tree_util.tree_leaves_with_path(data)
-    for leaf, classes, operation in labels:
-        path, values = leaves[leaf]
-        if values.size and (values.min() < 0 or values.max() >= classes):
+    for kind in labels:
+        path, values = leaves[kind.leaf]
+        if values.size and kind.are_wrong(_extremes(values)).any():
             values = np.asarray(values)
-            where = tuple(int(i) for i in np.argwhere((values < 0) | (values >= classes))[0])
+            where = tuple(int(i) for i in np.argwhere(kind.are_wrong(values))[0])
             index = where[0] if len(where) == 1 else where
             return (
                 f"{path_name(name, path)} holds the label {values[where]} at index {index}, but "
-                f"{operation} gets logits of {classes} classes: labels are 0, ..., {classes - 1}."
+                f"{kind.operation} gets {kind.wanted}."
             )
     return ""
+
+
+def _extremes(values: Any) -> np.ndarray:
+    """The smallest and the largest value; nan if there is one."""
+    return np.array([values.min(), values.max()])
 
 
 def _origins(flat: Program) -> dict[int, int]:
@@ -114,7 +135,8 @@ def _origins(flat: Program) -> dict[int, int]:
     return origins
 
 
-def _classes_and_labels(equation: Equation, flat: Program) -> tuple[int, int, str] | None:
+def _classes_and_labels(equation: Equation, flat: Program) -> tuple[int | None, int, str] | None:
+    """The number of classes (None for probabilities), the labels' value, the operation's name."""
     call = equation.operation()
     if call is None:
         return None
@@ -123,6 +145,8 @@ def _classes_and_labels(equation: Equation, flat: Program) -> tuple[int, int, st
     if logits is None or "labels" not in arguments or len(arguments) != len(equation.ins):
         return None
     labels = equation.ins[arguments.index("labels")]
+    if call.operation is sigmoid_binary_cross_entropy:
+        return None, labels, call.operation.name
     if not jnp.issubdtype(flat.avals[labels].dtype, jnp.integer):
         return None
     shape = list(flat.avals[equation.ins[logits]].shape)

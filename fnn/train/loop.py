@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,15 +12,17 @@ import numpy as np
 import optax
 
 from fnn.train.bad_input import batch_size as size_of
+from fnn.train.batch_checks import check_values
 from fnn.train.batch_loss import Loss, takes_key
 from fnn.train.batches import Arrays, batches_of, is_tree_of_arrays
-from fnn.train.evaluation import evaluate_batches, fold_in
+from fnn.train.evaluation import Evaluation, fold_in
 from fnn.train.history import Log
 from fnn.train.interrupt import Interrupts
+from fnn.train.labels import find_labels
 from fnn.train.nonfinite import NonFiniteError
 from fnn.train.progress import progress_for
 from fnn.train.state import State, own, size_of_tree
-from fnn.train.step import NonFinite, TrainStep, check_values
+from fnn.train.step import NonFinite, TrainStep
 
 
 class FitResult(NamedTuple):
@@ -77,7 +80,9 @@ def fit(
         data: a tuple, dict or other tree of arrays with the examples along their first axes,
             like `(X, y)`; or a list or any iterable of batches; or a function that returns an
             iterable for each epoch, of no arguments or of a key. (A list is always an
-            iterable of batches.) Arrays of other libraries are converted by numpy.
+            iterable of batches.) Arrays of other libraries, and lists of numbers, are converted;
+            numbers that JAX has no room for (2³² + 1 where it computes in 32 bits), masked
+            entries and arrays of anything but numbers are refused.
         optimizer: any optax transformation; see `train_step`.
         epochs: how many times to go over the data.
         batch_size: for arrays; 128 by default. The last batch of an epoch may be smaller (one
@@ -93,8 +98,8 @@ def fit(
             returns: copy what you keep.
         progress: show a bar on a terminal (if `rich` is there), else a line an epoch.
         nonfinite: what to do about inf and nan; see `train_step`.
-        check: look at the values of the data before the first step: nan, and labels out of
-            range. Shapes are always checked.
+        check: look at the values of the data before the first step (of an iterable's batches as
+            they come, see `TrainStep`): nan, and labels out of range. Shapes are always checked.
 
     Returns:
         A `FitResult`. Ctrl-C ends training early and returns what was trained so far, with
@@ -125,7 +130,13 @@ def fit(
     state = own(params) if isinstance(params, State) else step.init(params)
     order_key, loss_key, validation_key = (None,) * 3 if key is None else jax.random.split(key, 3)
     if whole is not None and check:
-        check_values(loss, state.params, whole, key if takes else None, "data")
+        check_values(
+            functools.partial(find_labels, loss),
+            state.params,
+            whole,
+            key if takes else None,
+            "data",
+        )
     validate = _validation(
         validation, validation_loss or loss, state.params, batch_size, epochs, validation_key, check
     )
@@ -179,11 +190,14 @@ def _validation(
         raise TypeError("the validation loss takes a key: pass key=... to fit.")
     size = batch_size if is_tree_of_arrays(data) else None
     source = batches_of(data, batch_size=size, shuffle=False, epochs=epochs, name="validation")
-    if check and isinstance(source, Arrays):
-        check_values(loss, params, source.data, key if takes else None, "validation")
+    own_key = key if takes else None
+    evaluation = Evaluation(lambda: loss)
+    if check and isinstance(source, Arrays):  # before training begins, and no more
+        check_values(evaluation.find_labels, params, source.data, own_key, "validation")
+        check = False
 
     def validate(params):
-        means = evaluate_batches(loss, params, source, key if takes else None)
+        means = evaluation.means(params, source, own_key, check, "validation")
         return {f"validation_{name}": value for name, value in means.items()}
 
     return validate

@@ -12,9 +12,11 @@ import optax
 from jax.core import Tracer
 
 from fnn.backprop import value_and_grad
-from fnn.train.bad_input import batch_size, check_no_nan, describe_nonfinite
+from fnn.train.bad_input import batch_size, describe_nonfinite
+from fnn.train.batch_checks import BatchChecks, example_types
 from fnn.train.batch_loss import Loss, mean_loss, mean_metrics, takes_key
-from fnn.train.labels import Labels, check_labels, describe_bad_labels, find_labels
+from fnn.train.conversion import as_arrays
+from fnn.train.labels import describe_bad_labels, find_labels
 from fnn.train.nonfinite import (
     NonFiniteError,
     Reports,
@@ -101,10 +103,9 @@ class TrainStep:
         self.loss = loss
         self.optimizer = optax.with_extra_args_support(optimizer)
         self._nonfinite = nonfinite
-        self._check = check
         self._takes_key = takes_key(loss)
         self._reports = Reports()
-        self._known: dict[Any, tuple[Labels, ...]] = {}
+        self._checks = BatchChecks(functools.partial(find_labels, loss), check)
         self._compiled = jax.jit(self._step, donate_argnums=0)
 
     def init(self, params: Any) -> State:
@@ -114,14 +115,15 @@ class TrainStep:
             TypeError: a parameter isn't an array of floats; the message names it.
             ValueError: there are no parameters.
         """
-        return initial_state(params, self.optimizer)
+        return initial_state(as_arrays(params, "params", only_arrays=True), self.optimizer)
 
     def __call__(self, state: State, batch: Any, *, key: Any = None) -> tuple[State, dict]:
         """One step.
 
         Args:
             state: from `init` or from the step before. It is donated.
-            batch: a tree of arrays; the first axis of each runs over the examples.
+            batch: a tree of arrays; the first axis of each runs over the examples. Those of
+                other libraries, and lists of numbers, are converted as by `fit`.
             key: for a loss that takes one; split into one for each example. Pass a new one
                 at each step.
 
@@ -133,6 +135,7 @@ class TrainStep:
             NonFiniteError: a step before this one met inf or nan (with nonfinite="raise").
         """
         self._reports.read()
+        batch = as_arrays(batch, "batch")
         self._look_at(state, batch, key)
         state, metrics, report = self._compiled(state, batch, key)
         if report is not None and not _is_traced(report):
@@ -216,32 +219,21 @@ class TrainStep:
                 "that it returned: write `state, metrics = step(state, batch)` and go on from "
                 "that. (jax.tree.map(jnp.copy, state) keeps one.)"
             )
-        leaves, tree = jax.tree.flatten(batch)
-        types = [(getattr(x, "shape", None), getattr(x, "dtype", None)) for x in leaves]
-        kind = (tree, key is None, *types)
-        if kind not in self._known:
-            self._known[kind] = self._meet(state, batch, key)
-        labels = self._known[kind]
-        if labels and self._check:
-            on_host = tuple(lb for lb in labels if isinstance(leaves[lb.leaf], np.ndarray))
-            if on_host:
-                check_labels(batch, on_host)
+        self._checks.look_at(
+            state.params, batch, key, first=functools.partial(self._meet, state, key)
+        )
 
-    def _meet(self, state: State, batch: Any, key: Any) -> tuple[Labels, ...]:
+    def _meet(self, state: State, key: Any) -> None:
         check_key(self.loss, self._takes_key, key)
         check_params(state.params)
         _check_opt_state(self.optimizer, state)
-        batch_size(batch)
-        if not self._check:
-            return ()
-        return check_values(self.loss, state.params, batch, key, "batch")
 
     def _explain(self, params: Any, batch: Any, key: Any, found: np.ndarray) -> NonFiniteError:
         """The error of a bad step: what wasn't finite and, if it can be seen, why."""
         data = describe_nonfinite(batch)
         if not data:  # the parameters' buffers may be gone, but their types are still known
             params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
-            labels = find_labels(self.loss, params, _example_types(batch), key)
+            labels = find_labels(self.loss, params, example_types(batch), key)
             data = describe_bad_labels(batch, labels)
         return explain(found, parameter_names(params), batch_size(batch), data)
 
@@ -256,29 +248,6 @@ def check_key(loss: Loss, takes: bool, key: Any) -> None:
         raise TypeError(
             "a key was passed, but the loss takes none: it must be loss(params, example, key)."
         )
-
-
-def check_values(loss: Loss, params: Any, data: Any, key: Any, name: str) -> tuple[Labels, ...]:
-    """Look at all of the data, if its values are there to be seen; return its labels.
-
-    Raises:
-        ValueError: it holds nan, or a label out of range.
-    """
-    labels = find_labels(loss, params, _example_types(data), key)
-    if not any(map(_is_traced, jax.tree.leaves(data))):
-        check_no_nan(data, name)
-        check_labels(data, labels, name)
-    return labels
-
-
-def _example_types(batch: Any) -> Any:
-    """The shapes and dtypes of one example of a batch, as JAX will see them."""
-
-    def of(x):
-        dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
-        return jax.ShapeDtypeStruct(x.shape[1:], dtype)
-
-    return jax.tree.map(of, batch)
 
 
 def _is_donated(state: State) -> bool:
