@@ -10,10 +10,12 @@ JAX version spells a jaxpr stands in this file (and, for primitives of our own, 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import re
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +62,27 @@ class Equation:
         return call if isinstance(call, (Call, MappedCall)) else None
 
 
+class Inlined(NamedTuple):
+    """A call of a jitted function that was inlined: equations `start` up to `stop`.
+
+    name: the function's.
+    outs: the values that it returned.
+    paths: where in the returned tree each stands: "" for all of it, "[0]", "['loss']", ...
+    is_library: whether it's one of JAX's or fnn's own functions.
+    source_info: of the call.
+    calls: those inside.
+    """
+
+    name: str
+    start: int
+    stop: int
+    outs: tuple[int, ...]
+    paths: tuple[str, ...]
+    is_library: bool
+    source_info: Any
+    calls: Sequence[Inlined]
+
+
 @dataclasses.dataclass(eq=False)
 class Program:
     """A traced function as a flat list of equations in topological order.
@@ -67,6 +90,7 @@ class Program:
     avals: the type (shape, dtype, ...) of each value.
     inputs, outputs: numbers of the values that go in and come out.
     constants: the values that are known already: literals and closed-over arrays.
+    calls: the calls of jitted functions that were inlined, outermost, in order.
     """
 
     avals: list
@@ -74,6 +98,7 @@ class Program:
     outputs: list[int]
     constants: dict[int, Any]
     equations: list[Equation]
+    calls: Sequence[Inlined] = ()
 
     def values(self, args: Sequence) -> list:
         """A list with a place for every value, the inputs and the constants filled in."""
@@ -108,7 +133,7 @@ def program(closed_jaxpr, inline: bool = True) -> Program:
         flat.constants[number] = value
         return number
 
-    def walk(jaxpr, consts, ins, scope, source=None) -> list[int]:
+    def walk(jaxpr, consts, ins, scope, calls, source=None) -> list[int]:
         numbers = dict(zip(jaxpr.invars, ins, strict=True))
         for var, value in zip(jaxpr.constvars, consts, strict=True):
             numbers[var] = constant(value, var.aval)
@@ -125,8 +150,21 @@ def program(closed_jaxpr, inline: bool = True) -> Program:
                 # JAX traces its own functions once: the lines noted inside are the first user's.
                 here = source or (eqn.source_info if _is_of_library(inner.jaxpr) else None)
                 deeper = (*within, name) if name else within
-                outs = walk(inner.jaxpr, inner.consts, ins, deeper, here)
+                start, inside = len(flat.equations), []
+                outs = walk(inner.jaxpr, inner.consts, ins, deeper, inside, here)
                 numbers.update(zip(eqn.outvars, outs, strict=True))
+                calls.append(
+                    Inlined(
+                        name,
+                        start,
+                        len(flat.equations),
+                        tuple(outs),
+                        result_paths(inner),
+                        _is_of_library(inner.jaxpr),
+                        source or eqn.source_info,
+                        inside,
+                    )
+                )
                 continue
             outs = [new(v.aval) for v in eqn.outvars]
             numbers.update(zip(eqn.outvars, outs, strict=True))
@@ -145,7 +183,9 @@ def program(closed_jaxpr, inline: bool = True) -> Program:
         return [read(v) for v in jaxpr.outvars]
 
     flat.inputs = [new(v.aval) for v in closed_jaxpr.jaxpr.invars]
-    flat.outputs = walk(closed_jaxpr.jaxpr, closed_jaxpr.consts, flat.inputs, ())
+    calls: list[Inlined] = []
+    flat.outputs = walk(closed_jaxpr.jaxpr, closed_jaxpr.consts, flat.inputs, (), calls)
+    flat.calls = calls
     return flat
 
 
@@ -228,6 +268,83 @@ _LIBRARIES = (
     "<frozen",
 )
 _INSTALLED = tuple(sysconfig.get_paths()[p] + os.sep for p in ("stdlib", "purelib", "platlib"))
+
+
+class Frame(NamedTuple):
+    """One of the user's functions on the stack that made an equation, and where it stood.
+
+    instruction: the place in the code, in bytes.
+    called: how it called what is inside: "directly"; through "vmap"; through an installed
+        "package", or fnn's layers; or "otherwise", such as through jit or a derivative.
+    """
+
+    code: Any
+    instruction: int
+    called: str
+
+
+class Stack(NamedTuple):
+    """The stack that made an equation, from the inside out.
+
+    frames: the user's.
+    inside: those of JAX, fnn and other packages that the innermost of them called, as
+        (code, instruction).
+    """
+
+    frames: tuple[Frame, ...]
+    inside: tuple[tuple[Any, int], ...]
+
+
+def stack(source_info) -> Stack:
+    """The whole stack, with the instructions, so that the source's expressions can be found."""
+    if source_info.traceback is None:
+        return Stack((), ())
+    frames: list[Frame] = []
+    inside: list[tuple[Any, int]] = []
+    between: list[Any] = []
+    for code, instruction in zip(*source_info.traceback.raw_frames(), strict=True):
+        if _kind(code.co_filename) == "user":
+            frames.append(Frame(code, instruction, _how_called(between)))
+            between = []
+        else:
+            between.append(code)
+            if not frames:
+                inside.append((code, instruction))
+    return Stack(tuple(frames), tuple(inside))
+
+
+def _how_called(between: list) -> str:
+    """How a function calls another, by the library's frames between them."""
+    kinds = {_kind(code.co_filename) for code in between}
+    if not kinds:
+        return "directly"
+    if kinds == {"package"}:
+        return "package"
+    if kinds == {"library"} and any(code.co_name == "vmap_f" for code in between):
+        plain = all(not re.search("jit|grad|vjp|jvp|cache_miss", c.co_name) for c in between)
+        return "vmap" if plain else "otherwise"
+    return "otherwise"
+
+
+@functools.lru_cache(maxsize=4096)
+def _kind(file_name: str) -> str:
+    """Whose code is in a file: the "user"'s, an installed "package"'s, or of JAX and fnn."""
+    if file_name.startswith(os.path.join(_LIBRARIES[0], "layers")):
+        return "package"
+    if file_name.startswith(_LIBRARIES):
+        return "library"
+    return "package" if file_name.startswith(_INSTALLED) else "user"
+
+
+def result_paths(closed_jaxpr) -> tuple[str, ...]:
+    """Where in the tree that a traced function returned each of its results stands.
+
+    "" for all of it, "[0]", "['loss']", ...; "?" for what isn't known.
+    """
+    paths = closed_jaxpr.jaxpr.debug_info.result_paths
+    if paths is None or len(paths) != len(closed_jaxpr.jaxpr.outvars):
+        return ("?",) * len(closed_jaxpr.jaxpr.outvars)
+    return tuple(p.removeprefix("result") if p.startswith("result") else "?" for p in paths)
 
 
 def _is_of_library(jaxpr) -> bool:

@@ -238,10 +238,12 @@ def test_values_get_the_names_of_the_source():
         first += 1
         return first
 
-    labels = [n.label for n in fnn.graph(function)(1.0).nodes]
-    assert labels.count("h") == 1 and "h₂" in labels and labels[-1] == "first"
-    # What is indexed isn't the whole, and of two targets neither is the last operation.
-    assert "a" not in labels and labels.count("first") == 1
+    graph = fnn.graph(function)(1.0)
+    labels = [n.label for n in graph]
+    assert labels.count("h") == 1 and labels[-1] == "first₂"
+    h = math.tanh(2 * math.tanh(1.0))  # the second; of two targets each has its own value
+    want = {"h₂": h, "a": math.sin(h), "b": math.cos(h), "first": math.sin(h)}
+    assert {name: float(graph[name].value) for name in want} == pytest.approx(want, rel=1e-6)
 
 
 def test_numbers_in_the_source_are_no_nodes():

@@ -13,11 +13,9 @@ node for each operation. The forward pass fills in the values, backpropagation t
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import inspect
-import linecache
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -28,6 +26,7 @@ import numpy
 
 from fnn.backprop import draw, steps, sweep, text
 from fnn.backprop.coverage import Coverage, coverage, reached
+from fnn.backprop.names import names_in_source
 from fnn.jaxpr import (
     Equation,
     Program,
@@ -465,7 +464,7 @@ def _nodes(flat: Program, input_labels, output_labels) -> dict[int, Node]:
     """A node for each value of the program, by the value's place there."""
     active = reached(flat, [is_inexact(flat.avals[i]) for i in flat.inputs])
     used = {i for equation in flat.equations for i in equation.ins} | set(flat.outputs)
-    names = _names_in_source(flat.equations)
+    names = names_in_source(flat, operation_name)
     for place, label in zip(flat.outputs, output_labels, strict=False):
         names.setdefault(place, label)
     by_place: dict[int, Node] = {}
@@ -525,46 +524,6 @@ def _constant_label(constant, aval) -> str:
     if aval.shape == () and text.is_concrete(constant):
         return text.number(numpy.asarray(constant)[()])
     return text.type_of(aval.shape, aval.dtype)
-
-
-def _names_in_source(equations: Sequence[Equation]) -> dict[int, str]:
-    """The variables that the source assigns values to: the last operation of `q = x + y` is q."""
-    names = {}
-    lines = [next(user_frames(e.source_info), None) for e in equations]
-    for k, (equation, frame) in enumerate(zip(equations, lines, strict=True)):
-        after = lines[k + 1] if k + 1 < len(lines) else None
-        if frame is None or len(equation.outs) != 1:
-            continue
-        if "<lambda>" in frame.function_name:  # the line assigns the function, not its value
-            continue
-        here = (frame.file_name, frame.line_num, frame.function_name)
-        if after and here == (after.file_name, after.line_num, after.function_name):
-            continue
-        name = _assigned(linecache.getline(frame.file_name, frame.line_num).strip())
-        if name:
-            names[equation.outs[0]] = name
-    return names
-
-
-@functools.lru_cache(maxsize=4096)
-def _assigned(line: str) -> str:
-    """The name that a line of source assigns the value of its last operation to."""
-    try:
-        statements = ast.parse(line).body
-    except (SyntaxError, ValueError):
-        return ""
-    if len(statements) != 1:
-        return ""
-    statement = statements[0]
-    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
-        target = statement.targets[0]
-    elif isinstance(statement, (ast.AugAssign, ast.AnnAssign)):
-        target = statement.target
-    else:
-        return ""
-    is_computed = isinstance(statement.value, (ast.BinOp, ast.UnaryOp, ast.Call, ast.Compare))
-    plain = isinstance(statement, ast.AugAssign) or is_computed
-    return target.id if isinstance(target, ast.Name) and plain else ""
 
 
 def _calls(equation: Equation) -> tuple[tuple[str, str, int], ...]:
