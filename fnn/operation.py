@@ -43,11 +43,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.extend.core import ClosedJaxpr, Literal, Primitive
+from jax.extend.core import ClosedJaxpr, Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from fnn import linearity
 from fnn.outer_products import with_matrix_products
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -550,11 +550,11 @@ def _checked_linear_map(call: Call, in_avals, *context) -> LinearMap:
             f"    @{op.name}.backward\n    def _(residuals, dy): return (...)"
         )
     args = jax.tree.unflatten(call.in_tree, list(in_avals))
-    wanted = jax.eval_shape(functools.partial(op.definition, **static), *args)
+    wanted = _types(functools.partial(op.definition, **static), *args)
     if op._forward is None:
         value, residuals = wanted, args
     else:
-        pair = jax.eval_shape(functools.partial(op._forward, **static), *args)
+        pair = _types(functools.partial(op._forward, **static), *args)
         if not (isinstance(pair, tuple) and len(pair) == 2):
             raise RuleError(
                 f"{op.name}.forward must return a pair, (value, residuals), but it returned "
@@ -645,7 +645,8 @@ def _flat_gradients(call: Call, in_avals, grads) -> list:
                     f"{got.dtype}, but '{name}' of shape {aval.shape} has dtype {aval.dtype}."
                 )
             keep = got.dtype == aval.dtype and got.weak_type == aval.weak_type
-            flat.append(leaf if keep else jnp.asarray(leaf, aval.dtype))
+            leaf = leaf if keep else jnp.asarray(leaf, aval.dtype)
+            flat.append(_vary_over(leaf, _varying_axes(aval)))
     return flat
 
 
@@ -671,7 +672,7 @@ def _flat_tangents(name, out_tree, out_avals, dy) -> list:
                 f"{name}.tangent returned a dy of shape {got.shape} and dtype {got.dtype}, but "
                 f"the value of {name} has shape {aval.shape} and dtype {aval.dtype}."
             )
-        flat.append(jnp.asarray(d, aval.dtype))
+        flat.append(_vary_over(jnp.asarray(d, aval.dtype), _varying_axes(aval)))
     return flat
 
 
@@ -681,11 +682,15 @@ def _must_be_linear(op, closed, num_residuals, call, in_avals, has_gradient):
     of = [(n, a.shape) for n, a, has in zip(names, in_avals, has_gradient, strict=True) if has]
     jaxpr, invars = closed.jaxpr, closed.jaxpr.invars
     shapes = ", ".join(str(v.aval.shape) for v in invars[num_residuals:])
-    depends = [_CONSTANT] * num_residuals + [_LINEAR] * (len(invars) - num_residuals)
-    for how, (name, shape) in zip(_dependence(closed, depends), of, strict=True):
-        if how == _CONSTANT:
+    depends = [linearity.CONSTANT] * num_residuals + [linearity.LINEAR] * (
+        len(invars) - num_residuals
+    )
+    # Without a tangent of the rule's own, JAX's transposition finds what isn't linear at all.
+    found = linearity.kinds(closed, depends, strict=op._tangent is not None)
+    for how, (name, shape) in zip(found, of, strict=True):
+        if how == linearity.CONSTANT:
             how = "doesn't depend on dy at all (a gradient of zero is written None)"
-        if how not in (_ZERO, _LINEAR):
+        if how not in (linearity.ZERO, linearity.LINEAR):
             raise RuleError(
                 f"{op.name}.backward isn't linear in dy: the gradient of argument '{name}' "
                 f"(shape {shape}, dy's shape {shapes}) {how}."
@@ -711,59 +716,6 @@ def _must_be_linear(op, closed, num_residuals, call, in_avals, has_gradient):
                 f"is linear, but in a form that JAX can't transpose (a while loop), write its "
                 f"forward-mode rule under @{op.name}.tangent."
             ) from error
-
-
-# How a value in `backward` depends on dy; anything else is a reason why it isn't linear in dy.
-_ZERO, _CONSTANT, _LINEAR = "is zero", "is constant", "is linear"
-_SUMS = ("add", "sub", "add_any", "concatenate", "select_n")
-_KEEP_ZERO = ("broadcast_in_dim", "convert_element_type", "reshape", "neg", "copy", "transpose")
-
-
-def _dependence(closed, in_dependences: Sequence[str]) -> list[str]:
-    """How each output depends on dy, given how the inputs do.
-
-    JAX's transposition drops constant terms silently (`dy + 1` transposes like `dy`), so
-    complain where a constant that isn't known to be zero is added to a term in dy, or takes
-    its place in a `where`.
-    """
-    jaxpr = closed.jaxpr
-    known = dict(zip(jaxpr.invars, in_dependences, strict=True))
-    known.update((v, _of_constant(c)) for v, c in zip(jaxpr.constvars, closed.consts, strict=True))
-
-    def read(v):
-        return _of_constant(v.val) if isinstance(v, Literal) else known[v]
-
-    for eqn in jaxpr.eqns:
-        name, ins = eqn.primitive.name, [read(v) for v in eqn.invars]
-        if name == "jit":
-            known.update(zip(eqn.outvars, _dependence(eqn.params["jaxpr"], ins), strict=True))
-            continue
-        bad = [how for how in ins if how not in (_ZERO, _CONSTANT, _LINEAR)]
-        terms = ins[1:] if name == "select_n" else ins
-        if bad:
-            out = bad[0]
-        elif name in _SUMS and _LINEAR in terms and _CONSTANT in terms:
-            constant = eqn.invars[ins.index(_CONSTANT, len(ins) - len(terms))]
-            what = (
-                constant.val if isinstance(constant, Literal) else f"of shape {constant.aval.shape}"
-            )
-            out = f"has a constant term ({what}) beside dy's term"
-        elif _LINEAR in ins:
-            out = _LINEAR
-        elif ins and (
-            (name in _KEEP_ZERO + _SUMS and all(how == _ZERO for how in terms))
-            or (name == "mul" and _ZERO in ins)
-        ):
-            out = _ZERO
-        else:
-            out = _CONSTANT
-        known.update(dict.fromkeys(eqn.outvars, out))
-    return [read(v) for v in jaxpr.outvars]
-
-
-def _of_constant(value) -> str:
-    is_key = jax.dtypes.issubdtype(jax.typeof(value).dtype, jax.dtypes.extended)
-    return _CONSTANT if is_key or np.any(np.asarray(value)) else _ZERO
 
 
 def _leaf_names(call: Call) -> list[str]:
@@ -953,6 +905,12 @@ def _out_tree(call: Call, shapes, *context):
     return jax.tree.structure(shape)
 
 
+def _types(function, *args):
+    """The types of what a function returns. `jax.eval_shape` loses a mesh that is part manual."""
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    return jax.tree.unflatten(jax.tree.structure(shapes), closed.out_avals)
+
+
 def _must_be_closed(name, closed_jaxpr):
     """A traced value from outside would get no gradient, and leak out of its trace."""
     for const in closed_jaxpr.consts:
@@ -976,7 +934,9 @@ def _is_inexact(aval) -> bool:
 
 
 def _zeros_or_none(aval):
-    return jnp.zeros(aval.shape, aval.dtype) if _is_inexact(aval) else None
+    if not _is_inexact(aval):
+        return None
+    return _vary_over(jnp.zeros(aval.shape, aval.dtype), _varying_axes(aval))
 
 
 def _restrict(takes, keep):
@@ -995,9 +955,15 @@ def _describe(tree) -> str:
     return str(jax.tree.map(leaf, tree)).replace("'", "")
 
 
-def _varying_axes(x) -> frozenset:
-    kind = getattr(jax.typeof(x), "manual_axis_type", None)
+def _varying_axes(aval) -> frozenset:
+    kind = getattr(aval, "manual_axis_type", None)
     return getattr(kind, "varying", frozenset())
+
+
+def _vary_over(x, axes: frozenset):
+    """x, marked as varying over these axes of the mesh too."""
+    missing = axes - _varying_axes(jax.typeof(x))
+    return jax.lax.pcast(x, tuple(sorted(missing, key=str)), to="varying") if missing else x
 
 
 def _same_varying_axes(arrays):
@@ -1006,14 +972,11 @@ def _same_varying_axes(arrays):
     JAX's own operations do the same. Its transpose is the sum over the devices, which is how
     a replicated weight gets the gradient of the whole batch.
     """
-    axes = [_varying_axes(x) for x in arrays]
+    axes = [_varying_axes(jax.typeof(x)) for x in arrays]
     union = frozenset().union(*axes)
     if not union or all(a == union for a in axes):
         return arrays
-    return [
-        x if a == union else jax.lax.pcast(x, tuple(sorted(union - a, key=str)), to="varying")
-        for x, a in zip(arrays, axes, strict=True)
-    ]
+    return [_vary_over(x, union) for x in arrays]
 
 
 def _match_types(arrays, avals):

@@ -489,7 +489,19 @@ def _gelu_backward(x, dy, approximate):
     # Two terms in dy, not dy times a sum: XLA then computes erfc once for value and gradient.
     z = -math.sqrt(0.5) * x
     density = math.sqrt(2 / math.pi) * jnp.exp(-(z * z))
-    return 0.5 * dy * jax.lax.erfc(z) + 0.5 * x * dy * density
+    return 0.5 * dy * _erfc(z) + 0.5 * x * dy * density
+
+
+@rule
+def _erfc(z):
+    """erfc(z), whose derivative JAX 0.12 can't take inside `shard_map`."""
+    return jax.lax.erfc(z)
+
+
+@_erfc.backward
+def _(residuals, dy):
+    (z,) = residuals
+    return (dy * (-2 / math.sqrt(math.pi)) * jnp.exp(-(z * z)),)
 
 
 @rule

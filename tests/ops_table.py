@@ -1,0 +1,129 @@
+"""Every operation of `fnn.ops` with arguments for one example, and the same in plain JAX.
+
+The references are written with `jax.nn` and `jax.numpy`, without rules; at the arguments given
+here no function has a kink, and no two pieces are equal.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnn import ops
+
+
+class Case(NamedTuple):
+    """`op` and `reference` take the same; `shapes` those of the arrays, None for an integer label.
+
+    classes: how many there are, for the labels.
+    """
+
+    op: Callable
+    reference: Callable
+    shapes: tuple[Any, ...] = ((4,),)
+    classes: int = 4
+
+    def example(self, dtype=jnp.float32, batch: tuple[int, ...] = (), seed: int = 0):
+        """Arrays for an example, or for a batch of them."""
+        random = np.random.default_rng(seed)
+        args = []
+        for shape in self.shapes:
+            if shape is None:
+                args.append(jnp.asarray(random.integers(0, self.classes, batch), jnp.int32))
+            else:
+                args.append(jnp.asarray(random.normal(size=batch + shape), dtype))
+        return tuple(args)
+
+
+def _probabilities(z):
+    return jax.nn.sigmoid(z)
+
+
+def _halves(gate):
+    def gated(x):
+        a, g = jnp.split(x, 2, -1)
+        return a * gate(g)
+
+    return gated
+
+
+def _cross_entropy(logits, labels):
+    return -jax.nn.log_softmax(logits)[labels]
+
+
+def _hinge(scores, label):
+    margins = jnp.maximum(scores - scores[label] + 1, 0)
+    return jnp.sum(jnp.where(jnp.arange(scores.size) == label, 0, margins))
+
+
+def _binary(logits, labels):
+    z = _probabilities(labels)
+    return -jnp.sum(z * jax.nn.log_sigmoid(logits) + (1 - z) * jax.nn.log_sigmoid(-logits))
+
+
+def _huber(a, b):
+    d = jnp.abs(a - b)
+    return jnp.sum(jnp.where(d <= 1, d * d / 2, d - 0.5))
+
+
+def _squareplus(x):
+    return (x + jnp.sqrt(x * x + 4)) / 2
+
+
+nn = jax.nn
+CASES = {
+    "celu": Case(ops.celu, nn.celu),
+    "elu": Case(ops.elu, nn.elu),
+    "gaussian_nll": Case(
+        ops.gaussian_nll,
+        lambda z, t: -jnp.sum(jax.scipy.stats.norm.logpdf(t, z[..., 0], jnp.exp(z[..., 1] / 2))),
+        ((2, 2), (2,)),
+    ),
+    "geglu": Case(ops.geglu, _halves(nn.gelu)),
+    "gelu": Case(ops.gelu, nn.gelu),
+    "gelu exact": Case(
+        functools.partial(ops.gelu, approximate=False),
+        functools.partial(nn.gelu, approximate=False),
+    ),
+    "glu": Case(ops.glu, _halves(nn.sigmoid)),
+    "hard_sigmoid": Case(ops.hard_sigmoid, nn.hard_sigmoid),
+    "hard_silu": Case(ops.hard_silu, nn.hard_silu),
+    "hard_tanh": Case(ops.hard_tanh, nn.hard_tanh),
+    "huber": Case(ops.huber, _huber, ((4,), (4,))),
+    "l2": Case(ops.l2, lambda w: jnp.sum(w * w)),
+    "leaky_relu": Case(ops.leaky_relu, functools.partial(nn.leaky_relu, negative_slope=0.1)),
+    "log_sigmoid": Case(ops.log_sigmoid, nn.log_sigmoid),
+    "log_softmax": Case(ops.log_softmax, nn.log_softmax),
+    "logsumexp": Case(ops.logsumexp, nn.logsumexp),
+    "maxout": Case(ops.maxout, lambda z: jnp.max(z, -2), ((2, 4),)),
+    "mish": Case(ops.mish, nn.mish),
+    "multiclass_hinge": Case(ops.multiclass_hinge, _hinge, ((4,), None)),
+    "relu": Case(ops.relu, nn.relu),
+    "relu6": Case(ops.relu6, nn.relu6),
+    "selu": Case(ops.selu, nn.selu),
+    "sigmoid": Case(ops.sigmoid, nn.sigmoid),
+    "sigmoid_binary_cross_entropy": Case(
+        lambda x, z: ops.sigmoid_binary_cross_entropy(x, _probabilities(z)),
+        _binary,
+        ((4,), (4,)),
+    ),
+    "silu": Case(ops.silu, nn.silu),
+    "softmax": Case(ops.softmax, nn.softmax),
+    "softmax_cross_entropy": Case(ops.softmax_cross_entropy, _cross_entropy, ((4,), None)),
+    "softmax_cross_entropy of distributions": Case(
+        lambda x, q: ops.softmax_cross_entropy(x, nn.softmax(q), label_smoothing=0.1),
+        lambda x, q: -jnp.sum((0.9 * nn.softmax(q) + 0.025) * nn.log_softmax(x)),
+        ((4,), (4,)),
+    ),
+    "softplus": Case(ops.softplus, nn.softplus),
+    "softsign": Case(ops.softsign, nn.soft_sign),
+    "squared_error": Case(ops.squared_error, lambda a, b: jnp.sum((a - b) ** 2), ((4,), (4,))),
+    "squareplus": Case(ops.squareplus, _squareplus),
+    "swiglu": Case(ops.swiglu, _halves(nn.silu)),
+    "tanh": Case(ops.tanh, jnp.tanh),
+}
+
+assert {name.split()[0] for name in CASES} == set(ops.__all__), "each operation has its row"
