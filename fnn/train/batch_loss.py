@@ -9,10 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fnn.arguments import show
 from fnn.layers.layer import name_of
 
 Loss = Callable[..., Any]
-RESERVED = ("loss", "grad_norm", "skipped")
+
+# The names of what a step, `fit` and `evaluate` put beside a loss's own metrics. A loss is refused
+# them everywhere, so that one that serves in one place serves in the others.
+RESERVED = ("loss", "grad_norm", "skipped", "seconds")
+RESERVED_PREFIX = "validation_"
 
 
 def takes_key(loss: Loss) -> bool:
@@ -92,12 +97,14 @@ def scalar_and_metrics(loss: Loss, out: Any) -> tuple[jax.Array, dict[str, jax.A
         )
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"the loss {name} must return a real float, but returned {value.dtype}.")
-    for taken in RESERVED:
-        if taken in metrics:
-            raise ValueError(
-                f"the loss {name} returns a metric {taken!r}, a name that the step itself uses."
-            )
     for metric, entry in metrics.items():
+        if not isinstance(metric, str):
+            raise TypeError(f"the loss {name} returns a metric whose name is {show(metric)}.")
+        if metric in RESERVED or metric.startswith(RESERVED_PREFIX):
+            raise ValueError(
+                f"the loss {name} returns a metric {metric!r}, a name that training itself uses "
+                f"(as it does {', '.join(RESERVED)} and {RESERVED_PREFIX}...): choose another."
+            )
         try:
             jnp.result_type(entry)
         except TypeError:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fnn.layers.layer import name_of
 from fnn.train.bad_input import batch_size as size_of
 from fnn.train.conversion import as_arrays
 
@@ -45,23 +46,71 @@ class Arrays:
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """Batches from outside: an iterable, or a function that makes one for each epoch."""
+    """Batches from outside: an iterable, or a function that makes one for each epoch.
+
+    Fields:
+        source: the iterable or the function. (An iterator goes on where the last epoch ended.)
+        name: what it is called in messages.
+        limit: how many batches make an epoch; None for all that there are.
+    """
 
     source: Any
-    steps: int | None
-    running: Iterator | None = None
+    name: str
+    limit: int | None
+    _kind: list = dataclasses.field(default_factory=list)  # of the first batch
+
+    @property
+    def steps(self) -> int | None:
+        """The number of batches in an epoch, if it is known."""
+        if self.limit is None and isinstance(self.source, Sized):
+            return len(self.source)
+        return self.limit
 
     def epoch(self, key: Any) -> Iterator[Any]:
-        """The batches of one epoch, converted from other libraries' arrays where need be."""
-        batches: Any
-        if self.running is not None:
-            batches = self.running
-        elif callable(self.source):
-            batches = self.source(key) if _takes_an_argument(self.source) else self.source()
-        else:
-            batches = self.source
-        for batch in itertools.islice(batches, self.steps):
-            yield as_arrays(batch, "batch")
+        """The batches of one epoch, converted from other libraries' arrays where need be.
+
+        Raises:
+            TypeError, ValueError: a batch can't be converted, or isn't built as the first was;
+                there are fewer batches than make an epoch; the source wants a key that isn't
+                there.
+        """
+        count = 0
+        for count, batch in enumerate(itertools.islice(self._batches(key), self.limit), 1):
+            batch = as_arrays(batch, "batch")
+            self._check_kind(batch, count)
+            yield batch
+        if self.limit is not None and count < self.limit:
+            used_up = isinstance(self.source, Iterator)
+            raise ValueError(
+                f"{self.name} gave {count} batches for an epoch, but steps_per_epoch is "
+                f"{self.limit}{': the iterator is used up' if used_up else ''}. (`result` of this "
+                "error is what was trained.)"
+            )
+
+    def _batches(self, key: Any) -> Iterable[Any]:
+        if not callable(self.source) or isinstance(self.source, Iterable):
+            return self.source
+        wants = _key_parameter(self.source)
+        if wants is None:
+            return self.source()
+        if key is None and wants.default is wants.empty:
+            raise TypeError(
+                f"{self.name} is a function that takes a key, {name_of(self.source)}"
+                f"({wants.name}): pass key=..., or a function without arguments."
+            )
+        return self.source(key)
+
+    def _check_kind(self, batch: Any, count: int) -> None:
+        leaves, tree = jax.tree.flatten(batch)
+        kind = tree, [np.ndim(leaf) for leaf in leaves]
+        if not self._kind:
+            self._kind.append((kind, _shapes(batch)))
+        elif self._kind[0][0] != kind:
+            raise ValueError(
+                f"the batches of {self.name} aren't all built alike: number {count} of this epoch "
+                f"is {_shapes(batch)}, but the first was {self._kind[0][1]}. (Sizes may "
+                "change from batch to batch; the tree and the numbers of axes may not.)"
+            )
 
 
 def batches_of(
@@ -103,15 +152,22 @@ def batches_of(
         )
     if isinstance(data, list):
         _check_list(data, name)
-    once = isinstance(data, Iterator)
-    if once and epochs > 1 and steps is None:
+    if isinstance(data, itertools.cycle) and steps is None:
+        raise ValueError(f"{name} never ends (itertools.cycle): pass steps_per_epoch.")
+    if isinstance(data, Iterator) and epochs > 1 and steps is None:
         raise ValueError(
             f"{name} is an iterator ({type(data).__name__}): it would be used up after the first "
             f"of {epochs} epochs. Pass a list, a function that makes a new iterator for each "
             "epoch, or steps_per_epoch."
         )
-    length = len(data) if isinstance(data, Sized) else None
-    return Stream(data, length if steps is None else steps, data if once else None)
+    if steps is not None and isinstance(data, list) and len(data) != steps:
+        less = len(data) < steps
+        raise ValueError(
+            f"{name} is a list of {len(data)} batches, but steps_per_epoch is {steps}"
+            + (". It" if less else ": the others would never be seen. It")
+            + " is for iterables whose end isn't known; leave it out, or cut the list."
+        )
+    return Stream(data, name, steps)
 
 
 def is_tree_of_arrays(data: Any) -> bool:
@@ -149,11 +205,15 @@ def _take_on_device(arrays: dict, rows: jax.Array) -> dict:
     return {i: x.at[rows].get(mode="promise_in_bounds") for i, x in arrays.items()}
 
 
-def _takes_an_argument(function: Callable) -> bool:
-    """Whether a function can't be called without an argument, or has one named key."""
+def _key_parameter(function: Callable) -> inspect.Parameter | None:
+    """A function's first argument, if it can't be called without one or it is named key."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
-        return False
+        return None
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return any(p.default is p.empty or p.name == "key" for p in positional[:1])
+    return next((p for p in positional[:1] if p.default is p.empty or p.name == "key"), None)
+
+
+def _shapes(batch: Any) -> str:
+    return str(jax.tree.map(lambda x: f"{x.dtype}{list(np.shape(x))}", batch)).replace("'", "")

@@ -51,12 +51,11 @@ def evaluate(
     attributes of its object. (Attributes read by a computed name aren't seen.) The program
     is kept as long as the loss is, and doesn't keep the loss.
     """
-    takes = takes_key(loss)
-    if takes and key is None:
+    if takes_key(loss) and key is None:
         raise TypeError("the loss takes a key: pass key=...")
     source = batches_of(data, batch_size=batch_size, shuffle=False, epochs=1)
     with evaluation_of(loss) as evaluation:
-        return evaluation.means(params, source, key if takes else None, check)
+        return evaluation.means(params, source, key, check)
 
 
 class Evaluation:
@@ -85,14 +84,15 @@ class Evaluation:
         self, params: Any, source: Arrays | Stream, key: Any, check: bool, name: str = "data"
     ) -> dict[str, Any]:
         """The mean loss and metrics over all batches; see `evaluate`."""
+        own_key = key if takes_key(self._loss()) else None
         if check and isinstance(source, Arrays):
-            check_values(self.find_labels, params, source.data, key, name)
+            check_values(self.find_labels, params, source.data, own_key, name)
         checks = BatchChecks(self.find_labels, check and isinstance(source, Stream))
         means, sizes = [], []
         for i, batch in enumerate(source.epoch(key)):
-            checks.look_at(params, batch, key)
+            checks.look_at(params, batch, own_key)
             sizes.append(size_of(batch))
-            means.append(self._means(params, batch, fold_in(key, i)))
+            means.append(self._means(params, batch, fold_in(own_key, i)))
         if not means:
             raise ValueError(f"{name} has no batches to evaluate.")
         return weighted_mean(stacked(jax.device_get(means)), np.array(sizes))

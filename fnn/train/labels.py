@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn.jaxpr import Equation, Program, program, trace
+from fnn.jaxpr import Equation, Program, is_inexact, program, trace
+from fnn.layers.layer import name_of
 from fnn.operation import MappedCall
 from fnn.ops.losses import sigmoid_binary_cross_entropy
 from fnn.train.batch_loss import Loss, scalar_and_metrics
@@ -65,12 +66,22 @@ class Labels(NamedTuple):
         return f"logits of {self.classes} classes: labels are 0, ..., {self.classes - 1}"
 
 
-def find_labels(loss: Loss, params: Any, example: Any, key: Any = None) -> tuple[Labels, ...]:
+# Their derivative is 0 wherever there is one.
+_WITHOUT_GRADIENT = {"ceil", "floor", "round", "sign", "stop_gradient"}
+
+
+def find_labels(
+    loss: Loss, params: Any, example: Any, key: Any = None, *, trained: bool = False
+) -> tuple[Labels, ...]:
     """The labels in an example that a loss hands to an operation as they are.
 
     Args:
         loss: `loss(params, example)` or `loss(params, example, key)`.
         params, example, key: arrays or their types; nothing is computed.
+        trained: whether the loss is one to be trained, by its gradient.
+
+    Raises:
+        ValueError: the loss is to be trained, and no parameter can change it.
     """
     leaves, tree = jax.tree.flatten(example)
     keys = () if key is None else (key,)
@@ -80,6 +91,12 @@ def find_labels(loss: Loss, params: Any, example: Any, key: Any = None) -> tuple
         return jax.tree.leaves(scalar_and_metrics(loss, out))
 
     flat = program(trace(of_leaves, (params, keys, *leaves)))
+    if trained and not _has_gradient(flat, flat.inputs[: len(jax.tree.leaves(params))]):
+        raise ValueError(
+            f"the loss {name_of(loss)} doesn't depend on the parameters that it is given (or only "
+            "by steps: comparisons, argmax, round): its gradient is zero, and training wouldn't "
+            "change them. (check=False turns this check off.)"
+        )
     inputs = {number: i for i, number in enumerate(flat.inputs[-len(leaves) :])}
     came_from = _origins(flat)
     found = []
@@ -133,6 +150,15 @@ def _origins(flat: Program) -> dict[int, int]:
             source = equation.ins[0]
             origins[equation.outs[0]] = origins.get(source, source)
     return origins
+
+
+def _has_gradient(flat: Program, params: list[int]) -> bool:
+    """Is there a way from a parameter to the first output, all of it in real numbers?"""
+    reached = set(params)
+    for equation in flat.equations:
+        if equation.name not in _WITHOUT_GRADIENT and not reached.isdisjoint(equation.ins):
+            reached.update(out for out in equation.outs if is_inexact(flat.avals[out]))
+    return flat.outputs[0] in reached
 
 
 def _classes_and_labels(equation: Equation, flat: Program) -> tuple[int | None, int, str] | None:

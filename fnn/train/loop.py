@@ -74,7 +74,9 @@ def fit(
 
     Args:
         loss: for ONE example: `loss(params, example)` or, to draw random numbers,
-            `loss(params, example, key)`; returns a scalar, or a scalar and a dict of metrics.
+            `loss(params, example, key)`; returns a scalar, or a scalar and a dict of metrics
+            (not called `loss`, `grad_norm`, `skipped`, `seconds` or `validation_...`). It must
+            depend on a parameter.
         params: the parameters to start from (they stay yours), or the `state` of a FitResult
             to go on from.
         data: a tuple, dict or other tree of arrays with the examples along their first axes,
@@ -90,7 +92,8 @@ def fit(
         key: for shuffling, and for the loss. The same key, data and program give the same
             result.
         shuffle: whether to shuffle arrays anew in each epoch.
-        steps_per_epoch: for an iterable that doesn't end, how many batches to call an epoch.
+        steps_per_epoch: for an iterable that doesn't end, how many batches to call an epoch. An
+            epoch with fewer is an error.
         validation: arrays or an iterable of batches, evaluated after each epoch.
         validation_loss: the loss for that; by default `loss`.
         after_epoch: called with the epoch's number (from 1), the State and the epoch's record;
@@ -131,7 +134,7 @@ def fit(
     order_key, loss_key, validation_key = (None,) * 3 if key is None else jax.random.split(key, 3)
     if whole is not None and check:
         check_values(
-            functools.partial(find_labels, loss),
+            functools.partial(find_labels, loss, trained=True),
             state.params,
             whole,
             key if takes else None,
@@ -190,14 +193,15 @@ def _validation(
         raise TypeError("the validation loss takes a key: pass key=... to fit.")
     size = batch_size if is_tree_of_arrays(data) else None
     source = batches_of(data, batch_size=size, shuffle=False, epochs=epochs, name="validation")
-    own_key = key if takes else None
     evaluation = Evaluation(lambda: loss)
     if check and isinstance(source, Arrays):  # before training begins, and no more
-        check_values(evaluation.find_labels, params, source.data, own_key, "validation")
+        check_values(
+            evaluation.find_labels, params, source.data, key if takes else None, "validation"
+        )
         check = False
 
     def validate(params):
-        means = evaluation.means(params, source, own_key, check, "validation")
+        means = evaluation.means(params, source, key, check, "validation")
         return {f"validation_{name}": value for name, value in means.items()}
 
     return validate

@@ -105,7 +105,7 @@ class TrainStep:
         self._nonfinite = nonfinite
         self._takes_key = takes_key(loss)
         self._reports = Reports()
-        self._checks = BatchChecks(functools.partial(find_labels, loss), check)
+        self._checks = BatchChecks(functools.partial(find_labels, loss, trained=True), check)
         self._compiled = jax.jit(self._step, donate_argnums=0)
 
     def init(self, params: Any) -> State:
