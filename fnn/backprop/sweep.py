@@ -14,7 +14,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 from jax import lax
 
 from fnn.backprop.local import LocalRule, zero
@@ -169,8 +168,3 @@ def gradients_of(closed_program: Program, args, needed, cotangents, *, opaque=Fa
             g = gradients[i]
             found.append(zeros(closed_program.avals[i]) if g is None else g)
     return tape.outputs, found
-
-
-def hidden(function: Callable, opaque: bool) -> Callable:
-    """The function, as one call that isn't looked into if `opaque`."""
-    return jax.jit(function) if opaque else function

@@ -28,7 +28,7 @@ from fnn.curvature.columns import one_array, pair
 from fnn.curvature.ggn import ggn_diagonal
 from fnn.curvature.operators import mean_loss
 from fnn.curvature.piecewise_linear import piecewise_linear
-from fnn.jaxpr import Program, program, trace
+from fnn.jaxpr import Program, once, program, trace
 from fnn.per_example.differentiate import batch_size, parameters
 from fnn.per_example.factors import MEETINGS, PASSAGES
 from fnn.per_example.terms import Convolution, Product
@@ -96,13 +96,17 @@ def _is_convex(model, loss, params, batch) -> bool:
 
 def _entry_by_entry(mean: Callable, leaf, chunk: int) -> jax.Array:
     """The diagonal for a parameter, by one Hessian product for each of its entries."""
-    _, push = jax.linearize(grad(mean), leaf)
 
-    def entry(i):
-        one_hot = jnp.zeros(leaf.size, leaf.dtype).at[i].set(1).reshape(leaf.shape)
-        return push(one_hot).reshape(-1)[i]
+    def diagonal(leaf):
+        _, push = jax.linearize(grad(mean), leaf)
 
-    return lax.map(entry, jnp.arange(leaf.size), batch_size=chunk).reshape(leaf.shape)
+        def entry(i):
+            one_hot = jnp.zeros(leaf.size, leaf.dtype).at[i].set(1).reshape(leaf.shape)
+            return push(one_hot).reshape(-1)[i]
+
+        return lax.map(entry, jnp.arange(leaf.size), batch_size=chunk).reshape(leaf.shape)
+
+    return once(diagonal)(leaf)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ import fnn.per_example as per_example
 from fnn.backprop import grad, value_and_grad
 from fnn.curvature import output_hessian
 from fnn.curvature.columns import check_samples, columns, one_array, pair
+from fnn.jaxpr import once
 from fnn.per_example.differentiate import batch_size
 
 
@@ -36,7 +38,7 @@ class LinearOperator:
 
     def __call__(self, v: Any) -> Any:
         self._check(v)
-        return self.product(v)
+        return once(self.product)(v)
 
     __matmul__ = __call__
 
@@ -52,7 +54,8 @@ class LinearOperator:
         """The matrix (n, n), one product for each column: for small networks, and for tests."""
         zero, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, self.like))
         column = lambda e: ravel_pytree(self.product(unravel(e)))[0]
-        return jax.lax.map(column, jnp.eye(zero.size, dtype=zero.dtype)).T
+        columns_of = once(functools.partial(jax.lax.map, column))
+        return columns_of(jnp.eye(zero.size, dtype=zero.dtype)).T
 
     def to_lineax(self) -> Any:
         """A `lineax.FunctionLinearOperator`, tagged symmetric.
@@ -106,7 +109,7 @@ def ggn_vector_product(model: Callable, loss: Callable) -> Callable:
     def make(params: Any, batch: Any) -> LinearOperator:
         (inputs, targets), size = pair(batch), batch_size(batch)
         outputs = lambda p: jax.vmap(lambda x: one_array(model(p, x)))(inputs)
-        z, push = jax.linearize(outputs, params)
+        z, push = once(functools.partial(jax.linearize, outputs))(params)
         pull = jax.linear_transpose(push, params)
 
         def product(v):
@@ -165,7 +168,7 @@ def fisher_vector_product(
     def make(params: Any, batch: Any) -> LinearOperator:
         inputs, targets = pair(batch)
         first = lambda tree: jax.tree.map(lambda x: x[0], tree)
-        z = model(params, first(inputs))
+        z = jax.eval_shape(model, params, first(inputs))
         if not output_hessian.is_likelihood(loss, z, first(targets)):
             raise ValueError(
                 "the Fisher matrix needs a loss that is a negative log-likelihood: one of fnn.ops' "
@@ -258,7 +261,8 @@ def eigenpairs(
 
     v = jax.random.normal(key, zero.shape, zero.dtype)
     start = (jnp.zeros((steps, size), zero.dtype), unit(v), jnp.zeros((), zero.dtype))
-    (basis, _, _), (alpha, beta) = jax.lax.scan(step, start, jnp.arange(steps))
+    scan = once(functools.partial(jax.lax.scan, step))
+    (basis, _, _), (alpha, beta) = scan(start, jnp.arange(steps))
     tridiagonal = jnp.diag(alpha) + jnp.diag(beta[:-1], 1) + jnp.diag(beta[:-1], -1)
     values, vectors = jnp.linalg.eigh(tridiagonal)
     found = (basis.T @ vectors[:, ::-1][:, :k]).T
@@ -288,9 +292,10 @@ def natural_gradient(
     def of_batch(params: Any, batch: Any) -> tuple[jax.Array, Any]:
         value, gradient = value_and_grad(mean_loss(model, loss, batch))(params)
         operator = ggn_vector_product(model, loss)(params, batch).damped(damping)
-        found, _ = jax.scipy.sparse.linalg.cg(
-            operator, gradient, tol=tolerance, maxiter=max_iterations
+        solve = functools.partial(
+            jax.scipy.sparse.linalg.cg, operator, tol=tolerance, maxiter=max_iterations
         )
+        found, _ = once(solve)(gradient)
         return value, found
 
     return of_batch

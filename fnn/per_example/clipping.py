@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fnn.backprop import value_and_grad
+from fnn.jaxpr import once
 from fnn.per_example import quantities
 from fnn.per_example.differentiate import batch_size, factored, keys_of, parameters
 
@@ -195,7 +196,7 @@ def _in_parts(part, batch, size: int, microbatch_size: int) -> Clipped:
         total = jax.tree.map(jnp.add, total, found.gradient)
         return total, found._replace(gradient=None)
 
-    total, found = lax.scan(step, start, parts)
+    total, found = once(functools.partial(lax.scan, step))(start, parts)
     found = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), found)
     if whole < size:
         rest = part(*jax.tree.map(lambda x: x[whole:], batch))

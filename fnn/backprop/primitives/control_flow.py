@@ -6,14 +6,27 @@ conditional with the same index; a checkpoint computes its inside again before i
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy
 from jax import lax
 
 from fnn.backprop import sweep
 from fnn.backprop.halves import halves, run
-from fnn.backprop.sweep import ControlRule, hidden
-from fnn.jaxpr import as_varying, close, is_inexact, program, scan_layout, trace, zeros
+from fnn.backprop.sweep import ControlRule
+from fnn.jaxpr import (
+    as_one_call,
+    as_varying,
+    close,
+    is_inexact,
+    once,
+    program,
+    scan_layout,
+    take_branch,
+    trace,
+    zeros,
+)
 
 # ------------------------------------------------------------------------------------------ scan
 
@@ -110,14 +123,14 @@ def run_loop_back(equation, cut, active, kept, cotangents, num_sums) -> list:
 
 
 def _scan(step, init, xs, params, backwards=False):
-    return lax.scan(
+    loop = functools.partial(
+        lax.scan,
         step,
-        init,
-        xs,
         length=params["length"],
         reverse=params["reverse"] != backwards,
         unroll=params["unroll"],
     )
+    return once(loop)(init, xs)
 
 
 def _cut(values, *sizes):
@@ -227,16 +240,9 @@ def _cond_backward(equation, needed, saved, cotangents, opaque):
 
 
 def _switch(equation, index, branches, operands):
-    """Take a branch by the index, or by the platform if that is what the equation does."""
-    platforms = equation.params.get("branches_platforms")
-    if platforms is not None:
-        # Another platform's branch (its own kernel, say) must not even be compiled here.
-        named = zip(platforms, branches, strict=True)
-        by_name = {name: branch for names, branch in named for name in names or ("default",)}
-        return lax.platform_dependent(*operands, **by_name)
-    if len(branches) == 1:
-        return branches[0](*operands)
-    return lax.switch(index, branches, *operands)
+    return once(lambda index, operands: take_branch(equation, index, branches, operands))(
+        index, operands
+    )
 
 
 def _cond_cotangents(branches, needed) -> list[bool]:
@@ -426,7 +432,7 @@ def run_checkpoint_back(equation, saved, cotangents, opaque) -> list:
 
     # As one call: taken apart, a loop around it would keep what it is here to forget.
     call = jax.checkpoint(again, prevent_cse=False) if opaque else again
-    return call(residuals, given)
+    return once(call)(residuals, given)
 
 
 def _given(avals, cotangents):
@@ -464,12 +470,15 @@ def _solve_backward(equation, needed, saved, cotangents, opaque):
     def solver(closed, consts):
         return lambda _, b: jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *consts, *b)
 
-    transposed = lax.custom_linear_solve(
-        vecmat,
-        g,
-        solver(jaxprs.transpose_solve, back_consts),
-        solver(jaxprs.solve, solve_consts),
-    )
+    def solve(g):
+        return lax.custom_linear_solve(
+            vecmat,
+            g,
+            solver(jaxprs.transpose_solve, back_consts),
+            solver(jaxprs.solve, solve_consts),
+        )
+
+    transposed = once(solve)(g)
     wanted = list(needed[: len(matvec_consts)])
     found = iter(())
     if any(wanted):
@@ -494,15 +503,14 @@ def _through_jax_forward(equation, needed, ins, opaque):
         full = list(ins)
         for i, value in zip(places, moving, strict=True):
             full[i] = value
-        return equation.apply(full)
+        return equation.bind(full)
 
-    outs, pullback = jax.vjp(outs_of, *(ins[i] for i in places))
+    outs, pullback = once(functools.partial(jax.vjp, outs_of))(*(ins[i] for i in places))
     return outs, (pullback, [jax.typeof(y) for y in outs])
 
 
 def _through_jax_backward(equation, needed, saved, cotangents, opaque):
     pullback, avals = saved
-    real = _given(avals, cotangents)
 
     def back(pullback, real):
         given = iter(real)
@@ -513,8 +521,13 @@ def _through_jax_backward(equation, needed, saved, cotangents, opaque):
             ]
         )
 
-    found = iter(hidden(back, opaque)(pullback, real))
+    found = iter(_hidden(back, opaque)(pullback, _given(avals, cotangents)))
     return [next(found) if n else None for n in needed]
+
+
+def _hidden(function, opaque):
+    """The function, as one call that isn't looked into if `opaque`."""
+    return once(as_one_call(function) if opaque else function)
 
 
 # --------------------------------------------------------------------------- operations of our own
@@ -523,7 +536,15 @@ def _through_jax_backward(equation, needed, saved, cotangents, opaque):
 def _operation_forward(equation, needed, ins, opaque):
     """An fnn operation brings its own forward and backward."""
     call = equation.operation()
-    outs, residuals, linear = call.forward(*ins)
+    seen = []
+
+    def outs_and_residuals(*ins):
+        outs, residuals, linear = call.forward(*ins)
+        seen.append(linear)
+        return outs, residuals
+
+    outs, residuals = once(outs_and_residuals)(*ins)
+    (linear,) = seen
     gets = [n and takes for n, takes in zip(needed, linear.takes, strict=True)]
     linear = linear.restrict([g for g, takes in zip(gets, linear.takes, strict=True) if takes])
     return outs, (linear, jax.tree.leaves(residuals), gets, [jax.typeof(y) for y in outs])
@@ -534,7 +555,7 @@ def _operation_backward(equation, needed, saved, cotangents, opaque):
     dys = _given(avals, cotangents)
     if not dys or not any(gets):
         return [None] * len(needed)
-    found = iter(hidden(linear.full_backward, opaque)(residuals, dys))
+    found = iter(_hidden(linear.full_backward, opaque)(residuals, dys))
     return [next(found) if g else None for g in gets]
 
 
