@@ -449,12 +449,8 @@ def _by_value(equation: Equation, values: Sequence, place: dict) -> list:
             start = list(values[num_cond + num_body :])
             return lax.while_loop(lambda carry: goes_on(carry).any(), body, start)
         if equation.name == "cond":
-            return take_branch(
-                equation,
-                values[0],
-                [functools.partial(_run, run, b) for b in params["branches"]],
-                values[1:],
-            )
+            branches = [lambda *ins, b=b: run(close(b), ins) for b in params["branches"]]
+            return take_branch(equation, values[0], branches, values[1:])
         if equation.operation() is not None:
             closed = jax.make_jaxpr(equation.operation().primal)(*values)
             return run(closed, values)
