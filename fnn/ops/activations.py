@@ -14,6 +14,7 @@ Common to all:
 
 * The result has the dtype of the input. Integers raise a TypeError that names the operation;
   so do complex numbers, except for the holomorphic `sigmoid` and `tanh`.
+* Sums over an axis are taken in at least float32, and the result rounded once.
 * Values and gradients are finite for every finite input, up to the largest of the dtype, in
   float16, bfloat16, float32 and float64, except where the true value lies beyond the dtype
   (`selu` multiplies by 1.05, `swiglu` and `geglu` multiply two large numbers, `log_softmax`
@@ -32,7 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn.operation import rule
-from fnn.ops.arguments import axes_of, must_be_real, must_be_real_or_complex
+from fnn.ops.arguments import axes_of, must_be_real, must_be_real_or_complex, wide
 
 Axis = int | tuple[int, ...] | None
 
@@ -163,8 +164,9 @@ def _(z, *, axis):
 
 @maxout.backward
 def _(is_largest, dy, *, axis):
-    how_many = jnp.sum(is_largest.astype(dy.dtype), axis)
-    return (jnp.where(is_largest, jnp.expand_dims(dy / how_many, axis), 0),)
+    how_many = jnp.sum(is_largest.astype(wide(dy).dtype), axis)
+    share = (wide(dy) / how_many).astype(dy.dtype)
+    return (jnp.where(is_largest, jnp.expand_dims(share, axis), 0),)
 
 
 @rule
@@ -670,8 +672,9 @@ def softmax(x: jax.Array, *, axis: Axis = -1) -> jax.Array:
     """
     must_be_real("softmax", x=x)
     axis = axes_of("softmax", x, axis)
-    e = jnp.exp(x - jnp.max(x, axis, keepdims=True, initial=-jnp.inf))
-    return e / jnp.sum(e, axis, keepdims=True)
+    z = wide(x)
+    e = jnp.exp(z - jnp.max(z, axis, keepdims=True, initial=-jnp.inf))
+    return (e / jnp.sum(e, axis, keepdims=True)).astype(x.dtype)
 
 
 @softmax.forward
@@ -682,7 +685,8 @@ def _(x, *, axis):
 
 @softmax.backward
 def _(y, dy, *, axis):
-    return (y * (dy - jnp.sum(y * dy, axis, keepdims=True)),)
+    p, d = wide(y), wide(dy)
+    return ((p * (d - jnp.sum(p * d, axis, keepdims=True))).astype(y.dtype),)
 
 
 @rule
@@ -696,8 +700,9 @@ def log_softmax(x: jax.Array, *, axis: Axis = -1) -> jax.Array:
     """
     must_be_real("log_softmax", x=x)
     axis = axes_of("log_softmax", x, axis)
-    shifted = x - jnp.max(x, axis, keepdims=True, initial=-jnp.inf)
-    return shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis, keepdims=True))
+    z = wide(x)
+    shifted = z - jnp.max(z, axis, keepdims=True, initial=-jnp.inf)
+    return (shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis, keepdims=True))).astype(x.dtype)
 
 
 @log_softmax.forward
@@ -707,7 +712,8 @@ def _(x, *, axis):
 
 @log_softmax.backward
 def _(p, dy, *, axis):
-    return (dy - p * jnp.sum(dy, axis, keepdims=True),)
+    d = wide(dy)
+    return ((d - wide(p) * jnp.sum(d, axis, keepdims=True)).astype(dy.dtype),)
 
 
 @rule
@@ -721,9 +727,10 @@ def logsumexp(x: jax.Array, *, axis: Axis = None, keepdims: bool = False) -> jax
     """
     must_be_real("logsumexp", x=x)
     axis = axes_of("logsumexp", x, axis)
-    largest = _largest(x, axis)
-    y = jnp.log(jnp.sum(jnp.exp(x - largest), axis, keepdims=True)) + largest
-    return y if keepdims else jnp.squeeze(y, axis)
+    z = wide(x)
+    largest = _largest(z, axis)
+    y = jnp.log(jnp.sum(jnp.exp(z - largest), axis, keepdims=True)) + largest
+    return (y if keepdims else jnp.squeeze(y, axis)).astype(x.dtype)
 
 
 @logsumexp.forward
@@ -737,7 +744,7 @@ def _(residuals, dy, *, axis, keepdims):
     e, total = residuals
     if not keepdims:
         dy = jnp.expand_dims(dy, axes_of("logsumexp", e, axis))
-    return (e * (dy / total),)
+    return ((wide(e) * (wide(dy) / total)).astype(e.dtype),)
 
 
 def _largest(x, axis):
@@ -749,6 +756,7 @@ def _largest(x, axis):
 def _exponentials(x, axis):
     """e = e^(x − max x) and its sum: e / Σ e is the softmax, and 0 where all x are −inf."""
     # The shift is held constant: it cancels in e / Σ e, and in the derivatives of that.
-    e = jnp.exp(x - jax.lax.stop_gradient(_largest(x, axis)))
+    z = wide(x)
+    e = jnp.exp(z - jax.lax.stop_gradient(_largest(z, axis)))
     total = jnp.sum(e, axis, keepdims=True)
-    return e, jnp.where(total == 0, 1, total)
+    return e.astype(x.dtype), jnp.where(total == 0, 1, total)

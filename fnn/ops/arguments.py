@@ -24,6 +24,15 @@ def must_be_real_or_complex(op: str, **arrays: jax.Array) -> None:
             raise TypeError(_wanted(op, name, x, "a floating or complex dtype"))
 
 
+def wide(x: jax.Array) -> jax.Array:
+    """x in at least float32, for sums: 65,505 ones are inf in float16, and 257 are 256 in bfloat16.
+
+    Where a value is a sum, or is divided by one, 16-bit floats are summed in float32 and the
+    result rounded once.
+    """
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
+
+
 def _wanted(op, name, x, what):
     return (
         f"{op}: argument '{name}' of shape {x.shape} has dtype {x.dtype}, wanted {what} "

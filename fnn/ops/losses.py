@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from fnn.operation import rule
 from fnn.ops.activations import log_softmax, softmax
-from fnn.ops.arguments import must_be_real
+from fnn.ops.arguments import must_be_real, wide
 
 # ----------------------------------------------------------------------------- classification
 
@@ -64,7 +64,7 @@ def softmax_cross_entropy(
             f"softmax_cross_entropy: argument 'label_smoothing' is {label_smoothing}, wanted a "
             "number from 0 up to, not including, 1."
         )
-    log_p = log_softmax(logits)
+    log_p = log_softmax(wide(logits))
     if _is_integer(labels):
         loss = -_pick(log_p, labels)
     else:
@@ -73,7 +73,7 @@ def softmax_cross_entropy(
         loss = -jnp.sum(q * jnp.where(is_excluded, 0, log_p), axis=-1)
     if label_smoothing:
         loss = (1 - label_smoothing) * loss - label_smoothing * jnp.mean(log_p, axis=-1)
-    return loss
+    return loss.astype(logits.dtype)
 
 
 @softmax_cross_entropy.forward
@@ -86,15 +86,16 @@ def _(logits, labels, *, label_smoothing):
 @softmax_cross_entropy.backward
 def _(residuals, dy, *, label_smoothing):
     p, labels, *more = residuals
-    dy = dy[..., None]
+    dtype, p, dy = p.dtype, wide(p), wide(dy)[..., None]
     smooth = label_smoothing / p.shape[-1]
     if _is_integer(labels):
         dy = dy * jnp.where(_is_class(labels, p), 1, jnp.nan)[..., None].astype(dy.dtype)
         right = jnp.where(_one_hot(labels, p), (1 - label_smoothing) * dy, 0)
-        return (dy * (p - smooth) if smooth else dy * p) - right, None
+        return ((dy * (p - smooth) if smooth else dy * p) - right).astype(dtype), None
     q = (1 - label_smoothing) * labels.astype(p.dtype) + smooth
     d_logits = dy * (p * jnp.sum(q, axis=-1, keepdims=True) - q)
-    return d_logits, ((label_smoothing - 1) * dy * more[0]).astype(labels.dtype)
+    d_labels = (label_smoothing - 1) * dy * wide(more[0])
+    return d_logits.astype(dtype), d_labels.astype(labels.dtype)
 
 
 @rule
@@ -122,26 +123,28 @@ def multiclass_hinge(scores: jax.Array, labels: jax.Array, *, margin: float = 1.
     recognition", 1999.
     """
     _check_classes("multiclass_hinge", "scores", scores, labels, distributions=False)
-    return jnp.sum(_hinges(scores, labels, margin), axis=-1)
+    return jnp.sum(_hinges(scores, labels, margin), axis=-1).astype(scores.dtype)
 
 
 @multiclass_hinge.forward
 def _(scores, labels, *, margin):
     hinges = _hinges(scores, labels, margin)
     # Not "> 0", so that the NaN of a label out of range counts, and reaches the gradient.
-    return jnp.sum(hinges, axis=-1), (~(hinges <= 0), labels)
+    return jnp.sum(hinges, axis=-1).astype(scores.dtype), (~(hinges <= 0), labels)
 
 
 @multiclass_hinge.backward
 def _(residuals, dy, *, margin):
     too_close, labels = residuals
-    dy = dy * jnp.where(_is_class(labels, too_close), 1, jnp.nan).astype(dy.dtype)
-    wrong = jnp.where(too_close, dy[..., None], 0)
-    return _add_at_label(wrong, labels, -jnp.sum(wrong, axis=-1)), None
+    d = wide(dy)
+    d = d * jnp.where(_is_class(labels, too_close), 1, jnp.nan).astype(d.dtype)
+    wrong = jnp.where(too_close, d[..., None], 0)
+    return _add_at_label(wrong, labels, -jnp.sum(wrong, axis=-1)).astype(dy.dtype), None
 
 
 def _hinges(scores, labels, margin):
     """max(0, sⱼ − s_y + Δ) for the wrong classes, 0 for the right one."""
+    scores = wide(scores)
     right = _pick(scores, labels)[..., None]
     margins = jnp.where(_one_hot(labels, scores), 0, scores - (right - margin))
     return jnp.maximum(margins, 0)
@@ -169,9 +172,10 @@ def sigmoid_binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Ar
     Source: the lecture's notes, "attribute classification" (independent logistic regressions).
     """
     _check_equal_shapes("sigmoid_binary_cross_entropy", "logits", logits, "labels", labels)
-    z = labels.astype(logits.dtype)
-    x = logits
-    return jnp.sum(jnp.where(x >= 0, x, 0) - x * z + jnp.log1p(jnp.exp(-jnp.abs(x))))
+    x = wide(logits)
+    z = labels.astype(logits.dtype).astype(x.dtype)
+    each = jnp.where(x >= 0, x, 0) - x * z + jnp.log1p(jnp.exp(-jnp.abs(x)))
+    return jnp.sum(each).astype(logits.dtype)
 
 
 @sigmoid_binary_cross_entropy.forward
@@ -210,7 +214,8 @@ def squared_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
     Source: the lecture's notes, "regression".
     """
     _check_equal_shapes("squared_error", "prediction", prediction, "target", target)
-    return jnp.sum(jnp.square(prediction - target.astype(prediction.dtype)))
+    difference = wide(prediction) - wide(target.astype(prediction.dtype))
+    return jnp.sum(jnp.square(difference)).astype(prediction.dtype)
 
 
 @squared_error.forward
@@ -222,7 +227,7 @@ def _(prediction, target):
 @squared_error.backward
 def _(residuals, dy):
     difference, target = residuals
-    d_prediction = dy * (2 * difference)
+    d_prediction = (wide(dy) * (2 * wide(difference))).astype(dy.dtype)
     return d_prediction, (-d_prediction).astype(target.dtype) if _is_floating(target) else None
 
 
@@ -272,7 +277,8 @@ def _(residuals, dy, *, delta):
 
 
 def _huber(d, c):
-    return jnp.sum(jnp.abs(c) * (jnp.abs(d) - 0.5 * jnp.abs(c)))
+    size, clipped = jnp.abs(wide(d)), jnp.abs(wide(c))
+    return jnp.sum(clipped * (size - 0.5 * clipped)).astype(d.dtype)
 
 
 def _clip(d, delta):
@@ -320,14 +326,15 @@ def _(prediction, target):
 @gaussian_nll.backward
 def _(residuals, dy):
     w, root_precision, target = residuals
-    d_target = dy * (w * root_precision)
-    d_prediction = jnp.stack([-d_target, dy * (0.5 * (1 - jnp.square(w)))], axis=-1)
+    dtype, dy, w = dy.dtype, wide(dy), wide(w)
+    d_target = dy * (w * wide(root_precision))
+    d_prediction = jnp.stack([-d_target, dy * (0.5 * (1 - jnp.square(w)))], axis=-1).astype(dtype)
     return d_prediction, d_target.astype(target.dtype) if _is_floating(target) else None
 
 
 def _gaussian_nll(w, prediction):
-    log_variance = prediction[..., 1]
-    return 0.5 * jnp.sum(log_variance + jnp.square(w) + math.log(2 * math.pi))
+    each = wide(prediction[..., 1]) + jnp.square(wide(w)) + math.log(2 * math.pi)
+    return (0.5 * jnp.sum(each)).astype(prediction.dtype)
 
 
 def _standardised(prediction, target):
@@ -379,9 +386,11 @@ def l2(params: Any) -> jax.Array:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for path, w in leaves:
         must_be_real("l2", **{f"params{jax.tree_util.keystr(path)}": w})
-    dtype = jnp.result_type(*(w for _, w in leaves)) if leaves else float
-    squares = (jnp.sum(jnp.square(w)).astype(dtype) for _, w in leaves)
-    return sum(squares, jnp.zeros((), dtype))
+    with jax.numpy_dtype_promotion("standard"):  # a tree may mix dtypes, also in strict mode
+        dtype = jnp.result_type(*(w.dtype for _, w in leaves)) if leaves else jnp.result_type(float)
+    zero = wide(jnp.zeros((), dtype))
+    squares = (jnp.sum(jnp.square(wide(w))).astype(zero.dtype) for _, w in leaves)
+    return sum(squares, zero).astype(dtype)
 
 
 @l2.forward
@@ -391,7 +400,10 @@ def _(params):
 
 @l2.backward
 def _(params, dy):
-    return (jax.tree.map(lambda w: dy.astype(w.dtype) * (2 * w), params),)
+    def gradient(w):
+        return (wide(dy).astype(wide(w).dtype) * (2 * wide(w))).astype(w.dtype)
+
+    return (jax.tree.map(gradient, params),)
 
 
 # ------------------------------------------------------------------------- labels and classes

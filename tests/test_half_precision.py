@@ -1,0 +1,112 @@
+"""Sums over more entries than a 16-bit float counts: as in float64, rounded once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fnn import ops
+
+MANY = 70_000  # float16's largest number is 65,504; bfloat16 doesn't count beyond 256
+
+dtypes = pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["float16", "bfloat16"])
+
+
+def scores(dtype):
+    return jnp.asarray(np.random.default_rng(0).normal(size=MANY) / 4, dtype)
+
+
+FUNCTIONS = {
+    "softmax": (ops.softmax, jax.nn.softmax),
+    "log_softmax": (ops.log_softmax, jax.nn.log_softmax),
+    "logsumexp": (ops.logsumexp, jax.nn.logsumexp),
+    "softmax_cross_entropy": (
+        lambda x: ops.softmax_cross_entropy(x, jnp.asarray(3)),
+        lambda x: -jax.nn.log_softmax(x)[3],
+    ),
+    "label smoothing": (
+        lambda x: ops.softmax_cross_entropy(x, jnp.asarray(3), label_smoothing=0.1),
+        lambda x: -0.9 * jax.nn.log_softmax(x)[3] - 0.1 * jnp.mean(jax.nn.log_softmax(x)),
+    ),
+    "a distribution": (
+        lambda x: ops.softmax_cross_entropy(x, jax.nn.one_hot(3, MANY, dtype=x.dtype)),
+        lambda x: -jax.nn.log_softmax(x)[3],
+    ),
+    "multiclass_hinge": (
+        lambda x: ops.multiclass_hinge(x, jnp.asarray(3), margin=0.125),
+        lambda x: jnp.sum(jnp.maximum(x - x[3] + 0.125, 0).at[3].set(0)),
+    ),
+    "sigmoid_binary_cross_entropy": (
+        lambda x: ops.sigmoid_binary_cross_entropy(x, jnp.ones(MANY)),
+        lambda x: -jnp.sum(jax.nn.log_sigmoid(x)),
+    ),
+    "squared_error": (
+        lambda x: ops.squared_error(x, jnp.zeros_like(x)),
+        lambda x: jnp.sum(x**2),
+    ),
+    "squares too small for float16": (
+        lambda x: ops.squared_error(x / 2048, jnp.zeros_like(x)),
+        lambda x: jnp.sum((x / 2048) ** 2),
+    ),
+    "huber": (
+        lambda x: ops.huber(x / 2048, jnp.zeros_like(x)),
+        lambda x: jnp.sum((x / 2048) ** 2) / 2,
+    ),
+    "l2": (lambda x: ops.l2([x / 2048, x]), lambda x: jnp.sum((x / 2048) ** 2) + jnp.sum(x**2)),
+    "gaussian_nll": (
+        lambda x: ops.gaussian_nll(jnp.stack([x, x], -1)[::3], jnp.zeros_like(x)[::3]),
+        lambda x: jnp.sum((x + x * x * jnp.exp(-x) + np.log(2 * np.pi))[::3]) / 2,
+    ),
+    "maxout": (
+        lambda x: ops.maxout(jnp.round(x * 0), axis=0),
+        None,  # the gradient is shared by all
+    ),
+}
+
+
+@dtypes
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_many_entries(name, dtype):
+    ours, plain = FUNCTIONS[name]
+    x = scores(dtype)
+    exact = x.astype(jnp.float64)
+    if plain is None:
+        _, pull = jax.vjp(lambda z: ops.maxout(z, axis=0), jnp.zeros(MANY, dtype))
+        np.testing.assert_allclose(pull(jnp.ones((), dtype))[0], 1 / MANY, rtol=1e-2)
+        return
+    value, wanted = jax.jit(ours)(x), jax.jit(plain)(exact)
+    eps = float(jnp.finfo(dtype).eps)
+    least = float(jnp.finfo(dtype).smallest_subnormal)
+    assert value.dtype == dtype
+    np.testing.assert_allclose(np.asarray(value, np.float64), wanted, rtol=2 * eps, atol=least)
+    # A gradient from what flows in from above: ones would cancel in a softmax.
+    weights = jnp.asarray(np.random.default_rng(1).uniform(0.5, 1, value.shape), dtype)
+    pull = lambda f, x, w: jax.jit(lambda x, w: jax.vjp(f, x)[1](w)[0])(x, w)
+    grad, wanted = pull(ours, x, weights), pull(plain, exact, weights.astype(jnp.float64))
+    assert grad.dtype == dtype and jnp.all(jnp.isfinite(grad))
+    close = {"rtol": 8 * eps, "atol": 2 * least + 8 * eps * float(jnp.max(jnp.abs(wanted)))}
+    np.testing.assert_allclose(np.asarray(grad, np.float64), wanted, **close)
+    push = lambda f, x: jax.jit(lambda x: jax.jvp(f, (x,), (x * 0 + 1 / 64,))[1])(x)
+    moved, wanted = push(ours, x), push(plain, exact)
+    close["atol"] = 64 * eps * max(1, float(jnp.max(jnp.abs(wanted))))
+    np.testing.assert_allclose(np.asarray(moved, np.float64), wanted, **close)
+
+
+@dtypes
+def test_large_cotangents(dtype):
+    """Their sum overflows float16, what is made of it doesn't."""
+    x = scores(dtype)
+    _, pull = jax.vjp(ops.log_softmax, x)
+    g = np.asarray(pull(jnp.full(MANY, 8, dtype))[0], np.float64)
+    p = np.asarray(jax.nn.softmax(x.astype(jnp.float64)))
+    assert np.all(np.isfinite(g))
+    np.testing.assert_allclose(g, 8 - p * 8 * MANY, atol=0.05 * np.max(p * 8 * MANY))
+
+
+def test_two_large_numbers():
+    """Each is a float16, twice their difference isn't; scaled down, the gradient is again."""
+    f = lambda x: ops.squared_error(x, jnp.zeros_like(x))
+    _, pull = jax.vjp(f, jnp.asarray([40_000.0], jnp.float16))
+    assert pull(jnp.asarray(2**-10, jnp.float16))[0] == 2 * 40_000 / 2**10
+    margins = ops.multiclass_hinge(jnp.asarray([-6e4, -6e4], jnp.float16), 0, margin=1e4)
+    assert margins == jnp.float16(1e4)
