@@ -201,11 +201,102 @@ def test_errors_are_jaxs(f, args, words):
         fnn.grad(f)(*args)
 
 
-def test_too_few_arguments():
-    with pytest.raises((ValueError, TypeError), match="positional arguments"):
-        jax.grad(mlp, 2)(PARAMS, X)
-    with pytest.raises(ValueError, match="positional arguments"):
-        fnn.grad(mlp, 2)(PARAMS, X)
+def outcome(g):
+    """What a call gives: its result, or the type of its error."""
+    try:
+        return jax.tree.map(lambda x: np.asarray(x).tolist(), g())
+    except Exception as error:
+        assert str(error)
+        return type(error)
+
+
+@pytest.mark.parametrize(
+    "argnums",
+    [
+        *(0, 1, -1, -2, True, np.int64(1), np.array(1), jnp.array(1)),
+        *((0,), [0], [0, 1], (1, 0), (True,), (np.int32(0),), np.array([0, 1]), range(2), {1}),
+        *((), [], 0.0, (0.0,), "0", None, (0, None), [[0]], 1j, slice(0, 1)),
+        *(2, -3, (0, 2), (0, -3), np.int64(5)),
+    ],
+    ids=repr,
+)
+def test_odd_argnums_do_what_they_do_in_jax(argnums):
+    f = lambda x, y: jnp.sum(x * y)
+    args = jnp.arange(3.0), jnp.full(3, 2.0)
+    want = outcome(lambda: jax.grad(f, argnums)(*args))
+    assert outcome(lambda: fnn.grad(f, argnums)(*args)) == want
+    both = outcome(lambda: fnn.value_and_grad(f, argnums)(*args))
+    assert both == (want if isinstance(want, type) else (6.0, want))
+
+
+@pytest.mark.parametrize("argnums", [(0, 0), (0, -2), (-1, 1), [1, 1]], ids=repr)
+def test_an_argument_named_twice(argnums):
+    """JAX fails within the function, on a None."""
+    f = lambda x, y: jnp.sum(x * y)
+    with pytest.raises(TypeError):
+        jax.grad(f, argnums)(X, X)
+    with pytest.raises(ValueError, match="the same argument twice"):
+        fnn.grad(f, argnums)(X, X)
+
+
+@pytest.mark.parametrize("fun", [None, 3, "f", [jnp.sin], {}], ids=repr)
+def test_what_is_called_must_be_a_function(fun):
+    calls = [fnn.grad, fnn.value_and_grad, fnn.graph, lambda f: fnn.vjp(f, 1.0)]
+    for call in calls:
+        with pytest.raises(TypeError, match="fun must be a function.*but got"):
+            call(fun)
+
+
+FLOAT0 = np.zeros(3, jax.dtypes.float0)
+CALLS = {
+    "only keywords": lambda m: m.grad(lambda x: x**2)(x=2.0),
+    "a keyword besides": lambda m: m.grad(lambda x, y=1.0: x * y)(2.0, y=3.0),
+    "an unknown keyword": lambda m: m.grad(lambda x: x)(2.0, y=3.0),
+    "no arguments": lambda m: m.grad(lambda: 2.0)(),
+    "int": lambda m: m.grad(lambda x: x * 1.0)(2),
+    "int allowed": lambda m: m.grad(lambda x: x * 1.0, allow_int=True)(2),
+    "bool": lambda m: m.grad(lambda x: x * 1.0)(True),
+    "float0": lambda m: m.grad(lambda x: 1.0)(FLOAT0),
+    "float0, integers allowed": lambda m: m.grad(lambda x: 1.0, allow_int=True)(FLOAT0),
+    "complex to real": lambda m: m.grad(lambda z: jnp.abs(z) ** 2)(1.0 + 2j),
+    "complex to complex": lambda m: m.grad(lambda z: z**2)(1.0 + 2j),
+    "holomorphic": lambda m: m.grad(lambda z: z**2, holomorphic=True)(1.0 + 2j),
+    "holomorphic of a real": lambda m: m.grad(lambda z: z**2, holomorphic=True)(1.0),
+    "holomorphic to a real": lambda m: m.grad(jnp.abs, holomorphic=True)(1.0 + 2j),
+    "holomorphic of an int": lambda m: m.grad(jnp.abs, holomorphic=True, allow_int=True)(1),
+    "a string": lambda m: m.grad(lambda x: 1.0)("a"),
+    "an object": lambda m: m.grad(lambda x: 1.0)(object()),
+    "None": lambda m: m.grad(lambda x: 1.0)(None),
+    "objects": lambda m: m.grad(lambda x: x.sum())(np.array([1.0, None], object)),
+    "big-endian": lambda m: m.grad(lambda x: x.sum())(np.ones(2, ">f8")),
+    "a key": lambda m: m.grad(lambda k: jax.random.normal(k))(jax.random.key(0)),
+    "returns nothing": lambda m: m.grad(lambda x: None)(1.0),
+    "returns a string": lambda m: m.grad(lambda x: "a")(1.0),
+    "returns a list": lambda m: m.grad(lambda x: [x])(1.0),
+    "returns a bool": lambda m: m.grad(lambda x: True)(1.0),
+    "aux: three": lambda m: m.grad(lambda x: (x, 1, 2), has_aux=True)(1.0),
+    "aux: one": lambda m: m.grad(lambda x: x, has_aux=True)(1.0),
+    "aux: a list": lambda m: m.grad(lambda x: [x, 1.0], has_aux=True)(1.0),
+    "aux: an array": lambda m: m.grad(lambda x: jnp.stack([x, x]), has_aux=True)(1.0),
+    "aux: not asked for": lambda m: m.grad(lambda x: (x, 1.0))(1.0),
+    "vjp: no arguments": lambda m: m.vjp(lambda: 2.0)[1](1.0),
+    "vjp: two cotangents": lambda m: m.vjp(lambda x: (x, x), 1.0)[1](1.0, 1.0),
+    "vjp: another structure": lambda m: m.vjp(lambda x: (x, x), 1.0)[1]([1.0, 1.0]),
+    "vjp: another shape": lambda m: m.vjp(jnp.sin, jnp.ones(3))[1](jnp.ones(2)),
+    "vjp: aux of three": lambda m: m.vjp(lambda x: (x, x, x), 1.0, has_aux=True),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_odd_calls_do_what_they_do_in_jax(call):
+    assert outcome(lambda: call(fnn)) == outcome(lambda: call(jax))
+
+
+def test_auxiliary_data_that_is_not_traced_is_handed_on_as_it_is():
+    array, number = np.arange(3), 1.0
+    f = lambda x: (x**2, {"array": array, "number": number, "x": x})
+    _, aux = fnn.grad(f, has_aux=True)(3.0)
+    assert aux["array"] is array and aux["number"] is number and float(aux["x"]) == 3.0
 
 
 def test_random_numbers_and_nothing_to_differentiate():

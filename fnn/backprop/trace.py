@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy
 
+from fnn import arguments
 from fnn.backprop import draw, steps, sweep, text
 from fnn.backprop.coverage import Coverage, coverage, reached
 from fnn.backprop.names import names_in_source
@@ -67,6 +68,7 @@ def graph(fun: Callable) -> Callable[..., Graph]:
     >>> [float(node.gradient) for node in g.inputs]
     [-4.0, -4.0, 3.0]
     """
+    arguments.function("graph", "fun", fun, "a function to trace")
     name = getattr(fun, "__name__", "f")
     name = name if name.isidentifier() else "f"
 

@@ -7,13 +7,15 @@ ordinary traceable functions: they work under jit, vmap, jvp and each other.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy
 
+from fnn import arguments
 from fnn.backprop import sweep
 from fnn.backprop.halves import Halves, halves
 from fnn.jaxpr import as_varying, is_inexact, program, trace
@@ -34,7 +36,8 @@ def value_and_grad(
     Args:
         fun: a function of pytrees of arrays with a scalar output, `()` in shape; with
             `has_aux`, a pair of that and any pytree.
-        argnums: which positional arguments to differentiate by.
+        argnums: which positional arguments to differentiate by: a number, counted from the end
+            if negative, or several different ones.
         has_aux: whether `fun` returns `(value, auxiliary data)`.
         holomorphic: whether `fun` is a holomorphic function of complex arguments.
         allow_int: whether integer arguments are allowed (their gradient has dtype float0).
@@ -44,15 +47,18 @@ def value_and_grad(
         of the argument (a tuple of such if `argnums` is a tuple).
 
     Raises:
-        TypeError: the output isn't a real scalar (complex and `holomorphic=True`), or an
-            argument isn't inexact.
+        TypeError: `fun` can't be called, `argnums` isn't an integer or several, the output isn't
+            a real scalar (complex and `holomorphic=True`), an argument isn't inexact, or there
+            are fewer positional arguments than `argnums` asks for.
+        ValueError: `argnums` is empty, names an argument twice, or counts beyond the first.
 
     `fun` is traced, as `jit` would: Python control flow on values needs `lax.cond`.
 
     >>> value_and_grad(lambda x: x**3)(2.0)
     (Array(8., dtype=float32, weak_type=True), Array(12., dtype=float32, weak_type=True))
     """
-    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    arguments.function("grad", "fun", fun)
+    numbers, is_one = _numbers(argnums)
     name = getattr(fun, "__name__", repr(fun))
 
     @functools.wraps(fun, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
@@ -79,7 +85,7 @@ def value_and_grad(
             for i in flat.inputs
         ]
         gradient = jax.tree.unflatten(tree, gradients)
-        gradient = gradient[0] if isinstance(argnums, int) else tuple(gradient)
+        gradient = gradient[0] if is_one else tuple(gradient)
         value, aux = traced.outputs(outs)
         return ((value, aux), gradient) if has_aux else (value, gradient)
 
@@ -130,7 +136,10 @@ def vjp(fun: Callable, *primals, has_aux: bool = False) -> Any:
     Raises:
         TypeError, ValueError: a cotangent's structure, shape or dtype isn't the value's.
     """
+    arguments.function("vjp", "fun", fun)
     leaves, tree = jax.tree.flatten(primals)
+    for leaf in leaves:
+        _aval_of_input("vjp", leaf)
     leaves = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]
     traced = _Traced(fun, primals, {}, tuple(range(len(primals))), tree, has_aux)
     closed = traced.jaxpr(leaves)
@@ -154,8 +163,15 @@ class _Fixed:
         self.cut = cut
 
 
-def _pull_back(fixed, in_tree, out_tree, out_avals, in_avals, residuals, cotangent):
-    leaves, tree = jax.tree.flatten(cotangent)
+def _pull_back(fixed, in_tree, out_tree, out_avals, in_avals, residuals, *cotangents):
+    if len(cotangents) != 1:
+        raise TypeError(
+            f"The pullback takes one cotangent, of the structure {out_tree} of the value, but got "
+            f"{len(cotangents)}."
+        )
+    leaves, tree = jax.tree.flatten(cotangents[0])
+    for ct in leaves:
+        _aval_of_input("the pullback", ct)
     if tree != out_tree:
         raise ValueError(
             "Tree structure of cotangent input, got "
@@ -211,15 +227,15 @@ class _Traced:
             out, aux = out
         values, self._value_tree = jax.tree.flatten(out)
         aux_leaves, self._aux_tree = jax.tree.flatten(aux)
-        # Auxiliary data may hold anything; what isn't an array doesn't go through the trace.
-        self._aux_constants = [None if _is_array(x) else (x,) for x in aux_leaves]
+        # Auxiliary data may hold anything; what wasn't traced is handed on as it is.
+        self._aux_constants = [None if _is_traced(x) else (x,) for x in aux_leaves]
         for x in values:
             if not _is_array(x):
                 raise TypeError(
                     f"the function's output holds {x!r} of type {type(x).__name__}, which isn't "
                     "an array; pass it out as auxiliary data, with has_aux=True."
                 )
-        return [*values, *(x for x in aux_leaves if _is_array(x))]
+        return [*values, *(x for x in aux_leaves if _is_traced(x))]
 
     def num_values(self) -> int:
         return self._value_tree.num_leaves
@@ -237,6 +253,10 @@ class _Traced:
         )
 
 
+def _is_traced(x) -> bool:
+    return isinstance(x, jax.core.Tracer)
+
+
 def _is_array(x) -> bool:
     try:
         jax.typeof(x)
@@ -245,26 +265,52 @@ def _is_array(x) -> bool:
     return True
 
 
+def _numbers(argnums) -> tuple[tuple[int, ...], bool]:
+    """The argument numbers, and whether it was one and not a sequence."""
+    try:
+        return (operator.index(argnums),), True
+    except TypeError:
+        pass
+    wanted = "grad: argnums must be an integer or a sequence of integers, but "
+    if isinstance(argnums, (str, bytes)) or not isinstance(argnums, Iterable):
+        raise TypeError(f"{wanted}got {arguments.show(argnums)}.")
+    numbers = []
+    for number in argnums:
+        try:
+            numbers.append(operator.index(number))
+        except TypeError:
+            raise TypeError(f"{wanted}it holds {arguments.show(number)}.") from None
+    if not numbers:
+        raise ValueError("grad: argnums is empty: there is nothing to differentiate by.")
+    return tuple(numbers), False
+
+
 def _positions(numbers, args, name) -> tuple[int, ...]:
+    shown = numbers[0] if len(numbers) == 1 else numbers
     for i in numbers:
         if not -len(args) <= i < len(args):
-            raise ValueError(
-                f"differentiating {name} with respect to argnums={numbers} requires at least "
+            kind = TypeError if i >= 0 else ValueError  # as JAX's
+            raise kind(
+                f"differentiating {name} with respect to argnums={shown} requires at least "
                 f"{(i if i >= 0 else -i - 1) + 1} positional arguments to be passed by the "
                 f"caller, but got only {len(args)} positional arguments."
             )
-    return tuple(i % len(args) for i in numbers)
+    positions = tuple(i % len(args) for i in numbers)
+    if len(set(positions)) < len(positions):
+        raise ValueError(
+            f"differentiating {name} with respect to argnums={shown}: they name the same argument "
+            "twice."
+        )
+    return positions
 
 
 def _check_input(what, leaf, holomorphic, allow_int):
-    try:
-        aval = jax.typeof(leaf)
-    except TypeError:
+    dtype = _aval_of_input(what, leaf).dtype
+    if dtype == jax.dtypes.float0:
         raise TypeError(
-            f"{what} requires arguments that are pytrees of arrays, but one holds {leaf!r} of "
-            f"type {type(leaf).__name__}."
-        ) from None
-    dtype = aval.dtype
+            f"{what} requires numerical-valued inputs, but got float0, the dtype of an integer "
+            "argument's gradient: it has none itself."
+        )
     if holomorphic:
         if not jax.dtypes.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(
@@ -278,6 +324,16 @@ def _check_input(what, leaf, holomorphic, allow_int):
             f"np.inexact), but got {dtype}. If you want to use Boolean- or integer-valued inputs, "
             "use vjp or set allow_int to True."
         )
+
+
+def _aval_of_input(what, leaf):
+    try:
+        return jax.typeof(leaf)
+    except TypeError:
+        raise TypeError(
+            f"{what} requires arguments that are pytrees of arrays, but one holds "
+            f"{arguments.show(leaf)}."
+        ) from None
 
 
 def _check_output(traced, flat, holomorphic):
