@@ -44,7 +44,8 @@ try:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 except ImportError as error:
-    raise SystemExit(f'{error}. For this example: pip install "fnn[examples]"') from None
+    line = 'pip install "scikit-learn>=1.5" "matplotlib>=3.9" "pygraphviz>=2.0" "rich>=13"'
+    raise SystemExit(f"{error}. For this example: {line}") from None
 
 EPOCHS = 40
 STARTS = 5

@@ -38,7 +38,8 @@ try:
     from matplotlib.ticker import LogLocator, NullFormatter
     from sklearn.datasets import load_digits
 except ImportError as error:
-    raise SystemExit(f'{error}. For this example: pip install "fnn[examples]"') from None
+    line = 'pip install "scikit-learn>=1.5" "matplotlib>=3.9" "pygraphviz>=2.0" "rich>=13"'
+    raise SystemExit(f"{error}. For this example: {line}") from None
 
 BATCH = 512
 WIDTHS = (32, 16, 4, 16, 32)

@@ -11,8 +11,10 @@ function's name.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Collection
+import re
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -132,6 +134,55 @@ def array(where: str, name: str, value: Any) -> Any:
     return value
 
 
+def no_result(where: str, name: str, value: Any) -> None:
+    """Not what `fnn.fit` returns, nor a training state, where what is in it belongs."""
+    fields = getattr(type(value), "_fields", ())
+    if not isinstance(value, tuple) or "params" not in fields:
+        return
+    if "history" in fields:
+        raise TypeError(
+            f"{where}: {name} is the FitResult of fnn.fit: pass its `.params`. (fnn.fit and a step "
+            "go on from its `.state`.)"
+        )
+    if "opt_state" in fields:
+        raise TypeError(f"{where}: {name} is a training State: pass its `.params`.")
+
+
+@contextlib.contextmanager
+def one_example(loss: Callable, example: Any) -> Iterator[None]:
+    """A note to errors from inside a loss: it was given one example, of these shapes.
+
+    That it must be written for one example, and not for a batch, is easily forgotten, and the
+    error that comes of it is about some shape deep inside.
+    """
+    try:
+        yield
+    except Exception as error:
+        shapes = str(jax.tree.map(_shape, example)).replace("'", "")
+        error.add_note(
+            f"{_name(loss)} was called with ONE example, {shapes}: a loss is written for one "
+            "example, loss(params, example), and is mapped over the batch for you."
+        )
+        raise
+
+
+def missing(what: str, *requirements: str, otherwise: str = "") -> ImportError:
+    """The error for a package that isn't installed, with the line to type.
+
+    The line names the package itself. An extra of fnn's own, `fnn[plot]`, would be looked for
+    among the published distributions, where a checkout's isn't.
+
+    Args:
+        what: what needs it: "fnn.plot".
+        requirements: as in pyproject.toml: "matplotlib>=3.9".
+        otherwise: what can be done without it, a sentence.
+    """
+    names = " and ".join(re.split("[<>=!~]", r)[0] for r in requirements)
+    line = " ".join(f'"{r}"' if re.search("[<>=!~]", r) else r for r in requirements)
+    more = f"\n{otherwise}" if otherwise else ""
+    return ImportError(f"{what} needs {names}: pip install {line}{more}")
+
+
 def show(value: Any) -> str:
     """A value in an error message, in a line: arrays by dtype and shape, long ones shortened."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
@@ -149,6 +200,14 @@ def show(value: Any) -> str:
 
 def _wrong(where: str, name: str, wanted: str, value: Any) -> str:
     return f"{where}: {name} must be {wanted}, but got {show(value)}."
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
+def _shape(x: Any) -> str:
+    return f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") else type(x).__name__
 
 
 def _wanted_number(kind, above, least, below, most, infinite) -> str:

@@ -1,7 +1,7 @@
 """Pictures of training: curves of a history, and weights as images.
 
 Each function returns a matplotlib `Figure`: show it in a notebook, or `figure.savefig(path)`.
-matplotlib is an extra, `pip install "fnn[plot]"`, and imported when a picture is made.
+matplotlib is an extra, `pip install "matplotlib>=3.9"`, and imported when a picture is made.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from fnn import arguments
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -129,6 +131,6 @@ def _figure(*, width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('fnn.plot needs matplotlib: pip install "fnn[plot]"') from error
+        raise arguments.missing("fnn.plot", "matplotlib>=3.9") from error
     # Without pyplot: no global list of figures, no choice of a window system.
     return Figure(figsize=(width, height), layout="constrained")

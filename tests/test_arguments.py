@@ -1,10 +1,15 @@
 """The checks of arguments: what they take, what they refuse, and in which words."""
 
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import fnn
 from fnn import arguments
 
 NAN, INF = float("nan"), float("inf")
@@ -93,3 +98,56 @@ def test_array():
     for value in (None, [1.0], "a", np.array(["a"]), (1.0,), {"x": 1}):
         with pytest.raises(TypeError, match="^f: x must be an array, but got "):
             arguments.array("f", "x", value)
+
+
+# ------------------------------------------------------------------- what training returns, hints
+
+
+def results():
+    def loss(params, x):
+        return jnp.sum((params["w"] * x) ** 2)
+
+    data, params = np.ones((4, 2)), {"w": jnp.ones(2)}
+    options = {"epochs": 1, "shuffle": False, "progress": False}
+    return loss, data, fnn.fit(loss, params, data, optax.sgd(0.1), **options)
+
+
+def test_a_result_in_the_place_of_parameters():
+    loss, data, result = results()
+    step = fnn.train_step(loss, optax.sgd(0.1))
+    x, pair, outputs = data[0], (data, data), lambda z, t: z
+    ways = [
+        lambda given: fnn.evaluate(loss, given, data),
+        step.init,
+        lambda given: fnn.grad(loss)(given, x),
+        lambda given: fnn.value_and_grad(loss)(given, x),
+        lambda given: fnn.vjp(loss, given, x),
+        lambda given: fnn.graph(loss)(given, x),
+        lambda given: fnn.per_example.grads(loss)(given, data),
+        lambda given: fnn.per_example.clipped_grad(loss, 1.0)(given, data),
+        lambda given: fnn.curvature.ggn_diagonal(loss, outputs)(given, pair),
+        lambda given: fnn.curvature.hessian_vector_product(loss, outputs)(given, pair),
+        lambda given: fnn.curvature.ggn_vector_product(loss, outputs)(given, pair),
+        lambda given: fnn.curvature.empirical_fisher(loss, outputs)(given, pair),
+    ]
+    for way in ways:
+        with pytest.raises(TypeError, match=r"the FitResult of fnn.fit: pass its `.params`"):
+            way(result)
+        with pytest.raises(TypeError, match=r"a training State: pass its `.params`"):
+            way(result.state)
+    with pytest.raises(TypeError, match=r"FitResult.*`.params`.*go on from its `.state`"):
+        fnn.fit(loss, result, data, optax.sgd(0.1), epochs=1, shuffle=False)
+    with pytest.raises(TypeError, match=r"FitResult.*`.state`"):
+        step(result, data)
+
+
+def test_no_hint_names_a_distribution_that_a_checkout_does_not_have():
+    root = pathlib.Path(__file__).parents[1]
+    for file in [*root.glob("fnn/**/*.py"), *root.glob("examples/*.py")]:
+        if file.name != "arguments.py":
+            assert not re.search(r"pip install [\"']?fnn", file.read_text()), file
+    declared = (root / "pyproject.toml").read_text()
+    for requirement in ("matplotlib>=3.9", "pygraphviz>=2.0", "scikit-learn>=1.5", "rich>=13"):
+        assert f'"{requirement}"' in declared
+    error = arguments.missing("x", "a>=1", "b", otherwise="Or not.")
+    assert str(error) == 'x needs a and b: pip install "a>=1" b\nOr not.'

@@ -116,7 +116,7 @@ def test_equals_a_loop_written_by_hand_the_last_batch_being_smaller():
 def test_an_epoch_has_every_example_once_in_an_order_from_the_key():
     def order(key, **options):
         data = {"i": np.arange(26), "x": jnp.arange(26) * 2}
-        source = batches_of(data, batch_size=8, shuffle=True, epochs=1, **options)
+        source = batches_of("fit", data, batch_size=8, shuffle=True, epochs=1, **options)
         batches = list(source.epoch(key))
         assert [len(b["i"]) for b in batches] == [8, 8, 8, 2]
         for b in batches:
@@ -454,9 +454,9 @@ LABELS = np.arange(26) % 3
         ((A[:0], Y[:0]), {}, ValueError, r"data is empty"),
         ((NAN, Y), {"key": KEY}, ValueError, r"data\[0\].*nan.*\(20, 1\)"),
         ((jnp.asarray(NAN), Y), {"key": KEY}, ValueError, r"data\[0\].*nan.*\(20, 1\)"),
-        ((A, Y), {"batch_size": 0}, ValueError, "batch_size must be a positive integer, got 0"),
-        ((A, Y), {"epochs": -1}, ValueError, "epochs must be an integer.*got -1"),
-        ((A, Y), {"epochs": 1.5}, ValueError, "epochs must be an integer.*got 1.5"),
+        ((A, Y), {"batch_size": 0}, ValueError, "batch_size must be .* of at least 1, but got 0"),
+        ((A, Y), {"epochs": -1}, ValueError, "epochs must be an integer of at least 0, but got -1"),
+        ((A, Y), {"epochs": 1.5}, TypeError, "epochs must be an integer.*got 1.5"),
         ((A, Y), {"steps_per_epoch": 3}, ValueError, "steps_per_epoch is for iterables"),
         ([(A, Y)], {"batch_size": 3}, ValueError, r"batch_size is for arrays.*\(X, y\)"),
         ([A, Y], {}, ValueError, r"a list is an iterable of batches.*pass a tuple: \(X, y\)"),
@@ -468,8 +468,8 @@ LABELS = np.arange(26) % 3
             ValueError,
             r"iterator \(generator\).*used up after the first of 2",
         ),
-        (3, {}, TypeError, "must be arrays, like.*got a int"),
-        ("text", {}, TypeError, "must be arrays, like.*got a str"),
+        (3, {}, TypeError, "must be arrays, like.*got 3"),
+        ("text", {}, TypeError, "must be arrays, like.*got 'text'"),
         (
             (A, ["a"] * 26),
             {"key": KEY},

@@ -20,7 +20,7 @@ def test_without_matplotlib(monkeypatch):
     for draw in (lambda: plot.curves(HISTORY), lambda: plot.templates(np.ones((2, 4)))):
         with pytest.raises(ImportError) as error:
             draw()
-        assert str(error.value) == 'fnn.plot needs matplotlib: pip install "fnn[plot]"'
+        assert str(error.value) == 'fnn.plot needs matplotlib: pip install "matplotlib>=3.9"'
 
 
 def test_importing_the_module_does_not_import_matplotlib():

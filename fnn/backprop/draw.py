@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from fnn import arguments
 from fnn.backprop import text
 from fnn.backprop.grouping import Group, Unit, groups
 
@@ -78,11 +79,8 @@ def to_svg(graph: Graph, max_boxes: int) -> str:
     try:
         import pygraphviz
     except ImportError:
-        raise ImportError(
-            "drawing a graph needs pygraphviz, whose wheel brings Graphviz along:\n"
-            '    pip install "fnn[plot]"\n'
-            "Without it, graph.to_dot() gives the picture as text."
-        ) from None
+        without = "(Its wheel brings Graphviz along.) graph.to_dot() gives the picture as text."
+        raise arguments.missing("drawing a graph", "pygraphviz>=2.0", otherwise=without) from None
     drawn = pygraphviz.AGraph(string=to_dot(graph, max_boxes)).draw(format="svg", prog="dot")
     svg = drawn.decode("utf-8")
     return _joined(svg[svg.index("<svg") :]).replace(

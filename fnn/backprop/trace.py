@@ -74,6 +74,8 @@ def graph(fun: Callable) -> Callable[..., Graph]:
 
     @functools.wraps(fun, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
     def of_arguments(*args, **kwargs) -> Graph:
+        for i, arg in enumerate(args):
+            arguments.no_result("graph", f"argument {i}", arg)
         args, kwargs = _in_order(fun, args, kwargs)
         given, tree = jax.tree_util.tree_flatten_with_path((args, kwargs))
         leaves = [leaf for _, leaf in given]

@@ -63,6 +63,8 @@ def value_and_grad(
 
     @functools.wraps(fun, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
     def value_and_gradient(*args, **kwargs):
+        for i, arg in enumerate(args):
+            arguments.no_result("grad", f"argument {i}", arg)
         positions = _positions(numbers, args, name)
         chosen = [args[i] for i in positions]
         leaves, tree = jax.tree.flatten(chosen)
@@ -137,6 +139,8 @@ def vjp(fun: Callable, *primals, has_aux: bool = False) -> Any:
         TypeError, ValueError: a cotangent's structure, shape or dtype isn't the value's.
     """
     arguments.function("vjp", "fun", fun)
+    for i, arg in enumerate(primals):
+        arguments.no_result("vjp", f"argument {i}", arg)
     leaves, tree = jax.tree.flatten(primals)
     for leaf in leaves:
         _aval_of_input("vjp", leaf)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 import fnn.per_example as per_example
+from fnn import arguments
 from fnn.backprop import grad, value_and_grad
 from fnn.curvature import output_hessian
 from fnn.curvature.columns import check_samples, columns, one_array, pair
@@ -66,7 +67,7 @@ class LinearOperator:
         try:
             import lineax
         except ImportError as error:
-            raise ImportError("to_lineax needs lineax: pip install lineax") from error
+            raise arguments.missing("to_lineax", "lineax") from error
         tags = [lineax.symmetric_tag]
         if self.name != "Hessian":
             tags.append(lineax.positive_semidefinite_tag)
@@ -107,6 +108,7 @@ def ggn_vector_product(model: Callable, loss: Callable) -> Callable:
     """
 
     def make(params: Any, batch: Any) -> LinearOperator:
+        arguments.no_result("fnn.curvature", "params", params)
         (inputs, targets), size = pair(batch), batch_size(batch)
         outputs = lambda p: jax.vmap(lambda x: one_array(model(p, x)))(inputs)
         z, push = once(functools.partial(jax.linearize, outputs))(params)
@@ -129,6 +131,7 @@ def hessian_vector_product(model: Callable, loss: Callable) -> Callable:
     """
 
     def make(params: Any, batch: Any) -> LinearOperator:
+        arguments.no_result("fnn.curvature", "params", params)
         gradient = grad(mean_loss(model, loss, batch))
 
         # Not linearised once: on an LSTM that kept twice the memory, and took a sixth off a
@@ -166,6 +169,7 @@ def fisher_vector_product(
     check_samples(key, samples)
 
     def make(params: Any, batch: Any) -> LinearOperator:
+        arguments.no_result("fnn.curvature", "params", params)
         inputs, targets = pair(batch)
         first = lambda tree: jax.tree.map(lambda x: x[0], tree)
         z = jax.eval_shape(model, params, first(inputs))
@@ -196,6 +200,7 @@ def empirical_fisher(model: Callable, loss: Callable) -> Callable:
     """
 
     def make(params: Any, batch: Any) -> LinearOperator:
+        arguments.no_result("fnn.curvature", "params", params)
         pair(batch)
         whole = lambda p, example: loss(model(p, example[0]), example[1])
         _, grads = per_example.grads(whole)(params, tuple(batch))

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fnn import arguments
 from fnn.jaxpr import Program, as_varying, inner_jaxprs, is_inexact, program, trace, zeros
 from fnn.per_example.factors import (
     CONSTANT,
@@ -108,7 +109,9 @@ def factored(
 
     def flat(*args):
         here = jax.tree.unflatten(tree, args[: len(leaves)])
-        out = loss(here, *jax.tree.unflatten(example_tree, args[len(leaves) :]), **static)
+        own = jax.tree.unflatten(example_tree, args[len(leaves) :])
+        with arguments.one_example(loss, own[0]):
+            out = loss(here, *own, **static)
         value, aux = _value_and_aux(out, has_aux)
         aux_leaves, seen["aux"] = jax.tree.flatten(aux)
         return [_scalar(value), *aux_leaves]
@@ -164,6 +167,7 @@ def _numbers(term: Term) -> int:
 
 def parameters(params: Any) -> tuple[list[str], list[jax.Array], Any]:
     """The paths and arrays of a tree of parameters, checked."""
+    arguments.no_result("fnn.per_example and fnn.curvature", "params", params)
     with_paths, tree = jax.tree_util.tree_flatten_with_path(params)
     paths = [jax.tree_util.keystr(path) for path, _ in with_paths]
     leaves = []

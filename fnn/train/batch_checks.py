@@ -43,7 +43,8 @@ class BatchChecks:
             TypeError, ValueError: as `batch_size` and `check_values` do.
         """
         leaves, tree = jax.tree.flatten(batch)
-        kind = (tree, key is None, *[(getattr(x, "shape", None), _dtype(x)) for x in leaves])
+        types = [(getattr(x, "shape", None), _dtype(x)) for x in (key, *leaves)]
+        kind = (tree, type(key), *types)
         if kind not in self._known:
             if first is not None:
                 first()

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn.arguments import show
+from fnn import arguments
 from fnn.layers.layer import name_of
 
 Loss = Callable[..., Any]
@@ -22,17 +22,71 @@ RESERVED_PREFIX = "validation_"
 
 def takes_key(loss: Loss) -> bool:
     """Whether a loss is `loss(params, example, key)` rather than `loss(params, example)`."""
+    return _key_parameter(loss) is not None
+
+
+def check_loss(where: str, loss: Any, name: str = "loss") -> None:
+    """Raise a TypeError unless it can be called as `loss(params, example)`, with a key perhaps."""
+    arguments.function(where, name, loss, "a function loss(params, example)")
+    parameters = _parameters(loss)
+    if parameters is None:
+        return
+    positional = [p for p in parameters if p.kind in _POSITIONAL]
+    needed = [p for p in positional if p.default is p.empty]
+    names = ", ".join(p.name for p in positional)
+    form = (
+        f"{where}: {name} is called for one example, {name}(params, example) or "
+        f"{name}(params, example, key), but {name_of(loss)}({names})"
+    )
+    gathers = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    if len(positional) < 2 and not gathers:
+        raise TypeError(f"{form} takes {len(positional)} of these arguments.")
+    others = [p.name for p in needed[2:] if not _is_key(p)] + [p.name for p in needed[3:]]
+    if others:
+        raise TypeError(
+            f"{form} wants more: {', '.join(dict.fromkeys(others))}. One example may be a tuple of "
+            "arrays: `x, y = example`. Close over what all examples share."
+        )
+    wanted = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if set(wanted) - {"key"}:
+        raise TypeError(
+            f"{form} wants {', '.join(wanted)} by keyword: give it by functools.partial."
+        )
+
+
+def call(loss: Loss, params: Any, example: Any, key: Any = None) -> Any:
+    """What a loss returns for one example; an error inside it gets a note that there is one."""
+    with arguments.one_example(loss, example):
+        if key is None:
+            return loss(params, example)
+        parameter = _key_parameter(loss)
+        if parameter is not None and parameter.kind is parameter.KEYWORD_ONLY:
+            return loss(params, example, key=key)
+        return loss(params, example, key)
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _parameters(function: Callable) -> list[inspect.Parameter] | None:
     try:
-        parameters = inspect.signature(loss).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    positional = [
-        p
-        for p in parameters
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        and (p.default is p.empty or p.name == "key")
-    ]
-    return len(positional) >= 3
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some of what is written in C has no signature
+        return None
+
+
+def _key_parameter(loss: Loss) -> inspect.Parameter | None:
+    """A third argument that must be given or is named key, or a keyword `key`."""
+    parameters = _parameters(loss) or []
+    third = [p for p in parameters if p.kind in _POSITIONAL][2:3]
+    by_name = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name == "key"]
+    named = [p for p in third if p.default is p.empty or p.name == "key"]
+    return next(iter(named + by_name), None)
+
+
+def _is_key(parameter: inspect.Parameter) -> bool:
+    name = parameter.name.lower().strip("_")
+    return name in ("", "k", "r") or any(word in name for word in ("key", "rng", "rand", "seed"))
 
 
 def batch_losses(loss: Loss, params: Any, batch: Any, size: int, key: Any = None):
@@ -55,7 +109,7 @@ def batch_losses(loss: Loss, params: Any, batch: Any, size: int, key: Any = None
     """
 
     def of_example(example, *key):
-        return scalar_and_metrics(loss, loss(params, example, *key))
+        return scalar_and_metrics(loss, call(loss, params, example, *key))
 
     if key is None:
         return jax.vmap(of_example)(batch)
@@ -99,7 +153,9 @@ def scalar_and_metrics(loss: Loss, out: Any) -> tuple[jax.Array, dict[str, jax.A
         raise TypeError(f"the loss {name} must return a real float, but returned {value.dtype}.")
     for metric, entry in metrics.items():
         if not isinstance(metric, str):
-            raise TypeError(f"the loss {name} returns a metric whose name is {show(metric)}.")
+            raise TypeError(
+                f"the loss {name} returns a metric whose name is {arguments.show(metric)}."
+            )
         if metric in RESERVED or metric.startswith(RESERVED_PREFIX):
             raise ValueError(
                 f"the loss {name} returns a metric {metric!r}, a name that training itself uses "

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fnn import arguments
 from fnn.layers.layer import name_of
 from fnn.train.bad_input import batch_size as size_of
 from fnn.train.conversion import as_arrays
@@ -114,6 +115,7 @@ class Stream:
 
 
 def batches_of(
+    where: str,
     data: Any,
     *,
     batch_size: int | None,
@@ -127,23 +129,23 @@ def batches_of(
     Raises:
         TypeError, ValueError: it is neither, is empty, or doesn't fit the other arguments.
     """
+    if batch_size is not None:
+        batch_size = arguments.integer(where, "batch_size", batch_size, least=1)
+    if steps is not None:
+        steps = arguments.integer(where, "steps_per_epoch", steps, least=1)
     if is_tree_of_arrays(data):
         data = as_arrays(data, name)
         size = size_of(data, name)
-        if batch_size is None:
-            batch_size = 128
-        if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
-            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
         if steps is not None:
             raise ValueError(
                 f"{name} is arrays, whose epoch is all of their {size} examples: steps_per_epoch "
                 "is for iterables."
             )
-        return Arrays(data, size, min(int(batch_size), size), shuffle)
+        return Arrays(data, size, min(batch_size or 128, size), shuffle)
     if not (callable(data) or isinstance(data, Iterable)) or isinstance(data, (str, bytes)):
         raise TypeError(
             f"{name} must be arrays, like (X, y), or an iterable of batches, or a function that "
-            f"returns one, but got a {type(data).__name__}."
+            f"returns one, but got {arguments.show(data)}."
         )
     if batch_size is not None:
         raise ValueError(

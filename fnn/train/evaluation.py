@@ -12,13 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnn import arguments
 from fnn.train.bad_input import batch_size as size_of
 from fnn.train.batch_checks import BatchChecks, check_values
-from fnn.train.batch_loss import Loss, batch_losses, mean_metrics, takes_key
+from fnn.train.batch_loss import Loss, batch_losses, check_loss, mean_metrics, takes_key
 from fnn.train.batches import Arrays, Stream, batches_of
+from fnn.train.conversion import as_arrays
 from fnn.train.history import stacked, weighted_mean
 from fnn.train.labels import Labels, find_labels
 from fnn.train.readings import readings
+from fnn.train.state import path_name
 
 
 def evaluate(
@@ -51,11 +54,27 @@ def evaluate(
     attributes of its object. (Attributes read by a computed name aren't seen.) The program
     is kept as long as the loss is, and doesn't keep the loss.
     """
+    check_loss("evaluate", loss)
+    arguments.flag("evaluate", "check", check)
+    if key is not None:
+        arguments.key("evaluate", "key", key)
+    params = _checked(params)
     if takes_key(loss) and key is None:
         raise TypeError("the loss takes a key: pass key=...")
-    source = batches_of(data, batch_size=batch_size, shuffle=False, epochs=1)
+    source = batches_of("evaluate", data, batch_size=batch_size, shuffle=False, epochs=1)
     with evaluation_of(loss) as evaluation:
         return evaluation.means(params, source, key, check)
+
+
+def _checked(params: Any) -> Any:
+    """Parameters as arrays. (They get no gradient here: integers may be among them.)"""
+    arguments.no_result("evaluate", "params", params)
+    if params is None:
+        raise TypeError("evaluate: params must be a tree of arrays, but got None.")
+    params = as_arrays(params, "params", only_arrays=True)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        arguments.array("evaluate", path_name("params", path), leaf)
+    return params
 
 
 class Evaluation:

@@ -19,7 +19,7 @@ from fnn.jaxpr import Equation, Program, is_inexact, program, trace
 from fnn.layers.layer import name_of
 from fnn.operation import MappedCall
 from fnn.ops.losses import sigmoid_binary_cross_entropy
-from fnn.train.batch_loss import Loss, scalar_and_metrics
+from fnn.train.batch_loss import Loss, call, scalar_and_metrics
 from fnn.train.state import path_name
 
 # What leaves the numbers of an array as they are.
@@ -87,7 +87,7 @@ def find_labels(
     keys = () if key is None else (key,)
 
     def of_leaves(params, keys, *leaves):
-        out = loss(params, jax.tree.unflatten(tree, leaves), *keys)
+        out = call(loss, params, jax.tree.unflatten(tree, leaves), *keys)
         return jax.tree.leaves(scalar_and_metrics(loss, out))
 
     flat = program(trace(of_leaves, (params, keys, *leaves)))

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import optax
 
+from fnn import arguments
 from fnn.train.bad_input import batch_size as size_of
 from fnn.train.batch_checks import check_values
-from fnn.train.batch_loss import Loss, takes_key
+from fnn.train.batch_loss import Loss, check_loss, takes_key
 from fnn.train.batches import Arrays, batches_of, is_tree_of_arrays
 from fnn.train.evaluation import Evaluation, fold_in
 from fnn.train.history import Log
@@ -22,7 +23,7 @@ from fnn.train.labels import find_labels
 from fnn.train.nonfinite import NonFiniteError
 from fnn.train.progress import progress_for
 from fnn.train.state import State, own, size_of_tree
-from fnn.train.step import NonFinite, TrainStep
+from fnn.train.step import NonFinite, TrainStep, check_optimizer
 
 
 class FitResult(NamedTuple):
@@ -99,7 +100,9 @@ def fit(
         after_epoch: called with the epoch's number (from 1), the State and the epoch's record;
             if it returns True, training stops. The state's buffers are only good until it
             returns: copy what you keep.
-        progress: show a bar on a terminal (if `rich` is there), else a line an epoch.
+        progress: show a bar on a terminal (if `rich` is there). Elsewhere print lines: at most
+            21 for the epochs (each of up to 20 epochs; of more the first, the last, and every
+            n-th, n = ⌈epochs / 20⌉), and one every half minute within a long epoch.
         nonfinite: what to do about inf and nan; see `train_step`.
         check: look at the values of the data before the first step (of an iterable's batches as
             they come, see `TrainStep`): nan, and labels out of range. Shapes are always checked.
@@ -116,13 +119,28 @@ def fit(
 
     The host waits for the device once an epoch, to read the metrics.
     """
-    if not isinstance(epochs, (int, np.integer)) or epochs < 0:
-        raise ValueError(f"epochs must be an integer, 0 or more, got {epochs!r}.")
+    check_loss("fit", loss)
+    check_optimizer("fit", optimizer)
+    if not isinstance(params, State):
+        arguments.no_result("fit", "params", params)
+    epochs = arguments.integer("fit", "epochs", epochs, least=0)
+    arguments.choice("fit", "nonfinite", nonfinite, ("raise", "skip", "ignore"))
+    for name, value in {"shuffle": shuffle, "progress": progress, "check": check}.items():
+        arguments.flag("fit", name, value)
+    if key is not None:
+        arguments.key("fit", "key", key)
+    if validation_loss is not None:
+        check_loss("fit", validation_loss, "validation_loss")
+        if validation is None:
+            raise ValueError("fit: validation_loss is given, but no data for it: validation=...")
+    if after_epoch is not None:
+        form = "a function after_epoch(epoch, state, record)"
+        arguments.function("fit", "after_epoch", after_epoch, form)
     takes = takes_key(loss)
     if takes and key is None:
         raise TypeError("the loss takes a key, loss(params, example, key): pass key=... to fit.")
     training = batches_of(
-        data, batch_size=batch_size, shuffle=shuffle, epochs=epochs, steps=steps_per_epoch
+        "fit", data, batch_size=batch_size, shuffle=shuffle, epochs=epochs, steps=steps_per_epoch
     )
     whole = training.data if isinstance(training, Arrays) else None  # to be looked at once
     if whole is not None and shuffle and key is None:
@@ -192,7 +210,9 @@ def _validation(
     if takes and key is None:
         raise TypeError("the validation loss takes a key: pass key=... to fit.")
     size = batch_size if is_tree_of_arrays(data) else None
-    source = batches_of(data, batch_size=size, shuffle=False, epochs=epochs, name="validation")
+    source = batches_of(
+        "fit", data, batch_size=size, shuffle=False, epochs=epochs, name="validation"
+    )
     evaluation = Evaluation(lambda: loss)
     if check and isinstance(source, Arrays):  # before training begins, and no more
         check_values(

@@ -55,12 +55,12 @@ class Nothing:
 
 
 class Lines:
-    """A line for an epoch, at most about twenty of them, and one every half minute in between."""
+    """A line for each of up to 20 epochs, at most 21 for more, and one every half minute within."""
 
     def __init__(self, epochs: int, steps: int | None, *, seconds: float = 30.0):
         self._epochs = epochs
         self._steps = steps
-        self._every = max(1, epochs // 20)
+        self._every = max(1, -(-epochs // 20))
         self._seconds = seconds
         self._last = time.monotonic()
 

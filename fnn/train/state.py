@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fnn import arguments
+
 
 class State(NamedTuple):
     """All that a training step reads and writes: a pytree, to save or to shard as any other.
@@ -58,13 +60,14 @@ def own(state: Any) -> Any:
 
 def check_params(params: Any) -> None:
     """Raise unless `params` is a tree of arrays that can be trained."""
+    arguments.no_result("train_step", "params", params)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
         raise ValueError(f"params holds no arrays to train: {params!r}.")
     for path, leaf in leaves:
         name = path_name("params", path)
         try:
-            dtype = jnp.result_type(leaf)
+            dtype = jax.typeof(leaf).dtype
         except TypeError:
             raise TypeError(
                 f"{name} is {leaf!r} of type {type(leaf).__name__}, but parameters are arrays. "

@@ -11,10 +11,11 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from fnn import arguments
 from fnn.backprop import value_and_grad
 from fnn.train.bad_input import batch_size, describe_nonfinite
 from fnn.train.batch_checks import BatchChecks, example_types
-from fnn.train.batch_loss import Loss, mean_loss, mean_metrics, takes_key
+from fnn.train.batch_loss import Loss, check_loss, mean_loss, mean_metrics, takes_key
 from fnn.train.conversion import as_arrays
 from fnn.train.labels import describe_bad_labels, find_labels
 from fnn.train.nonfinite import (
@@ -93,13 +94,11 @@ class TrainStep:
         nonfinite: NonFinite = "raise",
         check: bool = True,
     ):
-        if nonfinite not in ("raise", "skip", "ignore"):
-            raise ValueError(f'nonfinite must be "raise", "skip" or "ignore", got {nonfinite!r}.')
-        if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-            raise TypeError(
-                "optimizer must be an optax transformation such as optax.sgd(0.1), but got "
-                f"{optimizer!r} of type {type(optimizer).__name__}."
-            )
+        where = "train_step"
+        check_loss(where, loss)
+        check_optimizer(where, optimizer)
+        arguments.choice(where, "nonfinite", nonfinite, ("raise", "skip", "ignore"))
+        arguments.flag(where, "check", check)
         self.loss = loss
         self.optimizer = optax.with_extra_args_support(optimizer)
         self._nonfinite = nonfinite
@@ -117,7 +116,7 @@ class TrainStep:
         """
         return initial_state(as_arrays(params, "params", only_arrays=True), self.optimizer)
 
-    def __call__(self, state: State, batch: Any, *, key: Any = None) -> tuple[State, dict]:
+    def __call__(self, state: State, batch: Any, key: Any = None) -> tuple[State, dict]:
         """One step.
 
         Args:
@@ -209,9 +208,10 @@ class TrainStep:
     def _look_at(self, state: State, batch: Any, key: Any) -> None:
         """Check what goes in: quickly, as it is done at every step, but new shapes thoroughly."""
         if not isinstance(state, State):
+            hint = " Of a FitResult that is its `.state`." if hasattr(state, "state") else ""
             raise TypeError(
                 f"the first argument of a step is the State of step.init(params), but got a "
-                f"{type(state).__name__}."
+                f"{type(state).__name__}.{hint}"
             )
         if _is_donated(state):
             raise ValueError(
@@ -247,6 +247,19 @@ def check_key(loss: Loss, takes: bool, key: Any) -> None:
     if key is not None and not takes:
         raise TypeError(
             "a key was passed, but the loss takes none: it must be loss(params, example, key)."
+        )
+    if takes:
+        arguments.key("train_step", "key", key)
+
+
+def check_optimizer(where: str, optimizer: Any) -> None:
+    """Raise a TypeError unless it is an optax transformation."""
+    parts = [getattr(optimizer, name, None) for name in ("init", "update")]
+    if isinstance(optimizer, type) or not all(map(callable, parts)):
+        hint = " Call it: that makes the transformation." if callable(optimizer) else ""
+        raise TypeError(
+            f"{where}: optimizer must be an optax transformation such as optax.sgd(0.1), but got "
+            f"{arguments.show(optimizer)}.{hint}"
         )
 
 
