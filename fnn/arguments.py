@@ -100,6 +100,11 @@ def choice(where: str, name: str, value: Any, options: Collection[str | None]) -
     raise kind(_wrong(where, name, wanted, value))
 
 
+def is_known(*values: Any) -> bool:
+    """Are the values there, and not only their types, as under `jit`?"""
+    return not any(map(_is_traced, values))
+
+
 def function(where: str, name: str, value: Any, form: str = "a function") -> Callable:
     """Something to call; `form` says how it is called: "a function loss(params, example)"."""
     if not callable(value):
@@ -131,6 +136,17 @@ def array(where: str, name: str, value: Any) -> Any:
         jax.typeof(value)
     except TypeError:
         raise TypeError(_wrong(where, name, "an array", value)) from None
+    return value
+
+
+def floating_dtype(where: str, name: str, value: Any) -> Any:
+    """The dtype of arrays with fractions: a name, numpy's or JAX's, of real or complex floats."""
+    try:
+        found = jnp.dtype(value)
+    except TypeError:
+        found = None
+    if value is None or found is None or not jnp.issubdtype(found, jnp.inexact):
+        raise TypeError(_wrong(where, name, "a floating dtype such as jnp.float32", value))
     return value
 
 
@@ -187,7 +203,7 @@ def show(value: Any) -> str:
     """A value in an error message, in a line: arrays by dtype and shape, long ones shortened."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         kind = "a traced array" if _is_traced(value) else "an array"
-        if value.shape == () and not _is_traced(value) and value.dtype.kind in "biuf":
+        if value.shape == () and not _is_traced(value) and _is_plain(value.dtype):
             return f"{value} ({value.dtype}, shape ())"
         return f"{kind} of dtype {value.dtype} and shape {tuple(value.shape)}"
     text = repr(value)
@@ -223,6 +239,10 @@ def _wanted_number(kind, above, least, below, most, infinite) -> str:
     if infinite or below is not None or most is not None:
         return words
     return words.replace("number", "finite number")
+
+
+def _is_plain(dtype: Any) -> bool:
+    return isinstance(dtype, np.dtype) and dtype.kind in "biuf"  # a key's dtype is JAX's own
 
 
 def _is_number(value: Any) -> bool:

@@ -22,6 +22,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from fnn import arguments
+
 Initializer = Callable[[jax.Array, Sequence[int], Any], jax.Array]
 
 
@@ -65,18 +67,23 @@ def ones(key, shape, dtype=jnp.float32) -> jax.Array:
 
 
 def constant(key, shape, dtype=jnp.float32, *, value: float) -> jax.Array:
-    """All `value`."""
+    """All `value`, a number."""
     del key
+    arguments.number("constant", "value", value, infinite=True)
     return jnp.full(shape, value, dtype)
 
 
 def normal(key, shape, dtype=jnp.float32, *, stddev: float = 0.01) -> jax.Array:
     """N(0, stddev²): "small random numbers" (CS231n, notes on neural networks 2)."""
+    arguments.number("normal", "stddev", stddev, least=0)
+    arguments.key("normal", "key", key)
     return jax.nn.initializers.normal(stddev)(key, shape, dtype)
 
 
 def uniform(key, shape, dtype=jnp.float32, *, bound: float = 0.01) -> jax.Array:
     """U(-bound, bound)."""
+    arguments.number("uniform", "bound", bound, least=0)
+    arguments.key("uniform", "key", key)
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
@@ -93,7 +100,17 @@ def truncated_normal(
 
     `stddev` is that of the normal before it is cut, as in BERT (Devlin et al. 2018, code)
     and ViT; the cut at ±2 leaves 0.8796 of it.
+
+    Raises:
+        ValueError: `lower` isn't below `upper`.
     """
+    where = "truncated_normal"
+    arguments.number(where, "stddev", stddev, least=0)
+    arguments.number(where, "lower", lower, infinite=True)
+    arguments.number(where, "upper", upper, infinite=True)
+    if arguments.is_known(lower, upper) and not lower < upper:
+        raise ValueError(f"{where}: lower must be below upper, but got {lower} and {upper}.")
+    arguments.key(where, "key", key)
     return jax.nn.initializers.truncated_normal(stddev, lower=lower, upper=upper)(key, shape, dtype)
 
 
@@ -117,12 +134,15 @@ def variance_scaling(
     Raises:
         ValueError: the shape has fewer than two axes.
     """
-    fans(shape)
-    if 0 in shape:
-        return jnp.zeros(shape, dtype)
+    where = "variance_scaling"
     mode: dict[str, Any] = {"in": "fan_in", "out": "fan_out", "average": "fan_avg"}
-    if fan not in mode:
-        raise ValueError(f"fan must be one of {sorted(mode)}, got {fan!r}.")
+    arguments.number(where, "scale", scale, least=0)
+    arguments.choice(where, "fan", fan, list(mode))
+    arguments.choice(where, "distribution", distribution, ("normal", "uniform", "truncated_normal"))
+    arguments.key(where, "key", key)
+    fans(shape)
+    if 0 in shape or (arguments.is_known(scale) and scale == 0):
+        return jnp.zeros(shape, dtype)
     init = jax.nn.initializers.variance_scaling(
         scale, mode[fan], distribution, in_axis=1, out_axis=0
     )
@@ -138,11 +158,13 @@ def xavier_uniform(key, shape, dtype=jnp.float32, *, gain: float = 1.0) -> jax.A
     Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural
     networks", AISTATS 2010, equation 16.
     """
+    arguments.number("xavier_uniform", "gain", gain)
     return variance_scaling(key, shape, dtype, scale=gain**2, fan="average", distribution="uniform")
 
 
 def xavier_normal(key, shape, dtype=jnp.float32, *, gain: float = 1.0) -> jax.Array:
     """N(0, gain²·2 / (fan_in + fan_out)). Glorot and Bengio 2010, equation 12."""
+    arguments.number("xavier_normal", "gain", gain)
     return variance_scaling(key, shape, dtype, scale=gain**2, fan="average")
 
 
@@ -160,6 +182,7 @@ def he_normal(
     and 15 (`slope`, the leaky relu's on the negative side). A normal that isn't truncated,
     as in the paper; Flax's and Keras' of the same name are.
     """
+    arguments.number("he_normal", "slope", slope)
     return variance_scaling(key, shape, dtype, scale=2 / (1 + slope**2), fan=fan)
 
 
@@ -172,6 +195,7 @@ def he_uniform(
     fan: Literal["in", "out"] = "in",
 ) -> jax.Array:
     """U(±√(6 / ((1 + slope²)·fan))): `he_normal`'s variance, uniformly."""
+    arguments.number("he_uniform", "slope", slope)
     return variance_scaling(
         key, shape, dtype, scale=2 / (1 + slope**2), fan=fan, distribution="uniform"
     )
@@ -211,6 +235,8 @@ def orthogonal(key, shape, dtype=jnp.float32, *, gain: float = 1.0) -> jax.Array
     Raises:
         ValueError: the shape has fewer than two axes.
     """
+    arguments.number("orthogonal", "gain", gain)
+    arguments.key("orthogonal", "key", key)
     fans(shape)
     exact = dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
     return jax.nn.initializers.orthogonal(gain, column_axis=0)(key, shape, exact).astype(dtype)

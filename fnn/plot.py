@@ -31,8 +31,15 @@ def curves(history: Mapping[str, Sequence[float]], *, log: bool = True) -> Figur
 
     Raises:
         ImportError: matplotlib isn't installed.
+        TypeError: the history is no dict, or an entry isn't numbers.
         ValueError: the history is empty.
     """
+    if not isinstance(history, Mapping):
+        hint = " Of a FitResult that is its `.history`." if hasattr(history, "history") else ""
+        raise TypeError(f"curves: history must be a dict, but got {_kind(history)}.{hint}")
+    arguments.flag("curves", "log", log)
+    for name, entries in history.items():
+        _numbers("curves", f"history[{name!r}]", entries)
     scalars = {
         name: np.asarray(values, float)
         for name, values in history.items()
@@ -86,11 +93,23 @@ def templates(
         ImportError: matplotlib isn't installed.
         ValueError: the pixels don't make such an image, or the titles aren't as many as images.
     """
-    W = np.asarray(W, float)
+    W = _numbers("templates", "W", W)
+    if not np.isfinite(W).all():
+        raise ValueError("templates: W holds inf or nan, which no colour stands for.")
+    if columns is not None:
+        columns = arguments.integer("templates", "columns", columns, least=1)
+    if image is not None:
+        wanted = "(height, width) or (height, width, 3)"
+        if not isinstance(image, (tuple, list)):
+            raise TypeError(f"templates: image must be {wanted}, but got {arguments.show(image)}.")
+        image = tuple(arguments.integer("templates", "image", n, least=1) for n in image)
+    if isinstance(titles, str):
+        raise TypeError(f"templates: titles must be a list of strings, but got {titles!r}.")
+    titles = None if titles is None else [str(title) for title in titles]
     if W.ndim < 2:
         raise ValueError(f"W must have shape (out, pixels), but has {W.shape}.")
     pixels = W.shape[-1]
-    image = tuple(image) if image is not None else _square(pixels)
+    image = image if image is not None else _square(pixels)
     if math.prod(image) != pixels or len(image) not in (2, 3) or image[2:] not in ((), (3,)):
         raise ValueError(
             f"the rows of W have {pixels} pixels, which don't make images of shape {image}: pass "
@@ -117,6 +136,18 @@ def templates(
         if titles is not None:
             grid[i].set_title(titles[i], fontsize="small")
     return figure
+
+
+def _numbers(where: str, name: str, values: Any) -> np.ndarray:
+    """As an array of floats."""
+    try:
+        return np.asarray(None if values is None else values).astype(float, casting="same_kind")
+    except (TypeError, ValueError):
+        raise TypeError(f"{where}: {name} must be real numbers, but got {_kind(values)}.") from None
+
+
+def _kind(value: Any) -> str:
+    return arguments.show(value) if isinstance(value, (str, int, float)) else type(value).__name__
 
 
 def _square(pixels: int) -> tuple[int, ...]:

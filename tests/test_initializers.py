@@ -124,7 +124,7 @@ def test_sizes_of_zero(initializer):
 
 
 def test_unknown_fan():
-    with pytest.raises(ValueError, match="fan must be one of"):
+    with pytest.raises(ValueError, match="fan must be 'in', 'out' or 'average', but got 'both'"):
         init.he_normal(KEY, (3, 3), jnp.float32, fan="both")
 
 

@@ -248,7 +248,7 @@ def test_what_is_no_layer():
         chain(jnp.tanh, Linear)
     with pytest.raises(TypeError, match=r"parallel, part 'b'.*chain makes a layer"):
         parallel(a=jnp.tanh, b=chain)
-    with pytest.raises(TypeError, match="part 0.*function of one array, but got 3 of type int"):
+    with pytest.raises(TypeError, match="part 0.*function of one array, but got 3"):
         residual(3)
     with pytest.raises(TypeError, match="Name all of them or none"):
         chain(jnp.tanh, out=Linear(3))

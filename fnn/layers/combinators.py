@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from fnn import arguments
 from fnn.layers.layer import Layer, as_layer, constructor
 
 Part = Layer | Callable
@@ -70,7 +71,7 @@ def chain(*layers: Part, **named: Part) -> Layer:
 
     def init(key, x):
         params = {}
-        for k, (name, part) in zip(_keys(key, parts), parts.items(), strict=True):
+        for k, (name, part) in zip(_keys("chain", key, parts), parts.items(), strict=True):
             with _naming(name, part):
                 params[name] = part.init(k, x)
                 x = jax.eval_shape(part.apply, params[name], x)
@@ -100,7 +101,7 @@ def parallel(*layers: Part, **named: Part) -> Layer:
 
     def init(key, x):
         params = {}
-        for k, (name, part) in zip(_keys(key, parts), parts.items(), strict=True):
+        for k, (name, part) in zip(_keys("parallel", key, parts), parts.items(), strict=True):
             with _naming(name, part):
                 params[name] = part.init(k, x)
         return _gather(params)
@@ -131,10 +132,11 @@ def residual(*layers: Part, **named: Part) -> Layer:
 
     def apply(params, x):
         y = inner.apply(params, x)
-        if y.shape != x.shape:
+        if getattr(y, "shape", None) != x.shape:
+            got = f"has shape {y.shape}" if hasattr(y, "shape") else f"is a {type(y).__name__}"
             raise ValueError(
-                f"residual: x + f(x) wants f(x) of the shape of x, {x.shape}, but f(x) has shape "
-                f"{y.shape}, with f = {inner}."
+                f"residual: x + f(x) wants f(x) of the shape of x, {x.shape}, but f(x) {got}, with "
+                f"f = {inner}."
             )
         return x + y
 
@@ -145,8 +147,8 @@ def _parts(layers: tuple, named: dict) -> dict[str | int, Any]:
     return named if named else dict(enumerate(layers))
 
 
-def _keys(key, parts) -> list:
-    return list(jax.random.split(key, len(parts))) if parts else []
+def _keys(where: str, key, parts) -> list:
+    return list(jax.random.split(arguments.key(where, "key", key), len(parts))) if parts else []
 
 
 def _gather(params: dict[str | int, Any]) -> Any:

@@ -30,6 +30,8 @@ from typing import Any, NamedTuple, ParamSpec
 
 import jax
 
+from fnn import arguments
+
 Params = Any
 P = ParamSpec("P")
 
@@ -50,6 +52,11 @@ class Layer(_Pair):
     """
 
     made_by: Construction | PlainFunction | None = None
+
+    def __new__(cls, init: Callable, apply: Callable) -> Layer:
+        arguments.function("Layer", "init", init, "a function init(key, x)")
+        arguments.function("Layer", "apply", apply, "a function apply(params, x)")
+        return super().__new__(cls, init, apply)
 
     def __repr__(self):
         return str(self.made_by) if self.made_by else f"Layer({name_of(self.apply)})"
@@ -75,6 +82,8 @@ class Construction:
 
 def constructor(make: Callable[P, Layer]) -> Callable[P, Layer]:
     """Decorate a function that makes a layer, so that the layer knows how it was made."""
+
+    arguments.function("constructor", "make", make, "a function that makes a Layer")
 
     @functools.wraps(make)
     def construct(*args: P.args, **kwargs: P.kwargs) -> Layer:
@@ -102,7 +111,7 @@ def as_layer(function: Any, where: str = "as_layer") -> Layer:
     if inspect.isclass(function) or not callable(function):
         raise TypeError(
             f"{where}: a layer is a Layer(init, apply) or a function of one array, but got "
-            f"{function!r} of type {type(function).__name__}."
+            f"{arguments.show(function)}."
         )
 
     def init(key, x):

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fnn import arguments
 from fnn.initializers import Initializer, he_normal, zeros
-from fnn.layers.layer import Layer, constructor
+from fnn.layers.layer import Layer, constructor, name_of
 
 
 @constructor
@@ -37,6 +38,8 @@ def Linear(
         A Layer with parameters `{"W": (features, in), "b": (features,)}`, or `{"W"}`.
 
     Raises:
+        TypeError, ValueError: an option isn't of its kind, or (from init) the key is no key, or
+            an initialiser makes another shape.
         ValueError: the last axis of x isn't `in`, or the parameters aren't a Linear's.
 
     >>> layer = Linear(3)
@@ -46,15 +49,17 @@ def Linear(
     >>> layer.apply(params, jnp.ones(4)).shape
     (3,)
     """
+    features = arguments.integer("Linear", "features", features, least=1)
+    check_options("Linear", use_bias, weight_init, bias_init, dtype)
     name = f"Linear({features})"
 
     def init(key, x):
         inputs = last_axis(name, x)
         kind = parameter_dtype(dtype, x)
-        weight_key, bias_key = jax.random.split(key)
-        params = {"W": weight_init(weight_key, (features, inputs), kind)}
+        weight_key, bias_key = jax.random.split(arguments.key(name, "key", key))
+        params = {"W": initial(name, weight_init, weight_key, (features, inputs), kind)}
         if use_bias:
-            params["b"] = bias_init(bias_key, (features,), kind)
+            params["b"] = initial(name, bias_init, bias_key, (features,), kind)
         return params
 
     def apply(params, x):
@@ -70,10 +75,30 @@ def Linear(
     return Layer(init, apply)
 
 
+def check_options(where: str, use_bias: Any, weight_init: Any, bias_init: Any, dtype: Any) -> None:
+    """Check what the layers with weights and a bias have in common."""
+    arguments.flag(where, "use_bias", use_bias)
+    for name, value in {"weight_init": weight_init, "bias_init": bias_init}.items():
+        arguments.function(where, name, value, "an initialiser, a function (key, shape, dtype)")
+    if dtype is not None:
+        arguments.floating_dtype(where, "dtype", dtype)
+
+
+def initial(name: str, initializer: Initializer, key: Any, shape: tuple, dtype: Any) -> jax.Array:
+    """What an initialiser makes, checked: a wrong shape would be broadcast in silence."""
+    made = initializer(key, shape, dtype)
+    if getattr(made, "shape", None) != shape:
+        raise ValueError(
+            f"{name}: the initialiser {name_of(initializer)} must make an array of shape {shape}, "
+            f"but made {arguments.show(made)}."
+        )
+    return made
+
+
 def last_axis(name: str, x: Any) -> int:
     """The length of the last axis of a layer's input."""
     if not hasattr(x, "shape") or len(x.shape) == 0:
-        got = f"shape {x.shape}" if hasattr(x, "shape") else f"{x!r}"
+        got = f"shape {x.shape}" if hasattr(x, "shape") else arguments.show(x)
         raise ValueError(f"{name}: wants an array of shape (in,) as its input, but got {got}.")
     return x.shape[-1]
 
@@ -89,6 +114,7 @@ def weight_and_bias(name: str, params: Any, use_bias: bool) -> tuple[jax.Array, 
     """W and b (None without a bias) from a layer's parameters."""
     wanted = {"W", "b"} if use_bias else {"W"}
     if not isinstance(params, dict) or set(params) != wanted:
-        got = sorted(params) if isinstance(params, dict) else f"{type(params).__name__} {params!r}"
+        known = isinstance(params, dict)
+        got = sorted(map(str, params)) if known else f"{type(params).__name__} {params!r:.60}"
         raise ValueError(f"{name}: wants parameters with the keys {sorted(wanted)}, but got {got}.")
     return params["W"], params.get("b")

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fnn import arguments
 from fnn.initializers import Initializer, lecun_normal, zeros
 from fnn.layers.layer import Layer, constructor
-from fnn.layers.linear import last_axis, parameter_dtype, weight_and_bias
+from fnn.layers.linear import check_options, initial, last_axis, parameter_dtype, weight_and_bias
 from fnn.ops.activations import maxout
 
 
@@ -42,18 +43,24 @@ def Maxout(
         example x `(in,)` gives `(features,)`; `(positions, in)` gives `(positions, features)`.
 
     Raises:
+        TypeError, ValueError: an option isn't of its kind, or (from init) the key is no key, or
+            an initialiser makes another shape.
         ValueError: the last axis of x isn't `in`, or the parameters aren't a Maxout's.
 
     Goodfellow, Warde-Farley, Mirza, Courville, Bengio, "Maxout networks", ICML 2013.
     """
+    features = arguments.integer("Maxout", "features", features, least=1)
+    pieces = arguments.integer("Maxout", "pieces", pieces, least=1)
+    check_options("Maxout", use_bias, weight_init, bias_init, dtype)
     name = f"Maxout({features}, {pieces})"
 
     def init(key, x):
         shape, kind = (features, last_axis(name, x)), parameter_dtype(dtype, x)
-        keys = jax.random.split(key, (2, pieces))
-        params = {"W": jnp.stack([weight_init(k, shape, kind) for k in keys[0]])}
+        keys = jax.random.split(arguments.key(name, "key", key), (2, pieces))
+        params = {"W": jnp.stack([initial(name, weight_init, k, shape, kind) for k in keys[0]])}
         if use_bias:
-            params["b"] = jnp.stack([bias_init(k, (features,), kind) for k in keys[1]])
+            biases = [initial(name, bias_init, k, (features,), kind) for k in keys[1]]
+            params["b"] = jnp.stack(biases)
         return params
 
     def apply(params, x):

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fnn import arguments
 from fnn.layers.layer import Construction, Layer, as_layer
 
 
@@ -85,6 +86,9 @@ def summary(net: Layer, x: Any) -> Summary:
     Returns:
         A `Summary`: `print(it)`, or read `it.rows`, `it.parameters`, `it.flops`.
 
+    Raises:
+        TypeError: net is no layer, or x no array.
+
     The FLOPs are those of the forward pass on one example, as XLA counts them in the
     compiled program: an addition and a multiplication are one each, so a `Linear` takes about
     2·in·out; comparisons count, and functions like exp and tanh, which XLA counts apart as
@@ -100,6 +104,11 @@ def summary(net: Layer, x: Any) -> Summary:
     total                    float32[10]       79,510  159,010
     """
     net = as_layer(net, "summary")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(x):
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            arguments.array("summary", f"x{jax.tree_util.keystr(path)}", leaf)
+    if not jax.tree.leaves(x):
+        raise TypeError(f"summary: x must be one example, an array, but got {arguments.show(x)}.")
     key = jax.eval_shape(lambda: jax.random.key(0))
     x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), x)
     return Summary(tuple(_rows(net, key, x, ())))
