@@ -83,6 +83,7 @@ class Inlined(NamedTuple):
     outs: the values that it returned.
     paths: where in the returned tree each stands: "" for all of it, "[0]", "['loss']", ...
     is_library: whether it's one of JAX's or fnn's own functions.
+    scope: the scope inside it.
     source_info: of the call.
     calls: those inside.
     """
@@ -93,6 +94,7 @@ class Inlined(NamedTuple):
     outs: tuple[int, ...]
     paths: tuple[str, ...]
     is_library: bool
+    scope: tuple[str, ...]
     source_info: Any
     calls: Sequence[Inlined]
 
@@ -175,6 +177,7 @@ def program(closed_jaxpr, inline: bool = True) -> Program:
                         tuple(outs),
                         result_paths(inner),
                         _is_of_library(inner.jaxpr),
+                        deeper,
                         source or eqn.source_info,
                         inside,
                     )
@@ -634,20 +637,27 @@ class Stack(NamedTuple):
     frames: the user's.
     inside: those of JAX, fnn and other packages that the innermost of them called, as
         (code, instruction).
+    reached: whether it goes down to the file that `stack` was to stop at.
     """
 
     frames: tuple[Frame, ...]
     inside: tuple[tuple[Any, int], ...]
+    reached: bool
 
 
-def stack(source_info) -> Stack:
-    """The whole stack, with the instructions, so that the source's expressions can be found."""
+def stack(source_info, outermost: str = "") -> Stack:
+    """The stack, with the instructions, so that the source's expressions can be found.
+
+    outermost: the file to stop at.
+    """
     if source_info.traceback is None:
-        return Stack((), ())
+        return Stack((), (), False)
     frames: list[Frame] = []
     inside: list[tuple[Any, int]] = []
     between: list[Any] = []
     for code, instruction in zip(*source_info.traceback.raw_frames(), strict=True):
+        if code.co_filename == outermost:
+            return Stack(tuple(frames), tuple(inside), True)
         if _kind(code.co_filename) == "user":
             frames.append(Frame(code, instruction, _how_called(between)))
             between = []
@@ -655,7 +665,7 @@ def stack(source_info) -> Stack:
             between.append(code)
             if not frames:
                 inside.append((code, instruction))
-    return Stack(tuple(frames), tuple(inside))
+    return Stack(tuple(frames), tuple(inside), False)
 
 
 def _how_called(between: list) -> str:

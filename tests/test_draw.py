@@ -240,3 +240,171 @@ def test_without_pygraphviz_the_error_says_what_to_install(monkeypatch):
         graph.to_svg()
     assert graph._repr_svg_() is None
     assert "digraph" in graph.to_dot()
+
+
+def scale():
+    """A layer of the user's own."""
+
+    def init(key, x):
+        return {"s": jnp.ones(x.shape), "b": jnp.zeros(x.shape)}
+
+    def apply(p, x):
+        return jnp.tanh(p["s"] * x + p["b"])
+
+    return fnn.layers.Layer(init, apply)
+
+
+def labels_of(items):
+    return [(g.label, labels_of(g.items)) for g in items if isinstance(g, Group)]
+
+
+def test_neighbouring_layers_of_ones_own_are_boxes_of_their_own():
+    net = fnn.layers.chain(scale(), scale(), fnn.layers.Linear(3), scale(), scale())
+    params = net.init(jax.random.key(0), jnp.ones(3))
+    graph = fnn.graph(lambda params, x: net.apply(params, x).sum())(params, jnp.ones(3))
+    top = groups(graph, 6)
+    assert [label for label, _ in labels_of(top)] == [
+        *["part 0", "part 1", "Linear 2", "part 3", "part 4"]
+    ]
+    for group in top[:-1]:
+        assert {u.equation.scope[0] for u in group.units()} == {group.label}
+
+
+@pytest.mark.parametrize("form", ["loop", "scopes", "recursion", "jitted"])
+def test_each_call_of_a_function_is_a_group_of_its_own(form):
+    def layer(x):
+        return jnp.sin(x) * x
+
+    def nested(x, n):
+        return layer(x) if n == 0 else jnp.cos(nested(layer(x), n - 1))
+
+    jitted = jax.jit(layer)
+
+    def function(x):
+        if form == "recursion":
+            return nested(x, 2)
+        for i in range(3):
+            if form == "scopes":
+                with jax.named_scope(f"block {i}"):
+                    x = layer(x)
+            else:
+                x = jitted(x) if form == "jitted" else layer(x)
+        return x
+
+    found = groups(fnn.graph(function)(1.0), 3)
+    sizes = []
+
+    def walk(items):
+        for group in items:
+            if isinstance(group, Group):
+                if all(not isinstance(item, Group) for item in group.items):
+                    sizes.append(len(group.units()))
+                else:
+                    walk(group.items)
+
+    walk(found)
+    assert sizes == [2, 2, 2]
+
+
+def test_a_transform_gives_no_group_without_a_name():
+    def branch(x):
+        y = jnp.sin(x)
+        return y * 2 + jnp.cos(x)
+
+    def mapped(x):
+        return jax.vmap(branch)(x).sum() + jax.vmap(jax.grad(branch))(x).sum()
+
+    graph = fnn.graph(mapped)(jnp.ones(3))
+    dot = graph.to_dot(max_boxes=4)
+    assert "vmap()" not in dot and "jvp(" not in dot and ">branch<" in dot and ">backward<" in dot
+    assert not any("vmap" in name for node in graph for name in node.scope)
+    with_scope = fnn.graph(lambda x: jax.vmap(jax.named_scope("inner")(jnp.sin))(x))(jnp.ones(2))
+    assert [n.scope for n in with_scope if n.equation] == [("inner",)]
+
+
+def test_a_loops_body_has_the_name_of_its_function():
+    def looped(x):
+        def step(h, x):
+            return h * x, h
+
+        h, _ = jax.lax.scan(step, 1.0, x)
+        h = jax.lax.while_loop(lambda h: h < 3, lambda h: h * 2, h)
+        return jax.lax.cond(h > 0, jnp.sin, lambda h: h, h)
+
+    graph = fnn.graph(looped)(jnp.ones(3))
+    bodies = {role: g.name for n in graph for role, g in n.graphs.items()}
+    assert bodies["jaxpr"] == "step" and bodies["cond_jaxpr"] == "condition"
+    assert bodies["body_jaxpr"] == "body" and bodies["branches[0]"] == "branch 0"
+    assert "jaxpr" not in str(graph)
+
+
+def boxes(dot):
+    return len(re.findall(r"^ +b\d+ \[", dot, re.M))
+
+
+def test_the_reader_chooses_what_is_open():
+    graph = fnn.graph(loss)([block_parameters()] * 4, jnp.ones((3, 4)) * jnp.arange(4.0))
+    clusters = lambda dot: re.findall(r'subgraph cluster_\w+ \{\n +label="([^"]*)"', dot)
+    assert clusters(graph.to_dot()) == ["(x**2).mean()"]
+    assert clusters(graph.to_dot(open="block")).count("block") == 4
+    one = graph.to_dot(max_boxes=5, open="block[1]/attention", closed="(x**2).mean()")
+    assert clusters(one) == ["block", "attention"] and ">(x**2).mean()<" in one
+    largest = lambda group: group.label == "mlp" and group.path.startswith("block[2]")
+    assert clusters(graph.to_dot(max_boxes=5, open=largest))[:2] == ["block", "mlp"]
+    everything = graph.to_dot(max_boxes=10**6)
+    assert boxes(everything) == len([n for n in graph if n.equation and not n.result])
+    some = graph.to_dot(max_boxes=10**6, closed=["mlp", "norm"])
+    assert boxes(some) < boxes(everything) and "norm" not in clusters(some)
+    # In a small graph, which has no groups by itself, too.
+    small = fnn.graph(norm)(block_parameters()["norm1"], jnp.ones(4))
+    assert ">var<" in small.to_dot(max_boxes=100, closed="var")
+    assert clusters(small.to_dot(max_boxes=100, closed="var")) == []
+
+
+def test_unknown_groups_and_wrong_arguments_are_told(tmp_path):
+    graph = fnn.graph(loss)([block_parameters()] * 2, jnp.ones((3, 4)))
+    with pytest.raises(ValueError, match=r"open names the group 'atention'.*'attention'"):
+        graph.to_svg(open="atention")
+    with pytest.raises(ValueError, match=r"closed names the group 'block\[7\]'"):
+        graph.to_dot(closed=["mlp", "block[7]"])
+    with pytest.raises(ValueError, match="to be open, but 'block.*' is to be closed"):
+        graph.to_dot(open="mlp", closed="block")
+    with pytest.raises(TypeError, match="open must be a group's name or path"):
+        graph.to_dot(open=3)
+    with pytest.raises(TypeError, match="must be True or False"):
+        graph.to_dot(open=lambda group: None)
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match="max_boxes must be an integer of at least 1"):
+            graph.to_svg(max_boxes=wrong)
+    for wrong in (2.5, None, True, "16"):
+        with pytest.raises(TypeError, match="max_boxes must be an integer"):
+            graph.to_dot(max_boxes=wrong)
+    with pytest.raises(ValueError, match=r"path must end in .svg"):
+        graph.to_svg(tmp_path / "graph.png")
+    with pytest.raises(FileNotFoundError, match="folder that exists"):
+        graph.to_svg(tmp_path / "missing" / "graph.svg")
+    with pytest.raises(TypeError, match="path must be a path"):
+        graph.to_svg(3)
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        (tmp_path / "folder.svg").mkdir()
+        graph.to_svg(tmp_path / "folder.svg")
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    pytest.importorskip("pygraphviz")
+    path = tmp_path / "circuit.svg"
+    graph = fnn.graph(circuit)(-2.0, 5.0, -4.0)
+    path.write_text("before")
+    path.chmod(0o640)
+
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", fail)
+        with pytest.raises(OSError, match="no space"):
+            graph.to_svg(path)
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    svg = graph.to_svg(path)
+    assert path.read_text(encoding="utf-8") == svg and list(tmp_path.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o640

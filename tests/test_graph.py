@@ -207,7 +207,51 @@ def test_arrays_are_shown_by_their_range_and_their_gradients_by_their_norm():
     assert "0 … 4" in text and "0 … 16" in text
     assert f"‖g‖ {np.linalg.norm(2 * np.arange(5)):.3g}" in text
     broken = str(fnn.graph(jnp.log)(jnp.array([-1.0, 0.0, 1.0, 2.0])))
-    assert "1 NaN, 1 inf" in broken
+    assert "0 … 0.693, 1 NaN, 1 -inf" in broken
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "complex64"])
+def test_what_is_not_finite_is_counted_with_its_sign(dtype):
+    x = jnp.full((4, 5), -jnp.inf).at[0].set(jnp.arange(5.0) - 1).astype(dtype)
+    (row,) = [line for line in str(fnn.graph(lambda x: x)(x)).splitlines() if " x " in line]
+    if dtype == "complex64":
+        assert "15 inf" in row
+    else:
+        assert "-1 … 3, 15 -inf" in row
+        assert "all -inf" in str(fnn.graph(lambda x: x)(x[1]))
+    both = jnp.array([jnp.inf, 7, jnp.nan, -jnp.inf, jnp.inf]).astype("float32")
+    assert "7, 1 NaN, 2 inf, 1 -inf" in str(fnn.graph(lambda x: x)(both))
+    assert "15 -inf" not in str(fnn.graph(lambda x: x)(jnp.ones((4, 5), "int32")))
+
+
+def test_norms_of_large_and_small_gradients():
+    with jax.enable_x64(True):
+        for size in (1e-200, 1e-12, 1e12, 1e200):
+            graph = fnn.graph(lambda x, size=size: (x * size).sum())(jnp.ones(16)).backprop()
+            assert f"‖g‖ {4 * size:.3g}" in str(graph)
+
+
+def test_printed_within_a_screen():
+    """A graph, a node and a step with hundreds of inputs."""
+    params = {f"layer_{i}": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)} for i in range(200)}
+
+    def many(params, xs):
+        def step(h, x):
+            for p in params.values():
+                h = h @ p["kernel"] + p["bias"]
+            return h, h * x
+
+        return lax.scan(step, jnp.zeros(2), xs)[1].sum()
+
+    graph = fnn.graph(many)(params, jnp.ones((3, 2)))
+    scan = next(n for n in graph if n.operation == "scan")
+    assert len(scan.inputs) > 400
+    assert len(repr(graph)) < 400 and len(repr(scan)) < 300
+    head = str(graph).split("\n\n")[0]
+    assert max(map(len, head.splitlines())) < 220
+    assert "… and 3" in next(line for line in head.splitlines() if " scan[" in line)
+    for step in (*graph.backprop().steps(),)[:3]:
+        assert len(repr(step)) < 500 and "\n" not in repr(step)
 
 
 def test_inputs_are_called_by_their_path():
@@ -466,6 +510,20 @@ def test_errors():
         fnn.graph(lambda x: {"a": x, "b": "text"})(1.0)
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
         fnn.graph(circuit)(1.0, 2.0)
+
+
+def test_wrong_arguments_are_told():
+    for wrong in (3, None, "f", jnp.ones(2)):
+        with pytest.raises(TypeError, match="graph: fun must be a function"):
+            fnn.graph(wrong)
+    graph = fnn.graph(circuit)(-2.0, 5.0, -4.0)
+    for wrong in (1.0, None, True, slice(2)):
+        with pytest.raises(TypeError, match="number or name must be an integer"):
+            graph[wrong]
+    for wrong in (5, -6):
+        with pytest.raises(IndexError, match="has 5 nodes"):
+            graph[wrong]
+    assert graph[-1] is graph["f"] and graph[np.int64(3)] is graph["q"]
 
 
 def test_repr_and_len():

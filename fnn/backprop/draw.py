@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from fnn import arguments
 from fnn.backprop import text
-from fnn.backprop.grouping import Group, Unit, groups
+from fnn.backprop.grouping import Choice, Group, Unit, groups
 
 if TYPE_CHECKING:
     from fnn.backprop.trace import Graph, Node
@@ -74,14 +74,15 @@ MOST_PARAMETERS = 12  # that a closed group lists
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def to_svg(graph: Graph, max_boxes: int) -> str:
+def to_svg(graph: Graph, max_boxes: int, open: Choice = None, closed: Choice = None) -> str:
     """The picture as SVG; see `Graph.to_svg`."""
+    dot = _dot(graph, groups(graph, max_boxes, open, closed, "graph.to_svg"))
     try:
         import pygraphviz
     except ImportError:
         without = "(Its wheel brings Graphviz along.) graph.to_dot() gives the picture as text."
         raise arguments.missing("drawing a graph", "pygraphviz>=2.0", otherwise=without) from None
-    drawn = pygraphviz.AGraph(string=to_dot(graph, max_boxes)).draw(format="svg", prog="dot")
+    drawn = pygraphviz.AGraph(string=dot).draw(format="svg", prog="dot")
     svg = drawn.decode("utf-8")
     return _joined(svg[svg.index("<svg") :]).replace(
         'font-family="Helvetica,sans-Serif"',
@@ -103,9 +104,13 @@ def _joined(svg: str) -> str:
     return re.sub(f'<polygon fill="{GREY}" stroke="none" points="([^"]*)"', longer, svg)
 
 
-def to_dot(graph: Graph, max_boxes: int) -> str:
+def to_dot(graph: Graph, max_boxes: int, open: Choice = None, closed: Choice = None) -> str:
     """The picture in Graphviz's language; see `Graph.to_dot`."""
-    return "\n".join(_Picture(graph, groups(graph, max_boxes)).lines()) + "\n"
+    return _dot(graph, groups(graph, max_boxes, open, closed, "graph.to_dot"))
+
+
+def _dot(graph: Graph, top: list[Unit | Group]) -> str:
+    return "\n".join(_Picture(graph, top).lines()) + "\n"
 
 
 @dataclasses.dataclass
@@ -309,7 +314,7 @@ def _wire(node: Node) -> str:
         f'<TR><TD CELLPADDING="2">{"<BR/>".join(below)}</TD></TR>',
     ]
     if node.equation is None:
-        title = _font(_shortened(node.label), INK, 14)
+        title = _font(text.shortened(node.label), INK, 14)
         rows[0] = rows[0].replace("<TR>", f'<TR><TD ROWSPAN="3" CELLPADDING="3">{title}</TD>', 1)
     return f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0">{"".join(rows)}</TABLE>'
 
@@ -317,7 +322,7 @@ def _wire(node: Node) -> str:
 def _wire_down(node: Node) -> str:
     """Name and value to the left of the wire, gradient to its right."""
     name, shape, value, gradient = _about(node)
-    title = _font(_shortened(node.label), INK, 14) if node.equation is None else ""
+    title = _font(text.shortened(node.label), INK, 14) if node.equation is None else ""
     lines = filter(None, [title, f"{name} {shape}".strip(), value])
     left = "".join(f'{line}<BR ALIGN="RIGHT"/>' for line in lines)
     return (
@@ -348,7 +353,7 @@ def _group(group: Group, own: list[Node]) -> str:
     ]
     for node in own[:MOST_PARAMETERS]:
         rows.append(
-            f'<TR><TD ALIGN="LEFT">{_font(_shortened(node.label), INK, 10)}</TD>'
+            f'<TR><TD ALIGN="LEFT">{_font(text.shortened(node.label), INK, 10)}</TD>'
             f'<TD ALIGN="LEFT">{_font(text.shape(node.shape), GREY, 9)}</TD>'
             f'<TD ALIGN="RIGHT">{_font(text.gradient(node.gradient, 3) or " ", RED, 10)}</TD></TR>'
         )
@@ -361,14 +366,6 @@ def _group(group: Group, own: list[Node]) -> str:
         f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="1">{"".join(rows)}'
         "</TABLE>>]"
     )
-
-
-def _shortened(label: str, most: int = 34) -> str:
-    """The end of a long path, from one of its brackets on."""
-    if len(label) <= most:
-        return label
-    end = label[-most + 1 :]
-    return "…" + (end[end.index("[") :] if "[" in end else end)
 
 
 def _font(content: str, colour: str, size: int | None = None, italic=False) -> str:

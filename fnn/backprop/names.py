@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import ast
 import builtins
-import functools
 import inspect
-import linecache
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from fnn.backprop.source import Source
 from fnn.jaxpr import Equation, Inlined, Program, Stack, inner_jaxprs, result_paths, stack
 
 # They call what they are given, or gather what was made: their last operation isn't their value.
@@ -58,7 +57,7 @@ class _Finder:
         self.flat = flat
         self.name_of = name_of
         self.names: dict[int, str] = {}
-        self.positions: dict[Any, list] = {}  # of each code object's instructions
+        self.source = Source()
         self.readers: dict[int, list[int]] = {}  # the equations that read each value
         for k, equation in enumerate(flat.equations):
             for place in equation.ins:
@@ -89,7 +88,7 @@ class _Finder:
             for k in range(place, stop if call is None else call.start):
                 e = self.flat.equations[k]
                 if any("jvp(" in name or "transpose(" in name for name in e.scope):
-                    yield _Item("", (), (), (), Stack((), ()), ("derivative", k)), k, k + 1
+                    yield _Item("", (), (), (), Stack((), (), False), ("derivative", k)), k, k + 1
                     continue
                 paths = _paths(e)
                 made = e.outs if len(e.outs) == len(paths) else ()
@@ -113,7 +112,7 @@ class _Finder:
     def _block(self, items, spans, start, end) -> None:
         """Equations that one expression made, one after the other (or a loop, again and again)."""
         innermost = items[start].stack.frames[0]
-        node = self._node(innermost)
+        node = self.source.expression(innermost)
         if node is None:
             return
         called = _terminal(node)
@@ -187,7 +186,7 @@ class _Finder:
             depth += 1
             if depth == len(frames):
                 return ""
-            node = self._node(frames[depth])
+            node = self.source.expression(frames[depth])
             if node is None or not self._returns_to(items, k, depth, callee, node):
                 return ""
 
@@ -209,20 +208,6 @@ class _Finder:
             k + 1 == len(items)
             or items[k + 1].key[-len(items[k].key) + depth :] != (items[k].key[depth:])
         )
-
-    def _node(self, frame) -> ast.AST | None:
-        """The expression that the frame was evaluating."""
-        code = frame.code
-        if id(code) not in self.positions:
-            self.positions[id(code)] = (code, list(code.co_positions()))
-        place = self.positions[id(code)][1][frame.instruction // 2]
-        if None in place:
-            return None
-        lines = linecache.getlines(code.co_filename)
-        node = _expressions("".join(lines)).get(place) if lines else None
-        # A file that was changed after it was imported has something else there.
-        is_here = node is not None and _scope(node) in (_named(code), None)
-        return node if is_here else None
 
 
 def _paths(equation: Equation) -> tuple[str, ...]:
@@ -267,51 +252,3 @@ def _matched(target, path: str) -> str:
     if index >= len(target.elts) or any(isinstance(e, ast.Starred) for e in target.elts):
         return ""
     return _matched(target.elts[index], path[found.end() :])
-
-
-@functools.lru_cache(maxsize=32)
-def _expressions(source: str) -> dict[tuple[int, int, int, int], ast.AST]:
-    """The expressions of a file, by (first line, last line, first column, last column).
-
-    These are the places that Python notes for the instructions of each. Every node gets its
-    parent.
-    """
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError):
-        return {}
-    found: dict[tuple[int, int, int, int], ast.AST] = {}
-    for node in ast.walk(tree):
-        for child in ast.iter_child_nodes(node):
-            child.parent = node  # type: ignore[attr-defined]
-        if isinstance(node, (ast.expr, ast.AugAssign)):
-            place = (node.lineno, node.end_lineno, node.col_offset, node.end_col_offset)
-            found[place] = node
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                # x.sum() over several lines: noted is only the part from `sum` on.
-                name = node.func
-                start = name.end_col_offset - len(name.attr.encode())
-                found.setdefault(
-                    (name.end_lineno, node.end_lineno, start, node.end_col_offset), node
-                )
-    return found
-
-
-def _scope(node) -> tuple[str, int] | None:
-    """The function around a node, by name and first line; None in a comprehension."""
-    while True:
-        inside, node = node, getattr(node, "parent", None)
-        if node is None:
-            return "<module>", 1
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and inside in node.body:
-            first = node.decorator_list[0].lineno if node.decorator_list else node.lineno
-            return node.name, first
-        if isinstance(node, ast.Lambda) and inside is node.body:
-            return "<lambda>", node.lineno
-        if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
-            return None
-
-
-def _named(code) -> tuple[str, int]:
-    """What `_scope` calls a code object's function."""
-    return code.co_name, 1 if code.co_name == "<module>" else code.co_firstlineno

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LARGEST_JACOBIAN = 4096
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Step:
     """One step of the chain rule: an operation passes the gradient to one of its inputs.
 
@@ -101,9 +101,12 @@ class Step:
         basis = jnp.eye(entries, dtype=aval.dtype).reshape(entries, *aval.shape)
         return jax.vmap(pull)(basis).reshape(*aval.shape, *self.input.shape)
 
+    def __repr__(self):
+        return f"<Step {self}>"
+
     def __str__(self):
         above = f"∂{self.of}"
-        q = ", ".join(n.label for n in self.nodes)
+        q = text.listed([n.label for n in self.nodes])
         q = f"({q})" if len(self.nodes) > 1 else q
         x = self.input.label
         adds = self.uses > 1 or self.before is not None
@@ -210,4 +213,4 @@ def _number(x) -> str:
 def _sizes(x) -> str:
     """`(100, 64) ‖·‖ 0.031`, for each of several."""
     arrays = [a for a in (x if isinstance(x, tuple) else (x,)) if a is not None]
-    return ", ".join(f"{text.shape(a.shape)} {text.gradient(a, 3)}" for a in arrays)
+    return text.listed([f"{text.shape(a.shape)} {text.gradient(a, 3)}" for a in arrays], width=60)

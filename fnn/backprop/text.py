@@ -55,8 +55,13 @@ def value(x: Any, digits: int = 4, numbers: int = 3) -> str:
         return f"{int(array.sum())} of {array.size} true"
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         return norm(x, "·", digits)
-    low, high = number(array.min(), 3), number(array.max(), 3)
-    return _not_finite(array) or (f"all {low}" if low == high else f"{low} … {high}")
+    odd = _not_finite(array)
+    if not odd:
+        return _range(array)
+    finite = array[numpy.isfinite(array.astype(float))]
+    if finite.size == 0:
+        return odd
+    return f"{_range(finite).removeprefix('all ')}, {odd}"
 
 
 def gradient(x: Any, digits: int = 4, numbers: int = 3) -> str:
@@ -74,16 +79,59 @@ def gradient(x: Any, digits: int = 4, numbers: int = 3) -> str:
 def norm(x, letter: str, digits: int = 4) -> str:
     """The Euclidean norm, `‖g‖ 0.031`."""
     array = numpy.asarray(x)
-    is_complex = jnp.issubdtype(array.dtype, jnp.complexfloating)
-    array = (numpy.abs(array) if is_complex else array).astype(float)
-    return _not_finite(array) or f"‖{letter}‖ {numpy.linalg.norm(array):.{min(digits, 3)}g}"
+    return _not_finite(array) or f"‖{letter}‖ {euclidean([array]):.{min(digits, 3)}g}"
+
+
+def euclidean(arrays: Sequence) -> float:
+    """The Euclidean norm of all entries together, where their squares would overflow too."""
+    sizes = [
+        numpy.abs(numpy.asarray(a, complex if numpy.iscomplexobj(a) else float)).ravel()
+        for a in arrays
+    ]
+    largest = max((float(s.max()) for s in sizes if s.size), default=0.0)
+    if largest == 0 or not numpy.isfinite(largest):
+        return largest
+    return largest * float(sum(numpy.square(s / largest).sum() for s in sizes)) ** 0.5
 
 
 def _not_finite(array) -> str:
-    """`7 NaN`, so that a broken gradient shows where it broke."""
+    """`7 NaN, 2 -inf`, so that a broken gradient shows where it broke; `all -inf`."""
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        return ""
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        array = numpy.where(numpy.isnan(array), numpy.nan, numpy.abs(array))
     array = array.astype(float)
-    nan, infinite = int(numpy.isnan(array).sum()), int(numpy.isinf(array).sum())
-    return ", ".join(f"{n} {what}" for n, what in ((nan, "NaN"), (infinite, "inf")) if n)
+    counts = {
+        "NaN": int(numpy.isnan(array).sum()),
+        "inf": int(numpy.isposinf(array).sum()),
+        "-inf": int(numpy.isneginf(array).sum()),
+    }
+    found = [(what, count) for what, count in counts.items() if count]
+    if len(found) == 1 and found[0][1] == array.size > 1:
+        return f"all {found[0][0]}"
+    return ", ".join(f"{count} {what}" for what, count in found)
+
+
+def _range(array) -> str:
+    """`0 … 4`, or `all 0`."""
+    low, high = number(array.min(), 3), number(array.max(), 3)
+    return f"all {low}" if low == high else f"{low} … {high}"
+
+
+def shortened(label: str, most: int = 34) -> str:
+    """The end of a long path, from one of its brackets on."""
+    if len(label) <= most:
+        return label
+    end = label[-most + 1 :]
+    return "…" + (end[end.index("[") :] if "[" in end else end)
+
+
+def listed(labels: Sequence[str], most: int = 4, width: int = 24) -> str:
+    """A few labels and how many more there are: `a, b, c, … and 17 more`."""
+    first = labels[:most] if len(labels) > most + 1 else labels
+    shown = [shortened(label, width) for label in first]
+    more = len(labels) - len(shown)
+    return ", ".join(shown) + (f", … and {more} more" if more else "")
 
 
 def _what_it_is(x) -> str:

@@ -17,6 +17,8 @@ import dataclasses
 import functools
 import inspect
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,6 +29,7 @@ import numpy
 from fnn import arguments
 from fnn.backprop import draw, steps, sweep, text
 from fnn.backprop.coverage import Coverage, coverage, reached
+from fnn.backprop.grouping import Choice, scope_name
 from fnn.backprop.names import names_in_source
 from fnn.jaxpr import (
     Equation,
@@ -62,7 +65,7 @@ def graph(fun: Callable) -> Callable[..., Graph]:
         `jax.ShapeDtypeStruct`s give the graph without values.
 
     Raises:
-        TypeError: `fun` returns something that is no array.
+        TypeError: `fun` is no function, or returns something that is no array.
 
     >>> g = graph(lambda x, y, z: (x + y) * z)(-2.0, 5.0, -4.0).backprop()  # CS231n, lecture 4
     >>> [float(node.gradient) for node in g.inputs]
@@ -145,7 +148,7 @@ class Node:
 
     def __repr__(self):
         kind = text.type_of(self.shape, self.dtype)
-        made = f" = {self.operation}({', '.join(n.label for n in self.inputs)})"
+        made = f" = {self.operation}({text.listed([n.label for n in self.inputs])})"
         return f"<Node {self.label}: {kind}{made if self.equation else ''}>"
 
     @property
@@ -167,7 +170,9 @@ class Node:
     @property
     def scope(self) -> tuple[str, ...]:
         """The names of the jitted functions and `jax.named_scope`s that it stands in."""
-        return () if self.equation is None else self.equation.scope
+        if self.equation is None:
+            return ()
+        return tuple(filter(None, map(scope_name, self.equation.scope)))
 
     @property
     def calls(self) -> tuple[tuple[str, str, int], ...]:
@@ -182,7 +187,7 @@ class Node:
         if self.equation is None or self.equation.name not in _HOLDS_GRAPHS:
             return {}
         return {
-            role: Graph(program(body), role, _body_labels(self, role, body))
+            role: Graph(program(body), _body_name(role, body), _body_labels(self, role, body))
             for role, body in inner_jaxprs(self.equation).items()
         }
 
@@ -237,12 +242,15 @@ class Graph:
     # ------------------------------------------------------------------------------- to look at
 
     def __getitem__(self, key: int | str) -> Node:
-        if isinstance(key, int):
-            return self.nodes[key]
+        if not isinstance(key, str):
+            number = arguments.integer("graph[...]", "a node's number or name", key)
+            if not -len(self.nodes) <= number < len(self.nodes):
+                raise IndexError(f"the graph of {self.name} has {len(self.nodes)} nodes, no {key}")
+            return self.nodes[number]
         for node in self.nodes:
             if node.label == key:
                 return node
-        names = ", ".join(node.label for node in self.inputs)
+        names = text.listed([node.label for node in self.inputs], most=12)
         raise KeyError(f"the graph of {self.name} has no node {key!r}; its inputs are {names}")
 
     def __iter__(self) -> Iterator[Node]:
@@ -267,9 +275,7 @@ class Graph:
         return "\n\n".join([f"{self._signature()}: {self._size()}\n{table}", *bodies])
 
     def _signature(self):
-        names = [n.label for n in self.inputs]
-        shown = names if len(names) <= 8 else [*names[:7], "…"]
-        return f"{self.name}({', '.join(shown)})"
+        return f"{self.name}({text.listed([n.label for n in self.inputs], most=7)})"
 
     def _size(self):
         inputs, operations = len(self.inputs), len(self._operations())
@@ -403,7 +409,9 @@ class Graph:
                 f"{output.label} is {output.dtype} and has no gradient; its seed must be None."
             )
         if not _is_input(leaf):
-            raise TypeError(f"the seed of {output.label} must be an array, but is {leaf!r}.")
+            raise TypeError(
+                f"the seed of {output.label} must be an array, but is {arguments.show(leaf)}."
+            )
         if jnp.shape(leaf) != output.shape:
             raise ValueError(
                 f"the seed of {output.label} has shape {jnp.shape(leaf)}, but must have the "
@@ -413,17 +421,33 @@ class Graph:
 
     # --------------------------------------------------------------------------------- pictures
 
-    def to_dot(self, max_boxes: int = 16) -> str:
+    def to_dot(self, max_boxes: int = 16, *, open: Choice = None, closed: Choice = None) -> str:
         """The picture in Graphviz's language DOT, as text.
 
         Args:
             max_boxes: a graph of more operations is grouped by named scope, jitted function,
                 function and source line, and groups stay closed so that no more boxes than
                 this are drawn.
-        """
-        return draw.to_dot(self, max_boxes)
+            open: groups to open, with those around them, however many boxes that makes: a
+                name (`"attention"`), a path (`"block[1]/attention"`: numbers tell groups of
+                one name apart), a list of these, or a function of a group (which has `label`,
+                `path` and `units()`, its operations) that returns a bool.
+            closed: groups to keep closed, in the same way.
 
-    def to_svg(self, path: str | os.PathLike | None = None, max_boxes: int = 16) -> str:
+        Raises:
+            ValueError: there is no group of that name, or it is to be open inside a closed one.
+            TypeError: an argument is of another type.
+        """
+        return draw.to_dot(self, max_boxes, open, closed)
+
+    def to_svg(
+        self,
+        path: str | os.PathLike | None = None,
+        max_boxes: int = 16,
+        *,
+        open: Choice = None,
+        closed: Choice = None,
+    ) -> str:
         """The picture as an SVG, drawn as in CS231n, lecture 4.
 
         The circuit runs from left to right; on each wire stands the value above in green and
@@ -431,16 +455,18 @@ class Graph:
         values and the norm of the gradient.
 
         Args:
-            path: where to write it too.
-            max_boxes: see `to_dot`.
+            path: where to write it too, a file `.svg`. It is written whole or not at all.
+            max_boxes, open, closed: see `to_dot`.
 
         Raises:
             ImportError: pygraphviz isn't installed.
+            FileNotFoundError: the folder of `path` doesn't exist.
+            TypeError, ValueError: the path is none of an SVG, or see `to_dot`.
         """
-        svg = draw.to_svg(self, max_boxes)
-        if path is not None:
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(svg)
+        target = None if path is None else _checked_path(path)
+        svg = draw.to_svg(self, max_boxes, open, closed)
+        if target is not None:
+            _write(target, svg)
         return svg
 
     def _repr_svg_(self) -> str | None:
@@ -544,9 +570,9 @@ def _row(node: Node) -> tuple[str, ...]:
         operation += f"[{node.result}]"
     return (
         str(node.number),
-        node.label,
-        operation,
-        ", ".join(n.label for n in node.inputs),
+        text.shortened(node.label, 60),
+        text.shortened(operation),
+        text.listed([n.label for n in node.inputs], most=3, width=20),
         text.shape(node.shape),
         str(node.dtype),
         text.value(node.value),
@@ -556,6 +582,44 @@ def _row(node: Node) -> tuple[str, ...]:
 
 
 # ------------------------------------------------------------------------------ names and values
+
+
+def _checked_path(path) -> str:
+    """Where the picture goes; wrong paths are told before anything is drawn."""
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise TypeError(f"graph.to_svg: path must be a path, but got {arguments.show(path)}.")
+    target = os.fspath(path)
+    if os.path.splitext(target)[1].lower() != ".svg":
+        raise ValueError(f"graph.to_svg: path must end in .svg, but got {target!r}.")
+    if os.path.isdir(target):
+        raise IsADirectoryError(f"graph.to_svg: path is a folder: {target!r}.")
+    folder = os.path.dirname(target) or "."
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(
+            f"graph.to_svg: path must lie in a folder that exists, but there is no {folder!r}."
+        )
+    return target
+
+
+def _write(path: str, content: str) -> None:
+    """Write a file whole, or leave what was there."""
+    path = os.path.realpath(path)  # a link stays a link
+    handle, temporary = tempfile.mkstemp(
+        dir=os.path.dirname(path), prefix=os.path.basename(path), suffix=".part"
+    )
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+        if os.path.exists(path):
+            shutil.copymode(path, temporary)
+        else:
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def _is_input(leaf) -> bool:
@@ -610,6 +674,15 @@ def _checked_output(label, y):
             f"{label} is {y!r} of type {type(y).__name__}; a graph is of arrays, so return arrays."
         ) from None
     return y
+
+
+def _body_name(role: str, body) -> str:
+    """The user's function, or what it is of the loop: "body", "condition", "branch 1"."""
+    name = (body.jaxpr.debug_info.func_name or "").split(".")[-1]
+    if name.isidentifier():
+        return name
+    plain = {"cond_jaxpr": "condition", "body_jaxpr": "body", "jaxpr": "body"}
+    return plain.get(role, role.replace("branches[", "branch ").rstrip("]"))
 
 
 def _body_labels(node: Node, role: str, body) -> list[str]:
