@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fnn import arguments
@@ -19,11 +20,14 @@ class State(NamedTuple):
         params: the parameters, a pytree of arrays.
         opt_state: the optimiser's state, `optimizer.init(params)`'s.
         step: how many steps were applied, an int32 scalar.
+        position: where `fit` stands in its data, so that it can go on from there: int32,
+            `[epochs that are over, batches of the epoch under way, batches in all]`.
     """
 
     params: Any
     opt_state: Any
     step: jax.Array
+    position: Any = np.zeros(3, np.int32)
 
     def __repr__(self) -> str:
         """What there is, in a line; the numbers stay out of it."""

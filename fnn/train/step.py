@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.core import Tracer
 
@@ -19,14 +18,13 @@ from fnn.train.batch_loss import Loss, check_loss, mean_loss, mean_metrics, take
 from fnn.train.conversion import as_arrays
 from fnn.train.labels import describe_bad_labels, find_labels
 from fnn.train.nonfinite import (
-    NonFiniteError,
-    Reports,
-    explain,
-    parameter_names,
+    Run,
+    Runs,
     report,
     square_norms,
 )
 from fnn.train.state import State, check_params, initial_state
+from fnn.train.update import holds_nonfinite, propose, square_sums
 
 NonFinite = Literal["raise", "skip", "ignore"]
 
@@ -59,7 +57,8 @@ def train_step(
             parameters move along the conjugate of JAX's gradient, the direction of steepest
             descent.
         nonfinite: what to do about a step whose loss or gradient holds inf or nan (or is so
-            large that its norm overflows). "raise": the step isn't applied and a
+            large that its norm overflows), or that would make a number of the parameters or of
+            the optimiser's state inf or nan that wasn't. "raise": the step isn't applied and a
             NonFiniteError that names the parameters is raised. "skip": the step isn't
             applied; the metric `skipped` is 1. "ignore": apply it; nothing is looked at.
         check: look at the values of batches too: nan, and labels out of range. See `TrainStep`.
@@ -82,8 +81,16 @@ class TrainStep:
     every batch of numpy arrays. Nothing else costs time at each step.
 
     Non-finite numbers. The device notices; the host reads a step's notice when it is there,
-    and never waits for it. So a NonFiniteError comes from a later call of the step, or from
-    `finish`, which waits. As a bad step isn't applied, the state in hand is then a good one.
+    and doesn't wait for it. So a NonFiniteError comes from a later call of the step with the
+    state that came of it, or from `finish`, which waits; one error tells of all bad steps until
+    then. As a bad step isn't applied, and a call that raises applies nothing and doesn't take
+    the state, the state in hand is then a good one: go on from it, with the batch of the call
+    that raised. For the next 32 steps each waits for its own notice, so that the error comes
+    from the call with the bad batch.
+
+    Runs. One step may serve several runs, in turn or in threads. Notices belong to the run, the
+    chain of states; a copy of a state (by `jax.tree.map`, from a file) begins a run of its own.
+    If a run is given up, its notices end as a RuntimeWarning.
     """
 
     def __init__(
@@ -103,9 +110,10 @@ class TrainStep:
         self.optimizer = optax.with_extra_args_support(optimizer)
         self._nonfinite = nonfinite
         self._takes_key = takes_key(loss)
-        self._reports = Reports()
+        self._runs = Runs()
+        self._made: list | None = None  # `fit` has its step note here what it made
         self._checks = BatchChecks(functools.partial(find_labels, loss, trained=True), check)
-        self._compiled = jax.jit(self._step, donate_argnums=0)
+        self._compiled = jax.jit(self._step, donate_argnums=0, static_argnums=3)
 
     def init(self, params: Any) -> State:
         """The state to start from: a copy of `params`, the optimiser's state, step 0.
@@ -133,25 +141,59 @@ class TrainStep:
             TypeError, ValueError: the state or the batch isn't one, or doesn't fit.
             NonFiniteError: a step before this one met inf or nan (with nonfinite="raise").
         """
-        self._reports.read()
+        self._look_at_state(state)
         batch = as_arrays(batch, "batch")
+        if any(map(_is_traced, jax.tree.leaves((state, batch, key)))):
+            self._look_at(state, batch, key)
+            return self._compiled(state, batch, key, True)[:2]
+        run = self._run_of(state)
+        run.read()
         self._look_at(state, batch, key)
-        state, metrics, report = self._compiled(state, batch, key)
-        if report is not None and not _is_traced(report):
-            self._reports.add(report, functools.partial(self._explain, state.params, batch, key))
-        return state, metrics
+        # A state that was told of is kept for the caller, if the next step is refused, too.
+        given = jax.tree.map(jnp.copy, state) if run.careful else state
+        made: list = [] if self._made is None else self._made
+        made.clear()
+        # No signal's handler can come between a step's end and its result's place in the list:
+        # they run between Python's instructions, and `extend` is one.
+        made.extend(map(self._compiled, (given,), (batch,), (key,), (run.exact,)))
+        new, metrics, report = made[0]
+        if report is not None:
+            types = run.types
+            run.add(
+                report, (batch_size(batch), lambda: self._what_is_wrong_with(batch, types, key))
+            )
+            if run.careful:
+                run.careful -= 1
+                run.read(wait=True)
+        self._runs.link(new, run)
+        return new, metrics
 
-    def finish(self) -> None:
+    def finish(self, state: State | None = None) -> None:
         """Wait for the steps under way.
+
+        Args:
+            state: the run's latest state; unless given, all runs of this thread: those whose
+                state is still held by somebody, and the one whose step came last.
 
         Raises:
             NonFiniteError: one of them met inf or nan (with nonfinite="raise").
         """
-        self._reports.read(wait=True)
+        for run in self._runs.of_this_thread() if state is None else [self._run_of(state)]:
+            run.read(wait=True)
+
+    def _run_of(self, state: State) -> Run:
+        run = self._runs.of(state)
+        if run is not None:
+            return run
+        self._runs.warn_of_abandoned()
+        with jax.ensure_compile_time_eval():
+            run = Run(state, self._nonfinite != "ignore" and holds_nonfinite(state))
+        self._runs.link(state, run)
+        return run
 
     # ---------------------------------------------------------------- the step, on the device
 
-    def _step(self, state: State, batch: Any, key: Any):
+    def _step(self, state: State, batch: Any, key: Any, exact: bool = False):
         # Python comes by here only to trace a new program: to check shapes here costs no time.
         check_params(state.params)
         _check_opt_state(self.optimizer, state)
@@ -162,13 +204,7 @@ class TrainStep:
 
         (value, (losses, metrics)), gradient = value_and_grad(mean, has_aux=True)(state.params)
         gradient = jax.tree.map(_steepest, gradient)
-        squares = square_norms(gradient)
-        total = jnp.sum(squares)
-        metrics = {
-            "loss": value,
-            "grad_norm": jnp.sqrt(total),
-            **mean_metrics(metrics),
-        }
+        metrics = {"loss": value, **mean_metrics(metrics)}
 
         def value_of(params, batch=batch):  # a line search passes on what else update was given
             return mean_loss(self.loss, params, batch, size, key)[0]
@@ -184,29 +220,34 @@ class TrainStep:
                 batch=batch,
             )
             params = optax.apply_updates(state.params, updates)
-            return _typed_like(State(params, opt_state, state.step + 1), state)
+            new = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
+            return _typed_like(new, state)
 
         if self._nonfinite == "ignore":
-            return apply(), metrics, None
-        # The choice between new and old is part of the loop that makes the new: it costs nothing.
-        # One number, made once: the barrier keeps the compiler from making it at each entry.
-        good = jax.lax.optimization_barrier(jnp.isfinite(value) & jnp.isfinite(total))
-        new = jax.tree.map(lambda new, old: jnp.where(good, new, old), apply(), state)
-        # What explains a bad step is computed only if there is one; the state is then the old.
-        quiet = jax.eval_shape(report, state, losses, squares)
-        told = jax.lax.cond(
-            good,
-            lambda: jnp.zeros(quiet.shape, quiet.dtype),
-            lambda: report(new, losses, squares),
+            squares = square_norms(gradient)
+            return apply(), metrics | {"grad_norm": jnp.sqrt(jnp.sum(squares))}, None
+        new, again = propose(apply)
+        sums = square_sums(gradient, new, state, exact=exact)
+        total = jnp.sum(sums[: len(jax.tree.leaves(gradient))])
+        good = jnp.isfinite(value) & jnp.all(jnp.isfinite(sums)) & jnp.isfinite(total)
+
+        def bad():  # what explains a bad step is computed only if there is one
+            squares = square_norms(gradient)
+            norm = jnp.sqrt(jnp.sum(squares))
+            return state, norm.astype(total.dtype), report(state, losses, squares, sums)
+
+        quiet = jax.eval_shape(bad)[2]
+        kept, norm, told = jax.lax.cond(
+            good, lambda: (again(), jnp.sqrt(total), jnp.zeros(quiet.shape, quiet.dtype)), bad
         )
+        metrics["grad_norm"] = norm
         if self._nonfinite == "skip":
-            return new, metrics | {"skipped": (~good).astype(jnp.float32)}, None
-        return new, metrics, told
+            return kept, metrics | {"skipped": (~good).astype(jnp.float32)}, None
+        return kept, metrics, told
 
     # ------------------------------------------------------------------ checks, on the host
 
-    def _look_at(self, state: State, batch: Any, key: Any) -> None:
-        """Check what goes in: quickly, as it is done at every step, but new shapes thoroughly."""
+    def _look_at_state(self, state: State) -> None:
         if not isinstance(state, State):
             hint = " Of a FitResult that is its `.state`." if hasattr(state, "state") else ""
             raise TypeError(
@@ -219,6 +260,9 @@ class TrainStep:
                 "that it returned: write `state, metrics = step(state, batch)` and go on from "
                 "that. (jax.tree.map(jnp.copy, state) keeps one.)"
             )
+
+    def _look_at(self, state: State, batch: Any, key: Any) -> None:
+        """Check what goes in: quickly, as it is done at every step, but new shapes thoroughly."""
         self._checks.look_at(
             state.params, batch, key, first=functools.partial(self._meet, state, key)
         )
@@ -228,14 +272,13 @@ class TrainStep:
         check_params(state.params)
         _check_opt_state(self.optimizer, state)
 
-    def _explain(self, params: Any, batch: Any, key: Any, found: np.ndarray) -> NonFiniteError:
-        """The error of a bad step: what wasn't finite and, if it can be seen, why."""
+    def _what_is_wrong_with(self, batch: Any, params: Any, key: Any) -> str:
+        """What is wrong with the batch of a bad step, if that can be seen; params are types."""
         data = describe_nonfinite(batch)
-        if not data:  # the parameters' buffers may be gone, but their types are still known
-            params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+        if not data:
             labels = find_labels(self.loss, params, example_types(batch), key)
             data = describe_bad_labels(batch, labels)
-        return explain(found, parameter_names(params), batch_size(batch), data)
+        return data
 
 
 def check_key(loss: Loss, takes: bool, key: Any) -> None:
