@@ -5,6 +5,7 @@
 
 grads                               the gradient of each example, factored
 sum, mean, weighted_sum             gradients of sums
+scale, add                          multiples and sums of two, example by example
 norms, gram, dot                    inner products
 second_moment, variance             entry by entry
 noise, noise_scale                  how large a batch is worth while
@@ -18,6 +19,7 @@ from fnn.per_example.gradient import FactoredGradient
 from fnn.per_example.quantities import (
     Explanation,
     Noise,
+    add,
     dot,
     explain,
     gram,
@@ -26,6 +28,7 @@ from fnn.per_example.quantities import (
     noise,
     noise_scale,
     norms,
+    scale,
     second_moment,
     sum,
     variance,
@@ -37,6 +40,7 @@ __all__ = [
     "Explanation",
     "FactoredGradient",
     "Noise",
+    "add",
     "clipped_grad",
     "dot",
     "explain",
@@ -47,6 +51,7 @@ __all__ = [
     "noise",
     "noise_scale",
     "norms",
+    "scale",
     "second_moment",
     "sum",
     "variance",

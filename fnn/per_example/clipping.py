@@ -9,12 +9,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy
 from jax import lax
 
+from fnn import arguments
 from fnn.backprop import value_and_grad
 from fnn.jaxpr import once
 from fnn.per_example import quantities
 from fnn.per_example.differentiate import batch_size, factored, keys_of, parameters
+
+_WHERE = "per_example.clipped_grad"
+_ALL = ""  # the one group where none are given
 
 Groups = Callable[[str], str] | Mapping[str, Sequence[str]] | None
 
@@ -24,7 +29,8 @@ class Clipped(NamedTuple):
 
     losses: (batch,).
     gradient: Σₙ cₙ gₙ (and noise), a tree like the parameters.
-    norms: |gₙ| before clipping, (batch,); with groups a dict of such.
+    norms: |gₙ| before clipping, (batch,); with groups a dict of such. Also of examples that are
+        masked out or, with nan_safe, left out: there it may be inf or nan.
     aux: the loss's auxiliary data, None without.
     """
 
@@ -43,6 +49,7 @@ def clipped_grad(
     noise_multiplier: float = 0.0,
     microbatch_size: int | None = None,
     sweeps: int | None = None,
+    nan_safe: bool = False,
 ) -> Callable:
     """The sum of per-example gradients, each scaled down to a norm of at most `clip_norm`:
 
@@ -57,10 +64,12 @@ def clipped_grad(
     Args:
         loss: `loss(params, example)` or `loss(params, example, key)`, as for
             `fnn.per_example.grads`.
-        clip_norm: C. With groups each group is clipped to its own: a dict gives them, a number
-            is shared, C / √(number of groups) for each, so that the whole has norm C at most.
+        clip_norm: C, positive; inf for no clipping. With groups each group is clipped to its own:
+            a dict gives them, a number is shared, C / √(number of groups) for each, so that the
+            whole has norm C at most.
         groups: parameters that are clipped together: a function from a path, as
-            "['hidden']['W']", to a name, or a dict from names to beginnings of paths.
+            "['hidden']['W']", to a name, or a dict from names to lists of beginnings of paths.
+            Each parameter is in one group, and each beginning in use.
         has_aux: whether `loss` returns `(loss, aux)`.
         noise_multiplier: σ, the noise's standard deviation over C (with a dict over its
             Euclidean norm).
@@ -69,25 +78,44 @@ def clipped_grad(
             again for the gradient of Σₙ cₙ lossₙ, cₙ held fixed; slower, in less memory where
             the factors are large. None chooses: 2 where the factors hold more than twice as many
             numbers as any sweep keeps, as where large weights enter by other ways than products.
+        nan_safe: whether examples with a gradient that isn't finite contribute 0. Else one makes
+            the sum nan. `norms` shows them: it is inf or nan there.
 
     Returns:
         A function `(params, batch, key=None, *, noise_key=None, mask=None, **static)` to
-        `Clipped(losses, gradient, norms, aux)`. mask (batch,) is 0 for examples that don't
-        count, such as those that pad a batch drawn by Poisson sampling.
+        `Clipped(losses, gradient, norms, aux)`. mask (batch,) is 0 or False for examples that
+        don't count, such as those that pad a batch drawn by Poisson sampling: they contribute
+        exactly 0, whatever they hold.
+
+    Each |clipped gₙ| is at most C in rounding, too: where an example's positions cancel so far that
+    its gradient is hardly more than rounding errors, these are added to the norm it is clipped by.
 
     Raises:
-        ValueError: a norm isn't positive, a group is missing, there is noise but no key, or an
-            array's shape doesn't fit.
+        TypeError: an argument is of the wrong type.
+        ValueError: a norm isn't positive, a group is missing, unknown or overlaps another, there
+            is noise but no key or no finite norm, or an array's shape doesn't fit.
     """
-    norms_given = list(clip_norm.values()) if isinstance(clip_norm, Mapping) else [clip_norm]
-    if not all(isinstance(c, jax.core.Tracer) or c > 0 for c in norms_given):
-        raise ValueError(f"clip_norm must be positive, but is {clip_norm}.")
+    arguments.function(_WHERE, "loss", loss, "a function loss(params, example)")
+    arguments.flag(_WHERE, "has_aux", has_aux)
+    arguments.flag(_WHERE, "nan_safe", nan_safe)
+    arguments.number(_WHERE, "noise_multiplier", noise_multiplier, least=0)
+    if sweeps is not None:
+        sweeps = arguments.integer(_WHERE, "sweeps", sweeps, least=1, most=2)
+    if microbatch_size is not None:
+        microbatch_size = arguments.integer(_WHERE, "microbatch_size", microbatch_size, least=1)
+    norms = clip_norm if isinstance(clip_norm, Mapping) else {None: clip_norm}
+    for name, norm in norms.items():
+        what = "clip_norm" if name is None else f"clip_norm[{name!r}]"
+        arguments.number(_WHERE, what, norm, above=0, infinite=True)
     if isinstance(clip_norm, Mapping) and groups is None:
         raise ValueError("clip_norm is a dict of groups' norms, but no groups are given.")
-    if sweeps not in (None, 1, 2):
-        raise ValueError(f"sweeps must be 1, 2 or None, but is {sweeps}.")
-    if microbatch_size is not None and microbatch_size < 1:
-        raise ValueError(f"microbatch_size must be at least 1, but is {microbatch_size}.")
+    is_noisy = isinstance(noise_multiplier, jax.core.Tracer) or noise_multiplier > 0
+    is_finite = lambda c: isinstance(c, jax.core.Tracer) or float(c) < math.inf
+    if is_noisy and not all(map(is_finite, norms.values())):
+        raise ValueError(
+            f"{_WHERE}: noise is in proportion to clip_norm, which must be finite then, but is "
+            f"{clip_norm}."
+        )
 
     def of_batch(
         params: Any,
@@ -99,72 +127,116 @@ def clipped_grad(
         **static: Any,
     ) -> Clipped:
         size = batch_size(batch)
-        if noise_multiplier and noise_key is None:
+        if noise_key is not None:
+            arguments.key(_WHERE, "noise_key", noise_key)
+        elif is_noisy:
             raise ValueError(
                 f"noise_multiplier is {noise_multiplier}, so the noise needs a key: pass "
                 "noise_key=..., a fresh one at each step."
             )
-        mask = jnp.ones(size) if mask is None else jnp.asarray(mask)
-        if mask.shape != (size,):
-            raise ValueError(f"mask must have shape ({size},), but has shape {mask.shape}.")
-        limits = _limits(params, clip_norm, groups)
-        part = functools.partial(_clipped, loss, params, limits, groups, has_aux, sweeps, static)
+        which = None if mask is None else _which(mask, size)
+        paths, _, _ = parameters(params)
+        names = None if groups is None else quantities.groups_of(paths, groups)
+        limits = _limits(clip_norm, names)
+        part = functools.partial(
+            _clipped, loss, params, limits, names, has_aux, sweeps, nan_safe, static
+        )
         inputs = (batch, *keys_of(key, size))
         if microbatch_size is None or microbatch_size >= size:
-            found = part(inputs, mask)
+            found = part(inputs, which)
         else:
-            found = _in_parts(part, (inputs, mask), size, microbatch_size)
-        if noise_multiplier:
-            scale = noise_multiplier * jnp.sqrt(sum(c**2 for c in limits.values()))
-            found = found._replace(gradient=_with_noise(found.gradient, scale, noise_key))
+            found = _in_parts(part, (inputs, which), size, microbatch_size)
+        if groups is None:
+            found = found._replace(norms=found.norms[_ALL])
+        if is_noisy:
+            whole = quantities.together([jnp.asarray(c, float) for c in limits.values()])
+            noisy = _with_noise(found.gradient, noise_multiplier * whole, noise_key)
+            found = found._replace(gradient=noisy)
         return found
 
     return of_batch
 
 
-def _limits(params, clip_norm, groups) -> dict[str | None, float]:
+def _which(mask: Any, size: int) -> jax.Array:
+    """The mask as (batch,) True and False, checked."""
+    arguments.array(_WHERE, "mask", mask)
+    dtype = jax.typeof(mask).dtype
+    if jnp.shape(mask) != (size,):
+        raise ValueError(
+            f"{_WHERE}: mask must have shape ({size},), but got {arguments.show(mask)}."
+        )
+    is_real = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
+    if not (is_real or jnp.issubdtype(dtype, jnp.bool_)):
+        raise TypeError(f"{_WHERE}: mask must hold True and False, but got {arguments.show(mask)}.")
+    if not isinstance(mask, jax.core.Tracer):
+        values = numpy.asarray(mask)
+        if not ((values == 0) | (values == 1)).all():
+            raise ValueError(
+                f"{_WHERE}: mask must hold 1 for examples that count and 0 for others, but holds "
+                f"{values[(values != 0) & (values != 1)][0]}. Examples are weighted in their loss."
+            )
+    return jnp.asarray(mask) != 0
+
+
+def _limits(clip_norm, names: Sequence[str] | None) -> dict[str, Any]:
     """The largest norm of each group."""
-    if groups is None:
-        return {None: clip_norm}
-    paths, _, _ = parameters(params)
-    names = dict.fromkeys(quantities.group_of(path, groups) for path in paths)
+    if names is None:
+        return {_ALL: clip_norm}
+    names = list(dict.fromkeys(names))
     if not isinstance(clip_norm, Mapping):
         return {name: clip_norm / math.sqrt(len(names)) for name in names}
     missing = [name for name in names if name not in clip_norm]
     if missing:
         raise ValueError(f"clip_norm has no entry for the groups {missing}.")
+    unknown = [name for name in clip_norm if name not in names]
+    if unknown:
+        raise ValueError(f"clip_norm has entries for {unknown}, but the groups are {names}.")
     return {name: clip_norm[name] for name in names}
 
 
-def _clipped(loss, params, limits, groups, has_aux, sweeps, static, inputs, mask) -> Clipped:
+def _clipped(
+    loss, params, limits, names, has_aux, sweeps, nan_safe, static, inputs, which
+) -> Clipped:
     costs: dict[str, int] = {}
     one = lambda x: factored(loss, params, x, static, has_aux=has_aux, costs=costs)
     losses, grads = jax.vmap(one)(inputs)
     losses, aux = losses if has_aux else (losses, None)
-    norms = quantities.norms(grads, groups)
-    by_group = norms if groups is not None else {None: norms}
-    # C / max(|g|, C) is min(1, C / |g|), at a gradient of zero too.
-    weights = {
-        name: mask.astype(n.dtype) * (limits[name] / jnp.maximum(n, limits[name]))
-        for name, n in by_group.items()
-    }
+    norms, sizes = quantities.norms_to_clip(grads, names)
+    weights = {name: _factor(sizes[name], limits[name]) for name in norms}
+    if nan_safe:
+        finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, norms.values()))
+        which = finite if which is None else which & finite
+    if which is not None:
+        weights = {name: jnp.where(which, c, jnp.zeros_like(c)) for name, c in weights.items()}
     if sweeps is None:
         # Measured, one sweep is faster and in less memory up to there and beyond: the second one
         # makes the first one's values wait.
-        sweeps = 1 if groups is not None or costs["on top"] <= 2 * costs["residuals"] else 2
+        sweeps = 1 if names is not None or costs["on top"] <= 2 * costs["residuals"] else 2
     if sweeps == 1:
         leaves, tree = jax.tree.flatten(grads, is_leaf=quantities._is_factored)
-        name_of = lambda path: None if groups is None else quantities.group_of(path, groups)
-        gradient = jax.tree.unflatten(
-            tree, [g.weighted_sum(weights[name_of(g.path)]) for g in leaves]
-        )
+        if which is not None:
+            leaves = [g.keep(which) for g in leaves]
+        of = [_ALL] * len(leaves) if names is None else names
+        added = [g.weighted_sum(weights[name]) for g, name in zip(leaves, of, strict=True)]
+        gradient = jax.tree.unflatten(tree, added)
     else:
-        gradient = _swept_again(loss, params, inputs, static, has_aux, weights, groups)
+        gradient = _swept_again(loss, params, inputs, static, has_aux, weights, names, which)
     return Clipped(losses, gradient, norms, aux)
 
 
-def _swept_again(loss, params, inputs, static, has_aux, weights, groups):
+def _factor(norms: jax.Array, limit) -> jax.Array:
+    """min(1, C / |g|); 1 at a gradient of zero and where C is inf, nan for nan."""
+    limit = jnp.asarray(limit, norms.dtype)
+    fits = norms <= limit
+    return jnp.where(fits, jnp.ones_like(norms), limit / jnp.where(fits, 1, norms))
+
+
+def _swept_again(loss, params, inputs, static, has_aux, weights, names, which):
     """The gradient of Σₙ cₙ lossₙ; for each group's weights its own."""
+    if which is not None:
+        # An example that doesn't count is swept as one that does: 0 · nan would be nan.
+        place = jnp.where(which, jnp.arange(which.shape[0]), jnp.argmax(which))
+        inputs = jax.tree.map(lambda x: x[place], inputs)
 
     def weighted(params, c):
         out = jax.vmap(lambda x: loss(params, *x, **static))(inputs)
@@ -175,11 +247,13 @@ def _swept_again(loss, params, inputs, static, has_aux, weights, groups):
         name: value_and_grad(weighted)(params, lax.stop_gradient(c))[1]
         for name, c in weights.items()
     }
-    if groups is None:
-        return found[None]
-    paths, _, tree = parameters(params)
+    _, _, tree = parameters(params)
     leaves = {name: jax.tree.leaves(g) for name, g in found.items()}
-    chosen = [leaves[quantities.group_of(p, groups)][k] for k, p in enumerate(paths)]
+    of = [_ALL] * tree.num_leaves if names is None else names
+    chosen = [leaves[name][k] for k, name in enumerate(of)]
+    if which is not None:
+        is_any = jnp.any(which)
+        chosen = [jnp.where(is_any, x, jnp.zeros_like(x)) for x in chosen]
     return jax.tree.unflatten(tree, chosen)
 
 
@@ -212,8 +286,10 @@ def _with_noise(gradient, scale, key):
     keys = jax.random.split(key, len(leaves))
     # JAX's complex normal numbers have variance 1 in both parts together, where C counts each.
     scales = [scale * (math.sqrt(2) if jnp.iscomplexobj(x) else 1) for x in leaves]
+    # Drawn in at least float32: in half precision it would be of few values.
+    wide = [jnp.promote_types(x.dtype, jnp.float32) for x in leaves]
     noisy = [
-        x + (s * jax.random.normal(k, x.shape, x.dtype)).astype(x.dtype)
-        for x, s, k in zip(leaves, scales, keys, strict=True)
+        (x + s * jax.random.normal(k, x.shape, dtype)).astype(x.dtype)
+        for x, s, k, dtype in zip(leaves, scales, keys, wide, strict=True)
     ]
     return jax.tree.unflatten(tree, noisy)

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fnn import arguments
+from fnn.jaxpr import once
 from fnn.per_example import terms as algebra
 from fnn.per_example.terms import Convolution, Dense, Product, Rows, Term
+
+
+def exactly(method: Callable) -> Callable:
+    """The method, of pytrees of arrays, in full float32 on accelerators too.
+
+    Their products else round the factors; but what is found here is a bound, or may be small
+    beside what it is a sum of.
+    """
+
+    @functools.wraps(method)
+    def exact(*args):
+        with jax.default_matmul_precision("highest"):
+            return once(method)(*args)
+
+    return exact
 
 
 @functools.partial(
@@ -67,13 +84,71 @@ class FactoredGradient:
 
     def norms(self) -> jax.Array:
         """|gₙ|, (batch,), real, at least float32."""
-        return jnp.sqrt(self.squared_norms())
+        return self.measured().norm
 
     def squared_norms(self) -> jax.Array:
         """|gₙ|², (batch,), real, at least float32."""
-        squares = jax.vmap(algebra.squared_norm)(self.terms)
-        # A sum of terms with products between them may round to a little less than zero.
-        return squares if len(self.terms) == 1 else lax.max(squares, jnp.zeros_like(squares))
+        return lax.square(self.norms())
+
+    @exactly
+    def measured(self) -> algebra.Measured:
+        """The norms, and what bounds their rounding errors."""
+        return algebra.norms(self.terms)
+
+    def rounding(self, measured: algebra.Measured) -> jax.Array:
+        """By how much |gₙ| may be larger, (batch,), in a sum of the products: rounding errors,
+        where the products cancel; 0 where they don't."""
+        positions = [algebra._one_of(t).positions for t in self.terms]
+        return measured.rounding(sum(positions))
+
+    def scale(self, factor: Any) -> FactoredGradient:
+        """cₙ gₙ, for a number or an array of shape (), c, or one for each example, (batch,).
+
+        Multiplying the arrays of the tree (`jax.tree.map`) is something else: a gradient is a
+        product of them, and would be multiplied several times.
+        """
+        factor = arguments.array("scale", "factor", factor)
+        shape, dtype = jnp.shape(factor), jax.typeof(factor).dtype
+        if jnp.issubdtype(dtype, jnp.complexfloating) or not jnp.issubdtype(dtype, jnp.number):
+            raise TypeError(
+                f"scale: factor must be a real number, or one for each example, but got "
+                f"{arguments.show(factor)}."
+            )
+        if shape not in ((), (self.batch_size,)):
+            raise ValueError(
+                f"scale: factor must have shape () or ({self.batch_size},), one for each example, "
+                f"but got {arguments.show(factor)}."
+            )
+        factors = jnp.broadcast_to(jnp.asarray(factor), (self.batch_size,))
+        terms = [algebra.scaled(t, factors) for t in self.terms]
+        return FactoredGradient(terms, self.path, self.shape, self.dtype)
+
+    def keep(self, which: jax.Array) -> FactoredGradient:
+        """gₙ where (batch,) is True, and 0 elsewhere, whatever is there."""
+        terms = [algebra.kept(t, which) for t in self.terms]
+        return FactoredGradient(terms, self.path, self.shape, self.dtype)
+
+    def add(self, other: FactoredGradient) -> FactoredGradient:
+        """gₙ + hₙ, of the same parameter and as many examples: the terms of both."""
+        if not isinstance(other, FactoredGradient):
+            raise TypeError(f"add: a factored gradient is needed, but got {arguments.show(other)}.")
+        if (self.shape, self.batch_size) != (other.shape, other.batch_size):
+            raise ValueError(
+                f"add: {self.path or 'params'} has {self.batch_size} gradients of shape "
+                f"{self.shape} in one tree and {other.batch_size} of shape {other.shape} in the "
+                "other; both must be of the same parameters and of as many examples."
+            )
+        dtype = jnp.promote_types(self.dtype, other.dtype)
+        one = lambda terms: algebra.merged(terms)
+        terms = jax.vmap(one)([*self.terms, *other.terms])
+        return FactoredGradient(terms, self.path, self.shape, dtype)
+
+    def __mul__(self, factor: Any) -> FactoredGradient:
+        return self.scale(factor)
+
+    __rmul__ = __mul__
+    __add__ = add
+    __array_ufunc__ = None  # numpy's arrays leave `array * gradient` to __rmul__
 
     def gram(self, other: FactoredGradient | None = None) -> jax.Array:
         """Re⟨gₙ, hₘ⟩ for all pairs, (batch, other batch); h = g unless given."""
@@ -83,7 +158,12 @@ class FactoredGradient:
                 f"gram: {self.path or 'params'} has shape {self.shape} in one tree of gradients "
                 f"and {other.shape} in the other; both must be gradients of the same parameters."
             )
-        return algebra.gram(self.terms, other.terms)
+        products = exactly(algebra.gram)(self.terms, other.terms)
+        if self is not other:
+            return products
+        # So that it is never negative: a pair's product is a sum that may round below zero.
+        is_diagonal = jnp.eye(self.batch_size, dtype=bool)
+        return jnp.where(is_diagonal, self.squared_norms()[:, None], products)
 
     def dot(self, tensor: jax.Array) -> jax.Array:
         """Re⟨gₙ, tensor⟩, (batch,), for a tensor of the parameter's shape."""
@@ -93,16 +173,21 @@ class FactoredGradient:
                 f"dot: the parameter {self.path or 'params'} has shape {self.shape}, but the "
                 f"tensor given for it has shape {tensor.shape}."
             )
-        return functools.reduce(jnp.add, [jax.vmap(lambda x: x.dot(tensor))(t) for t in self.terms])
+        return exactly(jax.vmap(algebra.dot, in_axes=(0, None)))(self.terms, tensor)
 
+    @exactly
     def second_moment(self) -> jax.Array:
         """The mean over the examples of |gₙ|², entry by entry, of the parameter's shape."""
-        return self._sum_of_squares() / self.batch_size
+        return algebra.sum_of_squares(self.terms) / self.batch_size
 
+    @exactly
     def variance(self) -> jax.Array:
-        """The mean of |gₙ − mean|², entry by entry: second moment − |mean|²."""
-        (mean,) = algebra._wide(self.mean())
-        variance = self.second_moment() - algebra._square(mean)
+        """The mean of |gₙ − mean|², entry by entry, of the parameter's shape.
+
+        It is the second moment less |mean|² where no entry's variance is much smaller than both;
+        else the gradients are formed, a few at a time, and their deviations squared.
+        """
+        variance = algebra.sum_of_squared_deviations(self.terms) / self.batch_size
         return lax.max(variance, jnp.zeros_like(variance))
 
     def materialize(self) -> jax.Array:
@@ -125,18 +210,6 @@ class FactoredGradient:
             }
             for t in self.terms
         ]
-
-    def _sum_of_squares(self) -> jax.Array:
-        if len(self.terms) == 1:
-            return algebra.sum_of_squares(self.terms[0])
-        size = math.prod(self.shape)
-        whole = jax.vmap(algebra.materialized)
-        return algebra._accumulate(
-            lambda ts: jnp.sum(algebra._square(algebra._wide(whole(ts))[0]), axis=0),
-            self.terms,
-            self.batch_size,
-            size,
-        )
 
     def _added(self, function) -> jax.Array:
         return _as(functools.reduce(jnp.add, [function(t) for t in self.terms]), self.dtype)

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from fnn import arguments
 from fnn.per_example import terms as algebra
-from fnn.per_example.gradient import FactoredGradient
+from fnn.per_example.gradient import FactoredGradient, exactly
 
 By = str | Callable[[str], str] | Mapping[str, Sequence[str]] | None
 
@@ -42,7 +44,8 @@ def norms(grads: Any, by: By = None) -> Any:
 
     One position: |g aᵀ| = |g| |a| (Goodfellow 2015). Several: ⟨A Aᵀ, G Gᵀ⟩ (Li et al. 2022,
     "Large language models can be strong differentially private learners") or the formed Gᵀ A,
-    whichever is cheaper.
+    whichever is cheaper; and the formed one for those examples whose positions cancel, so that
+    the norm is within rounding of the materialised gradient's in any case.
 
     Args:
         grads: what `fnn.per_example.grads` returned.
@@ -55,35 +58,91 @@ def norms(grads: Any, by: By = None) -> Any:
         parameters, with groups a dict of them.
 
     Raises:
-        ValueError: a parameter is in no group.
+        ValueError: a parameter is in no group or in two, or no parameter in what a dict names.
+        TypeError: a group's name is no string.
     """
     leaves, tree = _leaves(grads)
-    squares = [g.squared_norms() for g in leaves]
+    names = None if by is None or by == "leaf" else groups_of([g.path for g in leaves], by, "by")
+    found = [g.norms() for g in leaves]
     if by == "leaf":
-        return jax.tree.unflatten(tree, [jnp.sqrt(s) for s in squares])
-    if by is None:
-        return jnp.sqrt(_total(squares))
-    found: dict[str, list[jax.Array]] = {}
-    for g, square in zip(leaves, squares, strict=True):
-        found.setdefault(group_of(g.path, by), []).append(square)
-    return {name: jnp.sqrt(_total(s)) for name, s in found.items()}
+        return jax.tree.unflatten(tree, found)
+    return together(found) if names is None else _by_group(found, names)
 
 
-def group_of(path: str, by: By) -> str:
-    """The name of the group that a path is in."""
-    if callable(by):
-        return by(path)
-    if not isinstance(by, Mapping):
-        raise ValueError(
-            f'by (or groups) must be None, "leaf", a function from a path to a name, or a dict '
-            f"from a name to beginnings of paths, but is {by!r}."
+def norms_to_clip(grads: Any, names: Sequence[str] | None) -> tuple[Any, Any]:
+    """The norms, and what they may grow to by rounding in a sum of the gradients, by group."""
+    leaves, _ = _leaves(grads)
+    names = [""] * len(leaves) if names is None else names
+    measured = [g.measured() for g in leaves]
+    norms = _by_group([m.norm for m in measured], names)
+    rounding = _by_group([g.rounding(m) for g, m in zip(leaves, measured, strict=True)], names)
+    return norms, {name: norms[name] + rounding[name] for name in norms}
+
+
+def _by_group(norms: Sequence[jax.Array], names: Sequence[str]) -> dict[str, jax.Array]:
+    of = {name: [n for n, own in zip(norms, names, strict=True) if own == name] for name in names}
+    return {name: together(found) for name, found in of.items()}
+
+
+def together(norms: Sequence[jax.Array]) -> jax.Array:
+    """√Σ norms², of several parameters' norms (batch,)."""
+    if len(norms) == 1:
+        return norms[0]
+    dtype = functools.reduce(jnp.promote_types, [n.dtype for n in norms])
+    return algebra.norm_of(jnp.stack([n.astype(dtype) for n in norms]), (0,))
+
+
+def groups_of(paths: Sequence[str], groups: By, name: str = "groups") -> list[str]:
+    """The name of each path's group, checked: each path is in one, and each beginning in use.
+
+    Args:
+        paths: of all parameters.
+        groups: a function from a path to a name, or a dict from names to beginnings of paths.
+        name: the argument's name, for errors.
+    """
+    if callable(groups):
+        found = [groups(path) for path in paths]
+        for path, group in zip(paths, found, strict=True):
+            if not isinstance(group, str):
+                raise TypeError(
+                    f"{name} must return a group's name, a str, but returned "
+                    f"{arguments.show(group)} for {path}."
+                )
+        return found
+    if not isinstance(groups, Mapping):
+        also = 'None, "leaf"' if name == "by" else "None"
+        raise (ValueError if isinstance(groups, str) else TypeError)(
+            f"{name} must be {also}, a function from a path to a name, or a dict from a name to "
+            f"beginnings of paths, but is {arguments.show(groups)}."
         )
-    for name, beginnings in by.items():
-        if any(path.startswith(b) for b in beginnings):
-            return name
-    raise ValueError(
-        f"the parameter {path} is in none of the groups {sorted(by)}: give a beginning of its path."
-    )
+    of: dict[str, str] = {}
+    for group, beginnings in groups.items():
+        is_list = isinstance(beginnings, Sequence) and not isinstance(beginnings, str)
+        if not is_list or not all(isinstance(b, str) for b in (group, *beginnings)):
+            raise TypeError(
+                f"{name} must be a dict from names to lists of beginnings of paths, but for "
+                f"{arguments.show(group)} it has {arguments.show(beginnings)}."
+            )
+        for beginning in beginnings:
+            inside = [path for path in paths if path.startswith(beginning)]
+            if not inside:
+                raise ValueError(
+                    f"{name}: no parameter's path begins with {beginning!r}, of the group "
+                    f"{group!r}; the paths are {', '.join(paths)}."
+                )
+            for path in inside:
+                if of.setdefault(path, group) != group:
+                    raise ValueError(
+                        f"{name}: the parameter {path} is in two groups: "
+                        f"{of[path]!r} and {group!r}."
+                    )
+    for path in paths:
+        if path not in of:
+            raise ValueError(
+                f"{name}: the parameter {path} is in none of the groups {sorted(groups)}: give a "
+                "beginning of its path."
+            )
+    return [of[path] for path in paths]
 
 
 def gram(grads: Any, others: Any = None) -> jax.Array:
@@ -92,13 +151,8 @@ def gram(grads: Any, others: Any = None) -> jax.Array:
 
     For complex parameters the real part; so are `dot` and `norms` those of a real space.
     """
-    leaves, tree = _leaves(grads)
-    others_leaves, others_tree = (leaves, tree) if others is None else _leaves(others)
-    if tree != others_tree:
-        raise ValueError(
-            f"gram: both trees must be gradients of the same parameters, but one is {tree} and "
-            f"the other {others_tree}."
-        )
+    others = grads if others is None else others
+    leaves, others_leaves, _ = _same_parameters("gram", grads, others)
     return _total([g.gram(h) for g, h in zip(leaves, others_leaves, strict=True)])
 
 
@@ -150,14 +204,32 @@ def noise(grads: Any) -> Noise:
 
         |G|² = (B |ḡ|² − mean |gₙ|²) / (B − 1),   tr Σ = (mean |gₙ|² − |ḡ|²) B / (B − 1).
     """
+    found, unit = _noise(grads)
+    return Noise(*[x * unit * unit for x in found])
+
+
+@exactly
+def _noise(grads: Any) -> tuple[Noise, jax.Array]:
+    """Of the gradients over a unit as large as they are: no square over- or underflows."""
     leaves, _ = _leaves(grads)
     size = leaves[0].batch_size
     if size < 2:
         raise ValueError("the noise needs at least 2 examples, but the batch has 1.")
-    squares = jnp.mean(_total([g.squared_norms() for g in leaves]))
-    mean = _total([jnp.sum(algebra._square(algebra._wide(g.mean())[0])) for g in leaves])
-    signal = (size * mean - squares) / (size - 1)
-    return Noise((squares - mean) * size / (size - 1), signal)
+    norms = together([g.norms() for g in leaves])
+    unit = algebra.power_of_two(jnp.max(norms))
+    squares = jnp.mean(lax.square(algebra._divided(norms, unit)))
+    means = [algebra.norm_of(algebra.weighted_sums(g.terms, None)) / size for g in leaves]
+    mean = lax.square(algebra._divided(together(means), unit))
+    cancels = ~(squares - mean > squares / algebra.LONGEST**2)
+
+    def from_deviations(leaves):
+        own = [g.scale(1 / algebra._nonzero(unit)) for g in leaves]
+        return functools.reduce(jnp.add, [jnp.sum(g.variance()) for g in own]).astype(mean.dtype)
+
+    # The mean of the squares less the square of the mean, where that keeps enough digits.
+    trace = lax.cond(cancels, from_deviations, lambda leaves: squares - mean, leaves)
+    trace = trace * size / (size - 1)
+    return Noise(trace, mean - trace / size), unit
 
 
 def noise_scale(grads: Any) -> jax.Array:
@@ -165,8 +237,25 @@ def noise_scale(grads: Any) -> jax.Array:
 
     It is about the batch size beyond which a larger one hardly helps (McCandlish et al. 2018).
     """
-    found = noise(grads)
+    found, _ = _noise(grads)
     return found.variance / found.signal
+
+
+def scale(grads: Any, factor: Any) -> Any:
+    """cₙ gₙ: the gradients times a number, or an array (batch,) of one for each example.
+
+    Not `jax.tree.map(lambda x: c * x, grads)`: the tree's arrays are factors, of which each
+    gradient is a product, so that norms and sums would come out wrong.
+    """
+    return _each(lambda g: g.scale(factor), grads)
+
+
+def add(grads: Any, others: Any) -> Any:
+    """gₙ + hₙ, example by example, of the same parameters; no arrays are added up, as by
+    `jax.tree.map`, but the terms of both kept.
+    """
+    leaves, others_leaves, tree = _same_parameters("add", grads, others)
+    return jax.tree.unflatten(tree, [g.add(h) for g, h in zip(leaves, others_leaves, strict=True)])
 
 
 def materialize(grads: Any) -> Any:
@@ -222,6 +311,17 @@ def _leaves(grads) -> tuple[list[FactoredGradient], Any]:
     if not leaves:
         raise ValueError("grads is a tree without parameters.")
     return leaves, tree
+
+
+def _same_parameters(where, grads, others):
+    leaves, tree = _leaves(grads)
+    others_leaves, others_tree = _leaves(others)
+    if tree != others_tree:
+        raise ValueError(
+            f"{where}: both trees must be gradients of the same parameters, but one is {tree} and "
+            f"the other {others_tree}."
+        )
+    return leaves, others_leaves, tree
 
 
 def _each(function, grads):

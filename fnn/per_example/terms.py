@@ -13,20 +13,30 @@ a sum of terms, of four kinds:
 
 All here is written for one example; `jax.vmap` makes the batch. What concerns a batch as a
 whole, its weighted sum for one, stands under "batches".
+
+A norm from the positions' inner products, |Gᵀ A|² = ⟨A Aᵀ, G Gᵀ⟩, is a sum of numbers that may
+be far larger than it is, where the positions' products cancel; so is that of several terms. What
+they add up to without their signs bounds the rounding error: each norm comes with its *length*,
+and where the length is more than LONGEST norms, the gradient itself is formed (`norms`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, dataclass_transform
+from typing import Any, NamedTuple, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 import numpy
 from jax import lax
+
+# A norm found from products is wrong by about eps · (length / norm)², relatively: from here on
+# it is found from the gradient itself.
+LONGEST = 6.0
 
 # ------------------------------------------------------------------------------------ layouts
 
@@ -180,19 +190,34 @@ class Product:
     def materialize(self):
         return self.layout.to_parameter(self.form())
 
-    def squared_norm(self):
+    def normalised(self) -> tuple[Product, Any]:
         a, g = _wide(self.a, self.g)
+        a_sizes, g_sizes = (power_of_two(_largest(x, (-1,))) for x in (a, g))
+        sizes = a_sizes * g_sizes
+        scale = jnp.max(sizes, initial=0.0)
+        g = _divided(g, g_sizes) * _divided(sizes, scale).astype(g.dtype)
+        return Product(_divided(a, a_sizes), g, self.layout), scale
+
+    def measured(self) -> Measured:
+        a, g = _wide(self.a, self.g)
+        a_norms, g_norms = norm_of(a, (-1,)), norm_of(g, (-1,))
+        length = norm_of(a_norms * g_norms)
         if self.positions == 1:
-            return jnp.sum(_squares(a) * _squares(g))
-        if self.norm_by_gram:
-            return jnp.sum((_gram(a) * _gram(g)).real)
-        return jnp.sum(_square(self.form()))
+            return Measured(length, length)
+        if not self.norm_by_gram:
+            return Measured(norm_of(self.form()), length)
+        products = (_gram(a) * _gram(g)).real
+        norm, length = _root(jnp.sum(products)), jnp.sqrt(jnp.sum(jnp.abs(products)))
+        # A square that a row lost may count by what the other factor's row multiplied it with.
+        info = jnp.finfo(norm.dtype)
+        lost = math.sqrt(a.size) * norm_of(g_norms) + math.sqrt(g.size) * norm_of(a_norms)
+        return Measured(norm, length, lost * (float(info.tiny) ** 0.5 / float(info.eps)))
 
     @property
     def norm_by_gram(self) -> bool:
         """Are the positions' inner products cheaper than the product itself?"""
         (_, out, ins), p = self.layout.sizes, self.positions
-        return p * (out + ins) < out * ins
+        return p > 1 and p * (out + ins) < out * ins
 
     def dot(self, w):
         """⟨gradient, w⟩ for an array of the parameter's shape."""
@@ -302,11 +327,28 @@ class Convolution:
     def materialize(self):
         return self.layout.to_parameter(self.form())
 
-    def squared_norm(self):
-        (_, out, ins), p = self.layout.sizes, math.prod(self._space)
-        if p * (out + ins) < out * ins:
-            return self.as_product().squared_norm()
-        return jnp.sum(_square(self.form()))
+    @property
+    def positions(self) -> int:
+        return math.prod(self._space)
+
+    @property
+    def norm_by_gram(self) -> bool:
+        (_, out, ins), p = self.layout.sizes, self.positions
+        return p > 1 and p * (out + ins) < out * ins
+
+    def normalised(self) -> tuple[Convolution, Any]:
+        x, g = _wide(self.x, self.g)
+        (x, x_size), (g, g_size) = _unit(x), _unit(g)
+        return dataclasses.replace(self, x=x, g=g), x_size * g_size
+
+    def measured(self) -> Measured:
+        if self.norm_by_gram or self.positions == 1:
+            return self.as_product().measured()
+        form = self.form()
+        # Each pixel of x is in at most as many patches as the kernel has entries.
+        entries = math.prod(self.layout.ins[1:])
+        length = norm_of(self.x) * norm_of(self.g) * (entries / self.positions) ** 0.5
+        return Measured(norm_of(form), length)
 
     def dot(self, w):
         """⟨x ∗ g, w⟩ = ⟨g, x ∗ w⟩: one more forward convolution."""
@@ -356,8 +398,21 @@ class Rows:
         is_first = first == jnp.arange(p)
         return dataclasses.replace(self, index=jnp.where(is_first, self.index, size), g=g)
 
-    def squared_norm(self):
-        return jnp.sum(_square(self.once().g))
+    @property
+    def positions(self) -> int:
+        return self.index.shape[-1]
+
+    def normalised(self) -> tuple[Rows, Any]:
+        g, scale = _unit(_wide(self.g)[0])
+        return dataclasses.replace(self, g=g), scale
+
+    def measured(self) -> Measured:
+        once = self.once().g
+        norm = norm_of(once)
+        if self.positions == 1:
+            return Measured(norm, norm)
+        rows = norm_of(_wide(self.g)[0], (-1,))[..., None]
+        return Measured(norm, norm_of(dataclasses.replace(self, g=rows).once().g))
 
     def dot(self, w):
         w = self.layout.from_parameter(w)[0]
@@ -378,9 +433,15 @@ class Dense:
     def materialize(self):
         return self.value
 
-    def squared_norm(self):
-        (x,) = _wide(self.value)
-        return jnp.sum(_square(x))
+    positions = 1
+
+    def normalised(self) -> tuple[Dense, Any]:
+        value, scale = _unit(_wide(self.value)[0])
+        return dataclasses.replace(self, value=value), scale
+
+    def measured(self) -> Measured:
+        norm = norm_of(self.value)
+        return Measured(norm, norm)
 
     def dot(self, w):
         return _vdot(*_wide(self.value, w))
@@ -399,14 +460,90 @@ def materialized(terms: Sequence[Term]):
     return functools.reduce(jnp.add, [t.materialize() for t in terms])
 
 
-def squared_norm(terms: Sequence[Term]):
-    """|Σ terms|², with the terms' inner products among themselves; real, at least float32."""
-    total = functools.reduce(jnp.add, [t.squared_norm() for t in terms])
-    for i, one in enumerate(terms):
-        for other in terms[:i]:
-            if not _apart(one, other):
-                total = total + 2 * inner(one, other)
-    return total
+class Measured(NamedTuple):
+    """A norm, and what tells whether it can be relied on; real numbers of at least float32.
+
+    length: √Σ |products|, where `norm` is the root of a sum of products; the norm of the
+        positions' own norms, √Σₚ |gₚ|² |aₚ|², where it is that of the formed gradient. The
+        rounding error of norm² is about eps length², that of a formed gradient eps length.
+    least: of smaller norms, squares that were lost below the smallest number may count.
+    """
+
+    norm: Any
+    length: Any
+    least: Any = 0.0
+
+    def times(self, factor) -> Measured:
+        return Measured(*[x * factor for x in self])
+
+    @property
+    def is_in_range(self):
+        """Not where squares over- or underflowed, nor for nan."""
+        info = jnp.finfo(self.norm.dtype)
+        smallest = (float(info.tiny) / float(info.eps)) ** 0.5
+        largest = float(info.max) ** 0.5
+        return (self.norm >= self.least) & (self.length > smallest) & (self.length < largest)
+
+    @property
+    def cancels(self):
+        return self.length > LONGEST * self.norm
+
+    def rounding(self, positions: int):
+        """Where it cancels, a bound of the rounding errors of a sum of the formed products."""
+        eps = float(jnp.finfo(self.norm.dtype).eps)
+        bound = self.length * (4 * eps * math.sqrt(positions))
+        return jnp.where(self.cancels, bound, jnp.zeros_like(bound))
+
+
+def measured(terms: Sequence[Term], factors: Sequence | None = None) -> Measured:
+    """|Σ factor · term|, from the terms' inner products among themselves."""
+    found = [t.measured() for t in terms]
+    if factors is None:
+        factors = [1] * len(terms)
+    else:
+        found = [m.times(c) for m, c in zip(found, factors, strict=True)]
+    if len(found) == 1:
+        return found[0]
+    square, bound = (functools.reduce(jnp.add, [lax.square(m[k]) for m in found]) for k in (0, 1))
+    for i, k in itertools.combinations(range(len(terms)), 2):
+        if not _apart(terms[i], terms[k]):
+            product = inner(terms[i], terms[k]) * factors[i] * factors[k]
+            square = square + 2 * product
+            bound = bound + 2 * found[i].length * found[k].length
+    least = functools.reduce(jnp.add, [m.least for m in found])
+    return Measured(_root(square), jnp.sqrt(bound), least)
+
+
+def measured_in_range(terms: Sequence[Term]) -> Measured:
+    """The same of terms of any size: each is brought near one, and what it was added up."""
+    own, scales = zip(*[t.normalised() for t in terms], strict=True)
+    unit = functools.reduce(lax.max, scales)
+    return measured(own, [_divided(x, unit) for x in scales]).times(unit)
+
+
+def sums_products(terms: Sequence[Term]) -> bool:
+    """Is the norm that of a sum of products, whose rounding error its length bounds?"""
+    return len(terms) > 1 or getattr(terms[0], "norm_by_gram", False)
+
+
+def dot(terms: Sequence[Term], w):
+    """Re⟨gradient, w⟩ for an array of the parameter's shape; at least float32."""
+    w, w_scale = _unit(_wide(w)[0])
+    own = [t.normalised() for t in terms]
+    return functools.reduce(jnp.add, [t.dot(w) * scale * w_scale for t, scale in own])
+
+
+def _as_wide(terms: Sequence[Term]) -> list[Term]:
+    """Terms whose materialised gradients have at least float32."""
+    return [Dense(_wide(t.value)[0], t.why) if isinstance(t, Dense) else t for t in terms]
+
+
+def norm_of(x, axes=None):
+    """|x|, real, at least float32, over some axes or all; no square over- or underflows."""
+    x = _wide(x)[0]
+    largest = power_of_two(_largest(x, axes))
+    root = jnp.sqrt(jnp.sum(_square(_divided(x, largest)), axes))
+    return root * lax.reshape(largest, root.shape)
 
 
 def inner(one: Term, other: Term):
@@ -508,13 +645,30 @@ def weighted_sum(term: Term, weights):
         (value,) = _wide(term.value)
         return jnp.tensordot(weights.astype(value.dtype), value, axes=(0, 0))
     if weights is not None:
-        # In half precision a rounded weight may let a clipped gradient grow beyond its limit.
-        (g,) = _wide(term.g)
-        c = lax.expand_dims(weights.astype(g.dtype), range(1, g.ndim))
-        term = dataclasses.replace(term, g=g * c)
+        term = scaled(term, weights)
     if isinstance(term, Convolution):
         return _summed_by_convolving(as_one(term))
     return as_one(term).materialize()
+
+
+def scaled(term: Term, factors):
+    """cₙ gradientₙ, for factors c (batch,). In half precision a rounded factor might let a clipped
+    gradient grow beyond its limit: the result has at least float32."""
+    name = "value" if isinstance(term, Dense) else "g"
+    (g,) = _wide(getattr(term, name))
+    c = lax.expand_dims(factors.astype(g.dtype), range(1, g.ndim))
+    return dataclasses.replace(term, **{name: g * c})
+
+
+def kept(term: Term, which):
+    """The gradients of some examples, (batch,) True; zeros for the others, whatever they hold."""
+
+    def zero_unless(x):
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        return jnp.where(lax.expand_dims(which, range(1, x.ndim)), x, jnp.zeros((), x.dtype))
+
+    return jax.tree.map(zero_unless, term)
 
 
 def as_one(term: Product | Convolution | Rows) -> Product | Convolution | Rows:
@@ -539,27 +693,77 @@ def as_one(term: Product | Convolution | Rows) -> Product | Convolution | Rows:
     return Product(flat(term.a), flat(term.g), term.layout)
 
 
-def sum_of_squares(term: Term):
-    """Σₙ gradientₙ² entry by entry: (G²)ᵀ A² where there is one position."""
-    if isinstance(term, Dense):
-        return jnp.sum(_square(term.value), axis=0)
-    if isinstance(term, Product) and term.positions == 1:
-        a, g = _wide(term.a, term.g)
-        squares = Product(_square(a), _square(g), term.layout)
+def weighted_sums(terms: Sequence[Term], weights):
+    """Σₙ cₙ gradientₙ of all terms together, in at least float32."""
+    return functools.reduce(jnp.add, [_wide(weighted_sum(t, weights))[0] for t in terms])
+
+
+def sum_of_squares(terms: Sequence[Term]):
+    """Σₙ |gradientₙ|² entry by entry: (G²)ᵀ A² where there is one position."""
+    if len(terms) == 1 and not _formed_for_squares(terms[0]):
+        (term,) = terms
+        if isinstance(term, Product):
+            term = _balanced(term)
+            squares = Product(_square(term.a), _square(term.g), term.layout)
+        else:
+            once = jax.vmap(Rows.once)(term)
+            squares = dataclasses.replace(once, g=_square(once.g))
         return as_one(squares).materialize()
-    if isinstance(term, Rows):
-        once = jax.vmap(Rows.once)(term)
-        return as_one(dataclasses.replace(once, g=_square(once.g))).materialize()
-    n = term.g.shape[0]
-    formed = math.prod(term.layout.sizes)
-    return _accumulate(
-        lambda t: jnp.sum(_square(jax.vmap(lambda x: x.materialize())(t)), axis=0), term, n, formed
+    return _sum_over_formed(_square, terms)
+
+
+def sum_of_squared_deviations(terms: Sequence[Term]):
+    """Σₙ |gradientₙ − mean|² entry by entry.
+
+    The sum of the squares less n |mean|² where that cancels in no entry; else, and where the
+    squares are found from the formed gradients anyway, from the deviations themselves.
+    """
+    terms = list(terms)
+    n = jax.tree.leaves(terms)[0].shape[0]
+    mean = weighted_sums(terms, None) / n
+    if len(terms) > 1 or _formed_for_squares(terms[0]):
+        return _deviations_formed(terms, mean, 2**24)
+    squares = sum_of_squares(terms)
+    found = squares - n * _square(mean)
+    cancels = ~(found >= squares / LONGEST**2)
+    return lax.cond(jnp.any(cancels), _deviations_formed, lambda terms, mean: found, terms, mean)
+
+
+def _deviations_formed(terms, mean, at_once: int = 2**18):
+    """Σ |d|² − |Σ d|² / n of the deviations d from a mean that was rounded (Chan et al. 1983)."""
+    n = jax.tree.leaves(terms)[0].shape[0]
+    both = lambda d: jnp.stack(
+        [_square(d), lax.real(d), lax.imag(d)] if jnp.iscomplexobj(d) else [_square(d), d]
     )
+    squares, *sums = _sum_over_formed(lambda g: both(g - mean), terms, at_once)
+    return squares - functools.reduce(jnp.add, map(lax.square, sums)) / n
 
 
-def _accumulate(function, batch, n: int, size: int):
+def _formed_for_squares(term: Term) -> bool:
+    """Has it no sum of squares from its factors?"""
+    return not isinstance(term, Rows) and not (isinstance(term, Product) and term.positions == 1)
+
+
+def _sum_over_formed(function, terms: Sequence[Term], at_once: int = 2**24):
+    """Σₙ function(gradientₙ), in at least float32; few gradients are formed at a time."""
+    one = lambda ts: function(materialized(_as_wide(ts)))
+    n = jax.tree.leaves(terms)[0].shape[0]
+    size = math.prod(jax.eval_shape(one, [_one_of(t) for t in terms]).shape)
+    return _accumulate(lambda ts: jnp.sum(jax.vmap(one)(ts), axis=0), list(terms), n, size, at_once)
+
+
+def _balanced(term: Product) -> Product:
+    """The same with factors of about equal size, whose squares are in range where that of their
+    product is."""
+    a, g = _wide(term.a, term.g)
+    roots = [jnp.sqrt(power_of_two(_largest(x, (-1,)))) for x in (a, g)]
+    factor = power_of_two(_divided(roots[1], roots[0]))
+    return Product(a * _nonzero(factor).astype(a.dtype), _divided(g, factor), term.layout)
+
+
+def _accumulate(function, batch, n: int, size: int, at_once: int = 2**24):
     """Σ function(part) over parts of a batch of which each holds about 2²⁴ numbers."""
-    part = max(1, min(n, 2**24 // max(size, 1)))
+    part = max(1, min(n, at_once // max(size, 1)))
     if part >= n:
         return function(batch)
     whole = n // part * part
@@ -574,48 +778,88 @@ def _accumulate(function, batch, n: int, size: int):
 
 def gram(terms: Sequence[Term], others: Sequence[Term]):
     """Re⟨gradientₙ, gradientₘ⟩ for all pairs of two batches: (batch, other batch)."""
-    if len(terms) == 1 and len(others) == 1:
-        one, other = terms[0], others[0]
-        same = type(one) is type(other) and getattr(one, "layout", 0) == getattr(other, "layout", 0)
-        if same and isinstance(one, Product) and one.positions == other.positions == 1:
-            a = jnp.einsum("nsi,msi->snm", *_wide(one.a[:, :, 0], other.a[:, :, 0].conj()))
-            g = jnp.einsum("nso,mso->snm", *_wide(one.g[:, :, 0], other.g[:, :, 0].conj()))
-            return jnp.sum((a * g).real, axis=0)
-        if isinstance(one, Dense) and isinstance(other, Dense):
-            return _gram_of_dense(one.value, other.value)
-        if same and isinstance(one, Product) and _pairs_by_positions(one, other):
-            return _gram_by_positions(one, other)
-    form = jax.vmap(materialized)
-    size = math.prod(jax.eval_shape(form, list(others)).shape)
-    if size <= 2**26:
-        return _gram_of_dense(form(list(terms)), form(list(others)))
+    terms, others = list(terms), list(others)
+    one, other = terms[0], others[0]
+    single = len(terms) == len(others) == 1
+    if not single or not isinstance(one, Product) or not isinstance(other, Product):
+        return _gram_formed(terms, others)
+    if one.layout != other.layout or not _pairs_by_positions(one, other):
+        return _gram_formed(terms, others)
+    products = _gram_by_positions(one, other)
+    if one.positions == other.positions == 1:
+        return products
+    cancels = [jnp.any(m.cancels) for m in (norms(terms), norms(others))]
+    return lax.cond(cancels[0] | cancels[1], _gram_formed, lambda *ts: products, terms, others)
+
+
+def _gram_formed(terms, others):
+    form = jax.vmap(lambda ts: materialized(_as_wide(ts)))
+    if math.prod(jax.eval_shape(form, others).shape) <= 2**26:
+        return _gram_of_dense(form(terms), form(others))
 
     # One row of the matrix at a time: one gradient formed, and its inner product with all.
     def row(t):
-        formed = materialized(t)
-        of_other = lambda o: functools.reduce(jnp.add, [x.dot(formed) for x in o])
-        return jax.vmap(of_other)(list(others))
+        formed, scale = _unit(materialized(_as_wide(t)))
+        return scale * jax.vmap(lambda o: dot(o, formed))(others)
 
-    return lax.map(row, list(terms))
+    return lax.map(row, terms)
 
 
 def _gram_of_dense(x, y):
-    x, y = _wide(x.reshape(x.shape[0], -1), y.reshape(y.shape[0], -1))
-    return jnp.dot(x, y.conj().T).real
+    (x, x_scales), (y, y_scales) = (
+        jax.vmap(_unit)(_wide(z.reshape(z.shape[0], -1))[0]) for z in (x, y)
+    )
+    return jnp.dot(x, y.conj().T).real * x_scales[:, None] * y_scales[None]
 
 
 def _pairs_by_positions(one: Product, other: Product) -> bool:
     """Is it cheaper to compare positions with positions than to form all gradients?"""
     n, m, p, q = one.g.shape[0], other.g.shape[0], one.positions, other.positions
     (_, out, ins) = one.layout.sizes
+    if p == q == 1:
+        return True
     by_positions = n * m * p * q * (out + ins)
     return by_positions < (n * p + m * q + n * m) * out * ins and n * m * p * q <= 2**26
 
 
 def _gram_by_positions(one: Product, other: Product):
-    a = jnp.einsum("nspi,msqi->snpmq", *_wide(one.a, other.a.conj()))
-    g = jnp.einsum("nspo,msqo->snpmq", *_wide(one.g, other.g.conj()))
-    return jnp.sum((a * g).real, axis=(0, 2, 4))
+    (one, scales), (other, other_scales) = (jax.vmap(Product.normalised)(t) for t in (one, other))
+    a = jnp.einsum("nspi,msqi->snpmq", one.a, other.a.conj())
+    g = jnp.einsum("nspo,msqo->snpmq", one.g, other.g.conj())
+    return jnp.sum((a * g).real, axis=(0, 2, 4)) * scales[:, None] * other_scales[None]
+
+
+def norms(terms: Sequence[Term]) -> Measured:
+    """|gradientₙ| of a batch, each within rounding of the formed gradient's.
+
+    Those that can't be relied on are found with more care, one at a time; where there are none,
+    nothing is.
+    """
+    terms = list(terms)
+    found = jax.vmap(measured)(terms)
+    if not sums_products([_one_of(t) for t in terms]):
+        return found
+    doubts = ~found.is_in_range | found.cancels
+    as_found = lambda terms, found, doubts: found
+    return Measured(*lax.cond(jnp.any(doubts), _with_care, as_found, terms, found[:2], doubts))
+
+
+def _with_care(terms, found, doubts):
+    one = lambda x: lax.cond(x[2], _measured_with_care, lambda terms, found: found, *x[:2])
+    return lax.map(one, (terms, found, doubts))
+
+
+def _measured_with_care(terms, found):
+    """With what is multiplied brought near one; where that cancels, of the formed gradient."""
+    m = measured_in_range(terms)
+    again = ~(m.norm >= m.least) | m.cancels
+    formed = lambda terms: norm_of(materialized(_as_wide(terms)))
+    return lax.cond(again, formed, lambda terms: m.norm, terms), m.length
+
+
+def _one_of(term: Term) -> Term:
+    """The shapes of one example's term."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), term)
 
 
 # -------------------------------------------------------------------------------- convolution
@@ -700,6 +944,49 @@ def _wide(*arrays):
     """In one dtype of at least float32, in which sums of many products are exact enough."""
     dtype = functools.reduce(jnp.promote_types, [x.dtype for x in arrays], jnp.float32)
     return tuple(x.astype(dtype) for x in arrays)
+
+
+def power_of_two(m):
+    """The largest power of two that is at most m, which is at least 0; 0 for 0 and nan.
+
+    Dividing by it is exact. It is held fixed in derivatives: what it divides, it multiplies
+    again.
+    """
+    m = lax.stop_gradient(m)
+    bits = {4: jnp.int32, 8: jnp.int64}[m.dtype.itemsize]
+    info = jnp.finfo(m.dtype)
+    exponent = jnp.asarray(((1 << info.bits - 1 - info.nmant) - 1) << info.nmant, bits)
+    power = lax.bitcast_convert_type(lax.bitcast_convert_type(m, bits) & exponent, m.dtype)
+    tiny = float(info.tiny)
+    power = lax.clamp(jnp.asarray(tiny, m.dtype), power, jnp.asarray(1 / tiny, m.dtype))
+    return jnp.where(m > 0, power, jnp.zeros_like(m))
+
+
+def _divided(x, power):
+    """x / power, and x where the power is 0: as where x is."""
+    return x / _nonzero(power).astype(x.dtype)
+
+
+def _nonzero(power):
+    return jnp.where(power > 0, power, jnp.ones_like(power))
+
+
+def _largest(x, axes=None):
+    """max |x|, or of a complex x of its parts; along some axes, which stay, or all."""
+    parts = [lax.real(x), lax.imag(x)] if jnp.iscomplexobj(x) else [x]
+    largest = lambda p: jnp.max(jnp.abs(p), axes, keepdims=axes is not None, initial=0.0)
+    return functools.reduce(lax.max, map(largest, parts))
+
+
+def _unit(x):
+    """(x / s, s), with s a power of two about as large as x's largest entry."""
+    scale = power_of_two(_largest(x))
+    return _divided(x, scale), scale
+
+
+def _root(square):
+    """Of a sum that may round to a little less than zero."""
+    return jnp.sqrt(lax.max(square, jnp.zeros_like(square)))
 
 
 def _square(x):
