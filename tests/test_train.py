@@ -362,9 +362,7 @@ def test_nonfinite_loss_names_the_example_and_the_data():
 def test_nonfinite_parameters_are_told_from_bad_data():
     step = train_step(squares, optax.sgd(0.1))
     step(step.init({"W": jnp.array([1.0, np.nan, 1.0]), "b": jnp.zeros(())}), PROBLEM)
-    with pytest.raises(
-        NonFiniteError, match=r"that went in hold inf or nan: params\['W"
-    ):
+    with pytest.raises(NonFiniteError, match=r"that went in hold inf or nan: params\['W"):
         step.finish()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from fnn.backprop.halves import run
 from fnn.curvature import output_hessian
@@ -84,7 +85,18 @@ class Columns:
 
     def squared_norms(self) -> jax.Array:
         """|Jᵀ s|² for each example's each column, (batch, columns)."""
-        return self.each(algebra.squared_norm)
+        found = self.each(algebra.measured)
+        one = jax.eval_shape(self.as_batch).terms
+        if not algebra.sums_products([algebra._one_of(t) for t in one]):
+            return lax.square(found.norm)
+        doubts = jnp.any(~found.is_in_range | found.cancels)
+
+        def carefully(terms, norms):
+            return dataclasses.replace(self, terms=terms).as_batch().norms().reshape(norms.shape)
+
+        return lax.square(
+            lax.cond(doubts, carefully, lambda _, norms: norms, self.terms, found.norm)
+        )
 
 
 def _sum_squares(x, axis):
