@@ -334,9 +334,11 @@ def test_natural_gradient_and_conjugate_gradients():
 def test_operators_refuse_other_trees_and_become_lineax_operators():
     model, params, xs = mlp(jnp.tanh)
     operator = curvature.ggn_vector_product(model, ops.squared_error)(params, (xs, normal(7, N, 3)))
-    with pytest.raises(ValueError, match="trees like the parameters"):
+    with pytest.raises(
+        ValueError, match=r"tree like the parameters, but has nothing for params\['W2'\]"
+    ):
         operator({"W1": params["W1"]})
-    with pytest.raises(ValueError, match=r"shape \(3,\) at \['b1'\].*shape \(6,\)"):
+    with pytest.raises(ValueError, match=r"shape \(3,\) at params\['b1'\].*shape \(6,\)"):
         operator(params | {"b1": jnp.zeros(3)})
     if importlib.util.find_spec("lineax") is None:
         with pytest.raises(ImportError, match="pip install lineax"):
@@ -419,13 +421,13 @@ def test_the_root_of_the_output_hessian(name):
     H = jax.hessian(loss)(z, target).reshape(z.size, z.size)
     assert (output_hessian._composition(loss, z, target) is not None) == (name in KNOWN)
     known = output_hessian.of(loss, z, target)
-    S = known.root(z).reshape(-1, z.size)
+    S = known.root().reshape(-1, z.size)
     close(S.T @ S, H)
     directions = jnp.eye(z.size).reshape(-1, *z.shape)
-    products = jax.vmap(lambda u: known.product(z, u))(directions)
+    products = jax.vmap(known.product)(directions)
     close(products.reshape(z.size, z.size), H)
-    if known.sample is not None:
-        s = jax.vmap(lambda k: known.sample(z, k))(jax.random.split(jax.random.key(0), 20_000))
+    if known.has_labels("positive"):
+        s = jax.vmap(known.sample)(jax.random.split(jax.random.key(0), 20_000))
         s = s.reshape(-1, z.size)
         close(s.T @ s / len(s), H, atol=0.05 * jnp.abs(H).max())
 
@@ -700,7 +702,7 @@ def test_kfac_refuses_what_is_wrong():
         optimizer.update(params, state, params)
     with pytest.raises(ValueError, match="params"):
         optimizer.update(params, state, batch=batch)
-    with pytest.raises(ValueError, match="damping must be positive"):
+    with pytest.raises(ValueError, match="damping must be a positive finite number"):
         curvature.kfac(model, ops.softmax_cross_entropy, batch, damping=0.0)
 
 

@@ -4,9 +4,22 @@ All take `model(params, input)`, the outputs of one example, and `loss(outputs, 
 loss, and return a function of `(params, (inputs, targets))`. All are of the mean loss.
 
 What is known of a loss's Hessian by the outputs is seen in its program: write it with fnn.ops'
-squared_error, softmax_cross_entropy, sigmoid_binary_cross_entropy or multiclass_hinge. Weights,
-masks, means over words and slices of the outputs may stand around it. Any other loss is
-differentiated twice, a matrix of the outputs' size for each example.
+squared_error, softmax_cross_entropy, sigmoid_binary_cross_entropy, multiclass_hinge, huber or
+gaussian_nll. Weights, masks, means over words and slices of the outputs may stand around it. Any
+other loss is differentiated twice, a matrix of the outputs' size for each example (not so for
+the products, where its program shows that it is convex).
+
+A loss that isn't convex in the outputs, as the Gaussian's with a variance among them, has a
+Hessian H with eigenvalues below zero. The generalised Gauss-Newton matrix here is then that of
+H's positive part, its negative eigenvalues taken for zero (of an fnn loss at several positions,
+the positive part of each): in products, diagonals, traces, Gram matrices and factors alike. ggn_vector_product, ggn_diagonal and ggn_trace take part="all" for H
+itself. natural_gradient, kfac, and kronecker_factors with samples, take the Fisher matrix where
+the loss is the −log of a distribution known to fnn: for all of these but gaussian_nll both are
+the same.
+
+Any real dtype will do, and 16-bit ones are added up in float32. A network or loss with a
+`jax.custom_vjp`, which JAX knows backwards only, is differentiated backwards twice where forward
+mode is wanted.
 
 ggn_vector_product, hessian_vector_product,
 fisher_vector_product, empirical_fisher       linear operators

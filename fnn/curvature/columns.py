@@ -19,6 +19,7 @@ from jax import lax
 
 from fnn.backprop.halves import run
 from fnn.curvature import output_hessian
+from fnn.curvature.checks import pair
 from fnn.per_example import terms as algebra
 from fnn.per_example.differentiate import (
     batch_size,
@@ -112,6 +113,7 @@ def columns(
     key=None,
     samples: int = 0,
     seeds: Callable | None = None,
+    part: str = "positive",
     thrifty: bool = True,
 ) -> tuple[list[Columns], Any, Any]:
     """`(columns of each parameter, their tree, outputs)` of a batch.
@@ -123,9 +125,10 @@ def columns(
         params: a tree of real arrays.
         batch: `(inputs, targets)`, trees of arrays with the examples along their first axis.
         key, samples: how many random columns to take instead of the exact root.
+        part: of which form of the Hessian (see `output_hessian.py`).
         thrifty: form what has more numbers in its factors than the gradient has.
     """
-    inputs, targets = pair(batch)
+    inputs, targets = pair("columns", batch)
     size = batch_size(batch)
     paths, leaves, tree = parameters(params)
     seen: dict[str, Any] = {}
@@ -144,7 +147,7 @@ def columns(
         if seeds is not None:
             s = seeds(z, target)
         else:
-            s = output_hessian.columns(loss, z, target, key, samples)
+            s = output_hessian.columns(loss, z, target, key, samples, part)
         # What doesn't depend on the column, the inputs A above all, is made and kept once.
         cut = found.cut
         once = dict(cut.joint.constants)
@@ -201,24 +204,6 @@ def _pays_to_form(term: Term, leaf, count: int) -> bool:
     if isinstance(term, Dense) or (isinstance(term, Product) and term.positions == 1):
         return False
     return term.g.size >= leaf.size * count
-
-
-def pair(batch: Any) -> tuple[Any, Any]:
-    """A batch as `(inputs, targets)`."""
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise ValueError(
-            "batch must be a pair (inputs, targets) for a model(params, input) and a "
-            f"loss(outputs, target), but is {type(batch).__name__}"
-            + (f" of {len(batch)}." if hasattr(batch, "__len__") else ".")
-        )
-    return batch[0], batch[1]
-
-
-def check_samples(key: Any, samples: int) -> None:
-    if samples < 0:
-        raise ValueError(f"samples must be at least 0, but is {samples}.")
-    if samples and key is None:
-        raise ValueError(f"samples is {samples}, so labels are drawn: pass key=... too.")
 
 
 def one_array(out: Any) -> jax.Array:

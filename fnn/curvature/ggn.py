@@ -10,12 +10,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn.curvature.columns import check_samples, columns
+from fnn.curvature import output_hessian
+from fnn.curvature.checks import (
+    check_loss,
+    check_model,
+    check_part,
+    check_samples,
+    checked,
+    checked_params,
+)
+from fnn.curvature.columns import Columns, columns
 from fnn.per_example.differentiate import batch_size
 from fnn.per_example.gradient import _as
 
 
-def ggn_diagonal(model: Callable, loss: Callable, *, key: Any = None, samples: int = 0) -> Callable:
+def ggn_diagonal(
+    model: Callable,
+    loss: Callable,
+    *,
+    key: Any = None,
+    samples: int = 0,
+    part: str = "positive",
+) -> Callable:
     """The diagonal of the generalised Gauss-Newton matrix (1/N) Σₙ JₙᵀHₙJₙ.
 
     One sweep with the columns of H's root S: Σ_c (JᵀS_c)². With one position, (A²)ᵀ Σ_c G_c²
@@ -23,43 +39,92 @@ def ggn_diagonal(model: Callable, loss: Callable, *, key: Any = None, samples: i
 
     Args:
         model: `model(params, input)`, the outputs of one example, an array.
-        loss: `loss(outputs, target)`, the loss of one example, convex in the outputs.
+        loss: `loss(outputs, target)`, the loss of one example.
         key, samples: with samples > 0 an unbiased estimate from as many random columns, drawn
             with the key, instead of all: for networks with many outputs.
+        part: "positive" or "all" of H; they differ for a loss that isn't convex in the outputs
+            (see `fnn.curvature`). "all" takes a sweep for each sign, and no samples.
 
     Returns:
         A function `(params, (inputs, targets))` to a tree like the parameters.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
     """
-    check_samples(key, samples)
+    _check("ggn_diagonal", model, loss, key, samples, part)
 
     def of_batch(params: Any, batch: Any) -> Any:
-        found, tree, _ = columns(model, loss, params, batch, key=key, samples=samples)
-        size = batch_size(batch)
-        return jax.tree.unflatten(tree, [_as(c.sum_of_squares() / size, c.dtype) for c in found])
+        params, *batch, size = checked("ggn_diagonal", params, batch)
+        found, tree = _signed(model, loss, params, batch, key, samples, part)
+
+        def of_parameter(own):
+            total = functools.reduce(jnp.add, [sign * c.sum_of_squares() for sign, c in own])
+            return _as(total / size, own[0][1].dtype)
+
+        return jax.tree.unflatten(tree, [of_parameter(own) for own in found])
 
     return of_batch
 
 
-def ggn_trace(model: Callable, loss: Callable, *, key: Any = None, samples: int = 0) -> Callable:
+def ggn_trace(
+    model: Callable,
+    loss: Callable,
+    *,
+    key: Any = None,
+    samples: int = 0,
+    part: str = "positive",
+) -> Callable:
     """The trace of the generalised Gauss-Newton matrix, a scalar: Σ of |JᵀS_c|² over N.
 
-    Arguments as for `ggn_diagonal`. No product of factors is formed for it.
+    Arguments as for `ggn_diagonal`. No product of factors is formed for it. It is in float32 at
+    least.
     """
-    check_samples(key, samples)
+    _check("ggn_trace", model, loss, key, samples, part)
 
     def of_batch(params: Any, batch: Any) -> jax.Array:
-        found, _, _ = columns(model, loss, params, batch, key=key, samples=samples, thrifty=False)
-        return functools.reduce(jnp.add, [jnp.sum(c.squared_norms()) for c in found]) / (
-            batch_size(batch)
-        )
+        params, *batch, size = checked("ggn_trace", params, batch)
+        found, _ = _signed(model, loss, params, batch, key, samples, part, thrifty=False)
+        return _sum([sign * jnp.sum(c.squared_norms()) for own in found for sign, c in own]) / size
 
     return of_batch
+
+
+def _check(where, model, loss, key, samples, part) -> None:
+    check_model(where, model)
+    check_loss(where, loss)
+    check_samples(where, key, samples)
+    if check_part(where, part) == "all" and samples:
+        raise ValueError(f'{where}: part="all" has no samples, but samples is {samples}.')
+
+
+def _signed(
+    model, loss, params, batch, key, samples, part, thrifty=True
+) -> tuple[list[list[tuple[int, Columns]]], Any]:
+    """For each parameter, columns and whether their squares count as they are or are taken off."""
+    if part == "positive":
+        sweep = {"key": key, "samples": samples}
+        found, tree, _ = columns(model, loss, params, batch, thrifty=thrifty, **sweep)
+        return [[(1, c)] for c in found], tree
+
+    def seeds(sign, z, target):
+        root, signs = output_hessian.signed_columns(loss, z, target)
+        chosen = (sign * signs > 0).astype(root.dtype)
+        return root * chosen.reshape(-1, *[1] * z.ndim)
+
+    both = []
+    for sign in (1, -1):
+        of_sign = functools.partial(seeds, sign)
+        found, tree, _ = columns(model, loss, params, batch, seeds=of_sign, thrifty=thrifty)
+        both.append([(sign, c) for c in found])
+    return [list(own) for own in zip(*both, strict=True)], tree
 
 
 def ggn_gram(model: Callable, loss: Callable) -> Callable:
     """The Gram matrix of all columns JₙᵀSₙ, (N · C, N · C), divided by N; or of two batches'.
 
-    C is the number of outputs, less one for softmax, whose Hessian has that rank.
+    C is the number of outputs, less one for softmax, whose Hessian has that rank, and 0 for a
+    hinge, which has none. Of the Hessian it is the positive part that has a root (see
+    `fnn.curvature`).
     It has the GGN's nonzero eigenvalues, and is small where there are more parameters than
     N · C (Dangel, Tatzel & Hennig, "ViViT: Curvature access through the generalized
     Gauss-Newton's low-rank structure", 2022). Arguments as for `ggn_diagonal`.
@@ -68,16 +133,17 @@ def ggn_gram(model: Callable, loss: Callable) -> Callable:
         A function `(params, batch, other_batch=None)`: with another batch of M examples the
         matrix is (N · C, M · C), divided by √(N M).
     """
+    check_model("ggn_gram", model)
+    check_loss("ggn_gram", loss)
 
     def of_batch(params: Any, batch: Any, other: Any = None) -> jax.Array:
-        own = [c.as_batch() for c in columns(model, loss, params, batch)[0]]
-        size = other_size = batch_size(batch)
-        others = own
+        params, *batch, size = checked("ggn_gram", params, batch)
+        own = columns(model, loss, params, batch)[0]
+        others, other_size = own, size
         if other is not None:
-            others = [c.as_batch() for c in columns(model, loss, params, other)[0]]
-            other_size = batch_size(other)
-        grams = [g.gram(h) for g, h in zip(own, others, strict=True)]
-        return functools.reduce(jnp.add, grams) / math.sqrt(size * other_size)
+            _, *other, other_size = checked("ggn_gram", params, other)
+            others = columns(model, loss, params, other)[0]
+        return _grams(own, others) / math.sqrt(size * other_size)
 
     return of_batch
 
@@ -92,18 +158,33 @@ def ntk(model: Callable) -> Callable:
         A function `(params, inputs, other_inputs=None)` to an array
         (N, *outputs, M, *outputs).
     """
+    check_model("ntk", model)
 
     def of_inputs(params: Any, inputs: Any, others: Any = None) -> jax.Array:
+        params = checked_params("ntk", params)
+
         def sweep(x):
-            size = batch_size(x)
+            batch_size(x)
             one_hot = lambda z, _: jnp.eye(z.size, dtype=z.dtype).reshape(z.size, *z.shape)
-            unused = jnp.zeros(size)
-            found, _, z = columns(model, None, params, (x, unused), seeds=one_hot)
-            return [c.as_batch() for c in found], z.shape
+            found, _, z = columns(model, None, params, (x, None), seeds=one_hot)
+            return found, z.shape
 
         own, shape = sweep(inputs)
         other, other_shape = (own, shape) if others is None else sweep(others)
-        grams = [g.gram(h) for g, h in zip(own, other, strict=True)]
-        return functools.reduce(jnp.add, grams).reshape(*shape, *other_shape)
+        return _grams(own, other).reshape(*shape, *other_shape)
 
     return of_inputs
+
+
+def _grams(own: list[Columns], others: list[Columns]) -> jax.Array:
+    """The inner products of all columns, summed over the parameters."""
+    if own[0].count == 0 or others[0].count == 0:
+        dtype = functools.reduce(jnp.promote_types, [c.dtype for c in own], jnp.float32)
+        return jnp.zeros([c[0].batch_size * c[0].count for c in (own, others)], dtype)
+    pairs = zip(own, others, strict=True)
+    return _sum([g.as_batch().gram(h.as_batch()) for g, h in pairs])
+
+
+def _sum(arrays: list[jax.Array]) -> jax.Array:
+    dtype = functools.reduce(jnp.promote_types, [x.dtype for x in arrays])
+    return functools.reduce(jnp.add, [x.astype(dtype) for x in arrays])

@@ -21,15 +21,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fnn import arguments
 from fnn.backprop import grad
 from fnn.backprop.halves import run
 from fnn.curvature import output_hessian
-from fnn.curvature.columns import one_array, pair
+from fnn.curvature.checks import check_loss, check_model, checked, one_example
+from fnn.curvature.columns import one_array
 from fnn.curvature.ggn import ggn_diagonal
+from fnn.curvature.linearize import second_derivative
 from fnn.curvature.operators import mean_loss
 from fnn.curvature.piecewise_linear import piecewise_linear
 from fnn.jaxpr import Program, once, program, trace
-from fnn.per_example.differentiate import batch_size, parameters
+from fnn.per_example.differentiate import parameters
 from fnn.per_example.factors import MEETINGS, PASSAGES
 from fnn.per_example.terms import Convolution, Product
 
@@ -49,11 +52,17 @@ def hessian_diagonal(model: Callable, loss: Callable, *, chunk: int = 16) -> Cal
 
     Returns:
         A function `(params, (inputs, targets))` to a tree like the parameters.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
     """
+    check_model("hessian_diagonal", model)
+    check_loss("hessian_diagonal", loss)
+    chunk = arguments.integer("hessian_diagonal", "chunk", chunk, least=1)
 
     def of_batch(params: Any, batch: Any) -> Any:
-        inputs, targets = pair(batch)
-        size = batch_size(batch)
+        params, inputs, targets, size = checked("hessian_diagonal", params, batch)
+        batch = inputs, targets
         if piecewise_linear(model, params, inputs) and _is_convex(model, loss, params, batch):
             return ggn_diagonal(model, loss)(params, batch)
         _, leaves, tree = parameters(params)
@@ -64,7 +73,7 @@ def hessian_diagonal(model: Callable, loss: Callable, *, chunk: int = 16) -> Cal
             x, t = jax.tree.unflatten(example_tree, args[len(leaves) :])
             return [loss(one_array(model(here, x)), t)]
 
-        flat = program(trace(of_example, [*leaves, *(x[0] for x in examples)]))
+        flat = program(trace(of_example, [*leaves, *one_example(examples)]))
         found: list = [None] * len(leaves)
         for layer in _layers(flat, len(leaves)):
             of_weight, of_bias = _through(layer, flat, leaves, examples, size, chunk)
@@ -72,7 +81,7 @@ def hessian_diagonal(model: Callable, loss: Callable, *, chunk: int = 16) -> Cal
             if layer.bias is not None:
                 found[layer.bias] = of_bias
 
-        mean = mean_loss(model, loss, batch)
+        mean = mean_loss(model, loss, inputs, targets)
         for k, leaf in enumerate(leaves):
             if found[k] is None:
 
@@ -88,17 +97,16 @@ def hessian_diagonal(model: Callable, loss: Callable, *, chunk: int = 16) -> Cal
 
 def _is_convex(model, loss, params, batch) -> bool:
     """Is the loss convex for sure, so that the root of its Hessian is exact?"""
-    inputs, targets = batch
-    first = lambda tree: jax.tree.map(lambda x: x[0], tree)
-    z = jax.eval_shape(model, params, first(inputs))
-    return output_hessian.is_convex(loss, z, first(targets))
+    x, target = one_example(batch)
+    z = jax.eval_shape(lambda p, x: one_array(model(p, x)), params, x)
+    return output_hessian.is_convex(loss, z, target)
 
 
 def _entry_by_entry(mean: Callable, leaf, chunk: int) -> jax.Array:
     """The diagonal for a parameter, by one Hessian product for each of its entries."""
 
     def diagonal(leaf):
-        _, push = jax.linearize(grad(mean), leaf)
+        push = second_derivative(grad(mean), leaf)
 
         def entry(i):
             one_hot = jnp.zeros(leaf.size, leaf.dtype).at[i].set(1).reshape(leaf.shape)
@@ -202,7 +210,7 @@ def _through(
 
     zero = jnp.zeros((size, *flat.avals[y].shape), flat.avals[y].dtype)
     total = lambda eps: jnp.sum(jax.vmap(moved)(eps, *examples))
-    _, push = jax.linearize(grad(total), zero)
+    push = second_derivative(grad(total), zero)
 
     terms = jax.vmap(term)(zero, *examples)
     a, layout = terms.a, terms.layout

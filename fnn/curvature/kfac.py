@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +11,14 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from fnn import arguments
 from fnn.curvature import output_hessian
-from fnn.curvature.columns import one_array, pair
-from fnn.curvature.kronecker import Block, Diagonal, Kronecker, kronecker_factors
+from fnn.curvature.checks import check_like, check_loss, check_model, pair
+from fnn.curvature.columns import one_array
+from fnn.curvature.kronecker import Block, Diagonal, Kronecker, factors
+from fnn.curvature.linearize import linearized
+from fnn.jaxpr import once
+from fnn.per_example.differentiate import parameters
 
 
 class KFACState(NamedTuple):
@@ -27,6 +32,8 @@ class KFACState(NamedTuple):
     damping: λ.
     velocity: the last update, a tree like the parameters.
     ratio: the loss's last measured reduction over the one that the quadratic model foretold.
+
+    weight, damping and ratio are in the widest of the parameters' dtypes, float32 at least.
     """
 
     count: jax.Array
@@ -69,13 +76,21 @@ def kfac(
 
     over α and μ, with the exact GGN, two forward-mode passes (section 7). λ follows the rule of
     Levenberg and Marquardt: every few steps the loss's true reduction over the model's, ρ, makes
-    it smaller where ρ > ¾ and larger where ρ < ¼ (section 6.5).
+    it smaller where ρ > ¾ and larger where ρ < ¼ (section 6.5). Where the model is no good the
+    step is halved until the loss itself, at the outputs z + J δ of the linearised network, falls
+    by half of what the model foretold: a saturated softmax has next to no curvature, and the
+    model's minimum lies far beyond it. No network is run for that.
+
+    For gaussian_nll, whose GGN depends on the labels, the Fisher matrix takes its place. Factors
+    and products are kept in float32 at least; inputs and gradients may be of any size whose
+    square float32 holds.
 
     Args:
         model: `model(params, input)`, the outputs of one example, an array.
         loss: `loss(outputs, target)`, the loss of one example.
         example_batch: a batch `(inputs, targets)`, or its shapes; its values aren't looked at.
-        learning_rate: a number or an optax schedule for α instead; then `momentum` is μ.
+        learning_rate: a number or an optax schedule for α instead; then `momentum` is μ, and
+            no step is halved.
         momentum: μ where the learning rate is given, 0 unless given; else 0 leaves the last
             step out of the quadratic model.
         damping: λ to begin with.
@@ -97,38 +112,55 @@ def kfac(
         where the gradient is that of the mean loss. `fnn.train_step` passes it on.
 
     Raises:
+        TypeError: an argument is of the wrong type, or a parameter is no real array.
         ValueError: an argument is out of range, or update gets no params or no batch.
     """
-    for name, value in (
-        ("damping", damping),
-        ("factors_every", factors_every),
-        ("inverses_every", inverses_every),
-    ):
-        if value <= 0:
-            raise ValueError(f"kfac: {name} must be positive, but is {value}.")
-    if not 0 <= average < 1:
-        raise ValueError(f"kfac: average must be at least 0 and below 1, but is {average}.")
-    key = jax.random.key(0) if key is None else key
+    check_model("kfac", model)
+    check_loss("kfac", loss)
+    pair("kfac", example_batch, "example_batch")
+    _check_numbers(
+        damping,
+        adapt_damping_every,
+        damping_decay,
+        min_damping,
+        max_damping,
+        factors_every,
+        inverses_every,
+        average,
+        l2,
+        samples,
+    )
+    arguments.choice("kfac", "kind", kind, ("expand", "reduce"))
+    if momentum is not None:
+        arguments.number("kfac", "momentum", momentum, least=0, below=1)
+    if trust_region is not None:
+        arguments.number("kfac", "trust_region", trust_region, above=0, infinite=True)
+    if learning_rate is not None and not callable(learning_rate):
+        arguments.number("kfac", "learning_rate", learning_rate, least=0)
+    key = jax.random.key(0) if key is None else arguments.key("kfac", "key", key)
     with_model = learning_rate is None
-    look_back = momentum != 0.0 if with_model else bool(momentum)
+    look_back = momentum is None or momentum > 0 if with_model else bool(momentum)
 
     def new_factors(params, batch, key):
         draw = {"key": key, "samples": samples} if samples else {}
-        return kronecker_factors(model, loss, kind=kind, **draw)(params, batch)
+        return factors(model, loss, params, batch, kind=kind, part="fisher", **draw)
 
     def init(params):
         shapes = jax.eval_shape(new_factors, params, example_batch, key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        dtype = functools.reduce(
+            jnp.promote_types, [x.dtype for x in parameters(params)[1]], jnp.float32
+        )
         return KFACState(
             jnp.zeros((), jnp.int32),
             # A copy: a step that donates its state must not take the caller's key along.
             jnp.copy(key),
             zeros,
-            jnp.zeros(()),
+            jnp.zeros((), dtype),
             jax.tree.map(jnp.copy, zeros),
-            jnp.asarray(damping, jnp.float32),
+            jnp.asarray(damping, dtype),
             jax.tree.map(jnp.zeros_like, params),
-            jnp.ones(()),
+            jnp.ones((), dtype),
         )
 
     def update(gradient, state, params=None, *, batch=None, **unused):
@@ -137,8 +169,17 @@ def kfac(
             raise ValueError(
                 f"kfac: update needs {missing}: update(gradient, state, params, batch=...)."
             )
-        inputs, targets = pair(batch)
-        gradient = jax.tree.map(lambda g, p: g + l2 * p, gradient, params) if l2 else gradient
+        inputs, targets = pair("kfac", batch)
+        check_like("kfac", "the gradient", gradient, params)
+        return once(step)(gradient, state, params, (inputs, targets))
+
+    def step(gradient, state, params, batch):
+        inputs, targets = batch
+        dtype = state.damping.dtype
+        damping = state.damping + l2
+        wide_params, gradient = _wide(params), _wide(gradient)
+        if l2:
+            gradient = jax.tree.map(lambda g, p: g + l2 * p, gradient, wide_params)
         factors, weight = _every(
             factors_every,
             state.count,
@@ -152,47 +193,72 @@ def kfac(
         inverses = _every(
             inverses_every,
             state.count,
-            lambda: _inverted(factors, weight, state.damping + l2),
+            lambda: _inverted(factors, weight, damping),
             state.inverses,
         )
-        direction = jax.tree.map(
-            lambda f, g: (-f.times(g)).astype(g.dtype), inverses, gradient, is_leaf=_is_factors
-        )
+        direction = jax.tree.map(lambda f, g: -f.times(g), inverses, gradient, is_leaf=_is_factors)
 
+        # Directions of entries up to one: so nothing overflows, whatever the units of the data.
+        found = [direction, _wide(state.velocity)] if look_back else [direction]
+        vectors, sizes = zip(*[_normalised(v, dtype) for v in found], strict=True)
         outputs = lambda p: jax.vmap(lambda x: one_array(model(p, x)))(inputs)
-        z, push = jax.linearize(outputs, params)
-        vectors = [direction, state.velocity] if look_back else [direction]
-        curved = _quadratic(loss, z, targets, push, vectors)
-        inner = jnp.array([[_dot(u, v) for v in vectors] for u in vectors])
-        slope = jnp.array([_dot(gradient, v) for v in vectors])
-        damped = curved + (state.damping + l2) * inner
+        z, push, _ = linearized(outputs, params)
+        pushed = [push(_like(v, params)) for v in vectors]
+        bend = output_hessian.products(loss, z, targets, "fisher")
+        bent = [bend(u) for u in pushed]
+        curved = _table(lambda i, j: _dot(pushed[i], bent[j]) / z.shape[0], vectors, dtype)
+        inner = _table(lambda i, j: _dot(vectors[i], vectors[j]), vectors, dtype)
+        slope = jnp.stack([_dot(gradient, v).astype(dtype) for v in vectors])
+        quadratic = _Quadratic.of(slope, curved + damping * inner)
         if with_model:
-            steps = _minimum(damped, slope)
+            x = quadratic.minimum()
         else:
             rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-            steps = jnp.array([rate, momentum] if look_back else [rate])
+            given = [rate, momentum] if look_back else [rate]
+            x = jnp.stack([jnp.asarray(r, dtype) * s for r, s in zip(given, sizes, strict=True)])
         if trust_region is not None:
-            length = 0.5 * steps @ damped @ steps
-            steps = steps * jnp.sqrt(jnp.minimum(1, trust_region / jnp.maximum(length, 1e-30)))
-        delta = _combined(steps, vectors)
+            length = quadratic.square(x) / 2
+            tiny = jnp.finfo(dtype).tiny
+            x = x * jnp.sqrt(jnp.minimum(1, trust_region / jnp.maximum(length, tiny)))
+        before = _mean(loss, z, targets).astype(dtype)
+        if with_model:
+            moved = _combined(x, pushed)
+
+            def change(share):
+                """The loss's, of the linearised network, and of what is quadratic besides."""
+                there = z + share.astype(z.dtype) * moved
+                rest = damping * (x @ inner @ x) / 2
+                found = _mean(loss, there, targets).astype(dtype) - before + share**2 * rest
+                if l2:
+                    pull = jnp.stack([_dot(wide_params, v).astype(dtype) for v in vectors])
+                    found += share * l2 * (pull @ x)
+                return found
+
+            x = x * _share(change, slope @ x, before)
+        delta = _like(_combined(x, vectors), params)
 
         adapted, ratio = state.damping, state.ratio
         if adapt_damping_every:
 
             def adapt():
-                foretold = slope @ steps + 0.5 * steps @ damped @ steps
+                foretold = slope @ x + quadratic.square(x) / 2
                 after = optax.apply_updates(params, delta)
-                change = _mean(loss, outputs(after), targets) - _mean(loss, z, targets)
+                change = _mean(loss, outputs(after), targets).astype(dtype) - before
                 if l2:
-                    change += 0.5 * l2 * (_dot(after, after) - _dot(params, params))
-                ratio = change / jnp.minimum(foretold, -1e-30)
+                    after = _wide(after)
+                    squares = _dot(after, after) - _dot(wide_params, wide_params)
+                    change += (0.5 * l2 * squares).astype(dtype)
+                # Where nothing was foretold, at a minimum, nothing is learnt.
+                is_known = foretold != 0
+                ratio = jnp.where(foretold < 0, change / jnp.where(is_known, foretold, 1), 0)
+                ratio = jnp.where(jnp.isfinite(ratio), ratio, 0)
                 factor = damping_decay**adapt_damping_every
-                ratio = jnp.where(jnp.isfinite(ratio), ratio, 0.0)
                 new = jnp.where(ratio > 0.75, state.damping * factor, state.damping)
                 new = jnp.where(ratio < 0.25, state.damping / factor, new)
+                new = jnp.clip(new, min_damping, max_damping)
                 return (
-                    jnp.clip(new, min_damping, max_damping).astype(state.damping.dtype),
-                    ratio.astype(state.ratio.dtype),
+                    jnp.where(is_known, new, state.damping),
+                    jnp.where(is_known, ratio, state.ratio),
                 )
 
             adapted, ratio = _every(adapt_damping_every, state.count + 1, adapt, (adapted, ratio))
@@ -202,6 +268,35 @@ def kfac(
         return delta, new
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_numbers(
+    damping,
+    adapt_damping_every,
+    damping_decay,
+    min_damping,
+    max_damping,
+    factors_every,
+    inverses_every,
+    average,
+    l2,
+    samples,
+) -> None:
+    number = functools.partial(arguments.number, "kfac")
+    integer = functools.partial(arguments.integer, "kfac")
+    number("damping", damping, above=0)
+    integer("adapt_damping_every", adapt_damping_every, least=0)
+    number("damping_decay", damping_decay, above=0, most=1)
+    number("min_damping", min_damping, least=0)
+    number("max_damping", max_damping, least=min_damping, infinite=True)
+    integer("factors_every", factors_every, least=1)
+    integer("inverses_every", inverses_every, least=1)
+    number("average", average, least=0, below=1)
+    number("l2", l2, least=0)
+    integer("samples", samples, least=0)
+
+
+# ------------------------------------------------------------------------------- the curvature
 
 
 def _every(period: int, count, function: Callable, otherwise):
@@ -229,69 +324,151 @@ def _inverted(factors, weight, damping):
 
 
 def _inverse(weight, damping, f):
+    """(F + λ I)⁻¹ for a block or a diagonal. For A ⊗ G, with a and g their mean eigenvalues,
+
+        (A + π √λ I)⁻¹ ⊗ (G + √λ/π I)⁻¹,   π² = a / g                  (section 6.3).
+
+    Divided by a and g the two are damped alike, by r = √(λ / (a g)); so no number here is of
+    the size of π, which may be any.
+    """
+    dtype = jax.tree.leaves(f)[0].dtype
+    weight, damping = weight.astype(dtype), damping.astype(dtype)
     if isinstance(f, Diagonal):
         return Diagonal(1 / (f.diagonal / weight + damping), f.shape)
     if isinstance(f, Block):
-        return Block(_inverse_of_positive(f.matrix / weight, damping), f.shape)
-    # (A + π √λ I) ⊗ (G + √λ/π I), π² the mean eigenvalue of A over that of G (section 6.3).
+        matrix = f.matrix / weight
+        mean = _mean_eigenvalue(matrix)
+        return Block(_damped_inverse(matrix, mean, mean, damping), f.shape)
     A, G = f.A / weight, f.G / weight
-    mean_a = jnp.mean(A, axis=-1) if A.ndim == 2 else jnp.trace(A, 0, 1, 2) / A.shape[-1]
-    mean_g = jnp.trace(G, 0, 1, 2) / G.shape[-1]
-    tiny = jnp.finfo(G.dtype).tiny
-    pi = jnp.sqrt(jnp.maximum(mean_a, tiny) / jnp.maximum(mean_g, tiny))
-    pi = jnp.where((mean_a > 0) & (mean_g > 0), pi, 1)
-    root = jnp.sqrt(damping).astype(G.dtype)
-    if A.ndim == 2:
-        inverse_a = 1 / (A + (pi * root)[:, None])
-    else:
-        inverse_a = jax.vmap(_inverse_of_positive)(A, pi * root)
-    return Kronecker(inverse_a, jax.vmap(_inverse_of_positive)(G, root / pi), f.layout, f.shape)
+    a = jnp.mean(A, axis=-1) if A.ndim == 2 else jax.vmap(_mean_eigenvalue)(A)
+    g = jax.vmap(_mean_eigenvalue)(G)
+    size, damping = jnp.sqrt(a) * jnp.sqrt(g), jnp.broadcast_to(jnp.sqrt(damping), a.shape)
+    return Kronecker(
+        jax.vmap(_damped_inverse)(A, a, size, damping),
+        jax.vmap(_damped_inverse)(G, g, size, damping),
+        f.layout,
+        f.shape,
+    )
 
 
-def _inverse_of_positive(matrix, damping):
-    """(matrix + damping I)⁻¹ by Cholesky's factor."""
-    eye = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
-    factor = jnp.linalg.cholesky(matrix + damping.astype(matrix.dtype) * eye)
-    return jax.scipy.linalg.cho_solve((factor, True), eye)
+def _mean_eigenvalue(matrix):
+    return jnp.trace(matrix) / matrix.shape[0]
 
 
-def _quadratic(loss, z, targets, push, vectors):
-    """uᵀ GGN v for all pairs of vectors."""
-    pushed = [push(v) for v in vectors]
-    product = lambda z, t, u: output_hessian.of(loss, z, t).product(z, u)
-    bent = [jax.vmap(product)(z, targets, u) for u in pushed]
-    size = z.shape[0]
-    return jnp.array([[jnp.vdot(u, v) / size for v in bent] for u in pushed])
+def _damped_inverse(matrix, mean, size, damping):
+    """(size · matrix / mean + damping · I)⁻¹ for a positive matrix, or a diagonal as a vector.
+
+    It is divided by size + damping first: then it is a mean of matrix / mean and I. The second
+    one's share is at least what rounding takes from the first one's eigenvalues, of which none
+    is above the number n of them all.
+    """
+    n = matrix.shape[0]
+    total = size + damping
+    there = (mean > 0) & (total > 0)
+    share = jnp.where(there, damping / jnp.where(there, total, 1), 1)
+    share = jnp.maximum(share, n * jnp.finfo(matrix.dtype).eps)
+    mixed = (1 - share) / jnp.where(there, mean, 1) * matrix
+    total = jnp.where(there, total, damping)
+    if matrix.ndim == 1:
+        return 1 / (mixed + share) / total
+    eye = jnp.eye(n, dtype=matrix.dtype)
+    factor = jnp.linalg.cholesky(mixed + share * eye)
+    return jax.scipy.linalg.cho_solve((factor, True), eye) / total
 
 
-def _minimum(matrix, slope):
-    """The minimum of slopeᵀx + ½ xᵀ matrix x, of one or two numbers."""
-    if slope.shape[0] == 1:
-        return -slope / jnp.maximum(matrix[0], jnp.finfo(matrix.dtype).tiny)
-    # The last step may be zero, or parallel to the direction: then it counts for nothing.
-    (a, b), (_, d) = matrix
-    det = a * d - b * b
-    alone = jnp.array([-slope[0] / jnp.maximum(a, jnp.finfo(a.dtype).tiny), 0.0])
-    sound = det > 1e-6 * a * d
-    det = jnp.where(sound, det, 1)
-    both = jnp.array([b * slope[1] - d * slope[0], b * slope[0] - a * slope[1]]) / det
-    return jnp.where(sound, both, alone)
+# ------------------------------------------------------------------------------------- the step
 
 
-def _combined(steps, vectors):
+class _Quadratic(NamedTuple):
+    """slopeᵀx + ½ xᵀ matrix x, of one or two numbers x.
+
+    root: of the matrix's diagonal; slopes: by x · root; cosine: the matrix's other entry over
+        both roots.
+    """
+
+    root: jax.Array
+    slopes: jax.Array
+    cosine: jax.Array
+
+    @staticmethod
+    def of(slope, matrix) -> _Quadratic:
+        root = jnp.sqrt(jnp.diagonal(matrix))
+        inverse = jnp.where(root > 0, 1 / jnp.where(root > 0, root, 1), 0)
+        return _Quadratic(root, slope * inverse, matrix[0, -1] * inverse[0] * inverse[-1])
+
+    def minimum(self):
+        inverse = jnp.where(self.root > 0, 1 / jnp.where(self.root > 0, self.root, 1), 0)
+        if self.slopes.shape[0] == 1:
+            return -self.slopes * inverse
+        # The last step may be zero, or parallel to the direction: then it counts for nothing.
+        (h, k), c = self.slopes, self.cosine
+        det = 1 - c * c
+        is_sound = det > 1e-6
+        both = jnp.stack([c * k - h, c * h - k]) / jnp.where(is_sound, det, 1)
+        return jnp.where(is_sound, both, jnp.stack([-h, jnp.zeros_like(h)])) * inverse
+
+    def square(self, x):
+        """xᵀ matrix x."""
+        y = x * self.root
+        cross = 2 * self.cosine * y[0] * y[-1] if len(y) == 2 else 0
+        return jnp.sum(y * y) + cross
+
+
+def _share(change: Callable, slope, before):
+    """The largest of 1, ½, ¼, … of a step at which the loss falls by half of the model's ½ slope.
+
+    Changes are known to the rounding of the loss.
+    """
+    rounding = 4 * jnp.finfo(slope.dtype).eps * jnp.abs(before)
+
+    def is_too_long(share):
+        return ~(change(share) <= share * slope / 4 + rounding) & (share > 2.0**-100)
+
+    return lax.while_loop(is_too_long, lambda share: share / 2, jnp.ones((), slope.dtype))
+
+
+def _normalised(tree, dtype):
+    """The tree divided by its largest entry, and that; zeros for zeros."""
+    largest = functools.reduce(
+        jnp.maximum,
+        [jnp.max(jnp.abs(x), initial=0).astype(dtype) for x in jax.tree.leaves(tree)],
+    )
+    safe = jnp.where(largest >= jnp.finfo(jnp.float32).tiny, largest, 1)
+    return jax.tree.map(lambda x: x / safe.astype(x.dtype), tree), safe
+
+
+def _combined(x, vectors: Sequence):
+    """Σ xᵢ vᵢ."""
     return jax.tree.map(
         lambda *vs: functools.reduce(
-            jnp.add, [s.astype(v.dtype) * v for s, v in zip(steps, vs, strict=True)]
+            jnp.add, [c.astype(v.dtype) * v for c, v in zip(x, vs, strict=True)]
         ),
         *vectors,
     )
 
 
+def _table(entry: Callable, vectors: Sequence, dtype):
+    places = range(len(vectors))
+    return jnp.stack([jnp.stack([entry(i, j).astype(dtype) for j in places]) for i in places])
+
+
 def _dot(u, v):
-    return functools.reduce(
-        jnp.add, [jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(u), jax.tree.leaves(v))]
-    )
+    """⟨u, v⟩ of two trees, in float32 at least."""
+    pairs = zip(jax.tree.leaves(_wide(u)), jax.tree.leaves(_wide(v)), strict=True)
+    parts = [jnp.sum(a * b) for a, b in pairs]
+    dtype = functools.reduce(jnp.promote_types, [p.dtype for p in parts])
+    return functools.reduce(jnp.add, [p.astype(dtype) for p in parts])
 
 
 def _mean(loss, z, targets):
-    return jnp.mean(jax.vmap(loss)(z, targets))
+    return jnp.mean(_wide(jax.vmap(loss)(z, targets)))
+
+
+def _wide(tree):
+    """In float32 at least."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def _like(tree, params):
+    """In the parameters' dtypes."""
+    return jax.tree.map(lambda x, p: x.astype(jnp.asarray(p).dtype), tree, params)

@@ -23,11 +23,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fnn import arguments
 from fnn.backprop import grad
-from fnn.curvature.columns import Columns, check_samples, columns
+from fnn.curvature.checks import check_loss, check_model, check_samples, checked
+from fnn.curvature.columns import Columns, columns
 from fnn.per_example import terms as algebra
 from fnn.per_example.differentiate import batch_size
 from fnn.per_example.terms import Convolution, Layout, Product, Rows
+
+_wide = algebra._wide
 
 
 @functools.partial(
@@ -50,9 +54,9 @@ class Kronecker:
 
     def times(self, w: jax.Array) -> jax.Array:
         """The block times a tensor of the parameter's shape."""
-        x = self.layout.from_parameter(w)
-        x = jnp.einsum("sop,spi->soi", self.G, x)
-        x = x * self.A[:, None] if self.A.ndim == 2 else jnp.einsum("soi,sij->soj", x, self.A)
+        G, A, w = _wide(self.G, self.A, w)
+        x = jnp.einsum("sop,spi->soi", G, self.layout.from_parameter(w))
+        x = x * A[:, None] if A.ndim == 2 else jnp.einsum("soi,sij->soj", x, A)
         return self.layout.to_parameter(x)
 
     def to_dense(self) -> jax.Array:
@@ -72,7 +76,8 @@ class Block:
     shape: tuple[int, ...]
 
     def times(self, w: jax.Array) -> jax.Array:
-        return (self.matrix @ w.reshape(-1)).reshape(self.shape)
+        matrix, w = _wide(self.matrix, w)
+        return (matrix @ w.reshape(-1)).reshape(self.shape)
 
     def to_dense(self) -> jax.Array:
         return self.matrix
@@ -89,7 +94,8 @@ class Diagonal:
     shape: tuple[int, ...]
 
     def times(self, w: jax.Array) -> jax.Array:
-        return self.diagonal * w
+        diagonal, w = _wide(self.diagonal, w)
+        return diagonal * w
 
     def to_dense(self) -> jax.Array:
         return jnp.diag(self.diagonal.reshape(-1))
@@ -112,7 +118,8 @@ def kronecker_factors(
 
     Args:
         model: `model(params, input)`, the outputs of one example, an array.
-        loss: `loss(outputs, target)`, the loss of one example, convex in the outputs.
+        loss: `loss(outputs, target)`, the loss of one example; of its Hessian by the outputs
+            the positive part (see `fnn.curvature`).
         kind: "expand" or "reduce", for weights used at several positions.
         key, samples: with samples > 0, labels drawn from the network's distribution (KFAC); else
             all columns of the loss's Hessian (KFLR, Botev et al. 2017).
@@ -126,46 +133,63 @@ def kronecker_factors(
         used at one position of a batch of one example (of one with one column), and an
         approximation beyond.
     """
-    if kind not in ("expand", "reduce"):
-        raise ValueError(f'kind must be "expand" or "reduce", but is {kind!r}.')
-    check_samples(key, samples)
-    if samples and empirical:
-        raise ValueError("the empirical Fisher takes the data's labels: no samples.")
+    check_model("kronecker_factors", model)
+    check_loss("kronecker_factors", loss)
+    arguments.choice("kronecker_factors", "kind", kind, ("expand", "reduce"))
+    check_samples("kronecker_factors", key, samples)
+    arguments.integer("kronecker_factors", "largest_block", largest_block, least=0)
+    if arguments.flag("kronecker_factors", "empirical", empirical) and samples:
+        raise ValueError(
+            "kronecker_factors: the empirical Fisher takes the data's labels: no samples."
+        )
+    options = {"kind": kind, "key": key, "samples": samples, "largest_block": largest_block}
+    if empirical:
+        options["seeds"] = lambda z, t: grad(lambda z: loss(z, t))(z)[None]
+    part = "fisher" if samples else "positive"
 
     def of_batch(params: Any, batch: Any) -> Any:
-        gradient = lambda z, t: grad(lambda z: loss(z, t))(z)[None]
-        found, tree, _ = columns(
-            model,
-            loss,
-            params,
-            batch,
-            key=key,
-            samples=samples,
-            seeds=gradient if empirical else None,
-            thrifty=False,
-        )
-        size = batch_size(batch)
-        return jax.tree.unflatten(tree, [factors_of(c, size, kind, largest_block) for c in found])
+        params, *batch, _ = checked("kronecker_factors", params, batch)
+        return factors(model, loss, params, batch, part=part, **options)
 
     return of_batch
 
 
+def factors(
+    model: Callable,
+    loss: Callable,
+    params: Any,
+    batch: Any,
+    *,
+    kind: str,
+    part: str,
+    largest_block: int = 1024,
+    **sweep: Any,
+) -> Any:
+    """A batch's factors; `sweep` says how its columns are found (see `columns.py`)."""
+    found, tree, _ = columns(model, loss, params, batch, part=part, thrifty=False, **sweep)
+    size = batch_size(batch)
+    return jax.tree.unflatten(tree, [factors_of(c, size, kind, largest_block) for c in found])
+
+
 def factors_of(own: Columns, size: int, kind: str, largest_block: int) -> Factors:
-    """One parameter's factors."""
+    """One parameter's factors, in float32 at least."""
+    if math.prod(own.shape) == 0:
+        return Diagonal(jnp.zeros(own.shape, jnp.promote_types(own.dtype, jnp.float32)), own.shape)
     term, axes = (own.terms[0], own.axes[0]) if len(own.terms) == 1 else (None, None)
     if isinstance(term, Convolution):
         term, axes = _as_product(term, axes)
     if isinstance(term, Product):
         by_column = axes.g == 0
-        g = term.g if by_column else term.g[:, None]
-        g = _first(g) * (1 if by_column else math.sqrt(own.count))
+        a, g = _wide(term.a, term.g if by_column else term.g[:, None])
+        g = g * (1 if by_column else math.sqrt(own.count))
         if axes.a is None:
-            return _kronecker(_first(term.a), g, term.layout, own.shape, size, kind)
+            return _kronecker(a, g, term.layout, own.shape, size, kind)
     if isinstance(term, Rows) and axes.index is None and kind == "expand":
         positions = term.index.shape[-1]
         _, rows, _ = term.layout.sizes
-        counts = jnp.zeros(rows, term.g.dtype).at[term.index.reshape(-1)].add(1, mode="drop")
-        g = jnp.einsum("ncspo,ncspq->soq", term.g, term.g) / size
+        (g,) = _wide(term.g)
+        counts = jnp.zeros(rows, g.dtype).at[term.index.reshape(-1)].add(1, mode="drop")
+        g = jnp.einsum("ncspo,ncspq->soq", g, g) / size
         # The factor that stands first in the layout is the table's rows: theirs is diagonal.
         swapped = dataclasses.replace(
             term.layout,
@@ -176,7 +200,7 @@ def factors_of(own: Columns, size: int, kind: str, largest_block: int) -> Factor
         return Kronecker(counts[None] / (size * positions), g, swapped, own.shape)
     numbers = math.prod(own.shape)
     if numbers <= largest_block:
-        flat = _first(own.each(algebra.materialized).reshape(-1, numbers))
+        (flat,) = _wide(own.each(algebra.materialized).reshape(-1, numbers))
         return Block(flat.T @ flat / size, own.shape)
     return Diagonal(own.sum_of_squares() / size, own.shape)
 
@@ -220,7 +244,3 @@ def _swapped(layout: Layout) -> tuple[int, ...]:
     s, o, i = len(layout.stack), len(layout.out), len(layout.ins)
     place = [*range(s), *range(s + i, s + i + o), *range(s, s + i)]
     return tuple(place[k] for k in layout.order)
-
-
-def _first(x):
-    return algebra._wide(x)[0]

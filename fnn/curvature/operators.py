@@ -14,15 +14,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
 import fnn.per_example as per_example
 from fnn import arguments
 from fnn.backprop import grad, value_and_grad
 from fnn.curvature import output_hessian
-from fnn.curvature.columns import check_samples, columns, one_array, pair
+from fnn.curvature.checks import (
+    check_like,
+    check_loss,
+    check_model,
+    check_part,
+    check_samples,
+    checked,
+    one_example,
+)
+from fnn.curvature.columns import columns, one_array
+from fnn.curvature.linearize import calls_custom_vjp, linearized
 from fnn.jaxpr import once
-from fnn.per_example.differentiate import batch_size
 
 
 @dataclasses.dataclass(eq=False)
@@ -31,35 +39,41 @@ class LinearOperator:
 
     `jax.scipy.sparse.linalg.cg(operator, b)` takes it as it is, `to_lineax()` makes it one of
     lineax's. Make it where it is used, inside `jit`: it holds arrays, but is no pytree.
+
+    A product has the parameters' structure, shapes and dtypes, as v must have.
     """
 
     product: Callable[[Any], Any]
     like: Any
     name: str
+    is_positive: bool = True
 
     def __call__(self, v: Any) -> Any:
-        self._check(v)
-        return once(self.product)(v)
+        return once(self.product)(check_like(self.name, "the vector", v, self.like))
 
     __matmul__ = __call__
 
     def damped(self, damping: float) -> LinearOperator:
         """A + damping · I."""
+        arguments.number("damped", "damping", damping)
 
         def product(v):
-            return jax.tree.map(lambda a, x: a + damping * x, self.product(v), v)
+            add = lambda a, x: a + jnp.asarray(damping).astype(x.dtype) * x
+            return jax.tree.map(add, self.product(v), v)
 
-        return LinearOperator(product, self.like, f"{self.name} + damping")
+        name = f"{self.name} + damping"
+        return LinearOperator(product, self.like, name, self.is_positive)
 
     def to_dense(self) -> jax.Array:
         """The matrix (n, n), one product for each column: for small networks, and for tests."""
-        zero, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, self.like))
-        column = lambda e: ravel_pytree(self.product(unravel(e)))[0]
-        columns_of = once(functools.partial(jax.lax.map, column))
-        return columns_of(jnp.eye(zero.size, dtype=zero.dtype)).T
+        flat = _Flat(self.like)
+        column = lambda e: flat.vector(self.product(flat.tree(e)))
+        eye = jnp.eye(flat.size, dtype=flat.vector(self.like).dtype)
+        return once(functools.partial(jax.lax.map, column))(eye).T
 
     def to_lineax(self) -> Any:
-        """A `lineax.FunctionLinearOperator`, tagged symmetric.
+        """A `lineax.FunctionLinearOperator`, tagged symmetric, and positive semidefinite unless
+        it is a Hessian.
 
         Raises:
             ImportError: lineax isn't installed.
@@ -69,59 +83,75 @@ class LinearOperator:
         except ImportError as error:
             raise arguments.missing("to_lineax", "lineax") from error
         tags = [lineax.symmetric_tag]
-        if self.name != "Hessian":
+        if self.is_positive:
             tags.append(lineax.positive_semidefinite_tag)
         structure = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, self.like))
         return lineax.FunctionLinearOperator(self.product, structure, tags)
 
-    def _check(self, v) -> None:
-        got, want = jax.tree.structure(v), jax.tree.structure(self.like)
-        if got != want:
-            raise ValueError(
-                f"the {self.name} acts on trees like the parameters, {want}, but got {got}."
-            )
-        for (path, x), p in zip(
-            jax.tree_util.tree_leaves_with_path(v), jax.tree.leaves(self.like), strict=True
-        ):
-            if jnp.shape(x) != jnp.shape(p):
-                raise ValueError(
-                    f"the vector for the {self.name} has shape {jnp.shape(x)} at "
-                    f"{jax.tree_util.keystr(path) or 'its only leaf'}, where the parameter has "
-                    f"shape {jnp.shape(p)}."
-                )
+
+class _Flat:
+    """Trees like the parameters as vectors, in their widest dtype; `wide` makes it float32 at
+    least."""
+
+    def __init__(self, like: Any, *, wide: bool = False):
+        self.leaves, self.structure = jax.tree.flatten(like)
+        self.leaves = [jnp.asarray(x) for x in self.leaves]
+        self.size = sum(x.size for x in self.leaves)
+        dtypes = [x.dtype for x in self.leaves] + [jnp.dtype("float32")] * wide
+        self.dtype = functools.reduce(jnp.promote_types, dtypes)
+
+    def vector(self, tree) -> jax.Array:
+        leaves = jax.tree.leaves(tree)
+        return jnp.concatenate([jnp.asarray(x, self.dtype).reshape(-1) for x in leaves])
+
+    def tree(self, vector) -> Any:
+        found, start = [], 0
+        for x in self.leaves:
+            part = vector[start : start + x.size]
+            found.append(part.reshape(x.shape).astype(x.dtype))
+            start += x.size
+        return jax.tree.unflatten(self.structure, found)
 
 
-def ggn_vector_product(model: Callable, loss: Callable) -> Callable:
+def ggn_vector_product(model: Callable, loss: Callable, *, part: str = "positive") -> Callable:
     """The generalised Gauss-Newton matrix, (1/N) Σₙ JₙᵀHₙJₙ, as an operator.
 
     J is the Jacobian of the outputs by the parameters, H the Hessian of the loss by the outputs
     (Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent",
     2002). The network is linearised once, when the operator is made; one product then is J, H,
-    and J transposed.
+    and J transposed. A network that calls a `jax.custom_vjp`, which has no forward mode, is
+    gone through backwards twice instead.
 
     Args:
         model: `model(params, input)`, the outputs of one example, an array.
-        loss: `loss(outputs, target)`, the loss of one example, convex in the outputs.
+        loss: `loss(outputs, target)`, the loss of one example.
+        part: "positive" or "all" of H; they differ for a loss that isn't convex in the outputs
+            (see `fnn.curvature`). Where a loss unknown to fnn can't be seen to be convex, the
+            positive part takes the eigenvectors of H, once for the operator.
 
     Returns:
         A function `(params, (inputs, targets))` that makes a `LinearOperator`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
     """
+    check_model("ggn_vector_product", model)
+    check_loss("ggn_vector_product", loss)
+    check_part("ggn_vector_product", part)
 
     def make(params: Any, batch: Any) -> LinearOperator:
-        arguments.no_result("fnn.curvature", "params", params)
-        (inputs, targets), size = pair(batch), batch_size(batch)
-        outputs = lambda p: jax.vmap(lambda x: one_array(model(p, x)))(inputs)
-        z, push = once(functools.partial(jax.linearize, outputs))(params)
-        pull = jax.linear_transpose(push, params)
-
-        def product(v):
-            by_example = lambda z, t, u: output_hessian.of(loss, z, t).product(z, u)
-            (found,) = pull(jax.vmap(by_example)(z, targets, push(v)) / size)
-            return found
-
-        return LinearOperator(product, params, "GGN")
+        params, inputs, targets, size = checked("ggn_vector_product", params, batch)
+        product = _ggn_product(model, loss, params, inputs, targets, size, part)
+        return LinearOperator(product, params, "GGN", part == "positive")
 
     return make
+
+
+def _ggn_product(model, loss, params, inputs, targets, size, part) -> Callable:
+    outputs = lambda p: jax.vmap(lambda x: one_array(model(p, x)))(inputs)
+    z, push, pull = linearized(outputs, params)
+    bend = output_hessian.products(loss, z, targets, part)
+    return lambda v: pull(bend(push(v)) / size)
 
 
 def hessian_vector_product(model: Callable, loss: Callable) -> Callable:
@@ -129,26 +159,32 @@ def hessian_vector_product(model: Callable, loss: Callable) -> Callable:
     (Pearlmutter, "Fast exact multiplication by the Hessian", 1994). Arguments as for
     `ggn_vector_product`; the loss needn't be convex.
     """
+    check_model("hessian_vector_product", model)
+    check_loss("hessian_vector_product", loss)
 
     def make(params: Any, batch: Any) -> LinearOperator:
-        arguments.no_result("fnn.curvature", "params", params)
-        gradient = grad(mean_loss(model, loss, batch))
+        params, inputs, targets, _ = checked("hessian_vector_product", params, batch)
+        gradient = grad(mean_loss(model, loss, inputs, targets))
 
         # Not linearised once: on an LSTM that kept twice the memory, and took a sixth off a
         # product's time; in a loop, XLA hoists what doesn't depend on v.
-        def product(v):
-            return jax.jvp(gradient, (params,), (v,))[1]
-
-        return LinearOperator(product, params, "Hessian")
+        if calls_custom_vjp(gradient, params):
+            product = lambda v: jax.vjp(gradient, params)[1](v)[0]
+        else:
+            product = lambda v: jax.jvp(gradient, (params,), (v,))[1]
+        return LinearOperator(product, params, "Hessian", False)
 
     return make
 
 
-def mean_loss(model, loss, batch) -> Callable:
+def mean_loss(model, loss, inputs, targets) -> Callable:
     """The batch's mean loss as a function of the parameters."""
-    inputs, targets = pair(batch)
-    batch_size(batch)
-    return lambda p: jnp.mean(jax.vmap(lambda x, t: loss(model(p, x), t))(inputs, targets))
+
+    def mean(params):
+        losses = jax.vmap(lambda x, t: loss(model(params, x), t))(inputs, targets)
+        return jnp.mean(losses)
+
+    return mean
 
 
 def fisher_vector_product(
@@ -159,35 +195,45 @@ def fisher_vector_product(
     The label t is drawn from the network's own distribution, loss = −log p. For squared error
     (a normal distribution), softmax and binary cross-entropy it is the GGN (Martens, "New
     insights and perspectives on the natural gradient method", 2020), and that is how it is
-    found; with `samples` the expectation is over as many drawn labels. For a weighted sum or
-    mean of such losses, of a text's words for one, it is the same sum of their Fisher matrices.
+    found; for gaussian_nll it has a form of its own. With `samples` the expectation is over as
+    many drawn labels. For a weighted sum or mean of such losses, of a text's words for one, it
+    is the same sum of their Fisher matrices.
 
     Raises:
+        TypeError: an argument is of the wrong type.
         ValueError: the loss isn't the negative log-likelihood of a known distribution, or there
             are samples to draw without a key.
     """
-    check_samples(key, samples)
+    where = "fisher_vector_product"
+    check_model(where, model)
+    check_loss(where, loss)
+    check_samples(where, key, samples)
 
     def make(params: Any, batch: Any) -> LinearOperator:
-        arguments.no_result("fnn.curvature", "params", params)
-        inputs, targets = pair(batch)
-        first = lambda tree: jax.tree.map(lambda x: x[0], tree)
-        z = jax.eval_shape(model, params, first(inputs))
-        if not output_hessian.is_likelihood(loss, z, first(targets)):
+        params, inputs, targets, size = checked(where, params, batch)
+        if not _is_likelihood(model, loss, params, inputs, targets):
             raise ValueError(
-                "the Fisher matrix needs a loss that is a negative log-likelihood: one of fnn.ops' "
-                "squared_error, softmax_cross_entropy (integer labels) and "
-                "sigmoid_binary_cross_entropy. For other losses use ggn_vector_product."
+                f"{where}: the Fisher matrix needs a loss that is a negative log-likelihood: one "
+                "of fnn.ops' squared_error, softmax_cross_entropy (integer labels), "
+                "sigmoid_binary_cross_entropy and gaussian_nll. For other losses use "
+                "ggn_vector_product."
             )
         if not samples:
-            return dataclasses.replace(
-                ggn_vector_product(model, loss)(params, batch), name="Fisher"
-            )
-        drawn, tree, _ = columns(model, loss, params, batch, key=key, samples=samples)
+            product = _ggn_product(model, loss, params, inputs, targets, size, "fisher")
+            return LinearOperator(product, params, "Fisher")
+        batch = inputs, targets
+        drawn, tree, _ = columns(
+            model, loss, params, batch, key=key, samples=samples, part="fisher"
+        )
         grads = jax.tree.unflatten(tree, [c.as_batch() for c in drawn])
-        return _outer_products(grads, params, batch_size(batch), "Fisher")
+        return _outer_products(grads, params, size, "Fisher")
 
     return make
+
+
+def _is_likelihood(model, loss, params, inputs, targets) -> bool:
+    z = jax.eval_shape(model, params, one_example(inputs))
+    return output_hessian.is_likelihood(loss, one_array(z), one_example(targets))
 
 
 def empirical_fisher(model: Callable, loss: Callable) -> Callable:
@@ -198,13 +244,14 @@ def empirical_fisher(model: Callable, loss: Callable) -> Callable:
     empirical Fisher approximation", 2019). Its diagonal is
     `fnn.per_example.second_moment`, its trace the mean of the squared norms.
     """
+    check_model("empirical_fisher", model)
+    check_loss("empirical_fisher", loss)
 
     def make(params: Any, batch: Any) -> LinearOperator:
-        arguments.no_result("fnn.curvature", "params", params)
-        pair(batch)
+        params, inputs, targets, size = checked("empirical_fisher", params, batch)
         whole = lambda p, example: loss(model(p, example[0]), example[1])
-        _, grads = per_example.grads(whole)(params, tuple(batch))
-        return _outer_products(grads, params, batch_size(batch), "empirical Fisher")
+        _, grads = per_example.grads(whole)(params, (inputs, targets))
+        return _outer_products(grads, params, size, "empirical Fisher")
 
     return make
 
@@ -212,7 +259,7 @@ def empirical_fisher(model: Callable, loss: Callable) -> Callable:
 def _outer_products(grads, params, size, name) -> LinearOperator:
     def product(v):
         found = per_example.weighted_sum(grads, per_example.dot(grads, v) / size)
-        return jax.tree.map(lambda x, p: x.astype(jnp.asarray(p).dtype), found, params)
+        return jax.tree.map(lambda x, p: x.astype(p.dtype), found, params)
 
     return LinearOperator(product, params, name)
 
@@ -232,15 +279,31 @@ def eigenpairs(
         steps: products with the operator; 2 k + 20 unless given, at most the dimension.
 
     Returns:
-        `(values, vectors)`: (k,) in descending order, and a tree like the parameters with a
-        leading axis of k, of unit length together.
+        `(values, vectors)`: (k,) in descending order, in float32 at least, and a tree like the
+        parameters with a leading axis of k, of unit length together.
+
+    Raises:
+        TypeError: operator is no `LinearOperator`, key no key, k or steps no integer.
+        ValueError: k isn't between 1 and the number of steps.
     """
-    zero, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, operator.like))
-    size = zero.size
+    if not isinstance(operator, LinearOperator):
+        raise TypeError(
+            "eigenpairs: operator must be a LinearOperator, such as ggn_vector_product(model, "
+            f"loss)(params, batch), but got {arguments.show(operator)}."
+        )
+    k = arguments.integer("eigenpairs", "k", k, least=1)
+    key = arguments.key("eigenpairs", "key", key)
+    if steps is not None:
+        steps = arguments.integer("eigenpairs", "steps", steps, least=1)
+    # Lanczos' method in float32 at least, the products in the parameters' dtypes.
+    flat = _Flat(operator.like, wide=True)
+    size = flat.size
     steps = min(size, 2 * k + 20 if steps is None else steps)
-    if not 0 < k <= steps:
-        raise ValueError(f"k must be between 1 and the number of steps, {steps}, but is {k}.")
-    product = lambda v: ravel_pytree(operator(unravel(v)))[0]
+    if k > steps:
+        raise ValueError(
+            f"eigenpairs: k must be between 1 and the number of steps, {steps}, but is {k}."
+        )
+    product = lambda v: flat.vector(operator.product(flat.tree(v)))
 
     def orthogonal(v, basis):
         for _ in range(2):  # twice is enough (Kahan, Parlett)
@@ -248,31 +311,40 @@ def eigenpairs(
         return v
 
     def unit(v):
-        return v / jnp.linalg.norm(v)
+        return v / _norm(v)
 
-    def step(carry, i):
+    def step(carry, given):
         basis, v, scale = carry
+        i, key = given
         basis = basis.at[i].set(v)
         w = product(v)
-        alpha = v @ w
+        alpha = jnp.sum(v * w)
         w = orthogonal(w, basis)
-        beta = jnp.linalg.norm(w)
+        beta = _norm(w)
         scale = jnp.maximum(scale, jnp.maximum(jnp.abs(alpha), beta))
         # An invariant subspace is used up: go on from any vector that is orthogonal to it.
         used_up = beta <= 10 * jnp.finfo(v.dtype).eps * math.sqrt(size) * scale
-        fresh = orthogonal(jax.random.normal(jax.random.fold_in(key, i), v.shape, v.dtype), basis)
+        fresh = orthogonal(jax.random.normal(key, v.shape, v.dtype), basis)
         after = unit(orthogonal(unit(jnp.where(used_up, fresh, w)), basis))
         return (basis, after, scale), (alpha, jnp.where(used_up, 0, beta))
 
-    v = jax.random.normal(key, zero.shape, zero.dtype)
-    start = (jnp.zeros((steps, size), zero.dtype), unit(v), jnp.zeros((), zero.dtype))
-    scan = once(functools.partial(jax.lax.scan, step))
-    (basis, _, _), (alpha, beta) = scan(start, jnp.arange(steps))
+    first, *others = jax.random.split(key, steps + 1)
+    v = jax.random.normal(first, (size,), flat.dtype)
+    start = (jnp.zeros((steps, size), flat.dtype), unit(v), jnp.zeros((), flat.dtype))
+    each = jnp.arange(steps), jnp.stack(others)
+    (basis, _, _), (alpha, beta) = once(functools.partial(jax.lax.scan, step))(start, each)
     tridiagonal = jnp.diag(alpha) + jnp.diag(beta[:-1], 1) + jnp.diag(beta[:-1], -1)
     values, vectors = jnp.linalg.eigh(tridiagonal)
     found = (basis.T @ vectors[:, ::-1][:, :k]).T
-    found = found / jnp.linalg.norm(found, axis=1, keepdims=True)
-    return values[::-1][:k], jax.vmap(unravel)(found)
+    found = jax.vmap(unit)(found)
+    return values[::-1][:k], jax.vmap(flat.tree)(found)
+
+
+def _norm(v):
+    """|v|, also where the squares would overflow or vanish; tiny, not 0, for zeros."""
+    largest = jnp.maximum(jnp.max(jnp.abs(v)), jnp.finfo(v.dtype).tiny)
+    v = v / largest
+    return jnp.maximum(largest * jnp.sqrt(jnp.sum(v * v)), jnp.finfo(v.dtype).tiny)
 
 
 def natural_gradient(
@@ -283,24 +355,47 @@ def natural_gradient(
     max_iterations: int = 50,
     tolerance: float = 1e-5,
 ) -> Callable:
-    """The natural gradient (G + damping · I)⁻¹ ∇L, by conjugate gradients on the GGN G.
+    """The natural gradient (F + damping · I)⁻¹ ∇L, by conjugate gradients.
 
-    For a negative log-likelihood G is the Fisher matrix (Amari 1998; Martens, "Deep learning via
-    Hessian-free optimization", 2010).
+    F is the Fisher matrix where the loss is the negative log-likelihood of a distribution known
+    to fnn (see `fisher_vector_product`), and the GGN for any other loss (Amari 1998; Martens,
+    "Deep learning via Hessian-free optimization", 2010).
+
+    Args:
+        model: `model(params, input)`, the outputs of one example, an array.
+        loss: `loss(outputs, target)`, the loss of one example.
+        damping: λ, at least 0.
+        max_iterations: products with the matrix, at most.
+        tolerance: it ends where the rest is so small a share of the gradient.
 
     Returns:
         A function `(params, (inputs, targets))` to `(mean loss, natural gradient)`; the latter,
         a tree like the parameters, is what an optimiser such as `optax.sgd` takes for a
-        gradient.
+        gradient. The iterations are in float32 at least, the products in the parameters' dtypes.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
     """
+    where = "natural_gradient"
+    check_model(where, model)
+    check_loss(where, loss)
+    arguments.number(where, "damping", damping, least=0)
+    arguments.integer(where, "max_iterations", max_iterations, least=1)
+    arguments.number(where, "tolerance", tolerance, least=0)
 
     def of_batch(params: Any, batch: Any) -> tuple[jax.Array, Any]:
-        value, gradient = value_and_grad(mean_loss(model, loss, batch))(params)
-        operator = ggn_vector_product(model, loss)(params, batch).damped(damping)
+        params, inputs, targets, size = checked(where, params, batch)
+        value, gradient = value_and_grad(mean_loss(model, loss, inputs, targets))(params)
+        curved = _ggn_product(model, loss, params, inputs, targets, size, "fisher")
+        flat = _Flat(params, wide=True)
+        product = lambda v: flat.vector(curved(flat.tree(v))) + damping * v
+        # A gradient of length one: its square neither overflows nor vanishes.
+        whole = flat.vector(gradient)
+        length = _norm(whole)
         solve = functools.partial(
-            jax.scipy.sparse.linalg.cg, operator, tol=tolerance, maxiter=max_iterations
+            jax.scipy.sparse.linalg.cg, product, tol=tolerance, maxiter=max_iterations
         )
-        found, _ = once(solve)(gradient)
-        return value, found
+        found, _ = once(solve)(whole / length)
+        return value, flat.tree(length * found)
 
     return of_batch

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fnn.curvature.checks import one_example
 from fnn.jaxpr import inner_jaxprs, program, trace
 from fnn.per_example.differentiate import parameters
 
@@ -81,7 +82,7 @@ def piecewise_linear(model: Callable, params: Any, inputs: Any) -> bool:
     values without a parameter in common, and all else is linear in pieces.
     """
     _, leaves, tree = parameters(params)
-    example = jax.tree.map(lambda x: x[0], inputs)
+    example = one_example(inputs)
     example_leaves, example_tree = jax.tree.flatten(example)
 
     def flat(*args):
@@ -93,8 +94,11 @@ def piecewise_linear(model: Callable, params: Any, inputs: Any) -> bool:
     return _parameters_of(traced, given) is not None
 
 
-def _parameters_of(flat, given) -> list[frozenset] | None:
-    """Of which parameters each output is a piecewise linear function; None if it isn't."""
+def _parameters_of(flat, given, *, own_rules: bool = True) -> list[frozenset] | None:
+    """Of which parameters each output is a piecewise linear function; None if it isn't.
+
+    own_rules: whether to look at the derivatives of functions that have a rule of their own.
+    """
     depends = {i: frozenset() for i in flat.constants}
     depends.update(zip(flat.inputs, given, strict=True))
     for equation in flat.equations:
@@ -118,12 +122,17 @@ def _parameters_of(flat, given) -> list[frozenset] | None:
             if ins[1]:
                 return None
         elif name in ("custom_jvp_call", "custom_vjp_call"):
-            if not _derivative_is_constant(equation, [flat.avals[i] for i in equation.ins], ins):
+            avals = [flat.avals[i] for i in equation.ins]
+            if not own_rules or not _derivative_is_constant(equation, avals, ins):
                 return None
         elif name in ("cond", "checkpoint", "remat2"):
             operands = ins[1:] if name == "cond" else ins
             found = [
-                _parameters_of(program(j), operands[-len(j.in_avals) :] if j.in_avals else [])
+                _parameters_of(
+                    program(j),
+                    operands[-len(j.in_avals) :] if j.in_avals else [],
+                    own_rules=own_rules,
+                )
                 for role, j in inner_jaxprs(equation).items()
                 if len(j.in_avals) == len(operands)
             ]
@@ -158,5 +167,6 @@ def _derivative_is_constant(equation, avals, ins) -> bool:
         return False
     flat = program(trace(derivative, [values, outs]))
     given = [frozenset([k]) if ins[k] else frozenset() for k in range(len(values))]
-    found = _parameters_of(flat, [*given, *[frozenset()] * len(outs)])
+    # A rule that calls the function itself would be looked at for ever.
+    found = _parameters_of(flat, [*given, *[frozenset()] * len(outs)], own_rules=False)
     return found is not None and not any(found)
