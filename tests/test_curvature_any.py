@@ -52,6 +52,10 @@ def mlp(f=jnp.tanh, width=3):
     return model, params, normal(3, N, 3)
 
 
+def gradient_of(model, loss, params, batch):
+    return jax.grad(lambda p: jnp.mean(jax.vmap(lambda x, t: loss(model(p, x), t))(*batch)))(params)
+
+
 def everything(model, loss, params, batch):
     """What every function of the module gives."""
     product = lambda make: make(model, loss)(params, batch) @ params
@@ -59,7 +63,8 @@ def everything(model, loss, params, batch):
         curvature.ggn_vector_product(model, loss)(params, batch), 2, DRAW["key"], steps=12
     )
     optimizer = curvature.kfac(model, loss, batch, samples=0, adapt_damping_every=1)
-    update, _ = optimizer.update(params, optimizer.init(params), params, batch=batch)
+    gradient = gradient_of(model, loss, params, batch)
+    update, _ = optimizer.update(gradient, optimizer.init(params), params, batch=batch)
     times = lambda f: jax.tree.map(
         lambda f, p: f.times(p), f, params, is_leaf=lambda f: hasattr(f, "times")
     )
@@ -84,7 +89,8 @@ def everything(model, loss, params, batch):
 def drawn(model, loss, params, batch):
     """What every function gives that draws labels."""
     optimizer = curvature.kfac(model, loss, batch, learning_rate=0.1, momentum=0.9, l2=1e-2)
-    update, state = optimizer.update(params, optimizer.init(params), params, batch=batch)
+    gradient = gradient_of(model, loss, params, batch)
+    update, state = optimizer.update(gradient, optimizer.init(params), params, batch=batch)
     return {
         "Fisher": curvature.fisher_vector_product(model, loss, **DRAW)(params, batch) @ params,
         "diagonal": curvature.ggn_diagonal(model, loss, **DRAW)(params, batch),

@@ -12,10 +12,10 @@ the products, where its program shows that it is convex).
 A loss that isn't convex in the outputs, as the Gaussian's with a variance among them, has a
 Hessian H with eigenvalues below zero. The generalised Gauss-Newton matrix here is then that of
 H's positive part, its negative eigenvalues taken for zero (of an fnn loss at several positions,
-the positive part of each): in products, diagonals, traces, Gram matrices and factors alike. ggn_vector_product, ggn_diagonal and ggn_trace take part="all" for H
-itself. natural_gradient, kfac, and kronecker_factors with samples, take the Fisher matrix where
-the loss is the −log of a distribution known to fnn: for all of these but gaussian_nll both are
-the same.
+the positive part of each): in products, diagonals, traces, Gram matrices and factors alike.
+ggn_vector_product, ggn_diagonal and ggn_trace take part="all" for H itself. natural_gradient,
+kfac, and kronecker_factors with samples, take the Fisher matrix where the loss is the −log of a
+distribution known to fnn: for all of these but gaussian_nll both are the same.
 
 Any real dtype will do, and 16-bit ones are added up in float32. A network or loss with a
 `jax.custom_vjp`, which JAX knows backwards only, is differentiated backwards twice where forward

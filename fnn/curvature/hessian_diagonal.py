@@ -104,6 +104,8 @@ def _is_convex(model, loss, params, batch) -> bool:
 
 def _entry_by_entry(mean: Callable, leaf, chunk: int) -> jax.Array:
     """The diagonal for a parameter, by one Hessian product for each of its entries."""
+    if leaf.size == 0:
+        return leaf
 
     def diagonal(leaf):
         push = second_derivative(grad(mean), leaf)
