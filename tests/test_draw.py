@@ -2,10 +2,12 @@
 
 import re
 import sys
+import time
 from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import fnn
@@ -408,3 +410,84 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     svg = graph.to_svg(path)
     assert path.read_text(encoding="utf-8") == svg and list(tmp_path.iterdir()) == [path]
     assert path.stat().st_mode & 0o777 == 0o640
+
+
+def size(svg):
+    return [
+        float(x) for x in re.search(r'<svg width="([\d.]+)pt" height="([\d.]+)pt"', svg).groups()
+    ]
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_long_chain_is_straight(skips):
+    pytest.importorskip("pygraphviz")
+
+    def deep(p, x):
+        for W in p:
+            x = jnp.tanh(W @ x) + (x if skips else 1)
+        return x.sum()
+
+    graph = fnn.graph(deep)([jnp.eye(3)] * 16, jnp.ones(3)).backprop()
+    width, height = size(graph.to_svg(max_boxes=100))
+    assert width < 500 and height < 100 * 50
+    # Longer than a page: in columns, each of which runs straight down.
+    graph = fnn.graph(deep)([jnp.eye(3)] * 120, jnp.ones(3)).backprop()
+    width, height = size(svg := graph.to_svg(max_boxes=10**4))
+    assert 0.4 < width / height < 3
+    places = [float(e.get("cx")) for e in ElementTree.fromstring(svg).iter() if e.get("cx")]
+    assert len(set(places)) < 30
+    assert {"tanh", "+" if skips else "+1", "@", "Σ", "p[0]", "deep"} <= set(everything(svg))
+
+
+def everything(svg):
+    """The pieces of text of a picture in rows."""
+    return [(e.text or "").strip() for e in ElementTree.fromstring(svg).iter() if e.text]
+
+
+def without_structure(count):
+    """Each value is the sum or product of one that wasn't used yet and of any other."""
+    random = np.random.default_rng(0)
+    kinds, others = random.integers(2, size=count), random.random(count)
+
+    def function(x, y, z):
+        values = [x, y, z]
+        for k, (kind, other) in enumerate(zip(kinds, others, strict=True)):
+            a, b = values[k], values[int(other * len(values))]
+            values.append(a + b if kind else a * b)
+        return sum(values[-3:])
+
+    return function
+
+
+def test_a_big_graph_without_structure_is_drawn_in_little_time():
+    pytest.importorskip("pygraphviz")
+    times = []
+    for count in (250, 2000):
+        graph = fnn.graph(without_structure(count))(0.3, 0.5, 0.7).backprop()
+        assert len(graph) > count
+        dot = graph.to_dot()
+        assert boxes(dot) <= 16 and dot.count("->") <= 16 * 16
+        began = time.process_time()
+        assert words(graph.to_svg()) and len(graph.to_svg(max_boxes=10**6)) > 500 * count
+        times.append(time.process_time() - began)
+    assert times[1] < 5 and times[1] < 25 * max(times[0], 0.05)
+
+
+def test_values_that_go_the_same_way_are_one_wire():
+    def halves(xs):
+        middle = [jnp.sin(x) for x in xs]
+        return sum(m * m for m in middle)
+
+    xs = [jnp.full(2, 0.1 * k) for k in range(40)]
+    graph = fnn.graph(halves)(xs).backprop(jnp.ones(2))
+    shown = words(graph.to_svg(max_boxes=2))
+    made = [n for n in graph if n.equation]
+    count = next(int(s.split()[0]) for s in shown if s.endswith(" operations"))
+    first, last = made[:count], made[count:]
+    read = {id(n) for node in last for n in node.inputs}
+    through = [n for n in first if id(n) in read]
+    assert f"{len(through)} values" in shown and len(shown) < 60
+    assert f"‖g‖ {np.linalg.norm([n.gradient for n in through]):.3g}" in shown
+    # A function of many inputs that one operation reads.
+    dot = fnn.graph(lambda xs: jnp.stack(xs).sum())(xs[:20]).to_dot()
+    assert dot.count("shape=plain") < 20
