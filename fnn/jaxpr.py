@@ -25,6 +25,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Literal, Primitive
 from jax.interpreters import ad, batching
 from jax.interpreters.partial_eval import DynamicJaxprTracer, dce_jaxpr
+from jax.sharding import NamedSharding
 
 from fnn.operation import Axis, Call, LinearMap, MappedCall, MappedLinearMap
 
@@ -712,15 +713,38 @@ def is_inexact(aval) -> bool:
     return jax.dtypes.issubdtype(aval.dtype, jnp.inexact)
 
 
+def sharding_of(x) -> NamedSharding | None:
+    """The sharding of an array or type on a mesh with explicit axes; elsewhere the compiler's."""
+    sharding = (x if isinstance(x, jax.core.AbstractValue) else jax.typeof(x)).sharding
+    return None if sharding.mesh.empty else sharding
+
+
 def zeros(aval) -> jax.Array:
-    """Zeros of a type; under shard_map varying over the same devices."""
-    return as_varying(lax.full(aval.shape, 0, aval.dtype), aval)
+    """Zeros of a type: sharded alike, and under shard_map varying over the same devices."""
+    zero = numpy.zeros((), aval.dtype)
+    return as_varying(lax.broadcast(zero, aval.shape, out_sharding=sharding_of(aval)), aval)
 
 
 def as_varying(array, aval):
     """The array, marked under shard_map as varying over the devices that `aval` varies over."""
     missing = _varying(aval) - _varying(jax.typeof(array))
     return lax.pcast(array, tuple(missing), to="varying") if missing else array
+
+
+def barrier(tree):
+    """The arrays, none of which the compiler may use before all are there.
+
+    Under shard_map, those that vary over the same devices are held together: JAX's barrier
+    would make all of them vary.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    kinds = [_varying(jax.typeof(x)) for x in leaves]
+    for kind in set(kinds):
+        places = [i for i, k in enumerate(kinds) if k == kind]
+        held = lax.optimization_barrier([leaves[i] for i in places])
+        for i, x in zip(places, held, strict=True):
+            leaves[i] = x
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _varying(aval) -> frozenset:

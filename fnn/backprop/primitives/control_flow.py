@@ -18,6 +18,7 @@ from fnn.backprop.sweep import ControlRule
 from fnn.jaxpr import (
     as_one_call,
     as_varying,
+    barrier,
     close,
     is_inexact,
     once,
@@ -427,7 +428,7 @@ def run_checkpoint_back(equation, saved, cotangents, opaque) -> list:
     def again(residuals, given):
         if equation.params["prevent_cse"]:
             # Else the compiler would see that the inside was computed before, and keep it.
-            residuals, given = lax.optimization_barrier((residuals, given))
+            residuals, given = barrier((residuals, given))
         return cut.run_backward(residuals, given)
 
     # As one call: taken apart, a loop around it would keep what it is here to forget.

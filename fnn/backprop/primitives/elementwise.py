@@ -50,6 +50,7 @@ from jax.lax import (
 )
 
 from fnn.backprop.local import LocalRule, each, joint, zero
+from fnn.jaxpr import sharding_of
 
 # ------------------------------------------------------------------ how the tables are read
 
@@ -71,12 +72,16 @@ def binary(fa: Callable, fb: Callable, says: tuple[str, str]) -> LocalRule:
 
 def summed_to(x, g):
     """The gradient of an x that was broadcast to g's shape: each entry's uses, summed."""
-    if x.shape == g.shape:
-        return g
     if x.shape == ():
-        return lax.reduce_sum(g, range(g.ndim))
-    axes = [i for i, (n, m) in enumerate(zip(x.shape, g.shape, strict=True)) if n != m]
-    return lax.expand_dims(lax.reduce_sum(g, axes), axes)
+        g = lax.reduce_sum(g, range(g.ndim)) if g.ndim else g
+    elif x.shape != g.shape:
+        axes = [i for i, (n, m) in enumerate(zip(x.shape, g.shape, strict=True)) if n != m]
+        g = lax.expand_dims(lax.reduce_sum(g, axes), axes)
+    # On a mesh with explicit axes, an x that isn't sharded may meet a partner that is.
+    sharding = sharding_of(x)
+    if sharding is None or sharding.spec == jax.typeof(g).sharding.spec:
+        return g
+    return jax.sharding.reshard(g, sharding)
 
 
 def number(value: complex, like) -> Any:

@@ -21,14 +21,15 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.lax import ScatterDimensionNumbers, add, div, eq, mul, select
 
 from fnn.backprop.local import LocalRule, each, zero
 from fnn.backprop.primitives.elementwise import CHOICES, is_complex, number
-from fnn.backprop.primitives.structural import sharding_of
 from fnn.backprop.sweep import ControlRule
+from fnn.jaxpr import as_varying, sharding_of
 
 # ----------------------------------------------------------------------- sum, max, product
 
@@ -233,7 +234,10 @@ def _sort_forward(equation, needed, ins, opaque):
     params = equation.params
     axis = params["dimension"]
     places = lax.broadcasted_iota(jnp.int32, ins[0].shape, axis, out_sharding=sharding_of(ins[0]))
-    *outs, places = lax.sort((*ins, places), **params)
+    for x in ins:
+        places = as_varying(places, jax.typeof(x))
+    # lax.sort would give all results the same type under shard_map, which JAX's own sort doesn't.
+    *outs, places = equation.primitive.bind(*ins, places, **params)
     return outs, (places, ins)
 
 

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import jax
 from jax import lax
-from jax.sharding import NamedSharding
 
 from fnn.backprop.local import LocalRule, each, joint, zero
 from fnn.backprop.sweep import ControlRule
+from fnn.jaxpr import sharding_of
 
 
 def _reshape(g, y, x, *, dimensions=None, **_):
@@ -140,12 +140,6 @@ def _inverse(permutation) -> list[int]:
 
 def _zero(g):
     return g.dtype.type(0)
-
-
-def sharding_of(x) -> NamedSharding | None:
-    """x's sharding on a mesh with explicit axes; elsewhere the compiler decides."""
-    sharding = jax.typeof(x).sharding
-    return None if sharding.mesh.empty else sharding
 
 
 RULES: dict[str, LocalRule | ControlRule] = {
