@@ -12,6 +12,7 @@ function's name.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -121,7 +122,7 @@ def key(where: str, name: str, value: Any) -> jax.Array:
         raise ValueError(_wrong(where, name, "one key (shape ())", value))
     wanted = "a key, such as jax.random.key(0)"
     if dtype is not None and dtype == np.uint32:
-        if shape == jax.eval_shape(jax.random.PRNGKey, 0).shape:
+        if shape == _raw_key_shape(jax.config.jax_default_prng_impl):
             return value
         raise ValueError(_wrong(where, name, wanted, value))
     raise TypeError(_wrong(where, name, wanted, value))
@@ -216,6 +217,12 @@ def show(value: Any) -> str:
 
 def _wrong(where: str, name: str, wanted: str, value: Any) -> str:
     return f"{where}: {name} must be {wanted}, but got {show(value)}."
+
+
+@functools.lru_cache(maxsize=8)
+def _raw_key_shape(implementation: str) -> tuple[int, ...]:
+    """The shape of `jax.random.PRNGKey`'s arrays, by the name of JAX's setting."""
+    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=implementation))).shape
 
 
 def _name(function: Any) -> str:

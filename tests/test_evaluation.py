@@ -241,6 +241,27 @@ def test_readings_of_what_refers_to_itself():
     assert readings(recursive) != third
 
 
+def test_what_can_not_be_looked_at_is_traced_anew():
+    class Proxy:
+        def __getattribute__(self, name):
+            raise RuntimeError("not here")
+
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    proxy, scale = Proxy(), [3.0]
+    for loss in (
+        lambda p, x: scale[0] * p["w"] @ x if proxy is not None else 0,
+        lambda p, x: scale[0] * p["w"] @ x if deep else 0,
+    ):
+        scale[0] = 3.0
+        assert value(loss) == value(loss) == pytest.approx(6)
+        scale[0] = 5.0
+        assert value(loss) == pytest.approx(10)
+    while deep:  # or Python's own recursion frees it
+        deep = deep[0]
+
+
 # ------------------------------------------------------------------------------------- memory
 
 

@@ -130,6 +130,27 @@ def test_a_function_of_a_key_wants_one():
 
 
 @pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        (
+            lambda x: {"long": 1.0} if len(x) > 2 else {"short": 1.0},
+            "other metrics.*'short'.*'long'",
+        ),
+        (lambda x: {"m": jnp.ones(len(x))}, r"'m' changes its shape.*\(2,\), \(5,\)"),
+    ],
+)
+def test_metrics_that_change_from_batch_to_batch(metrics, message):
+    def loss(params, example):
+        x, y = example
+        return jnp.sum(params["w"]) * jnp.sum(x), metrics(x)
+
+    batches = [BATCH, (np.ones((2, 5)), np.zeros(2))]
+    for run in (lambda: fit(batches, loss=loss), lambda: evaluate(loss, START, batches)):
+        with pytest.raises(ValueError, match=message):
+            run()
+
+
+@pytest.mark.parametrize(
     "name", ["loss", "grad_norm", "skipped", "seconds", "validation_loss", "validation_accuracy"]
 )
 def test_names_that_training_uses_itself(name):

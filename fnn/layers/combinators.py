@@ -74,7 +74,7 @@ def chain(*layers: Part, **named: Part) -> Layer:
         for k, (name, part) in zip(_keys("chain", key, parts), parts.items(), strict=True):
             with _naming(name, part):
                 params[name] = part.init(k, x)
-                x = jax.eval_shape(part.apply, params[name], x)
+                x = jax.eval_shape(lambda p, x, f=part.apply: f(p, x), params[name], x)
         return _gather(params)
 
     def apply(params, x):

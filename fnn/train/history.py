@@ -77,8 +77,20 @@ class Log:
 
 
 def stacked(records: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Records of the same names as one, with the values of each name along a first axis."""
-    return {name: np.stack([r[name] for r in records]) for name in records[0]}
+    """Records of the same names as one, with the values of each name along a first axis.
+
+    Raises:
+        ValueError: the records differ in their names, or the values in their shapes.
+    """
+    _check_names(records)
+    found = {}
+    for name in records[0]:
+        values = [np.asarray(r[name]) for r in records]
+        if len({v.shape for v in values}) > 1:
+            shapes = list(dict.fromkeys(v.shape for v in values))
+            raise ValueError(f"the metric {name!r} changes its shape from batch to batch: {shapes}")
+        found[name] = np.stack(values)
+    return found
 
 
 def weighted_mean(records: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, Any]:
@@ -91,9 +103,19 @@ def weighted_mean(records: dict[str, np.ndarray], weights: np.ndarray) -> dict[s
     return means
 
 
+def _check_names(records: Sequence[dict[str, Any]]) -> None:
+    for record in records:
+        if record.keys() != records[0].keys():
+            raise ValueError(
+                "the loss returns other metrics for some batches than for others: "
+                f"{sorted(records[0])} and {sorted(record)}."
+            )
+
+
 def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     if not parts:
         return {}
+    _check_names(parts)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

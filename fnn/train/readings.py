@@ -39,17 +39,20 @@ def readings(function: Any) -> list:
     """A list that is equal to an earlier one if the function still reads the same.
 
     It keeps alive none of what the function refers to. (An equal list may also come from
-    another function with the same code.)
+    another function with the same code.) Where something can't be looked at, it equals no other.
     """
     digests: dict[int, bytes] = {}
     names = _ALWAYS_READ
-    while True:
-        walk = _Walk(names, digests)
-        walk.visit(function)
-        # Of an object only what the code names is read, and all code must be known for that.
-        if walk.names == names:
-            return walk.entries
-        names = frozenset(walk.names)
+    try:
+        while True:
+            walk = _Walk(names, digests)
+            walk.visit(function)
+            # Of an object only what the code names is read, and all code must be known for that.
+            if walk.names == names:
+                return walk.entries
+            names = frozenset(walk.names)
+    except Exception:  # proxies that refuse, dicts that another thread changes, nesting too deep
+        return [object()]
 
 
 class _Walk:

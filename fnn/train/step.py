@@ -80,6 +80,10 @@ class TrainStep:
     labels out of range where the loss uses an fnn operation on labels), and the labels of
     every batch of numpy arrays. Nothing else costs time at each step.
 
+    A step is compiled as any jitted function is: what the loss reads besides its arguments
+    (variables that it closes over, globals) is read when a new shape of batch is traced, and
+    stays as it was then. Make a new step after a change. (`fit` makes one at each call.)
+
     Non-finite numbers. The device notices; the host reads a step's notice when it is there,
     and doesn't wait for it. So a NonFiniteError comes from a later call of the step with the
     state that came of it, or from `finish`, which waits; one error tells of all bad steps until
@@ -320,7 +324,7 @@ def _steepest(g: jax.Array) -> jax.Array:
 
 
 def _check_opt_state(optimizer, state: State) -> None:
-    wanted = jax.eval_shape(optimizer.init, state.params)
+    wanted = jax.eval_shape(lambda params: optimizer.init(params), state.params)
     shapes = [
         (jax.tree.structure(s), [x.shape for x in jax.tree.leaves(s)])
         for s in (wanted, state.opt_state)
