@@ -175,12 +175,16 @@ def one_example(loss: Callable, example: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        shapes = str(jax.tree.map(_shape, example)).replace("'", "")
         error.add_note(
-            f"{_name(loss)} was called with ONE example, {shapes}: a loss is written for one "
-            "example, loss(params, example), and is mapped over the batch for you."
+            f"{_name(loss)} was called with ONE example, {shapes(example)}: a loss is written for "
+            "one example, loss(params, example), and is mapped over the batch for you."
         )
         raise
+
+
+def shapes(tree: Any) -> str:
+    """A tree with dtypes and shapes in the place of its arrays: `(float32[2], int32[])`."""
+    return str(jax.tree.map(_shape, tree)).replace("'", "")
 
 
 def missing(what: str, *requirements: str, otherwise: str = "") -> ImportError:

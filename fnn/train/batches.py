@@ -105,11 +105,11 @@ class Stream:
         leaves, tree = jax.tree.flatten(batch)
         kind = tree, [np.ndim(leaf) for leaf in leaves]
         if not self._kind:
-            self._kind.append((kind, _shapes(batch)))
+            self._kind.append((kind, arguments.shapes(batch)))
         elif self._kind[0][0] != kind:
             raise ValueError(
                 f"the batches of {self.name} aren't all built alike: number {count} of this epoch "
-                f"is {_shapes(batch)}, but the first was {self._kind[0][1]}. (Sizes may "
+                f"is {arguments.shapes(batch)}, but the first was {self._kind[0][1]}. (Sizes may "
                 "change from batch to batch; the tree and the numbers of axes may not.)"
             )
 
@@ -215,7 +215,3 @@ def _key_parameter(function: Callable) -> inspect.Parameter | None:
         return None
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return next((p for p in positional[:1] if p.default is p.empty or p.name == "key"), None)
-
-
-def _shapes(batch: Any) -> str:
-    return str(jax.tree.map(lambda x: f"{x.dtype}{list(np.shape(x))}", batch)).replace("'", "")

@@ -8,6 +8,7 @@ of a large float64, and drop the mask of a masked array, each without a word.
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import jax
@@ -57,7 +58,14 @@ def as_arrays(data: Any, name: str, *, only_arrays: bool = False) -> Any:
 def _is_ready(leaf: Any) -> bool:
     if isinstance(leaf, jax.Array):
         return True
-    return type(leaf) is np.ndarray and _is_number(leaf.dtype) and _wanted(leaf.dtype) == leaf.dtype
+    widest = jax.dtypes.canonicalize_dtype(np.float64)
+    return type(leaf) is np.ndarray and _stays(leaf.dtype, widest)
+
+
+@functools.lru_cache(maxsize=256)
+def _stays(dtype: np.dtype, widest: np.dtype) -> bool:
+    """Does JAX compute in this dtype, whose widest float is that one? (Asked at every step.)"""
+    return _is_number(dtype) and _wanted(dtype) == dtype
 
 
 def _is_list_of_values(entry: Any) -> bool:

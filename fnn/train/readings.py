@@ -170,7 +170,8 @@ class _Same:
 
     @staticmethod
     def can_tell(x: Any) -> bool:
-        return type(x).__weakrefoffset__ > 0 or not gc.is_tracked(x)
+        """Can it be held weakly, or else without holding anything else?"""
+        return type(x).__weakrefoffset__ != 0 or not gc.is_tracked(x)
 
     def __eq__(self, other: object) -> bool:
         mine = self._ref()
