@@ -231,7 +231,9 @@ def close(jaxpr, consts=()) -> Any:
 
 def inner_jaxprs(equation: Equation) -> dict[str, Any]:
     """The jaxprs that a control-flow equation holds, by their role."""
-    found = {}
+    found: dict[str, Any] = {}
+    if equation.operation() is not None or equation.is_derivative_of_operation():
+        return found  # its `rule` looks like one
     for name, value in equation.params.items():
         if hasattr(value, "eqns"):
             found[name] = close(value)

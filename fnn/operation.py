@@ -38,6 +38,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -57,6 +58,40 @@ class RuleError(TypeError):
     """A hand-written rule doesn't fit its operation: the message says which, where and how."""
 
 
+# ------------------------------------------------------------------------- what is remembered
+
+
+def _kept(function):
+    """Remember what tracing a rule showed: of the types of its arrays, and nothing of values.
+
+    It is remembered with the operation, and goes with it. The key holds all that tracing depends
+    on besides the arguments: the jaxpr that JAX's own cache holds for an empty function, which is
+    another one wherever JAX itself would trace anew (64-bit mode, precision, promotion, mesh,
+    named axes, ...).
+    """
+
+    @functools.wraps(function)
+    def remembered(subject, *types):
+        memory = subject.operation.memory
+        key = (function, subject, types, _context())
+        if key not in memory:
+            found = function(subject, *types)
+            while len(memory) >= _REMEMBERED:
+                memory.pop(next(iter(memory)), None)
+            memory[key] = found
+        return memory[key]
+
+    return remembered
+
+
+def _context():
+    return _EMPTY.trace().jaxpr, jax.config.jax_default_prng_impl
+
+
+_EMPTY = jax.jit(lambda: None)
+_REMEMBERED = 1024
+
+
 # ----------------------------------------------------------------------- what a person writes
 
 
@@ -69,9 +104,12 @@ class Operation:
     Attributes:
         name: the function's name; JAX prints the operation under it.
         definition: the undecorated function.
+        compiled: whether a call outside jit is compiled, and kept so, as `fnn.ops` are. Other
+            rules run in Python then, as JAX's functions do, and see what their closures and
+            static arguments hold at each call.
     """
 
-    def __init__(self, definition: Callable):
+    def __init__(self, definition: Callable, compiled: bool = False):
         functools.update_wrapper(self, definition)
         self.definition = definition
         self.name = definition.__name__
@@ -80,8 +118,21 @@ class Operation:
         self._backward: Callable | None = None
         self._tangent: Callable | None = None
         self._edition = 0
+        self.compiled = compiled
         self._primitive = _primitive_of_operation(self.name)
         self._linear_primitive = _primitive_of_linear_map(self.name)
+        self.memory: dict = {}
+        # What jaxprs hold in the place of this operation. JAX keeps the jaxpr of `jax.jit(op)` for
+        # as long as `op` is there: it must not hold `op` itself.
+        self._twin = object.__new__(type(self))
+        self._twin.__dict__ = self.__dict__
+        self._keeper: Callable = lambda: None
+
+    def __eq__(self, other):
+        return isinstance(other, Operation) and self.__dict__ is other.__dict__
+
+    def __hash__(self):
+        return id(self.__dict__)
 
     def __repr__(self):
         return f"<fnn operation {self.name}{self._signature}>"
@@ -130,6 +181,19 @@ class Operation:
         self._edition += 1
         return function
 
+    def keeper(self) -> ClosedJaxpr:
+        """What keeps the operation for as long as an equation of it is in some jaxpr.
+
+        JAX remembers what it passed to an abstract evaluation, but only jaxprs weakly. So a
+        `Call` holds its operation weakly, and this, an empty jaxpr, holds it in `_KEPT`.
+        """
+        keeper = self._keeper()
+        if keeper is None:
+            keeper = ClosedJaxpr(_NOTHING.jaxpr, [])
+            _KEPT[keeper] = self._twin
+            self._keeper = weakref.ref(keeper)
+        return keeper
+
     def __call__(self, *args, **kwargs):
         try:
             bound = self._signature.bind(*args, **kwargs)
@@ -139,10 +203,11 @@ class Operation:
         leaves, in_tree = jax.tree.flatten(bound.args)
         static = self._hashable(bound.kwargs)
         edition = (self._edition, *(type(value) for _, value in static))
-        call = Call(self, in_tree, static, edition)
+        keeper = self.keeper()
+        call = Call(weakref.ref(self._twin), in_tree, static, edition)
         leaves = _same_varying_axes(self._arrays(leaves, bound))
         out_tree = call.out_tree([jax.typeof(x) for x in leaves])
-        return jax.tree.unflatten(out_tree, self._primitive.bind(*leaves, call=call))
+        return jax.tree.unflatten(out_tree, self._primitive.bind(*leaves, call=call, rule=keeper))
 
     def __reduce__(self):
         return self.__qualname__  # copied and pickled by name, like a function
@@ -200,6 +265,10 @@ class Operation:
         return tuple(names[:count])
 
 
+_NOTHING = jax.make_jaxpr(lambda: ())()
+_KEPT: weakref.WeakKeyDictionary[ClosedJaxpr, Operation] = weakref.WeakKeyDictionary()
+
+
 def rule(definition: Callable) -> Operation:
     """Make a function of arrays an operation with a hand-written backward rule.
 
@@ -241,11 +310,12 @@ def rule(definition: Callable) -> Operation:
 class Call:
     """An operation together with what is static in one use of it. All methods take flat lists.
 
+    handle: the operation, held weakly (see `Operation.keeper`).
     edition: what else keeps two uses apart that compare equal: how often the rule has been
         rewritten (in a notebook, say), and the types of the static values (2 == 2.0 == True).
     """
 
-    operation: Operation
+    handle: weakref.ref[Operation]
     in_tree: Any
     static: tuple[tuple[str, Hashable], ...]
     edition: tuple[Hashable, ...] = ()
@@ -253,25 +323,34 @@ class Call:
     def __repr__(self):
         return ", ".join(f"{k}={v}" for k, v in self.static) or "()"
 
+    @property
+    def operation(self) -> Operation:
+        operation = self.handle()
+        assert operation is not None, "kept by the `rule` of the equation that this belongs to"
+        return operation
+
     def primal(self, *leaves):
         args = jax.tree.unflatten(self.in_tree, leaves)
         return jax.tree.leaves(self.operation.definition(*args, **dict(self.static)))
 
     def out_tree(self, in_avals):
-        return _out_tree(self, tuple(map(_shape_and_dtype, in_avals)), *_context())
+        return _out_tree(self, tuple(map(_shape_and_dtype, in_avals)))
 
     def forward(self, *leaves) -> tuple[list, Any, LinearMap]:
         """The value, the residuals, and the operation's derivative as a function of them."""
         op, in_avals = self.operation, tuple(jax.typeof(x) for x in leaves)
-        linear = _checked_linear_map(self, in_avals, *_context())
+        linear = _checked_linear_map(self, in_avals)
         # JAX hands a Python number on as a number that knows its dtype, but isn't an array.
         arrays = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]
         args = jax.tree.unflatten(self.in_tree, arrays)
         if op._forward is None:
             # The operation and not its definition: what differentiates the value again, as in
             # the derivative of a vjp, then meets the rule.
-            return op._primitive.bind(*_same_varying_axes(arrays), call=self), args, linear
+            outs = op._primitive.bind(*_same_varying_axes(arrays), call=self, rule=op.keeper())
+            return outs, args, linear
         y, residuals = op._forward(*args, **dict(self.static))
+        if jax.tree.structure(residuals) != linear.residual_tree:  # a static value has changed
+            linear = _checked_linear_map.__wrapped__(self, in_avals)
         return jax.tree.leaves(y), residuals, linear
 
 
@@ -321,7 +400,7 @@ class MappedCall:
 
     def forward(self, *leaves) -> tuple[list, Any, MappedLinearMap]:
         in_avals = tuple(jax.typeof(x) for x in leaves)
-        residual_axes = _mapped_residuals(self, in_avals, *_context())
+        residual_axes = _mapped_residuals(self, in_avals)
         derivatives = []
 
         def outs_and_residuals(*leaves):
@@ -345,8 +424,8 @@ class MappedCall:
         return outs, residuals, linear
 
 
-@functools.lru_cache(maxsize=4096)
-def _mapped_residuals(mapped: MappedCall, in_avals, *context):
+@_kept
+def _mapped_residuals(mapped: MappedCall, in_avals):
     """For each residual, 0 if it depends on a mapped argument, None if it doesn't.
 
     This is the trap in vmap. A weight that the examples share is a residual of `W @ x`;
@@ -395,10 +474,15 @@ class LinearMap:
     out_avals: tuple
     out_tree: Any
     residual_tree: Any
+    may: tuple[bool, ...]
     takes: tuple[bool, ...]
 
     def __repr__(self):
         return repr(self.call)
+
+    @property
+    def operation(self):
+        return self.call.operation
 
     def restrict(self, keep: Sequence[bool]) -> LinearMap:
         """The same map with a tangent of zero for all but the kept ones of its arguments."""
@@ -410,9 +494,20 @@ class LinearMap:
         dys are those of the inexact outputs. What only other arguments' gradients need is left
         out; without jit around, nobody else would do that.
         """
-        avals = tuple(map(jax.typeof, residuals)), tuple(map(jax.typeof, dys))
-        closed = _backward_jaxpr(self, *avals, *_context())
-        return jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *residuals, *dys)
+
+        def taken(residuals, dys):
+            found = self.gradients(residuals, dys)
+            pairs = zip(found, self.in_avals, strict=True)
+            # None where there was a gradient when the rule was checked: it is zero now.
+            found = [_zeros_or_none(a) if g is None else g for g, a in pairs]
+            return [found[i] for i in _where(self.takes)]
+
+        if self.takes == self.may:
+            return taken(residuals, dys)
+        avals = list(map(jax.typeof, residuals)), list(map(jax.typeof, dys))
+        closed = jax.make_jaxpr(taken)(*avals)
+        jaxpr, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
+        return jax.core.eval_jaxpr(jaxpr, closed.consts, *residuals, *dys)
 
     def gradients(self, residuals: Sequence, dys: Sequence) -> list:
         """`backward` as it is written: a gradient or None for each array of the call."""
@@ -450,18 +545,6 @@ class LinearMap:
         return list(jax.linear_transpose(from_dys, *avals)(list(dxs)))
 
 
-@functools.lru_cache(maxsize=4096)
-def _backward_jaxpr(linear: LinearMap, residual_avals, dy_avals, *context):
-    def taken(residuals, dys):
-        found = linear.gradients(residuals, dys)
-        return [found[i] for i in _where(linear.takes)]
-
-    closed = jax.make_jaxpr(taken)(list(residual_avals), list(dy_avals))
-    everything = [True] * len(closed.jaxpr.outvars)
-    jaxpr, _ = dce_jaxpr(closed.jaxpr, everything, instantiate=True)
-    return ClosedJaxpr(jaxpr, closed.consts)
-
-
 @dataclasses.dataclass(frozen=True)
 class MappedLinearMap:
     """A linear map under vmap; an axis is None for what all examples share.
@@ -479,6 +562,10 @@ class MappedLinearMap:
 
     def __repr__(self):
         return f"{self.linear} vmapped over {self.axis}"
+
+    @property
+    def operation(self):
+        return self.linear.operation
 
     def restrict(self, keep: Sequence[bool]) -> MappedLinearMap:
         return dataclasses.replace(
@@ -519,7 +606,7 @@ class MappedLinearMap:
         return grads
 
     def _summed(self, residuals, dys):
-        if _base(self).call.operation._tangent is None:
+        if self.operation._tangent is None:
             tangent = functools.partial(self._tangent_at, residuals)
             transposed = jax.linear_transpose(tangent, *self.dx_avals)
             return with_matrix_products(transposed)(list(dys))
@@ -540,8 +627,8 @@ def _base(linear) -> LinearMap:
 # ----------------------------------------------------------------------- is the rule well-formed?
 
 
-@functools.lru_cache(maxsize=4096)
-def _checked_linear_map(call: Call, in_avals, *context) -> LinearMap:
+@_kept
+def _checked_linear_map(call: Call, in_avals) -> LinearMap:
     """Trace the rule once for these types, and complain if forward and backward don't fit."""
     op, static = call.operation, dict(call.static)
     if op._backward is None:
@@ -574,7 +661,8 @@ def _checked_linear_map(call: Call, in_avals, *context) -> LinearMap:
     out_avals = tuple(jax.make_jaxpr(call.primal)(*in_avals).out_avals)
     inexact = [_is_inexact(a) for a in in_avals]
     residual_tree = jax.tree.structure(residuals)
-    linear = LinearMap(call, in_avals, out_avals, out_tree, residual_tree, tuple(inexact))
+    may = tuple(inexact)
+    linear = LinearMap(call, in_avals, out_avals, out_tree, residual_tree, may, may)
     residual_leaves = jax.tree.leaves(residuals)
     dy_avals = [a for a in out_avals if _is_inexact(a)]
     has_gradient = [False] * len(in_avals)
@@ -590,7 +678,11 @@ def _checked_linear_map(call: Call, in_avals, *context) -> LinearMap:
         jaxpr = jax.make_jaxpr(gradients)(residual_leaves, dy_avals)
         _must_be_closed(f"{op.name}.backward", jaxpr)
         _must_be_linear(op, jaxpr, len(residual_leaves), call, in_avals, has_gradient)
-    return dataclasses.replace(linear, takes=tuple(has_gradient))
+        if op._tangent is not None and any(has_gradient):
+            _tangent_must_be_linear(
+                dataclasses.replace(linear, takes=tuple(has_gradient)), residual_leaves
+            )
+    return dataclasses.replace(linear, may=tuple(has_gradient), takes=tuple(has_gradient))
 
 
 def _flat_gradients(call: Call, in_avals, grads) -> list:
@@ -718,6 +810,22 @@ def _must_be_linear(op, closed, num_residuals, call, in_avals, has_gradient):
             ) from error
 
 
+def _tangent_must_be_linear(linear: LinearMap, residual_avals):
+    op = linear.operation
+    dx_avals = [a.to_tangent_aval() for a, t in zip(linear.in_avals, linear.takes) if t]
+    closed = jax.make_jaxpr(linear.tangent)(residual_avals, dx_avals)
+    _must_be_closed(f"{op.name}.tangent", closed)
+    ins = [linearity.CONSTANT] * len(residual_avals) + [linearity.LINEAR] * len(dx_avals)
+    for how, dy in zip(linearity.kinds(closed, ins, strict=True), closed.out_avals, strict=True):
+        if how == linearity.CONSTANT:
+            how = "doesn't depend on them at all (a tangent of zero is written None)"
+        if how not in (linearity.ZERO, linearity.LINEAR):
+            raise RuleError(
+                f"{op.name}.tangent isn't linear in the tangents of its arguments: dy of shape "
+                f"{dy.shape} {how}."
+            )
+
+
 def _leaf_names(call: Call) -> list[str]:
     names, trees = [], call.in_tree.children()
     for name, tree in zip(call.operation.argument_names(len(trees)), trees, strict=True):
@@ -728,6 +836,11 @@ def _leaf_names(call: Call) -> list[str]:
 # ------------------------------------------------------------------------------ the two primitives
 
 
+# JAX keeps all that is registered for a primitive, for ever: so there is one for each name, which
+# knows no operation, and not one for each operation.
+
+
+@functools.cache
 def _primitive_of_operation(name: str) -> Primitive:
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -736,9 +849,14 @@ def _primitive_of_operation(name: str) -> Primitive:
     def compiled(*leaves, call):
         return call.primal(*leaves)
 
-    def jvp(primals, tangents, *, call):
+    def known_values(*leaves, call, rule):
+        if call.operation.compiled:
+            return compiled(*leaves, call=call)
+        return [jnp.asarray(y) for y in call.primal(*map(jnp.asarray, leaves))]
+
+    def jvp(primals, tangents, *, call, rule):
         if all(type(t) is ad.Zero for t in tangents):
-            outs = primitive.bind(*primals, call=call)
+            outs = primitive.bind(*primals, call=call, rule=rule)
             return outs, [ad.Zero(jax.typeof(y).to_tangent_aval()) for y in outs]
         outs, residuals, linear = call.forward(*primals)
         given = [t for t, is_in in zip(tangents, linear.takes, strict=True) if is_in]
@@ -753,18 +871,18 @@ def _primitive_of_operation(name: str) -> Primitive:
             next(dys) if _is_inexact(a) else ad.Zero(a.to_tangent_aval()) for a in out_avals
         ]
 
-    def batch(axis_data, leaves, axes, *, call):
+    def batch(axis_data, leaves, axes, *, call, rule):
         if all(axis is None for axis in axes):
-            outs = primitive.bind(*leaves, call=call)
+            outs = primitive.bind(*leaves, call=call, rule=rule)
             return outs, [None] * len(outs)
         mapped = MappedCall(call, tuple(axes), Axis.of(axis_data))
-        outs = primitive.bind(*leaves, call=mapped)
+        outs = primitive.bind(*leaves, call=mapped, rule=rule)
         return outs, [0] * len(outs)
 
-    def transpose(cotangents, *arrays, call):
+    def transpose(cotangents, *arrays, call, rule):
         """Of an operation that is itself linear, such as `W @ x` in x; JAX refuses the others."""
         unknown = [ad.is_undefined_primal(x) for x in arrays]
-        out_avals = _out_avals(call, tuple(_aval(x) for x in arrays), *_context())
+        out_avals = _out_avals(call, tuple(_aval(x) for x in arrays))
 
         def linear(*xs):
             given = iter(xs)
@@ -781,37 +899,45 @@ def _primitive_of_operation(name: str) -> Primitive:
         found = iter(jax.linear_transpose(linear, *avals)(cts))
         return [next(found) if u else None for u in unknown]
 
-    def abstract_eval(*in_avals, call):
-        return _out_avals(call, in_avals, *_context())
+    def abstract_eval(*in_avals, call, rule):
+        return _out_avals(call, in_avals)
 
-    primitive.def_impl(lambda *leaves, call: compiled(*leaves, call=call))
+    primitive.def_impl(known_values)
     primitive.def_abstract_eval(abstract_eval)
     ad.primitive_jvps[primitive] = jvp
     ad.primitive_transposes[primitive] = transpose
     batching.fancy_primitive_batchers[primitive] = batch
-    mlir.register_lowering(primitive, mlir.lower_fun(lambda *leaves, call: call.primal(*leaves)))
+    mlir.register_lowering(
+        primitive, mlir.lower_fun(lambda *leaves, call, rule: call.primal(*leaves))
+    )
     return primitive
 
 
 def _bind_linear(operation, residuals, dxs, linear):
     """Apply a derivative to tangents, as one equation."""
     arrays = _same_varying_axes([*residuals, *dxs])
-    return operation._linear_primitive.bind(*arrays, linear=linear, num_residuals=len(residuals))
+    params = {"linear": linear, "num_residuals": len(residuals), "rule": operation.keeper()}
+    return operation._linear_primitive.bind(*arrays, **params)
 
 
+@functools.cache
 def _primitive_of_linear_map(name: str) -> Primitive:
     primitive = Primitive(f"{name}_tangent")
     primitive.multiple_results = True
 
-    def act(*arrays, linear, num_residuals):
+    def act(*arrays, linear, num_residuals, rule=None):
         return linear.tangent(arrays[:num_residuals], arrays[num_residuals:])
 
     @functools.partial(jax.jit, static_argnames=("linear", "num_residuals"))
     def compiled(*arrays, linear, num_residuals):
         return act(*arrays, linear=linear, num_residuals=num_residuals)
 
-    def jvp(primals, tangents, *, linear, num_residuals):
-        bind = functools.partial(_bind_linear, _base(linear).call.operation)
+    def known_values(*arrays, linear, num_residuals, rule):
+        run = compiled if linear.operation.compiled else act
+        return run(*arrays, linear=linear, num_residuals=num_residuals)
+
+    def jvp(primals, tangents, *, linear, num_residuals, rule):
+        bind = functools.partial(_bind_linear, linear.operation)
         residuals, dxs = primals[:num_residuals], primals[num_residuals:]
         outs = bind(residuals, dxs, linear)
         total = [ad.Zero(jax.typeof(y)) for y in outs]
@@ -835,7 +961,7 @@ def _primitive_of_linear_map(name: str) -> Primitive:
             total = [ad.add_tangents(t, m) for t, m in zip(total, more, strict=True)]
         return outs, total
 
-    def transpose(cotangents, *arrays, linear, num_residuals):
+    def transpose(cotangents, *arrays, linear, num_residuals, rule):
         dxs = arrays[num_residuals:]
         wanted = [ad.is_undefined_primal(x) for x in dxs]
         dys = [ad.instantiate_zeros(ct) for ct in cotangents]
@@ -847,8 +973,8 @@ def _primitive_of_linear_map(name: str) -> Primitive:
             grads[num_residuals + i] = ad.Zero(dxs[i].aval) if g is None else g
         return grads
 
-    def batch(axis_data, arrays, axes, *, linear, num_residuals):
-        params = {"num_residuals": num_residuals}
+    def batch(axis_data, arrays, axes, *, linear, num_residuals, rule):
+        params = {"num_residuals": num_residuals, "rule": rule}
         if all(axis is None for axis in axes):
             outs = primitive.bind(*arrays, linear=linear, **params)
             return outs, [None] * len(outs)
@@ -863,10 +989,10 @@ def _primitive_of_linear_map(name: str) -> Primitive:
         outs = primitive.bind(*arrays, linear=mapped, **params)
         return outs, [0] * len(outs)
 
-    def abstract_eval(*in_avals, linear, num_residuals):
-        return _linear_out_avals(linear, num_residuals, in_avals, *_context())
+    def abstract_eval(*in_avals, linear, num_residuals, rule):
+        return _linear_out_avals(linear, num_residuals, in_avals)
 
-    primitive.def_impl(compiled)
+    primitive.def_impl(known_values)
     primitive.def_abstract_eval(abstract_eval)
     ad.primitive_jvps[primitive] = jvp
     ad.primitive_transposes[primitive] = transpose
@@ -878,26 +1004,21 @@ def _primitive_of_linear_map(name: str) -> Primitive:
 # -------------------------------------------------------------------------------- small services
 
 
-def _context():
-    """What tracing depends on besides the types: the mesh around us and 64-bit mode."""
-    return jax.sharding.get_abstract_mesh(), jax.config.jax_enable_x64
-
-
-@functools.lru_cache(maxsize=4096)
-def _out_avals(call, in_avals, *context):
+@_kept
+def _out_avals(call, in_avals):
     return tuple(jax.make_jaxpr(call.primal)(*in_avals).out_avals)
 
 
-@functools.lru_cache(maxsize=4096)
-def _linear_out_avals(linear, num_residuals, in_avals, *context):
+@_kept
+def _linear_out_avals(linear, num_residuals, in_avals):
     jaxpr = jax.make_jaxpr(linear.tangent)(
         list(in_avals[:num_residuals]), list(in_avals[num_residuals:])
     )
     return tuple(jaxpr.out_avals)
 
 
-@functools.lru_cache(maxsize=4096)
-def _out_tree(call: Call, shapes, *context):
+@_kept
+def _out_tree(call: Call, shapes):
     args = jax.tree.unflatten(call.in_tree, [jax.ShapeDtypeStruct(s, d) for s, d in shapes])
     definition = functools.partial(call.operation.definition, **dict(call.static))
     closed, shape = jax.make_jaxpr(definition, return_shape=True)(*args)

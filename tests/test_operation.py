@@ -897,7 +897,7 @@ def test_a_jaxpr_shows_the_operation():
     x = normal(0, 3)
     assert "sigmoid" in str(jax.make_jaxpr(sigmoid)(x))
     assert "logistic" not in str(jax.make_jaxpr(sigmoid)(x))
-    assert "power[call=exponent=3]" in str(jax.make_jaxpr(lambda x: power(x, exponent=3))(x))
+    assert "power[call=exponent=3 " in str(jax.make_jaxpr(lambda x: power(x, exponent=3))(x))
     assert "vmapped over 3" in str(jax.make_jaxpr(jax.vmap(sigmoid))(x))
 
 

@@ -16,15 +16,18 @@ a gradient of NaN, rather than a plausible number.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fnn.operation import rule
+from fnn.operation import Operation
 from fnn.ops.activations import log_softmax, softmax
 from fnn.ops.arguments import must_be_real, wide
+
+rule = functools.partial(Operation, compiled=True)
 
 # ----------------------------------------------------------------------------- classification
 

@@ -171,7 +171,7 @@ def _classes_and_labels(equation: Equation, flat: Program) -> tuple[int | None, 
     if logits is None or "labels" not in arguments or len(arguments) != len(equation.ins):
         return None
     labels = equation.ins[arguments.index("labels")]
-    if call.operation is sigmoid_binary_cross_entropy:
+    if call.operation == sigmoid_binary_cross_entropy:
         return None, labels, call.operation.name
     if not jnp.issubdtype(flat.avals[labels].dtype, jnp.integer):
         return None
