@@ -48,7 +48,7 @@ from jax.extend.core import ClosedJaxpr, Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from fnn import linearity
+from fnn import arguments, linearity
 from fnn.outer_products import with_matrix_products
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -74,12 +74,12 @@ def _kept(function):
     def remembered(subject, *types):
         memory = subject.operation.memory
         key = (function, subject, types, _context())
-        if key not in memory:
-            found = function(subject, *types)
-            while len(memory) >= _REMEMBERED:
+        found = memory.get(key)
+        if found is None:
+            found = memory[key] = function(subject, *types)
+            while len(memory) > _REMEMBERED:  # another thread may be doing the same
                 memory.pop(next(iter(memory)), None)
-            memory[key] = found
-        return memory[key]
+        return found
 
     return remembered
 
@@ -104,16 +104,17 @@ class Operation:
     Attributes:
         name: the function's name; JAX prints the operation under it.
         definition: the undecorated function.
-        compiled: whether a call outside jit is compiled, and kept so, as `fnn.ops` are. Other
-            rules run in Python then, as JAX's functions do, and see what their closures and
-            static arguments hold at each call.
+        compiled: whether a call outside jit is compiled, and its traced backward kept, as those
+            of `fnn.ops` are, which depend on nothing that can change. Other rules run in Python
+            then, as JAX's functions do, and see what their closures and static arguments hold.
     """
 
     def __init__(self, definition: Callable, compiled: bool = False):
+        arguments.function("rule", "definition", definition, "a function of arrays")
         functools.update_wrapper(self, definition)
         self.definition = definition
-        self.name = definition.__name__
-        self._signature = inspect.signature(definition)
+        self.name = _name_of(definition)
+        self._signature = _signature_of("rule: definition", definition)
         self._forward: Callable | None = None
         self._backward: Callable | None = None
         self._tangent: Callable | None = None
@@ -237,6 +238,8 @@ class Operation:
         return tuple(static.items())
 
     def _must_take(self, function, role, positional):
+        arguments.function(f"{self.name}.{role}", "the rule", function)
+        _signature_of(f"{self.name}.{role}: the rule", function)
         keywords = [p.name for p in self._signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
         try:
             inspect.signature(function).bind(*positional, **dict.fromkeys(keywords))
@@ -265,6 +268,23 @@ class Operation:
         return tuple(names[:count])
 
 
+def _name_of(function) -> str:
+    """Its name, or that of what a `functools.partial` calls, or its class's."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _signature_of(what: str, function) -> inspect.Signature:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        raise RuleError(
+            f"{what} must be a function whose arguments Python can tell, but got "
+            f"{arguments.show(function)}. Write a function around it."
+        ) from None
+
+
 _NOTHING = jax.make_jaxpr(lambda: ())()
 _KEPT: weakref.WeakKeyDictionary[ClosedJaxpr, Operation] = weakref.WeakKeyDictionary()
 
@@ -280,7 +300,11 @@ def rule(definition: Callable) -> Operation:
 
     Args:
         definition: a function whose positional arguments are pytrees of arrays and whose
-            keyword-only arguments are static configuration. It must be pure.
+            keyword-only arguments are static configuration. It must be pure. A call outside
+            jit runs it in Python, as any function of JAX: what it closes over may change
+            between two calls, and value, gradient and tangent then all see the new one. (Only
+            types are remembered: the shapes of results and residuals, and which arguments
+            have a gradient.)
 
     Returns:
         The `Operation`, called like the function.
@@ -495,19 +519,19 @@ class LinearMap:
         out; without jit around, nobody else would do that.
         """
 
-        def taken(residuals, dys):
-            found = self.gradients(residuals, dys)
-            pairs = zip(found, self.in_avals, strict=True)
-            # None where there was a gradient when the rule was checked: it is zero now.
-            found = [_zeros_or_none(a) if g is None else g for g, a in pairs]
-            return [found[i] for i in _where(self.takes)]
+        avals = tuple(map(jax.typeof, residuals)), tuple(map(jax.typeof, dys))
+        if self.operation.compiled:
+            closed = _backward_jaxpr(self, *avals)
+        elif self.takes != self.may:
+            closed = _backward_jaxpr.__wrapped__(self, *avals)
+        else:
+            return self.taken_gradients(residuals, dys)
+        return jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *residuals, *dys)
 
-        if self.takes == self.may:
-            return taken(residuals, dys)
-        avals = list(map(jax.typeof, residuals)), list(map(jax.typeof, dys))
-        closed = jax.make_jaxpr(taken)(*avals)
-        jaxpr, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
-        return jax.core.eval_jaxpr(jaxpr, closed.consts, *residuals, *dys)
+    def taken_gradients(self, residuals: Sequence, dys: Sequence) -> list:
+        # None where there was a gradient when the rule was checked: it is zero now.
+        found = zip(self.takes, self.gradients(residuals, dys), self.in_avals, strict=True)
+        return [_zeros_or_none(a) if g is None else g for is_in, g, a in found if is_in]
 
     def gradients(self, residuals: Sequence, dys: Sequence) -> list:
         """`backward` as it is written: a gradient or None for each array of the call."""
@@ -543,6 +567,14 @@ class LinearMap:
         avals = [a for a in self.out_avals if _is_inexact(a)]
         dxs = _match_types(dxs, [a for a, t in zip(self.in_avals, self.takes) if t])
         return list(jax.linear_transpose(from_dys, *avals)(list(dxs)))
+
+
+@_kept
+def _backward_jaxpr(linear: LinearMap, residual_avals, dy_avals) -> ClosedJaxpr:
+    closed = jax.make_jaxpr(linear.taken_gradients)(list(residual_avals), list(dy_avals))
+    everything = [True] * len(closed.jaxpr.outvars)
+    jaxpr, _ = dce_jaxpr(closed.jaxpr, everything, instantiate=True)
+    return ClosedJaxpr(jaxpr, closed.consts)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -465,9 +465,9 @@ def test_nan_is_not_hidden():
         (lambda: ops.softmax(jnp.ones(3), axis=2), r"softmax: axis 2 .* from -1 to 0"),
         (lambda: ops.softmax(1.0), r"softmax: wanted an argument with at least one axis"),
         (lambda: ops.log_softmax(jnp.ones(3), axis=(0, 1)), r"log_softmax: axis \(0, 1\)"),
-        (lambda: ops.elu(1.0, alpha=-1.0), r"elu: argument 'alpha' is -1.0"),
-        (lambda: ops.celu(1.0, alpha=0.0), r"celu: argument 'alpha' is 0.0"),
-        (lambda: ops.squareplus(1.0, b=0.0), r"squareplus: argument 'b' is 0.0"),
+        (lambda: ops.elu(1.0, alpha=-1.0), r"elu: alpha must be .* at least 0, but got -1.0"),
+        (lambda: ops.celu(1.0, alpha=0.0), r"celu: alpha must be a positive .* got 0.0"),
+        (lambda: ops.squareplus(1.0, b=0.0), r"squareplus: b must be a positive .* got 0.0"),
     ],
 )
 def test_bad_arguments_are_named(call, message):

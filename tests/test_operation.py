@@ -1010,6 +1010,28 @@ def test_wrong_forward():
         (lambda r, dW, dx: dW, r"dy of shape \(2, 3\).*has shape \(2,\)"),
         (lambda r, dW, dx: (dW @ r[1]).astype("float32"), "dtype float32.*dtype float64"),
         (lambda r, dW, dx: (dW @ r[1], None), "wrong structure"),
+        (lambda r, dW, dx: dW @ r[1] + 1, r"isn't linear .* constant term \(1.0\)"),
+        (lambda r, dW, dx: dW @ r[1] + r[0] @ r[1], "isn't linear .* constant term"),
+        (lambda r, dW, dx: dW @ dx, "isn't linear .* goes through 'dot_general'"),
+        (lambda r, dW, dx: jnp.sin(dW @ r[1]), "isn't linear .* goes through 'sin'"),
+        (lambda r, dW, dx: jnp.abs(dW) @ r[1], "isn't linear .* goes through 'abs'"),
+        (lambda r, dW, dx: jnp.floor(dW @ r[1]), "isn't linear .* goes through 'floor'"),
+        (lambda r, dW, dx: jnp.where(dW > 0, dW, 0) @ r[1], "isn't linear .* goes through 'gt'"),
+        (lambda r, dW, dx: r[0] @ r[1], "isn't linear .* doesn't depend on them"),
+        (
+            lambda r, dW, dx: lax.while_loop(lambda c: c[0] < 2, lambda c: c * c, dW @ r[1]),
+            "isn't linear .* decides when a loop ends|goes through",
+        ),
+        (
+            lambda r, dW, dx: (
+                lax.fori_loop(0, 2 + r[0].astype(int)[0, 0], lambda i, c: c**2, dW) @ r[1]
+            ),
+            "isn't linear .* goes through",
+        ),
+        (
+            lambda r, dW, dx: lax.cond(dx[0] > 0, lambda: dW @ r[1], lambda: 2 * dW @ r[1]),
+            "isn't linear .* decides which branch|goes through",
+        ),
     ],
 )
 def test_wrong_tangent(tangent, match):
@@ -1022,6 +1044,46 @@ def test_wrong_tangent(tangent, match):
     W, x = normal(0, 2, 3), normal(1, 3)
     with pytest.raises(fnn.RuleError, match=match):
         jax.jvp(lambda W: product(W, x), (W,), (W,))
+
+
+def test_a_backward_beside_a_tangent_must_be_linear_too():
+    """JAX doesn't transpose it then: it is read."""
+    op = fnn.rule(lambda x: x)
+    op.tangent(lambda residuals, dx: dx)
+    for backward in (
+        jnp.tanh,
+        lambda dy: dy * dy,
+        lambda dy: lax.fori_loop(0, 2, lambda i, c: c * c, dy),
+    ):
+        op.backward(lambda residuals, dy, b=backward: (b(dy),))
+        with pytest.raises(fnn.RuleError, match="backward isn't linear in dy.* goes through"):
+            jax.grad(op)(1.0)
+
+
+@pytest.mark.parametrize(
+    "tangent",
+    [
+        lambda r, dx: lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, 2 * c[1]), (0, dx))[
+            1
+        ],
+        lambda r, dx: lax.scan(lambda c, a: (c * a, c), dx, jnp.full(3, 2.0))[0],
+        lambda r, dx: lax.cond(r[0] > 100, jnp.zeros_like, lambda d: 8 * d, dx),
+        lambda r, dx: lax.reduce_window(jnp.stack([dx] * 8), 0.0, lax.add, (8,), (8,), "VALID")[0],
+        lambda r, dx: jnp.fft.irfft(jnp.fft.rfft(jnp.stack([8 * dx, dx])))[0],
+        lambda r, dx: jnp.linalg.solve(jnp.eye(2) / 8, jnp.stack([dx, dx]))[0],
+        lambda r, dx: jnp.real(8 * (dx + 0j)) + jnp.cumsum(jnp.zeros(2))[0],
+        lambda r, dx: jnp.sort(jnp.zeros(3))[0] + 8 * dx,
+        lambda r, dx: 8 * jax.checkpoint(lambda d: jnp.where(r[0] > 0, d, 0))(dx),
+        lambda r, dx: jnp.dot(jnp.full(2, 4.0), dx * jnp.ones(2)),
+    ],
+)
+def test_linear_tangents(tangent):
+    """Loops, branches and what else is linear, also where JAX can't transpose it."""
+    op = fnn.rule(lambda x: 8 * x)
+    op.backward(lambda residuals, dy: (8 * dy,))
+    op.tangent(tangent)
+    assert abs(jax.jvp(op, (1.0,), (1.0,))[1] - 8) < 1e-6
+    assert abs(jax.jvp(jax.grad(op), (1.0,), (1.0,))[1]) == 0
 
 
 def test_wrong_signatures():

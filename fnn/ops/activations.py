@@ -33,8 +33,9 @@ import math
 import jax
 import jax.numpy as jnp
 
+from fnn import arguments
 from fnn.operation import Operation
-from fnn.ops.arguments import axes_of, must_be_real, must_be_real_or_complex, wide
+from fnn.ops.arguments import axes_of, axis_of, must_be_real, must_be_real_or_complex, wide
 
 Axis = int | tuple[int, ...] | None
 
@@ -122,6 +123,7 @@ def leaky_relu(x: jax.Array, *, slope: float = 0.1) -> jax.Array:
     acoustic models", 2013.
     """
     must_be_real("leaky_relu", x=x)
+    arguments.number("leaky_relu", "slope", slope)
     return jnp.where(x >= 0, x, slope * x)
 
 
@@ -150,7 +152,7 @@ def maxout(z: jax.Array, *, axis: int = -2) -> jax.Array:
     Source: the lecture; Goodfellow et al., "Maxout networks", ICML 2013.
     """
     must_be_real("maxout", z=z)
-    (axis,) = axes_of("maxout", z, axis)
+    axis = axis_of("maxout", z, axis)
     if z.shape[axis] == 0:
         raise ValueError(
             f"maxout: argument 'z' of shape {z.shape} has no pieces along axis {axis}, wanted at "
@@ -182,8 +184,7 @@ def elu(x: jax.Array, *, alpha: float = 1.0) -> jax.Array:
     Source: the lecture; Clevert, Unterthiner, Hochreiter, arXiv:1511.07289.
     """
     must_be_real("elu", x=x)
-    if alpha < 0:
-        raise ValueError(f"elu: argument 'alpha' is {alpha}, wanted a number of at least 0.")
+    arguments.number("elu", "alpha", alpha, least=0)
     return jnp.where(x > 0, x, alpha * jnp.expm1(x))
 
 
@@ -237,8 +238,7 @@ def celu(x: jax.Array, *, alpha: float = 1.0) -> jax.Array:
     Source: Barron, "Continuously differentiable exponential linear units", arXiv:1704.07483.
     """
     must_be_real("celu", x=x)
-    if alpha <= 0:
-        raise ValueError(f"celu: argument 'alpha' is {alpha}, wanted a positive number.")
+    arguments.number("celu", "alpha", alpha, above=0)
     return jnp.where(x > 0, x, alpha * jnp.expm1(x / alpha))
 
 
@@ -456,6 +456,7 @@ def gelu(x: jax.Array, *, approximate: bool = True) -> jax.Array:
     Source: Hendrycks, Gimpel, "Gaussian error linear units", arXiv:1606.08415.
     """
     must_be_real("gelu", x=x)
+    arguments.flag("gelu", "approximate", approximate)
     return _gelu(x, approximate)
 
 
@@ -548,8 +549,7 @@ def squareplus(x: jax.Array, *, b: float = 4.0) -> jax.Array:
     Source: Barron, "Squareplus: a softplus-like algebraic rectifier", arXiv:2112.11687.
     """
     must_be_real("squareplus", x=x)
-    if b <= 0:
-        raise ValueError(f"squareplus: argument 'b' is {b}, wanted a positive number.")
+    arguments.number("squareplus", "b", b, above=0)
     # Beyond the limit √(x² + b) rounds to |x|; the clip keeps x² from overflowing.
     limit = math.sqrt(b / float(jnp.finfo(x.dtype).eps))
     root = jnp.maximum(jnp.abs(x), jnp.sqrt(jnp.square(jnp.clip(x, -limit, limit)) + b))
@@ -572,7 +572,7 @@ def _(residuals, dy, *, b):
 
 
 def _halves(op, x, axis):
-    (axis,) = axes_of(op, x, axis)
+    axis = axis_of(op, x, axis)
     if x.shape[axis] % 2:
         raise ValueError(
             f"{op}: argument 'x' of shape {x.shape} has {x.shape[axis]} features along axis "
@@ -645,6 +645,7 @@ def geglu(x: jax.Array, *, axis: int = -1, approximate: bool = True) -> jax.Arra
     Source: Shazeer, "GLU variants improve transformer", arXiv:2002.05202.
     """
     must_be_real("geglu", x=x)
+    arguments.flag("geglu", "approximate", approximate)
     a, g = _halves("geglu", x, axis)
     return a * _gelu(g, approximate)
 
@@ -729,6 +730,7 @@ def logsumexp(x: jax.Array, *, axis: Axis = None, keepdims: bool = False) -> jax
     Source: CS231n, "Linear classification" (numeric stability of the softmax).
     """
     must_be_real("logsumexp", x=x)
+    arguments.flag("logsumexp", "keepdims", keepdims)
     axis = axes_of("logsumexp", x, axis)
     z = wide(x)
     largest = _largest(z, axis)

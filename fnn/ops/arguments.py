@@ -5,21 +5,25 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from fnn import arguments
+
 
 def must_be_real(op: str, **arrays: jax.Array) -> None:
-    """Raise a TypeError unless every array holds real floating-point numbers.
+    """Raise a TypeError unless every argument is an array of real floating-point numbers.
 
     Integers are refused rather than converted: which floating dtype was meant is for the
     caller to say.
     """
     for name, x in arrays.items():
+        arguments.array(op, name, x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(_wanted(op, name, x, "a real floating dtype"))
 
 
 def must_be_real_or_complex(op: str, **arrays: jax.Array) -> None:
-    """Raise a TypeError unless every array holds floating-point numbers, real or complex."""
+    """Raise a TypeError unless every argument is an array of floats, real or complex."""
     for name, x in arrays.items():
+        arguments.array(op, name, x)
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             raise TypeError(_wanted(op, name, x, "a floating or complex dtype"))
 
@@ -44,10 +48,14 @@ def axes_of(op: str, x: jax.Array, axis: int | tuple[int, ...] | None) -> tuple[
     """The axes of x that `axis` names, counted from 0; all of them for None.
 
     Raises:
-        ValueError: x has no such axis.
+        TypeError: an axis is no integer.
+        ValueError: x has no such axis, or it is named twice.
     """
-    axes = range(x.ndim) if axis is None else (axis,) if isinstance(axis, int) else axis
-    for a in axes:
+    if axis is None:
+        return tuple(range(x.ndim))
+    several = axis if isinstance(axis, tuple) else (axis,)
+    for a in several:
+        arguments.integer(op, "axis", a)
         if not -x.ndim <= a < x.ndim:
             raise ValueError(
                 f"{op}: axis {axis} is out of range for the argument of shape {x.shape}, wanted "
@@ -56,4 +64,14 @@ def axes_of(op: str, x: jax.Array, axis: int | tuple[int, ...] | None) -> tuple[
                 else f"{op}: wanted an argument with at least one axis, but got a scalar "
                 f"(shape ()), and axis={axis}."
             )
-    return tuple(a % x.ndim for a in axes)
+    axes = tuple(int(a) % x.ndim for a in several)
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"{op}: axis must name each axis once, but got {axis}.")
+    return axes
+
+
+def axis_of(op: str, x: jax.Array, axis: int) -> int:
+    """The one axis of x that `axis` names, counted from 0. It raises as `axes_of` does."""
+    if axis is None or isinstance(axis, tuple):
+        raise TypeError(f"{op}: axis must be an integer, but got {arguments.show(axis)}.")
+    return axes_of(op, x, axis)[0]

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fnn import arguments
 from fnn.operation import Operation
 from fnn.ops.activations import log_softmax, softmax
 from fnn.ops.arguments import must_be_real, wide
@@ -62,11 +63,7 @@ def softmax_cross_entropy(
     arXiv:1512.00567 (label smoothing).
     """
     _check_classes("softmax_cross_entropy", "logits", logits, labels, distributions=True)
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(
-            f"softmax_cross_entropy: argument 'label_smoothing' is {label_smoothing}, wanted a "
-            "number from 0 up to, not including, 1."
-        )
+    arguments.number("softmax_cross_entropy", "label_smoothing", label_smoothing, least=0, below=1)
     log_p = log_softmax(wide(logits))
     if _is_integer(labels):
         loss = -_pick(log_p, labels)
@@ -126,6 +123,7 @@ def multiclass_hinge(scores: jax.Array, labels: jax.Array, *, margin: float = 1.
     recognition", 1999.
     """
     _check_classes("multiclass_hinge", "scores", scores, labels, distributions=False)
+    arguments.number("multiclass_hinge", "margin", margin)
     return jnp.sum(_hinges(scores, labels, margin), axis=-1).astype(scores.dtype)
 
 
@@ -259,8 +257,7 @@ def huber(prediction: jax.Array, target: jax.Array, *, delta: float = 1.0) -> ja
     Source: Huber, "Robust estimation of a location parameter", 1964.
     """
     _check_equal_shapes("huber", "prediction", prediction, "target", target)
-    if delta <= 0:
-        raise ValueError(f"huber: argument 'delta' is {delta}, wanted a positive number.")
+    arguments.number("huber", "delta", delta, above=0, infinite=True)
     d = prediction - target.astype(prediction.dtype)
     return _huber(d, _clip(d, delta))
 
@@ -350,6 +347,7 @@ def _standardised(prediction, target):
 
 def _check_means_and_variances(prediction, target):
     must_be_real("gaussian_nll", prediction=prediction)
+    arguments.array("gaussian_nll", "target", target)
     if jnp.issubdtype(target.dtype, jnp.complexfloating):
         raise TypeError(
             f"gaussian_nll: argument 'target' of shape {target.shape} has dtype {target.dtype}, "
@@ -459,6 +457,7 @@ def _empty(x):
 
 def _check_classes(op, name, scores, labels, *, distributions):
     must_be_real(op, **{name: scores})
+    arguments.array(op, "labels", labels)
     if scores.ndim == 0 or scores.shape[-1] == 0:
         raise ValueError(
             f"{op}: argument '{name}' has shape {scores.shape}, wanted (..., classes) with at "
@@ -483,6 +482,7 @@ def _check_classes(op, name, scores, labels, *, distributions):
 
 def _check_equal_shapes(op, name, x, other_name, other):
     must_be_real(op, **{name: x})
+    arguments.array(op, other_name, other)
     if jnp.issubdtype(other.dtype, jnp.complexfloating):
         raise TypeError(
             f"{op}: argument '{other_name}' of shape {other.shape} has dtype {other.dtype}, "

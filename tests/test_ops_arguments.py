@@ -1,0 +1,128 @@
+"""What the operations are given and can't take is refused where it is given, by its name."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ops_table import CASES
+
+import fnn
+from fnn import ops
+
+X = jnp.ones((2, 4))
+LABEL = jnp.asarray([1, 2])
+
+# Each option with a value that is right.
+OPTIONS = {
+    "leaky_relu slope": (functools.partial(ops.leaky_relu, X), 0.2),
+    "elu alpha": (functools.partial(ops.elu, X), 0.5),
+    "celu alpha": (functools.partial(ops.celu, X), 0.5),
+    "squareplus b": (functools.partial(ops.squareplus, X), 1),
+    "huber delta": (functools.partial(ops.huber, X, X), 2.0),
+    "multiclass_hinge margin": (functools.partial(ops.multiclass_hinge, X, LABEL), 2),
+    "softmax_cross_entropy label_smoothing": (
+        functools.partial(ops.softmax_cross_entropy, X, LABEL),
+        np.float32(0.1),
+    ),
+}
+FLAGS = {
+    "gelu approximate": functools.partial(ops.gelu, X),
+    "geglu approximate": functools.partial(ops.geglu, X),
+    "logsumexp keepdims": functools.partial(ops.logsumexp, X),
+}
+AXES = {
+    "maxout": functools.partial(ops.maxout, X),
+    "glu": functools.partial(ops.glu, X),
+    "swiglu": functools.partial(ops.swiglu, X),
+    "geglu": functools.partial(ops.geglu, X),
+    "softmax": functools.partial(ops.softmax, X),
+    "log_softmax": functools.partial(ops.log_softmax, X),
+    "logsumexp": functools.partial(ops.logsumexp, X),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_numbers(option):
+    (f, right), (op, name) = OPTIONS[option], option.split()
+    f(**{name: right})
+    for wrong, error in [
+        (math.nan, ValueError),
+        (-math.inf, ValueError),
+        (None, TypeError),
+        ("1", TypeError),
+        (True, TypeError),
+        (1j, TypeError),
+        ((1,), TypeError),
+    ]:
+        with pytest.raises(error, match=f"{op}: {name} must be"):
+            f(**{name: wrong})
+        with pytest.raises(error, match=f"{op}: {name} must be"):
+            jax.jit(functools.partial(f, **{name: wrong}))()
+    with pytest.raises(TypeError, match=f"{op}: .*'{name}' is static.*hashable"):
+        f(**{name: jnp.asarray(right)})
+
+
+@pytest.mark.parametrize("option", FLAGS)
+def test_flags(option):
+    op, name = option.split()
+    for wrong in (None, 1, 0.0, "tanh"):
+        with pytest.raises(TypeError, match=f"{op}: {name} must be True or False"):
+            FLAGS[option](**{name: wrong})
+
+
+@pytest.mark.parametrize("op", AXES)
+def test_axes(op):
+    AXES[op](axis=np.int64(-1))
+    for wrong in (True, 0.0, "0", (0, None), (1.0,)):
+        with pytest.raises(TypeError, match=f"{op}: axis must be"):
+            AXES[op](axis=wrong)
+    with pytest.raises(ValueError, match=f"{op}: axis 2 is out of range.*from -2 to 1"):
+        AXES[op](axis=2)
+
+
+def test_an_axis_twice():
+    with pytest.raises(ValueError, match="axis must name each axis once"):
+        ops.softmax(X, axis=(0, -2))
+
+
+def test_an_endless_huber_is_half_the_square():
+    d = jnp.asarray([3e3, -2.0])
+    f = functools.partial(ops.huber, delta=math.inf)
+    assert f(d, 0 * d) == jnp.sum(d**2) / 2
+    np.testing.assert_array_equal(jax.grad(f)(d, 0 * d), d)
+    np.testing.assert_array_equal(jax.hessian(f)(d, 0 * d), np.eye(2))
+
+
+@pytest.mark.parametrize("wrong", [None, [1.0, 2.0], (1.0,), {"a": 1.0}])
+@pytest.mark.parametrize("name", [n for n in CASES if n != "l2"])
+def test_no_arrays(name, wrong):
+    op = CASES[name].op
+    if not isinstance(op, fnn.Operation):
+        return
+    args = CASES[name].example()
+    for i in range(len(args)):
+        with pytest.raises(TypeError, match=rf"{op.name}: \w+ must be an array, but got"):
+            op(*args[:i], wrong, *args[i + 1 :])
+
+
+def test_no_functions():
+    for wrong in (None, 3, "relu", [abs]):
+        with pytest.raises(TypeError, match="rule: definition must be a function"):
+            fnn.rule(wrong)
+        op = fnn.rule(lambda x: x)
+        for register in (op.forward, op.backward, op.tangent):
+            with pytest.raises(TypeError, match="must be a function, but got"):
+                register(wrong)
+    with pytest.raises(fnn.RuleError, match="Write a function around it"):
+        fnn.rule(max)
+
+
+def test_a_partial_has_the_name_of_its_function():
+    def scaled(x, by):
+        return by * x
+
+    op = fnn.rule(functools.partial(scaled, by=3.0))
+    assert op.name == "scaled" and op(2.0) == 6
