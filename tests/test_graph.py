@@ -1,6 +1,7 @@
 """`fnn.graph`: its nodes, values, gradients, steps and tables against jax.grad and the lecture."""
 
 import math
+import time
 
 import jax
 import jax.numpy as jnp
@@ -229,6 +230,19 @@ def test_norms_of_large_and_small_gradients():
         for size in (1e-200, 1e-12, 1e12, 1e200):
             graph = fnn.graph(lambda x, size=size: (x * size).sum())(jnp.ones(16)).backprop()
             assert f"‖g‖ {4 * size:.3g}" in str(graph)
+
+
+def test_many_values_of_one_name_are_numbered_in_little_time():
+    def function(h):
+        for _ in range(3000):
+            h = h * 1.0001
+        return h
+
+    began = time.process_time()
+    graph = fnn.graph(function)(1.0)
+    assert time.process_time() - began < 20
+    assert [n.label for n in graph][:3] == ["h", "h₂", "h₃"] and graph["h₃₀₀₁"] is graph[-1]
+    assert "operations have" in repr(graph.coverage())
 
 
 def test_printed_within_a_screen():

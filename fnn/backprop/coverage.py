@@ -13,7 +13,7 @@ from fnn.jaxpr import Equation, Program, inner_jaxprs, is_inexact, program
 _OPEN = ("scan", "cond", "while", "checkpoint", "remat2")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Coverage:
     """How often each operation occurs, by name; `print` it for a table.
 
@@ -24,6 +24,10 @@ class Coverage:
 
     ruled: Counter[str] = dataclasses.field(default_factory=Counter)
     fallback: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    def __repr__(self):
+        ruled, fallback = self.ruled.total(), self.fallback.total()
+        return f"<Coverage: {ruled} of {ruled + fallback} operations have a hand-written rule>"
 
     def __str__(self):
         ruled, fallback = self.ruled.total(), self.fallback.total()

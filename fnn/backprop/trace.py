@@ -498,7 +498,7 @@ def _nodes(flat: Program, input_labels, output_labels) -> dict[int, Node]:
     for place, label in zip(flat.outputs, output_labels, strict=False):
         names.setdefault(place, label)
     by_place: dict[int, Node] = {}
-    taken = set(input_labels)
+    taken = dict.fromkeys(input_labels, 1)
 
     def add(place, label, operation, inputs=(), equation=None, result=None, number=None):
         aval = flat.avals[place]
@@ -540,13 +540,17 @@ def _nodes(flat: Program, input_labels, output_labels) -> dict[int, Node]:
     return by_place
 
 
-def _unique(label: str, taken: set[str]) -> str:
-    """The label, with a subscript if it's taken: h, h₂, h₃ where a loop assigns to h again."""
-    count, found = 1, label
+def _unique(label: str, taken: dict[str, int]) -> str:
+    """The label, with a subscript if it's taken: h, h₂, h₃ where a loop assigns to h again.
+
+    taken: how often each label was asked for.
+    """
+    found, count = label, taken.get(label, 0)
     while found in taken:
         count += 1
         found = label + str(count).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
-    taken.add(found)
+    taken[label] = max(count, 1)
+    taken.setdefault(found, 1)
     return found
 
 

@@ -66,7 +66,7 @@ class Check:
         return ("ok" if self.ok else "WRONG") + kinks
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
     """What `check_rule` and `check_grads` found; prints as a table, one row a check.
 
@@ -92,6 +92,10 @@ class Report:
         if wrong:
             return min(wrong, key=lambda c: c.order)
         return max(self.checks, key=lambda c: c.error, default=None)
+
+    def __repr__(self):
+        result = "all pass" if self.ok else "WRONG"
+        return f"<Report of {self.name}: {len(self.checks)} checks, {result}>"
 
     def __str__(self):
         header = ("", "against", "dtype", "order", "mode", "error", "at", "verdict")
