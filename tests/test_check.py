@@ -46,11 +46,6 @@ def right_tangent(residuals, dW, dx, db):
     return dW @ x + W @ dx + db
 
 
-def hidden_constant(dy):
-    """dy + 1, in a form that the trace-time check can't see through."""
-    return lax.scan(lambda c, d: (c, d + c), jnp.ones((), dy.dtype), dy)[1]
-
-
 # ------------------------------------------------------------------------------------ right rules
 
 
@@ -134,7 +129,13 @@ def test_all_shapes(shape):
         return x**3
 
     cube.backward(lambda residuals, dy: (3 * residuals[0] ** 2 * dy,))
-    assert check_rule(cube, normal(0, *shape), dtypes=()).ok
+    report = check_rule(cube, normal(0, *shape), dtypes=(), raise_on_error=False)
+    if 0 not in shape:
+        assert report.ok
+        return
+    # All modes ran, but there was nothing to compare.
+    assert not report.ok and all(c.ok for c in report.checks[:-1])
+    assert report.verdict == "NOT CHECKED: no argument that can move has any entries"
 
 
 def test_a_dtype_that_the_definition_refuses_is_skipped():
@@ -179,7 +180,6 @@ WRONG = {
         r[0].T @ dy,
         jnp.full_like(dy, dy.sum()),
     ),
-    "affine": lambda r, dy: (jnp.outer(dy, r[1]), r[0].T @ dy, hidden_constant(dy)),
 }
 
 
@@ -191,10 +191,10 @@ def test_each_kind_of_mistake_is_caught(kind):
     gradients = [c for c in wrong if c.what == "gradient"]
     assert {c.against for c in gradients} == {"autodiff", "differences"}
     assert all(c.worst.startswith(argument + "[") for c in gradients)
-    assert any(c.what == "tangent" for c in wrong) or kind == "affine"
+    assert any(c.what == "tangent" for c in wrong)
     assert any("vmapped" in c.what for c in wrong)
     assert any("op by op" in c.what for c in wrong) is False  # it's as wrong as the jitted one
-    assert any(c.what.startswith("b(") for c in wrong) == (kind == "affine")
+    assert not any(c.what.startswith("b(") for c in wrong)
     with pytest.raises(GradientError, match=f"gradient .* is wrong. At {argument}"):
         check_rule(affine(WRONG[kind]), *ARGS, **QUICK)
 
@@ -281,11 +281,11 @@ def test_kinks_are_named(at_zero):
     assert kink.where == "x[1]"
     np.testing.assert_allclose((kink.left, kink.right, kink.rule), (0, 1, at_zero), atol=1e-6)
     assert "kink at x[1]: slope 0 on the left, 1 on the right" in str(report)
-    assert any("1 at kinks" in c.verdict for c in report.checks)
+    assert any("1 left out" in c.verdict for c in report.checks)
 
 
 def test_a_kink_excuses_no_nonsense():
-    with pytest.raises(GradientError, match="by slopes at kinks"):
+    with pytest.raises(GradientError, match="should lie between .* the slopes on its two sides"):
         check_rule(relu(-1.0), np.array([-1.0, 0.0, 2.0]), **QUICK)
     with pytest.raises(GradientError):  # a mistake elsewhere
         op = fnn.rule(jnp.abs)
@@ -293,11 +293,17 @@ def test_a_kink_excuses_no_nonsense():
         check_rule(op, np.array([-1.0, 0.0, 2.0]), **QUICK)
 
 
-@pytest.mark.parametrize("distance", [3.3e-5, 1e-12])
-def test_points_near_a_kink(distance):
+def test_points_near_a_kink():
     """Far enough for a smaller step, they are checked; nearer, they are kinks."""
-    report = check_rule(relu(), np.array([distance, -distance, 1.0]), **QUICK)
-    assert len(report.kinks) == (2 if distance < 1e-9 else 0)
+    report = check_rule(relu(), np.array([3.3e-5, -3.3e-5, 1e-12, -1e-12]), **QUICK)
+    assert report.ok and not report.kinks
+    near = 1.0 + np.array([3.3e-5, -3.3e-5, 1e-15, -1e-15])
+    report = check_grads(lambda x: jnp.maximum(x, 1.0), near, **QUICK)
+    assert report.ok and [k.where for k in report.kinks] == ["x[2]", "x[3]"]
+    wrong = relu()
+    wrong.backward(lambda x, dy: (jnp.where(x > 0, 2 * dy, 0.0),))
+    with pytest.raises(GradientError, match=r"At x\[0\] it is"):
+        check_rule(wrong, np.array([1e-12, -1.0]), **QUICK)
 
 
 def test_kinks_of_maxima_and_of_the_second_derivative():

@@ -453,6 +453,23 @@ def test_coverage_counts_rules_also_inside_control_flow():
         spec = jax.sharding.PartitionSpec()
         return jax.shard_map(jnp.sin, mesh=mesh, in_specs=spec, out_specs=spec)(x).sum()
 
+    def stops_by_itself(x):
+        halve = lambda c: (jnp.sin(c[0]), c[1] / 2)
+        return jnp.exp(jax.lax.while_loop(lambda c: c[1] > 1e-3, halve, (x, x))[0])
+
+    found = fnn.graph(stops_by_itself)(1.0).coverage()
+    assert found.without == {"while": 1} and found.ruled == {"exp": 1} and not found.fallback
+    assert "1 of 2 operations have a hand-written rule (50%)" in str(found)
+    assert "while can't be differentiated in reverse mode" in str(found)
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+        jax.grad(stops_by_itself)(1.0)
+
+    def counts(x):
+        return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.sin(c[1])), (0, x))
+
+    found = fnn.graph(lambda x: counts(x)[1])(1.0).coverage()
+    assert found.ruled == {"while": 1, "sin": 1} and not found.without
+
     found = fnn.graph(through_shard_map)(jnp.ones(2)).coverage()
     assert found.fallback == {"shard_map": 1} and found.ruled == {"reduce_sum": 1}
     assert str(found).splitlines()[0] == "1 of 2 operations have a hand-written rule (50%)."

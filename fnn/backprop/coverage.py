@@ -20,24 +20,44 @@ class Coverage:
     ruled: those whose backward is a hand-written rule (fnn's, or the author's of a
         `custom_jvp` or `custom_vjp`).
     fallback: those that `jax.vjp` differentiates.
+    without: those that have no gradient at all in reverse mode: a `while_loop` whose number of
+        steps isn't known before it runs.
     """
 
     ruled: Counter[str] = dataclasses.field(default_factory=Counter)
     fallback: Counter[str] = dataclasses.field(default_factory=Counter)
+    without: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def __repr__(self):
         ruled, fallback = self.ruled.total(), self.fallback.total()
         return f"<Coverage: {ruled} of {ruled + fallback} operations have a hand-written rule>"
 
     def __str__(self):
-        ruled, fallback = self.ruled.total(), self.fallback.total()
-        if not ruled + fallback:
+        kinds = self.ruled, self.fallback, self.without
+        ruled, fallback, without = (kind.total() for kind in kinds)
+        total = ruled + fallback + without
+        if not total:
             return "No operation on a gradient's way."
-        rows = [(name, str(n), "") for name, n in self.ruled.most_common()]
-        rows += [(name, "", str(n)) for name, n in self.fallback.most_common()]
-        share = f"{ruled} of {ruled + fallback} operations have a hand-written rule"
-        table = text.columns(("operation", "ruled", "fallback"), rows, right=(1, 2))
-        return f"{share} ({ruled / (ruled + fallback):.0%}).\n{table}"
+        rows = [
+            (name, *(str(n) if kind is counted else "" for kind in kinds))
+            for counted in kinds
+            for name, n in counted.most_common()
+        ]
+        lines = [
+            f"{ruled} of {total} operations have a hand-written rule ({_percent(ruled, total)})."
+        ]
+        if without:
+            lines.append(
+                f"{', '.join(self.without)} can't be differentiated in reverse mode: the number "
+                "of steps isn't known before the loop runs."
+            )
+        header = "operation", "ruled", "fallback", "without gradient"
+        return "\n".join([*lines, text.columns(header, rows, right=(1, 2, 3))])
+
+
+def _percent(part: int, whole: int) -> str:
+    """100% is said only of all."""
+    return f"{min(round(100 * part / whole), 99 if part < whole else 100)}%"
 
 
 def coverage(flat: Program, active: Sequence[bool], name_of: Callable[[Equation], str]) -> Coverage:
@@ -49,6 +69,7 @@ def coverage(flat: Program, active: Sequence[bool], name_of: Callable[[Equation]
         name_of: what to call an equation.
     """
     from fnn.backprop.primitives import is_ruled
+    from fnn.backprop.primitives.control_flow import counts_its_steps
 
     found = Coverage()
     reach = reached(flat, active)
@@ -58,12 +79,16 @@ def coverage(flat: Program, active: Sequence[bool], name_of: Callable[[Equation]
             continue
         passed.update(i for i in equation.ins if i in reach)
         counter = found.ruled if is_ruled(equation) else found.fallback
+        if equation.name == "while" and not counts_its_steps(equation, flat):
+            found.without[name_of(equation)] += 1
+            continue  # what is in it passes no gradient on either
         counter[name_of(equation)] += 1
         if equation.name in _OPEN:
             for body in inner_jaxprs(equation).values():
                 inner = coverage(program(body), list(map(is_inexact, body.in_avals)), name_of)
                 found.ruled += inner.ruled
                 found.fallback += inner.fallback
+                found.without += inner.without
     return found
 
 

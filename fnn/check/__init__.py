@@ -23,23 +23,23 @@ coincidences of probability zero.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fnn.check.checks import Inspection
-from fnn.check.derivatives import Programs, cached_programs
-from fnn.check.directions import flatten
+from fnn import arguments
+from fnn.check.checks import DTYPES, Inspection, Options
+from fnn.check.derivatives import Programs
+from fnn.check.directions import Flat, flatten
 from fnn.check.report import Check, GradientError, Kink, Report
 from fnn.operation import Operation
 
 __all__ = ["Check", "GradientError", "Kink", "Report", "check_grads", "check_rule"]
-
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def check_rule(
@@ -88,6 +88,7 @@ def check_rule(
     >>> print(fnn.check_rule(fnn.ops.relu, jnp.array([-1.0, 0.0, 2.0])).kinks[0])
     kink at x[1]: slope 0 on the left, 1 on the right; the rule says 0
     """
+    options = _options("check_rule", dtypes, order, seed, max_entries, raise_on_error)
     if not isinstance(op, Operation):
         raise TypeError(
             f"check_rule takes an operation made by fnn.rule, but got {op!r}. For any other "
@@ -97,14 +98,28 @@ def check_rule(
     bound.apply_defaults()
     names = op.argument_names(len(bound.args))
     keywords = tuple(bound.kwargs.items())
-    with jax.enable_x64(True):
-        arrays = jax.tree.map(jnp.asarray, bound.args)
-        ours, leaves = flatten(op, keywords, names, arrays)
+    given = arguments.array
+    with _plain_settings():
+        arrays = [
+            jax.tree.map(lambda a, n=name: jnp.asarray(given("check_rule", n, a)), argument)
+            for name, argument in zip(names, bound.args, strict=True)
+        ]
+        ours, leaves = flatten("check_rule", op, keywords, names, tuple(arrays))
         plain = dataclasses.replace(ours, function=op.definition)
-        programs = cached_programs(ours, plain, op._edition)
-        inspection = Inspection(programs, op.name, leaves, seed, max_entries)
-        report = inspection.report(dtypes, order)
+        programs = _programs(op, ours, plain)
+        report = Inspection(programs, op.name, leaves, options).report()
     return _finish(report, raise_on_error)
+
+
+def _programs(op: Operation, ours: Flat, plain: Flat) -> Programs:
+    """Compiled once; the operation itself keeps them, so that they live as long as it does."""
+    kept: dict[Any, Programs] = vars(op).setdefault("_checks", {})
+    key = ours, op._edition
+    if key not in kept:
+        while len(kept) >= 16:
+            kept.pop(next(iter(kept)))
+        kept[key] = Programs(ours, plain)
+    return kept[key]
 
 
 def check_grads(
@@ -137,19 +152,58 @@ def check_grads(
             both numbers.
         ValueError: no argument is a floating-point array.
     """
+    options = _options("check_grads", dtypes, order, seed, max_entries, raise_on_error)
+    arguments.function("check_grads", "f", f, "a function to differentiate")
     static_places = tuple(getattr(f, "nondiff_argnums", ()) or ())
     names = _parameter_names(f, len(args))
-    with jax.enable_x64(True):
-        ours, leaves = flatten(f, (), names, args, static_places)
+    with _plain_settings():
+        ours, leaves = flatten("check_grads", f, (), names, args, static_places)
         plain = None
         if isinstance(f, Operation):
             plain = dataclasses.replace(ours, function=f.definition)
         elif isinstance(f, (jax.custom_vjp, jax.custom_jvp)):
             plain = dataclasses.replace(ours, function=inspect.unwrap(f))
-        programs = Programs(ours, plain)
         name = getattr(f, "__name__", type(f).__name__)
-        report = Inspection(programs, name, leaves, seed, max_entries).report(dtypes, order)
+        report = Inspection(Programs(ours, plain), name, leaves, options).report()
     return _finish(report, raise_on_error)
+
+
+def _options(where, dtypes, order, seed, max_entries, raise_on_error) -> Options:
+    wanted = f"names out of {', '.join(DTYPES)}"
+    if isinstance(dtypes, str) or not isinstance(dtypes, Collection):
+        raise TypeError(
+            f"{where}: dtypes must be a sequence of {wanted}, but got {arguments.show(dtypes)}."
+        )
+    names = []
+    for dtype in dtypes:
+        if not isinstance(dtype, str) and dtype is not None:  # jnp.float32, np.dtype("float32")
+            with contextlib.suppress(TypeError):
+                dtype = jnp.dtype(dtype).name
+        names.append(arguments.choice(where, "each of dtypes", dtype, DTYPES))
+    arguments.flag(where, "raise_on_error", raise_on_error)
+    return Options(
+        tuple(dict.fromkeys(names)),
+        arguments.integer(where, "order", order, least=1, most=2),
+        arguments.integer(where, "seed", seed, least=0),
+        arguments.integer(where, "max_entries", max_entries, least=1),
+    )
+
+
+@contextlib.contextmanager
+def _plain_settings() -> Iterator[None]:
+    """JAX as a check needs it, whatever its settings outside.
+
+    Numbers are of 64 bits, also beside constants of 32. Differences reach over the edge of the
+    domain, where nan is an answer, and evaluate a function of a key many times.
+    """
+    with (
+        jax.enable_x64(True),
+        jax.numpy_dtype_promotion("standard"),
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+        jax.debug_key_reuse(False),
+    ):
+        yield
 
 
 def _finish(report: Report, raise_on_error: bool) -> Report:

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fnn.check.differences import changes_around, unit
+from fnn.backprop.coverage import reached
 from fnn.check.directions import Flat
+from fnn.jaxpr import Program, inner_jaxprs, is_inexact, program, trace
 from fnn.operation import Operation
 
 # The entries of a batch under vmap.
@@ -30,11 +31,11 @@ def _projected(f, fixed, w):
 
 
 # Each mode's derivative of f, at x, projected on w or v.
-_FIRST: dict[str, Callable] = {
+FIRST: dict[str, Callable] = {
     "reverse": lambda f, x, fixed, w, v: _gradient(f, x, fixed, w),
     "forward": lambda f, x, fixed, w, v: _tangent(f, x, fixed, v),
 }
-_SECOND: dict[str, Callable] = {
+SECOND: dict[str, Callable] = {
     "forward over reverse": lambda f, x, fixed, w, v: jax.jvp(
         lambda x: _gradient(f, x, fixed, w), (x,), (v,)
     )[1],
@@ -48,8 +49,8 @@ _SECOND: dict[str, Callable] = {
         lambda x: _tangent(f, x, fixed, v), (x,), (v,)
     )[1],
 }
-_MODES = {**_FIRST, **_SECOND}
-_WHAT = {
+MODES = {**FIRST, **SECOND}
+WHAT = {
     "reverse": "gradient",
     "forward": "tangent",
     "forward over reverse": "Hessian times v",
@@ -76,17 +77,18 @@ class Programs:
         self.ours, self.plain = ours, plain
         self.reference = ours if plain is None else plain
         self.value = _jit(self.reference)
-        self.derivatives = _jit(self._derivatives, static_argnames="modes")
-        self.narrow = _jit(self._narrow, static_argnames="modes")
-        self.vmapped = _jit(self._vmapped, static_argnames="modes")
+        modes = ("modes", "plain_modes")
+        self.derivatives = _jit(self._derivatives, static_argnames=modes)
+        self.narrow = _jit(self._narrow, static_argnames=modes)
+        self.vmapped = _jit(self._vmapped, static_argnames=modes)
         self.by_entry = _jit(self._by_entry)
         self.along = _jit(self._along, static_argnames="of")
 
-    def unavailable(self, mode, *at) -> str:
-        """Why JAX can't do this mode, or "" if it can."""
-        derivative = functools.partial(_MODES[mode], self.ours)
+    def unavailable(self, f: Flat, mode: str, *at) -> str:
+        """Why JAX can't do this mode of f, or "" if it can."""
+        derivative = functools.partial(MODES[mode], f)
         try:
-            if isinstance(self.ours.function, Operation):
+            if isinstance(f.function, Operation):
                 jax.eval_shape(derivative, *at)
             else:  # JAX finds out about custom_vjp only here
                 jax.jit(derivative).lower(*at)
@@ -101,51 +103,65 @@ class Programs:
             raise
         return ""
 
-    def _derivatives(self, x, fixed, w, v, *, modes):
+    def coarsest(self, x, fixed) -> float:
+        """The relative spacing of the coarsest numbers between the arguments and the result."""
+        leaves, tree = jax.tree.flatten((x, fixed))
+        flat = lambda *leaves: [self.reference(*jax.tree.unflatten(tree, leaves))]
+        arrays = [jnp.asarray(a) for a in leaves]
+        seen = _coarsest(program(trace(flat, arrays)), [True] + [False] * (len(leaves) - 1))
+        return float(max(seen, jnp.finfo("float64").eps))
+
+    def _derivatives(self, x, fixed, w, v, u, *, modes, plain_modes):
         """Ours, and those of the plain definition."""
-        ours, plain = (
-            {} if f is None else {m: _MODES[m](f, x, fixed, w, v) for m in modes}
-            for f in (self.ours, self.plain)
-        )
+        ours = {m: MODES[m](self.ours, x, fixed, w, v) for m in modes}
+        plain = {}
+        if self.plain is not None:
+            plain = {m: MODES[m](self.plain, x, fixed, w, v) for m in plain_modes}
         ours["value"] = self.ours(x, fixed)
         if "reverse" in modes:
             # The value by `forward`, and the backward b at several upstream gradients.
             ours["value, differentiated"], pull = jax.vjp(lambda x: self.ours(x, fixed), x)
-            z = w * jnp.sin(jnp.arange(w.size, dtype=w.dtype) + 1)
-            ours["b(w + 30z)"] = pull(w + 30 * z)[0]
-            ours["b(w) + 30 b(z)"] = pull(w)[0] + 30 * pull(z)[0]
-            ours["b(0)"] = pull(jnp.zeros_like(w))[0]
+            z = u * jnp.sin(jnp.arange(u.size, dtype=u.dtype) + 1)
+            ours["b(w + 30z)"] = pull(u + 30 * z)[0]
+            ours["b(w) + 30 b(z)"] = pull(u)[0] + 30 * pull(z)[0]
+            ours["b(0)"] = pull(jnp.zeros_like(u))[0]
         return ours, plain
 
-    def _narrow(self, points, fixed, *, modes):
-        """First derivatives at (x, w, v) of several dtypes: ours, the reference's, and exact."""
+    def _narrow(self, points, fixed, *, modes, plain_modes):
+        """Values and first derivatives at (x, w, v) of several dtypes: ours, plain, exact.
 
-        def first(f, x, w, v):
+        Exact is the plain definition in float64, or our rule where JAX can't differentiate that.
+        """
+
+        def first(f, x, w, v, modes=modes):
             cast = lambda x, fixed: f(x, fixed).astype(x.dtype)
-            return {m: _MODES[m](cast, x, fixed, w, v) for m in modes}
+            found = {m: MODES[m](cast, x, fixed, w, v) for m in modes}
+            return found | {"value": cast(x, fixed)}
 
         def wide(a):
             return a.astype("float64")
 
-        return [
-            (
-                first(self.ours, *at),
-                first(self.reference, *at),
-                first(self.reference, *map(wide, at)),
-            )
-            for at in points
-        ]
+        found = []
+        for at in points:
+            exact = first(self.ours, *map(wide, at), [m for m in modes if m not in plain_modes])
+            plain = {}
+            if self.plain is not None:
+                plain = first(self.plain, *at, plain_modes)
+                exact |= first(self.plain, *map(wide, at), plain_modes)
+            found.append((first(self.ours, *at), plain, exact))
+        return found
 
-    def _vmapped(self, X, fixed, W, V, *, modes):
+    def _vmapped(self, X, fixed, W, V, *, modes, plain_modes):
         """A batch by vmap, and one by one: all arguments mapped, and then one shared."""
-        f, reference = self.ours, self.reference
+        f = self.ours
 
         def one_by_one(X, mode):
-            return lax.map(lambda a: _MODES[mode](reference, a[0], fixed, a[1], a[2]), (X, W, V))
+            alone = self.plain if mode in plain_modes else f
+            return lax.map(lambda a: MODES[mode](alone, a[0], fixed, a[1], a[2]), (X, W, V))
 
         copies = jax.tree.map(lambda a: jnp.stack([a] * BATCH), fixed)
         mapped = {
-            m: (jax.vmap(functools.partial(_MODES[m], f))(X, copies, W, V), one_by_one(X, m))
+            m: (jax.vmap(functools.partial(MODES[m], f))(X, copies, W, V), one_by_one(X, m))
             for m in modes
         }
         shared = {}
@@ -168,26 +184,68 @@ class Programs:
             ]
         return mapped, shared
 
-    def _by_entry(self, x, fixed, w, entries, step):
-        """Differences of wᵀf by single entries of x."""
+    def _by_entry(self, x, fixed, w, entries, steps, count):
+        """Changes of wᵀf by single entries of x, at ± each step: (entries, steps, 4), and sizes.
 
-        def changes(entry):
-            direction = jnp.zeros_like(x).at[entry].set(unit(x[entry]))
-            return changes_around(lambda t: self.reference(x + t * direction, fixed), step, w)
+        Of each: wᵀ of the change to the right and to the left, and the sums over f's terms of
+        the lower and of the higher one-sided slope. The size is that of the numbers that change.
+        Only the first `count` entries are done.
+        """
+        middle = self.reference(x, fixed)
+        usable = jnp.isfinite(middle)
+        weight = jnp.where(usable, w, 0)
+        f64 = jnp.float64
 
-        return lax.map(changes, entries)
+        def changes(entry, step):
+            right, left = (
+                jnp.where(usable, self.reference(x.at[entry].add(h), fixed) - middle, 0).astype(f64)
+                for h in (step, -step)
+            )
+            slopes = weight * right / step, -weight * left / step
+            lower, higher = (jnp.sum(f(*slopes)) for f in (jnp.minimum, jnp.maximum))
+            is_moved = (right != 0) | (left != 0)
+            terms = jnp.vdot(weight, right), jnp.vdot(weight, left), lower, higher
+            return jnp.stack(terms), is_moved
 
-    def _along(self, x, fixed, w, v, step, *, of):
-        """Differences in direction v: of f, or of our own derivative by a first-order mode."""
+        def one(i, found):
+            table, sizes = found
+            rows, moved = lax.map(lambda step: changes(entries[i], step), steps[i])
+            size = jnp.where(usable & moved.any(axis=0), jnp.abs(middle).astype(f64), 0)
+            return table.at[i].set(rows), sizes.at[i].set(jnp.linalg.norm(weight * size))
+
+        n, levels = steps.shape
+        start = jnp.zeros((n, levels, 4), f64), jnp.zeros(n, f64)
+        return lax.fori_loop(0, count, one, start)
+
+    def _along(self, x, fixed, w, v, steps, *, of):
+        """Changes at ± each step in direction v, (steps, 2, results), of f or of our derivative.
+
+        Entries that aren't finite at 0 are left out.
+        """
 
         def moved(t):
             if of == "value":
                 return self.reference(x + t * v, fixed)
-            return _MODES[of](self.ours, x + t * v, fixed, w, v)
+            return MODES[of](self.ours, x + t * v, fixed, w, v)
 
-        return changes_around(moved, step)
+        middle = moved(jnp.zeros((), x.dtype))
+        usable = jnp.isfinite(middle)
+        around = lax.map(moved, jnp.stack([steps, -steps], axis=1).ravel())
+        changes = jnp.where(usable, around - middle, 0).astype(jnp.float64)
+        return changes.reshape(*steps.shape, 2, middle.size), middle
 
 
-@functools.lru_cache(maxsize=256)
-def cached_programs(ours, plain, edition) -> Programs:
-    return Programs(ours, plain)
+def _coarsest(flat: Program, active) -> float:
+    """Of all values that depend on the active inputs, inside loops and operations too."""
+    reach = reached(flat, active)
+    spacing = [float(jnp.finfo(flat.avals[i].dtype).eps) for i in reach]
+    for equation in flat.equations:
+        if not any(i in reach for i in equation.ins):
+            continue
+        bodies = list(inner_jaxprs(equation).values())
+        call = equation.operation()
+        if call is not None:
+            bodies.append(jax.make_jaxpr(call.primal)(*(flat.avals[i] for i in equation.ins)))
+        for body in bodies:
+            spacing.append(_coarsest(program(body), list(map(is_inexact, body.in_avals))))
+    return max(spacing, default=0.0)

@@ -1,121 +1,314 @@
-"""Derivatives by finite differences."""
+"""Derivatives by finite differences, with steps that fit the function.
+
+No step is right for every function: x = 1e-12 and x = 1e12 need different ones, and so do sin(x)
+and sin(1e9 x) at the same x. So differences are taken with blocks of six steps, each step a
+quarter of the one before. Within a block, Ridders' method (Ridders, "Accurate computation of
+F′(x) and F′(x)F″(x)", 1982; Numerical Recipes, section 5.7) extrapolates to the step 0, and
+estimates how far the result may be off; blocks with larger and smaller steps follow until the
+slope is known well enough. All is relative: to an entry's own size, and to the function's.
+
+The same blocks tell where there is no slope. Where the function is smooth, the slope on the
+right less that on the left goes to 0 with the step; at a kink it doesn't, and at the edge of
+the domain there is only one of the two.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
+
+STEPS = 6
+FACTOR = 4.0
+
+SMOOTH, UNCLEAR, KINK, EDGE, UNDEFINED = range(5)
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """What to ask of a function that computes in float64, or in less.
+    """What to ask of a function that computes with numbers of this relative spacing.
 
-    exact, numerical: the tolerance against autodiff, and against differences (on top of their
-        own estimated error).
-    steps: of the differences, tried in this order until the function is smooth within one.
-    kink, error: how far differences may disagree, next to the slope, where a function is smooth.
+    eps: the spacing, of the coarsest numbers between the arguments and the result.
     """
 
-    exact: float
-    numerical: float
-    steps: tuple[float, ...]
-    kink: float
-    error: float
+    eps: float
+
+    @property
+    def exact(self) -> float:
+        """The tolerance where two programs compute the same: 1e-7 in float64, 8e-4 in float32."""
+        return self.eps**0.447
+
+    @property
+    def numerical(self) -> float:
+        """The tolerance against differences, on top of their own error: 2e-6 in float64."""
+        return self.eps**0.36
 
 
-STEPS = (1e-4, 1e-6, 1e-8)
-FINE = Precision(1e-7, 1e-5, STEPS, 1e-5, 1e-4)
-COARSE = Precision(1e-3, 2e-3, (1e-1, 2e-2), 1e-1, 3e-2)
+class Block(NamedTuple):
+    """Changes f(x ± h) − f(x) of n numbers, at STEPS steps h: arrays of shape (n, STEPS).
 
-
-def unit(x):
-    """The unit of the steps: 1, but more where x is so large that 1e-4 would drown in it."""
-    return 1.0 + 1e-4 * abs(x)
-
-
-# The points of the differences, in steps; STEPS[0] itself is added to these.
-POINTS = np.array([1, -1, 1 / 2, -1 / 2, 1 / 4, -1 / 4])
-
-
-def changes_around(f, step, w=None):
-    """f(t) − f(0) at the points t, or wᵀ of it; and the size of the numbers it is a difference of.
-
-    Entries that aren't finite at 0 are left out, and so are those that never change.
+    low, high: if f is a sum, the sums of its terms' smaller and larger one-sided slopes.
+    noise: (n,) how far a change may be off by rounding.
     """
-    middle = f(0.0)
-    around = lax.map(f, jnp.concatenate([step * POINTS, jnp.array([STEPS[0]])]))
-    usable = jnp.isfinite(middle)
-    changes = jnp.where(usable, around - middle, 0.0)
-    size = jnp.where(usable & jnp.any(changes != 0, axis=0), jnp.abs(middle), 0.0)
-    if w is None:
-        return changes, size
-    return changes @ w, size @ jnp.abs(w)
 
-
-def slopes(changes, size, step, eps):
-    """The slopes at 0, and what tells how far to trust them.
-
-    Central differences at h, h/2 and h/4. Their extrapolation is the slope, their disagreement
-    its error. Where f is smooth, the slope on the right less that on the left shrinks in
-    proportion to h; at a kink it doesn't.
-
-    Returns slope, error, error by rounding, kink (by how much it doesn't shrink), left slope,
-    right slope.
-    """
-    slopes = changes[:6] / (step * POINTS.reshape(6, *[1] * (changes.ndim - 1)))
-    right, left = slopes[0::2], slopes[1::2]
-    central, bend = (right + left) / 2, right - left
-    error = abs(central[1] - central[0]) + abs(central[2] - central[1])
-    kink = np.maximum(abs(bend[0] - 2 * bend[1]), abs(bend[1] - 2 * bend[2]))
-    rounding = 16 * eps * size / step
-    return (4 * central[2] - central[1]) / 3, error, rounding, kink, left[2], right[2]
+    steps: np.ndarray
+    plus: np.ndarray
+    minus: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    noise: np.ndarray
 
 
 @dataclasses.dataclass
 class Differences:
-    """Numerical slopes at some entries; `smooth` says where there is one."""
+    """The numerical slopes of n numbers.
 
-    entries: np.ndarray
+    state: SMOOTH, UNCLEAR (there may be a slope, but rounding or a kink nearby hides it), KINK,
+        EDGE (it is steep without bound, or defined on one side only) or UNDEFINED.
+    slope, error: the slope and how far it may be off; (nan, inf) where nothing is known.
+    rounding: the part of the error that is due to rounding.
+    left, right: the one-sided slopes; inf where they grow without bound, nan where f is undefined.
+    low, high: what lies between them.
+    slack: how far the one-sided slopes may be off.
+    """
+
+    state: np.ndarray
     slope: np.ndarray
     error: np.ndarray
+    rounding: np.ndarray
     left: np.ndarray
     right: np.ndarray
-    smooth: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    slack: np.ndarray
+
+    @staticmethod
+    def unknown(n: int) -> Differences:
+        nan, inf = np.full(n, np.nan), np.full(n, np.inf)
+        state = np.full(n, UNCLEAR)
+        return Differences(state, nan, inf, inf * 1, *(nan * 1 for _ in range(4)), 0.0 * state)
 
 
-def differences(
-    at_step: Callable, entries, precision: Precision, eps: float, inside: float, unit: Any = 1.0
-) -> Differences:
-    """With smaller and smaller steps, until the function is smooth within one.
+class _Tried(NamedTuple):
+    """What one block says."""
 
-    at_step: gives the changes and their size at a step.
-    inside: the size of the numbers that the function computes with, whatever its result's is.
-    unit: what the steps are multiplied with.
+    slope: np.ndarray
+    error: np.ndarray
+    rounding: np.ndarray
+    is_smooth: np.ndarray
+    is_zero: np.ndarray
+    is_kink: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+    grows_left: np.ndarray
+    grows_right: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    slack: np.ndarray
+
+
+@np.errstate(all="ignore")
+def _try(block: Block, precision: Precision, rule: np.ndarray) -> _Tried:
+    h, noise = block.steps, block.noise[:, None] / block.steps
+    right, left = block.plus / h, -block.minus / h
+    # Changes that vanish only at the smaller steps are rounding, or another side of a kink.
+    is_none = (block.plus == 0) & (block.minus == 0)
+    is_zero = is_none.all(axis=1)
+    hide = np.where(is_none & ~is_zero[:, None], np.nan, 0.0)
+    central, bend = (right + left) / 2 + hide, right - left + hide
+    # What rounding does shows as slopes that differ in proportion to 1 / h.
+    seen = np.abs(np.diff(central, axis=1)) * h[:, 1:]
+    seen = np.nan_to_num(seen[:, -2:], nan=0.0, posinf=0.0).max(axis=1, initial=0.0)
+    noise = np.maximum(noise, seen[:, None] / h)
+    slope, error, rounding = _extrapolate(central, noise, (2, 4, 6))
+    gap, gap_error, _ = _extrapolate(bend, 2 * noise, (1, 3))
+    size = np.maximum(np.abs(slope), np.where(np.isfinite(rule), np.abs(rule), 0.0))
+    tolerance = precision.numerical
+    is_smooth = np.isfinite(slope) & (np.abs(gap) <= 4 * gap_error + tolerance * size)
+    # Steps over many of a function's waves give slopes near 0, and smaller steps disagree by far
+    # more than rounding explains.
+    place = np.arange(len(h)), _last_finite(central)
+    first = np.nan_to_num(np.abs(central[:, 0]), nan=0.0, posinf=0.0)
+    known = 0.1 * np.maximum(np.abs(slope), first) + 64 * block.noise / h[place]
+    is_smooth &= np.abs(central[place] - slope) <= known
+    widest = np.nanmax(np.where(np.isfinite(bend), np.abs(bend), 0.0), axis=1)
+    is_smooth &= np.abs(bend[place]) <= 2 * known + 0.25 * widest
+    l, l_error, _ = _extrapolate(left + hide, noise, (1, 2))
+    r, r_error, _ = _extrapolate(right + hide, noise, (1, 2))
+    apart = np.abs(r - l)
+    larger = np.nanmax(
+        np.where(np.isfinite(right - left), np.fmax(abs(left), abs(right)), 0), axis=1
+    )
+    is_kink = (apart > 4 * (l_error + r_error) + tolerance * larger) & np.isfinite(apart)
+    last = np.arange(len(h)), _last_finite(right + left)
+    return _Tried(
+        np.where(is_zero, 0.0, slope),
+        np.where(is_zero, 2 * noise[:, 0], error),
+        np.where(is_zero, 2 * noise[:, 0], rounding),
+        is_smooth | is_zero,
+        is_zero,
+        is_kink & ~is_zero,
+        np.where(np.isfinite(l), l, left[:, -1]),
+        np.where(np.isfinite(r), r, right[:, -1]),
+        _grows(left),
+        _grows(right),
+        block.low[last],
+        block.high[last],
+        np.fmax(np.abs(left[:, -1] - left[:, -2]), np.abs(right[:, -1] - right[:, -2])),
+    )
+
+
+def _extrapolate(values, noise, powers):
+    """Ridders: values at the steps h, their error a series in h to these powers, taken to h = 0."""
+    n = len(values)
+    best, error, rounding = (np.full(n, fill) for fill in (np.nan, np.inf, np.inf))
+    column, places = values, np.arange(values.shape[1])
+    previous = None
+    for power in (None, *powers):
+        if power is None:
+            found, off = column[:, 1:], np.abs(np.diff(column, axis=1))
+            at = places[1:]
+        else:
+            weight = FACTOR**power
+            found = (weight * previous[:, 1:] - previous[:, :-1]) / (weight - 1)
+            off = np.maximum(np.abs(found - previous[:, 1:]), np.abs(found - previous[:, :-1]))
+            at = places[len(places) - found.shape[1] :]
+        round_off = 2 * noise[:, at]
+        total = np.nan_to_num(off + round_off, nan=np.inf)
+        place = np.argmin(total, axis=1)
+        pick = np.arange(n), place
+        better = total[pick] < error
+        best = np.where(better, found[pick], best)
+        rounding = np.where(better, round_off[pick], rounding)
+        error = np.where(better, total[pick], error)
+        previous = column if power is None else found
+    return best, error, rounding
+
+
+def _last_finite(values) -> np.ndarray:
+    finite = np.isfinite(values)
+    last = values.shape[1] - 1 - np.argmax(finite[:, ::-1], axis=1)
+    return np.where(finite.any(axis=1), last, values.shape[1] - 1)
+
+
+def _grows(slopes) -> np.ndarray:
+    """Do the one-sided slopes grow without bound as the step shrinks?"""
+    size = np.abs(slopes)
+    ratio = size[:, 1:] / size[:, :-1]
+    last = ratio[:, -3:]  # 4 is a jump
+    return ((last > 1.1) & (last < 3.5)).all(axis=1) & (np.abs(np.diff(last)) < 0.2).all(axis=1)
+
+
+def schedule(own: np.ndarray, others: Sequence[np.ndarray], eps: float) -> tuple[list, list]:
+    """The largest steps of the blocks to try: those that must be, and those that may help.
+
+    own: (n,) each number's own scale, a power of two.
+    others: further scales that the function may have.
     """
-    if not entries.size:
-        nothing = np.zeros(0)
-        return Differences(entries, nothing, nothing, nothing, nothing, nothing.astype(bool))
-    best: list[np.ndarray] = []
-    for step in precision.steps:
-        changes, size = (np.asarray(n, "float64") for n in at_step(step))
-        with np.errstate(invalid="ignore", over="ignore"):
-            numbers = [n / unit for n in slopes(changes, size + inside, step, eps)]
-        slope, error, rounding, kink, left, right = numbers
-        known = np.abs(slope[np.isfinite(slope)])
-        size = np.maximum(np.abs(slope), 1e-3 * known.max(initial=0.0) + 1e-6)
-        with np.errstate(invalid="ignore"):
-            smooth = np.isfinite(slope) & (kink <= precision.kink * size + 4 * rounding)
-            smooth &= error <= precision.error * size + 4 * rounding
-            # A smaller step helps only where it isn't lost in rounding.
-            smooth &= (step == precision.steps[0]) | (rounding <= 1e-2 * size)
-        found = [slope, error + rounding, left, right, smooth]
-        done = best[-1] if best else np.zeros_like(smooth)
-        best = [np.where(done, old, new) for old, new in zip(best or found, found, strict=True)]
-        if best[-1].all():
-            break
-    return Differences(entries, *best)
+
+    def top(scale, power):
+        return scale * max(2.0**power, min(eps * 2.0**14, 0.5))
+
+    first = [top(own, -4), top(own, -14)]
+    exact = eps < 1e-10
+    if exact:
+        first.append(top(own, 6))
+    more = [top(own, -24), top(own, -34)]
+    for other in others:
+        apart = np.abs(np.log2(other) - np.log2(own)) > 10
+        if apart.any():
+            first.append(np.where(apart, top(other, -4), np.nan))
+            more += [np.where(apart, top(other, p), np.nan) for p in (-14, -24, -34)]
+    if exact:
+        more += [top(own, p) for p in (16, 26, 36)]
+    return first, more
+
+
+def search(
+    at: Callable[[np.ndarray, np.ndarray], Block],
+    tops: tuple[list, list],
+    rule: np.ndarray,
+    precision: Precision,
+    enough: np.ndarray | None = None,
+    only: np.ndarray | None = None,
+    believe: bool = False,
+) -> Differences:
+    """The slopes of n numbers, by as many blocks as it takes.
+
+    at: gives the block of those largest steps (n,) at the chosen numbers, a mask (n,).
+    tops: what `schedule` makes.
+    rule: (n,) what the rule says. Where a block bears it out, nothing more is asked.
+    enough: (n,) the error that is small enough; relative to the slope unless given.
+    only: (n,) which of the numbers to look at; all unless given.
+    believe: take the first slope that is known well, even if the rule says something else.
+    """
+    n = len(rule)
+    found = Differences.unknown(n)
+    if not n:
+        return found
+    done = np.zeros(n, bool) if only is None else ~only
+    is_resolved, is_zero = np.zeros(n, bool), np.zeros(n, bool)
+    rough = np.zeros(n, bool)
+    kink_step, edge_step = np.full(n, np.inf), np.full(n, np.inf)
+    required, further = tops
+    for number, top in enumerate([*required, *further]):
+        todo = ~done & np.isfinite(top)
+        if not todo.any():
+            continue
+        block = at(np.where(np.isfinite(top), top, 1.0), todo)
+        b = _try(block, precision, rule)
+        with np.errstate(all="ignore"):
+            size = np.maximum(np.abs(b.slope), np.where(np.isfinite(rule), np.abs(rule), 0.0))
+            limit = 0.1 * precision.numerical * size if enough is None else enough
+            # Where the function is rough, larger steps see another function.
+            smooth = b.is_smooth & ~(rough & (block.steps[:, 0] > 2 * required[0]))
+            resolved = todo & smooth & ((b.error <= limit) | (b.is_zero & (rule == 0)))
+            # Changes that vanish at small steps, but not at large ones, are rounding.
+            resolved &= ~(b.is_zero & is_resolved & ~is_zero)
+            better = todo & smooth & ~(b.is_zero & ~resolved)
+            better &= (b.error < found.error) | (is_zero & resolved & ~b.is_zero)
+        for name in ("slope", "error", "rounding"):
+            setattr(found, name, np.where(better, getattr(b, name), getattr(found, name)))
+        is_zero = np.where(better, b.is_zero, is_zero)
+        if number == 0:
+            rough = ~b.is_smooth
+        is_resolved |= resolved
+        _look_for_a_kink(found, block, b, todo & ~is_resolved, kink_step, edge_step)
+        found.state = np.where(is_resolved, SMOOTH, found.state)
+        with np.errstate(all="ignore"):
+            off = np.abs(found.slope - rule)
+            agrees = off <= 2 * found.error + precision.numerical * size
+            done |= is_resolved & (agrees | believe)
+            if number >= len(required) - 1:
+                # Not known well, but well enough: with other steps it won't be either.
+                done |= (found.state == UNCLEAR) & agrees
+            if number >= len(required) + 1:
+                done |= np.isin(found.state, (KINK, EDGE, UNDEFINED))
+    return found
+
+
+@np.errstate(all="ignore")
+def _look_for_a_kink(found, block, b, where, kink_step, edge_step) -> None:
+    """Note kinks and edges; those that block with the smallest steps shows are the true ones."""
+    smallest = block.steps[:, -1]
+    no_left, no_right = ~np.isfinite(block.minus[:, -1]), ~np.isfinite(block.plus[:, -1])
+    steep = b.grows_left & b.grows_right
+    is_edge = no_left | no_right | steep
+    closer = where & (smallest < edge_step)
+    is_kink = where & b.is_kink & ~is_edge & (smallest < kink_step)
+    was_edge = closer & np.isin(found.state, (EDGE, UNDEFINED))
+    found.state = np.where(was_edge, UNCLEAR, found.state)
+    is_edge &= closer
+    found.state = np.where(is_kink, KINK, found.state)
+    found.state = np.where(is_edge, EDGE, found.state)
+    found.state = np.where(is_edge & no_left & no_right, UNDEFINED, found.state)
+    kink_step[is_kink] = smallest[is_kink]
+    edge_step[closer] = smallest[closer]
+    left = np.where(b.grows_left & (no_right | steep), np.copysign(np.inf, b.left), b.left)
+    right = np.where(b.grows_right & (no_left | steep), np.copysign(np.inf, b.right), b.right)
+    sides = np.where(no_left, np.nan, left), np.where(no_right, np.nan, right), b.low, b.high
+    names = "left", "right", "low", "high", "slack"
+    for name, value in zip(names, (*sides, b.slack), strict=True):
+        setattr(found, name, np.where(is_kink | is_edge, value, getattr(found, name)))

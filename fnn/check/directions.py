@@ -1,4 +1,4 @@
-"""A function of pytrees as one of a single vector of numbers."""
+"""A function of pytrees as one of a single vector of numbers, and directions to move it in."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from fnn import arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,10 @@ class Flat:
         return list(dict.fromkeys(leaf.argument for leaf in self.leaves if leaf.moves))
 
     @property
+    def moving(self) -> list[Leaf]:
+        return [leaf for leaf in self.leaves if leaf.moves]
+
+    @property
     def sizes(self) -> list[int]:
         """Of the parts."""
         return [sum(x.size for x in self.leaves if x.argument == a) for a in self.arguments]
@@ -87,7 +93,10 @@ class Flat:
 
     def of_parts(self, parts, fixed):
         """The result as one vector of its real numbers."""
-        outs = [jnp.asarray(y) for y in jax.tree.leaves(self.value(parts, fixed))]
+        outs = [
+            jnp.asarray(arguments.array("gradient check", "what the function returns", y))
+            for y in jax.tree.leaves(self.value(parts, fixed))
+        ]
         numbers = []
         for y in outs:
             if jnp.issubdtype(y.dtype, jnp.complexfloating):
@@ -111,7 +120,7 @@ def entry_names(path, leaf) -> list[str]:
     return [f"{path}{p}" for p in places]
 
 
-def flatten(function, keywords, names, args, static_places=()) -> tuple[Flat, list]:
+def flatten(where, function, keywords, names, args, static_places=()) -> tuple[Flat, list]:
     """The function of one vector, and the arrays: numpy float64 or complex128 where they move."""
     paths, in_tree = jax.tree_util.tree_flatten_with_path(args)
     leaves, arrays = [], []
@@ -131,7 +140,9 @@ def flatten(function, keywords, names, args, static_places=()) -> tuple[Flat, li
         elif not is_static:
             arrays.append(value)
     if not any(leaf.moves for leaf in leaves):
-        raise ValueError("there is nothing to differentiate: no argument is a floating-point array")
+        raise ValueError(
+            f"{where}: there is nothing to differentiate: no argument is a floating-point array."
+        )
     types = tuple(type(v) for _, v in keywords)
     return Flat(function, keywords, types, in_tree, tuple(leaves)), arrays
 
@@ -152,3 +163,38 @@ def as_vector(flat: Flat, arrays) -> tuple[np.ndarray, list]:
         else:
             moving.append(array.ravel())
     return np.concatenate(moving), fixed
+
+
+def power_of_two(size) -> np.ndarray:
+    """The power of two next to each number: steps of that size are exact."""
+    with np.errstate(divide="ignore"):
+        exponent = np.round(np.log2(np.abs(size)))
+    return 2.0 ** np.clip(exponent, -1000, 1000)
+
+
+def scales(flat: Flat, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How large a move of each number is, and of its array: powers of two.
+
+    A number's scale is its own size, for zeros that of the array they are in, and 1 if all of
+    it is zero.
+    """
+    own, arrays = np.ones_like(x), np.ones_like(x)
+    for start, stop in leaf_slices(flat):
+        size = np.abs(x[start:stop])
+        usable = np.isfinite(size) & (size > 0)
+        if usable.any():
+            arrays[start:stop] = power_of_two(np.median(size[usable]))
+        own[start:stop] = np.where(usable, power_of_two(size), arrays[start:stop])
+    return own, arrays
+
+
+def leaf_slices(flat: Flat) -> list[tuple[int, int]]:
+    """Where each array that moves stands in x."""
+    ends = np.cumsum([leaf.size for leaf in flat.leaves if leaf.moves])
+    return [(int(end - leaf.size), int(end)) for end, leaf in zip(ends, flat.moving, strict=True)]
+
+
+def random_moves(random: np.random.Generator, scale: np.ndarray) -> np.ndarray:
+    """±½ to ±2 times the scale, in numbers of 16 bits, so that x + t v is exact."""
+    size = np.round(random.uniform(0.5, 2.0, size=scale.shape) * 2.0**15) / 2.0**15
+    return size * random.choice([-1.0, 1.0], size=scale.shape) * scale

@@ -319,6 +319,14 @@ def _while_forward(equation, needed, ins, opaque):
     return tape.outputs, (tape, num_cond, num_init)
 
 
+def counts_its_steps(equation, flat) -> bool:
+    """Is the number of steps of this loop of a program known before it runs?"""
+    params = equation.params
+    known = [flat.constants.get(i) for i in equation.ins]
+    cond_consts, _, init = _cut(known, params["cond_nconsts"], params["body_nconsts"])
+    return _trip_count(params, cond_consts, init) is not None
+
+
 def _while_backward(equation, needed, saved, cotangents, opaque):
     tape, num_cond, _ = saved
     gradients = sweep.backward(tape, cotangents)
@@ -383,7 +391,7 @@ def _increment(body, in_place, out) -> int | None:
 
 def _concrete(value) -> int | None:
     """A whole number that is known now, else None."""
-    if isinstance(value, jax.core.Tracer):
+    if value is None or isinstance(value, jax.core.Tracer):
         return None
     dtype = jax.typeof(value).dtype
     is_integer = jax.dtypes.issubdtype(dtype, jax.numpy.integer) and jax.numpy.ndim(value) == 0
