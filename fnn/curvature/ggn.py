@@ -20,6 +20,7 @@ from fnn.curvature.checks import (
     checked_params,
 )
 from fnn.curvature.columns import Columns, columns
+from fnn.curvature.meshes import like, on_any_mesh
 from fnn.per_example.differentiate import batch_size
 from fnn.per_example.gradient import _as
 
@@ -55,13 +56,16 @@ def ggn_diagonal(
 
     def of_batch(params: Any, batch: Any) -> Any:
         params, *batch, size = checked("ggn_diagonal", params, batch)
-        found, tree = _signed(model, loss, params, batch, key, samples, part)
 
         def of_parameter(own):
             total = functools.reduce(jnp.add, [sign * c.sum_of_squares() for sign, c in own])
             return _as(total / size, own[0][1].dtype)
 
-        return jax.tree.unflatten(tree, [of_parameter(own) for own in found])
+        def diagonal(params, batch):
+            found, tree = _signed(model, loss, params, batch, key, samples, part)
+            return jax.tree.unflatten(tree, [of_parameter(own) for own in found])
+
+        return on_any_mesh(diagonal, like(params))(params, batch)
 
     return of_batch
 
@@ -83,8 +87,13 @@ def ggn_trace(
 
     def of_batch(params: Any, batch: Any) -> jax.Array:
         params, *batch, size = checked("ggn_trace", params, batch)
-        found, _ = _signed(model, loss, params, batch, key, samples, part, thrifty=False)
-        return _sum([sign * jnp.sum(c.squared_norms()) for own in found for sign, c in own]) / size
+
+        def trace(params, batch):
+            found, _ = _signed(model, loss, params, batch, key, samples, part, thrifty=False)
+            parts = [sign * jnp.sum(c.squared_norms()) for own in found for sign, c in own]
+            return _sum(parts) / size
+
+        return on_any_mesh(trace)(params, batch)
 
     return of_batch
 
@@ -138,12 +147,16 @@ def ggn_gram(model: Callable, loss: Callable) -> Callable:
 
     def of_batch(params: Any, batch: Any, other: Any = None) -> jax.Array:
         params, *batch, size = checked("ggn_gram", params, batch)
-        own = columns(model, loss, params, batch)[0]
-        others, other_size = own, size
+        other_size = size
         if other is not None:
             _, *other, other_size = checked("ggn_gram", params, other)
-            others = columns(model, loss, params, other)[0]
-        return _grams(own, others) / math.sqrt(size * other_size)
+
+        def gram(params, batch, other):
+            own = columns(model, loss, params, batch)[0]
+            others = own if other is None else columns(model, loss, params, other)[0]
+            return _grams(own, others) / math.sqrt(size * other_size)
+
+        return on_any_mesh(gram)(params, batch, other)
 
     return of_batch
 
@@ -163,15 +176,18 @@ def ntk(model: Callable) -> Callable:
     def of_inputs(params: Any, inputs: Any, others: Any = None) -> jax.Array:
         params = checked_params("ntk", params)
 
-        def sweep(x):
+        def sweep(params, x):
             batch_size(x)
             one_hot = lambda z, _: jnp.eye(z.size, dtype=z.dtype).reshape(z.size, *z.shape)
             found, _, z = columns(model, None, params, (x, None), seeds=one_hot)
             return found, z.shape
 
-        own, shape = sweep(inputs)
-        other, other_shape = (own, shape) if others is None else sweep(others)
-        return _grams(own, other).reshape(*shape, *other_shape)
+        def kernel(params, inputs, others):
+            own, shape = sweep(params, inputs)
+            other, other_shape = (own, shape) if others is None else sweep(params, others)
+            return _grams(own, other).reshape(*shape, *other_shape)
+
+        return on_any_mesh(kernel)(params, inputs, others)
 
     return of_inputs
 

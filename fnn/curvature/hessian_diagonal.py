@@ -29,6 +29,7 @@ from fnn.curvature.checks import check_loss, check_model, checked, one_example
 from fnn.curvature.columns import one_array
 from fnn.curvature.ggn import ggn_diagonal
 from fnn.curvature.linearize import second_derivative
+from fnn.curvature.meshes import like, on_any_mesh
 from fnn.curvature.operators import mean_loss
 from fnn.curvature.piecewise_linear import piecewise_linear
 from fnn.jaxpr import Program, once, program, trace
@@ -63,34 +64,39 @@ def hessian_diagonal(model: Callable, loss: Callable, *, chunk: int = 16) -> Cal
     def of_batch(params: Any, batch: Any) -> Any:
         params, inputs, targets, size = checked("hessian_diagonal", params, batch)
         batch = inputs, targets
-        if piecewise_linear(model, params, inputs) and _is_convex(model, loss, params, batch):
-            return ggn_diagonal(model, loss)(params, batch)
-        _, leaves, tree = parameters(params)
-        examples, example_tree = jax.tree.flatten((inputs, targets))
 
-        def of_example(*args):
-            here = jax.tree.unflatten(tree, args[: len(leaves)])
-            x, t = jax.tree.unflatten(example_tree, args[len(leaves) :])
-            return [loss(one_array(model(here, x)), t)]
+        def diagonal(params, batch):
+            inputs, targets = batch
+            if piecewise_linear(model, params, inputs) and _is_convex(model, loss, params, batch):
+                return ggn_diagonal(model, loss)(params, batch)
+            _, leaves, tree = parameters(params)
+            examples, example_tree = jax.tree.flatten((inputs, targets))
 
-        flat = program(trace(of_example, [*leaves, *one_example(examples)]))
-        found: list = [None] * len(leaves)
-        for layer in _layers(flat, len(leaves)):
-            of_weight, of_bias = _through(layer, flat, leaves, examples, size, chunk)
-            found[layer.weight] = of_weight
-            if layer.bias is not None:
-                found[layer.bias] = of_bias
+            def of_example(*args):
+                here = jax.tree.unflatten(tree, args[: len(leaves)])
+                x, t = jax.tree.unflatten(example_tree, args[len(leaves) :])
+                return [loss(one_array(model(here, x)), t)]
 
-        mean = mean_loss(model, loss, inputs, targets)
-        for k, leaf in enumerate(leaves):
-            if found[k] is None:
+            flat = program(trace(of_example, [*leaves, *one_example(examples)]))
+            found: list = [None] * len(leaves)
+            for layer in _layers(flat, len(leaves)):
+                of_weight, of_bias = _through(layer, flat, leaves, examples, size, chunk)
+                found[layer.weight] = of_weight
+                if layer.bias is not None:
+                    found[layer.bias] = of_bias
 
-                def of_leaf(w, k=k):
-                    return mean(jax.tree.unflatten(tree, [*leaves[:k], w, *leaves[k + 1 :]]))
+            mean = mean_loss(model, loss, inputs, targets)
+            for k, leaf in enumerate(leaves):
+                if found[k] is None:
 
-                found[k] = _entry_by_entry(of_leaf, leaf, chunk)
-        found = [f.astype(w.dtype) for f, w in zip(found, leaves, strict=True)]
-        return jax.tree.unflatten(tree, found)
+                    def of_leaf(w, k=k):
+                        return mean(jax.tree.unflatten(tree, [*leaves[:k], w, *leaves[k + 1 :]]))
+
+                    found[k] = _entry_by_entry(of_leaf, leaf, chunk)
+            found = [f.astype(w.dtype) for f, w in zip(found, leaves, strict=True)]
+            return jax.tree.unflatten(tree, found)
+
+        return on_any_mesh(diagonal, like(params))(params, batch)
 
     return of_batch
 

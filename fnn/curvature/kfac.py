@@ -13,10 +13,11 @@ from jax import lax
 
 from fnn import arguments
 from fnn.curvature import output_hessian
-from fnn.curvature.checks import check_like, check_loss, check_model, pair
+from fnn.curvature.checks import check_like, check_loss, check_model, checked_params, pair
 from fnn.curvature.columns import one_array
 from fnn.curvature.kronecker import Block, Diagonal, Kronecker, factors
 from fnn.curvature.linearize import linearized
+from fnn.curvature.meshes import like, on_any_mesh
 from fnn.jaxpr import once
 from fnn.per_example.differentiate import parameters
 
@@ -146,7 +147,10 @@ def kfac(
         return factors(model, loss, params, batch, kind=kind, part="fisher", **draw)
 
     def init(params):
-        shapes = jax.eval_shape(new_factors, params, example_batch, key)
+        # Of types alone: how the arrays are laid out on a mesh doesn't matter.
+        types = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+        given = types(checked_params("kfac", params)), types(example_batch)
+        shapes = jax.eval_shape(new_factors, *given, key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         dtype = functools.reduce(
             jnp.promote_types, [x.dtype for x in parameters(params)[1]], jnp.float32
@@ -171,7 +175,9 @@ def kfac(
             )
         inputs, targets = pair("kfac", batch)
         check_like("kfac", "the gradient", gradient, params)
-        return once(step)(gradient, state, params, (inputs, targets))
+        # Where the parameters and the state are laid out, so is what comes of them.
+        out = like(gradient), like(state)
+        return on_any_mesh(once(step), out)(gradient, state, params, (inputs, targets))
 
     def step(gradient, state, params, batch):
         inputs, targets = batch

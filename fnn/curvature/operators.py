@@ -30,6 +30,7 @@ from fnn.curvature.checks import (
 )
 from fnn.curvature.columns import columns, one_array
 from fnn.curvature.linearize import calls_custom_vjp, linearized
+from fnn.curvature.meshes import like, like_batch, on_any_mesh
 from fnn.jaxpr import once
 
 
@@ -221,12 +222,13 @@ def fisher_vector_product(
         if not samples:
             product = _ggn_product(model, loss, params, inputs, targets, size, "fisher")
             return LinearOperator(product, params, "Fisher")
-        batch = inputs, targets
-        drawn, tree, _ = columns(
-            model, loss, params, batch, key=key, samples=samples, part="fisher"
-        )
-        grads = jax.tree.unflatten(tree, [c.as_batch() for c in drawn])
-        return _outer_products(grads, params, size, "Fisher")
+        draw = {"key": key, "samples": samples, "part": "fisher"}
+
+        def gradients(params, batch):
+            drawn, tree, _ = columns(model, loss, params, batch, **draw)
+            return jax.tree.unflatten(tree, [c.as_batch() for c in drawn])
+
+        return _outer_products(gradients, params, (inputs, targets), size, "Fisher")
 
     return make
 
@@ -250,18 +252,21 @@ def empirical_fisher(model: Callable, loss: Callable) -> Callable:
     def make(params: Any, batch: Any) -> LinearOperator:
         params, inputs, targets, size = checked("empirical_fisher", params, batch)
         whole = lambda p, example: loss(model(p, example[0]), example[1])
-        _, grads = per_example.grads(whole)(params, (inputs, targets))
-        return _outer_products(grads, params, size, "empirical Fisher")
+        gradients = lambda params, batch: per_example.grads(whole)(params, batch)[1]
+        return _outer_products(gradients, params, (inputs, targets), size, "empirical Fisher")
 
     return make
 
 
-def _outer_products(grads, params, size, name) -> LinearOperator:
-    def product(v):
-        found = per_example.weighted_sum(grads, per_example.dot(grads, v) / size)
-        return jax.tree.map(lambda x, p: x.astype(p.dtype), found, params)
+def _outer_products(gradients, params, batch, size, name) -> LinearOperator:
+    grads = on_any_mesh(gradients, like_batch(batch))(params, batch)
 
-    return LinearOperator(product, params, name)
+    def product(grads, v):
+        found = per_example.weighted_sum(grads, per_example.dot(grads, v) / size)
+        return jax.tree.map(lambda x, p: x.astype(p.dtype), found, v)
+
+    placed = on_any_mesh(product, like(params))
+    return LinearOperator(lambda v: placed(grads, v), params, name)
 
 
 def eigenpairs(
@@ -328,10 +333,10 @@ def eigenpairs(
         after = unit(orthogonal(unit(jnp.where(used_up, fresh, w)), basis))
         return (basis, after, scale), (alpha, jnp.where(used_up, 0, beta))
 
-    first, *others = jax.random.split(key, steps + 1)
+    first, more = jax.random.split(key)
     v = jax.random.normal(first, (size,), flat.dtype)
     start = (jnp.zeros((steps, size), flat.dtype), unit(v), jnp.zeros((), flat.dtype))
-    each = jnp.arange(steps), jnp.stack(others)
+    each = jnp.arange(steps), jax.random.split(more, steps)
     (basis, _, _), (alpha, beta) = once(functools.partial(jax.lax.scan, step))(start, each)
     tridiagonal = jnp.diag(alpha) + jnp.diag(beta[:-1], 1) + jnp.diag(beta[:-1], -1)
     values, vectors = jnp.linalg.eigh(tridiagonal)
