@@ -452,7 +452,9 @@ class Graph:
 
         The circuit runs from left to right; on each wire stands the value above in green and
         the gradient below in red: numbers for scalars, for arrays the shape, the range of the
-        values and the norm of the gradient.
+        values and the norm of the gradient. Many values that go the same way are one wire.
+        What is too large for Graphviz (some hundred boxes) is laid out in rows, in time that
+        grows with the number of boxes; frames around open groups are left out there.
 
         Args:
             path: where to write it too, a file `.svg`. It is written whole or not at all.
