@@ -13,6 +13,7 @@ checkpoint holds nothing empty.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import jax
 
 from fnn import arguments
-from fnn.layers.layer import Layer, as_layer, constructor
+from fnn.layers.layer import Construction, Layer, as_layer, constructor
 
 Part = Layer | Callable
 
@@ -36,10 +37,14 @@ def combinator(make: Callable[..., Layer]) -> Callable[..., Layer]:
                 f"{name}: got {len(layers)} layers by position and {sorted(named)} by name. "
                 "Name all of them or none."
             )
-        return record(
+        layer = record(
             *[as_layer(part, f"{name}, part {i}") for i, part in enumerate(layers)],
             **{key: as_layer(part, f"{name}, part '{key}'") for key, part in named.items()},
         )
+        # What a reader calls, and what pickle finds under the name.
+        assert isinstance(layer.made_by, Construction)
+        layer.made_by = dataclasses.replace(layer.made_by, constructor=combine)
+        return layer
 
     combine.is_constructor = True  # type: ignore[attr-defined]
     return combine

@@ -61,6 +61,20 @@ class Layer(_Pair):
     def __repr__(self):
         return str(self.made_by) if self.made_by else f"Layer({name_of(self.apply)})"
 
+    def __reduce__(self):
+        """Pickled as the call that made it: its functions stand inside that call's."""
+        if isinstance(self.made_by, Construction):
+            return _construct, (self.made_by.constructor, self.made_by.args, self.made_by.kwargs)
+        if isinstance(self.made_by, PlainFunction):
+            return as_layer, (self.made_by.function,)
+        return Layer, tuple(self)
+
+    def __copy__(self) -> Layer:
+        return self  # a pair of pure functions: nothing in it changes
+
+    def __deepcopy__(self, memo: dict) -> Layer:
+        return self
+
 
 @dataclasses.dataclass(frozen=True)
 class Construction:
@@ -78,6 +92,10 @@ class Construction:
         args = [_show(a) for a in self.args]
         kwargs = [f"{k}={_show(v)}" for k, v in self.kwargs.items()]
         return f"{self.name}({', '.join(args + kwargs)})"
+
+
+def _construct(make: Callable[..., Layer], args: tuple, kwargs: Mapping[str, Any]) -> Layer:
+    return make(*args, **kwargs)
 
 
 def constructor(make: Callable[P, Layer]) -> Callable[P, Layer]:
