@@ -2,8 +2,9 @@
 
 from fnn.train.batch_loss import Loss
 from fnn.train.evaluation import evaluate
-from fnn.train.loop import FitResult, fit
+from fnn.train.loop import fit
 from fnn.train.nonfinite import NonFiniteError
+from fnn.train.result import FitResult
 from fnn.train.state import State
 from fnn.train.step import TrainStep, train_step
 

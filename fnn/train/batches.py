@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
@@ -35,14 +36,14 @@ class Arrays:
         """The number of batches in an epoch."""
         return -(-self.size // self.batch_size)
 
-    def epoch(self, key: Any) -> Iterator[Any]:
-        """The batches of one epoch, in an order drawn from the key."""
+    def epoch(self, key: Any, start: int = 0) -> Iterator[Any]:
+        """The batches of one epoch, in an order drawn from the key, without the first `start`."""
         if self.shuffle:
             order = np.asarray(jax.random.permutation(key, self.size))
         else:
             order = np.arange(self.size)
-        for start in range(0, self.size, self.batch_size):
-            yield _take(self.data, order[start : start + self.batch_size])
+        for i in range(start * self.batch_size, self.size, self.batch_size):
+            yield _take(self.data, order[i : i + self.batch_size])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +68,23 @@ class Stream:
             return len(self.source)
         return self.limit
 
-    def epoch(self, key: Any) -> Iterator[Any]:
+    def epoch(self, key: Any, start: int = 0) -> Iterator[Any]:
         """The batches of one epoch, converted from other libraries' arrays where need be.
+
+        Args:
+            key: for a function that takes one.
+            start: how many batches of the epoch are over. They are left out; an iterator stands
+                behind them already.
 
         Raises:
             TypeError, ValueError: a batch can't be converted, or isn't built as the first was;
                 there are fewer batches than make an epoch; the source wants a key that isn't
                 there.
         """
-        count = 0
-        for count, batch in enumerate(itertools.islice(self._batches(key), self.limit), 1):
+        count = start
+        skip = 0 if isinstance(self.source, Iterator) else start
+        end = None if self.limit is None else skip + max(0, self.limit - start)
+        for count, batch in enumerate(itertools.islice(self._batches(key), skip, end), start + 1):
             batch = as_arrays(batch, "batch")
             self._check_kind(batch, count)
             yield batch
@@ -204,7 +212,23 @@ def _take(data: Any, rows: np.ndarray) -> Any:
 
 @jax.jit
 def _take_on_device(arrays: dict, rows: jax.Array) -> dict:
-    return {i: x.at[rows].get(mode="promise_in_bounds") for i, x in arrays.items()}
+    return {
+        i: x.at[rows].get(mode="promise_in_bounds", out_sharding=_of_rows(x, len(rows)))
+        for i, x in arrays.items()
+    }
+
+
+def _of_rows(x: jax.Array, count: int) -> jax.sharding.NamedSharding | None:
+    """On an explicit mesh: a batch lies as the data do, or whole if it can't be dealt out."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    if sharding is None or not any(sharding.spec):  # no mesh, or one that XLA sees to
+        return None
+    first, *rest = sharding.spec
+    names = first if isinstance(first, tuple) else (first,) if first else ()
+    if count % math.prod(sharding.mesh.shape[name] for name in names):
+        first = None
+    spec = jax.sharding.PartitionSpec(first, *rest)
+    return jax.sharding.NamedSharding(sharding.mesh, spec)
 
 
 def _key_parameter(function: Callable) -> inspect.Parameter | None:

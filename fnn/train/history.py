@@ -65,10 +65,27 @@ class Log:
         for name, value in record.items():
             self.history.setdefault(name, []).append(value)
 
+    def has(self, metrics: dict[str, Any]) -> bool:
+        """Whether these metrics were added last."""
+        return bool(self._on_device) and self._on_device[-1] is metrics
+
+    @property
+    def epoch_has_begun(self) -> bool:
+        """Whether there was a step since the last epoch's end."""
+        return bool(self._sizes)
+
     def steps(self) -> dict[str, np.ndarray]:
         """For each metric, its value at each step."""
         self._read(len(self._on_device))
         return _joined(self._before + self._epoch)
+
+    def rewind(self, epochs: int, steps: int) -> None:
+        """Forget what came later, and what can no longer be read."""
+        self._on_device, self.count = [], steps
+        self.history = {name: values[:epochs] for name, values in self.history.items()}
+        read = _joined(self._before + self._epoch)
+        self._before = [{name: values[:steps] for name, values in read.items()}] if read else []
+        self._epoch = []
 
     def _read(self, count: int) -> None:
         if count:

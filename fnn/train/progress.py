@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -26,16 +28,58 @@ class Progress(Protocol):
         """The end, good or bad."""
 
 
-def progress_for(wanted: bool, epochs: int, steps: int | None) -> Progress:
-    """A bar if stdout is a terminal and `rich` is there; else lines; nothing if not wanted."""
-    if not wanted:
+def progress_for(wanted: bool, epochs: int, steps: int | None, first: int = 1) -> Progress:
+    """A bar if stdout is a terminal and `rich` is there; else lines; nothing if not wanted.
+
+    Args:
+        wanted: whether to show anything.
+        epochs: the number of the last epoch.
+        steps: the number of steps in an epoch, if it is known.
+        first: the number of the first epoch.
+    """
+    if not wanted or sys.stdout is None:
         return Nothing()
+    return Shielded(lambda: _display(epochs, steps, first))
+
+
+def _display(epochs: int, steps: int | None, first: int) -> Progress:
     if sys.stdout.isatty():
+        # Without rich, or inside another bar of rich's, which allows but one.
+        with contextlib.suppress(Exception):
+            return Bar(epochs, steps, first)
+    return Lines(epochs, steps, first=first)
+
+
+class Shielded:
+    """A display whose end isn't the training's: stdout may be closed, full, or a broken pipe."""
+
+    def __init__(self, make: Callable[[], Progress]):
+        self._display: Progress = Nothing()
+        self._do(lambda: setattr(self, "_display", make()))
+
+    def step(self, epoch: int, step: int, metrics: Metrics) -> None:
+        self._do(lambda: self._display.step(epoch, step, metrics))
+
+    def epoch(self, epoch: int, record: Mapping[str, Any]) -> None:
+        self._do(lambda: self._display.epoch(epoch, record))
+
+    def say(self, text: str) -> None:
+        self._do(lambda: self._display.say(text))
+
+    def close(self) -> None:
+        self._do(lambda: self._display.close())
+
+    def _do(self, show: Callable[[], None]) -> None:
         try:
-            return Bar(epochs, steps)
-        except ImportError:
-            pass
-    return Lines(epochs, steps)
+            show()
+        except Exception as error:  # whatever it is: nothing is shown from here on
+            self._display = Nothing()
+            with contextlib.suppress(Exception):  # warnings may be errors, stderr dead as well
+                warnings.warn(
+                    f"fit shows no more progress: {type(error).__name__}: {error}",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
 
 
 class Nothing:
@@ -57,10 +101,11 @@ class Nothing:
 class Lines:
     """A line for each of up to 20 epochs, at most 21 for more, and one every half minute within."""
 
-    def __init__(self, epochs: int, steps: int | None, *, seconds: float = 30.0):
+    def __init__(self, epochs: int, steps: int | None, *, seconds: float = 30.0, first: int = 1):
         self._epochs = epochs
+        self._first = first
         self._steps = steps
-        self._every = max(1, -(-epochs // 20))
+        self._every = max(1, -(-(epochs - first + 1) // 20))
         self._seconds = seconds
         self._last = time.monotonic()
 
@@ -70,11 +115,14 @@ class Lines:
             self.say(f"epoch {epoch}/{self._epochs}  step {step}{of}  {format_record(metrics())}")
 
     def epoch(self, epoch: int, record: Mapping[str, Any]) -> None:
-        if epoch in (1, self._epochs) or epoch % self._every == 0:
+        if epoch in (self._first, self._epochs) or epoch % self._every == 0:
             self.say(f"epoch {epoch}/{self._epochs}  {format_record(record)}")
 
     def say(self, text: str) -> None:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except UnicodeEncodeError:  # a terminal of few letters, a metric of many
+            print(text.encode("ascii", "backslashreplace").decode(), flush=True)
         self._last = time.monotonic()
 
     def close(self) -> None:
@@ -88,7 +136,7 @@ class Bar:
         ImportError: rich isn't installed.
     """
 
-    def __init__(self, epochs: int, steps: int | None):
+    def __init__(self, epochs: int, steps: int | None, first: int = 1):
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -101,7 +149,6 @@ class Bar:
         self._epochs = epochs
         self._steps = steps
         self._record: Mapping[str, Any] = {}
-        self._done = 0
         self._last = 0.0
         # Unknown steps: count epochs.
         self._bar = Progress(
@@ -113,16 +160,21 @@ class Bar:
             TextColumn("{task.fields[text]}"),
             auto_refresh=False,
         )
-        self._task = self._bar.add_task(f"epoch 1/{epochs}", total=epochs * (steps or 1), text="")
+        self._task = self._bar.add_task(
+            f"epoch {first}/{epochs}",
+            total=epochs * (steps or 1),
+            completed=(first - 1) * (steps or 1),
+            text="",
+        )
         self._bar.start()
 
     def step(self, epoch: int, step: int, metrics: Metrics) -> None:
-        self._done += 1
         now = time.monotonic()
         if now - self._last >= 0.1:
             self._last = now
             record = {**self._record, **metrics()}
-            self._show(epoch, self._done if self._steps else epoch - 1, record)
+            done = (epoch - 1) * (self._steps or 1) + (step if self._steps else 0)
+            self._show(epoch, done, record)
 
     def epoch(self, epoch: int, record: Mapping[str, Any]) -> None:
         self._record = record

@@ -31,7 +31,8 @@ class State(NamedTuple):
 
     def __repr__(self) -> str:
         """What there is, in a line; the numbers stay out of it."""
-        parts = (f"{name}: {size_of_tree(part)}" for name, part in self._asdict().items())
+        shown = {"params": self.params, "opt_state": self.opt_state, "step": self.step}
+        parts = (f"{name}: {size_of_tree(part)}" for name, part in shown.items())
         return f"State({', '.join(parts)})"
 
 

@@ -72,6 +72,10 @@ def train_step(
     return TrainStep(loss, optimizer, nonfinite=nonfinite, check=check)
 
 
+def _made_again(loss, optimizer, nonfinite: NonFinite, check: bool) -> TrainStep:
+    return TrainStep(loss, optimizer, nonfinite=nonfinite, check=check)
+
+
 class TrainStep:
     """What `train_step` returns: `init`, the step itself, and `finish`.
 
@@ -110,6 +114,7 @@ class TrainStep:
         check_optimizer(where, optimizer)
         arguments.choice(where, "nonfinite", nonfinite, ("raise", "skip", "ignore"))
         arguments.flag(where, "check", check)
+        self._made_of = (loss, optimizer, nonfinite, check)
         self.loss = loss
         self.optimizer = optax.with_extra_args_support(optimizer)
         self._nonfinite = nonfinite
@@ -118,6 +123,13 @@ class TrainStep:
         self._made: list | None = None  # `fit` has its step note here what it made
         self._checks = BatchChecks(functools.partial(find_labels, loss, trained=True), check)
         self._compiled = jax.jit(self._step, donate_argnums=0, static_argnums=3)
+
+    def __reduce__(self):
+        """Pickled and copied as the call that made it: compiled programs and runs are left out."""
+        return _made_again, self._made_of
+
+    def __deepcopy__(self, memo: dict) -> TrainStep:
+        return _made_again(*self._made_of)
 
     def init(self, params: Any) -> State:
         """The state to start from: a copy of `params`, the optimiser's state, step 0.
