@@ -272,7 +272,9 @@ _CALLS = {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
 }
-_HOLDS_FUNCTIONS = frozenset({*_CALLS, "custom_linear_solve", "cond", "while", "scan"})
+_HOLDS_FUNCTIONS = frozenset(
+    {*_CALLS, "call_hi_primitive", "custom_linear_solve", "cond", "while", "scan"}
+)
 
 
 def is_staged(values: Sequence = ()) -> bool:
@@ -377,6 +379,10 @@ def _called(equation: Equation, values: Sequence):
     if equation.name in ("jit", "pjit"):
         jaxpr = _inlined(equation)
         return None if jaxpr is None else (jaxpr, values)
+    if equation.name == "call_hi_primitive":
+        prim = equation.params["_prim"]
+        expanded = lambda *leaves: prim.expand(*jax.tree.unflatten(prim.in_tree, leaves))
+        return jax.make_jaxpr(expanded)(*values), values
     if equation.name in _CALLS:
         return close(equation.params[_CALLS[equation.name]]), values
     return None
@@ -582,7 +588,9 @@ batching.fancy_primitive_batchers[_held] = _held_batch
 
 
 def called_function(equation: Equation) -> str:
-    """The name of the function that a `custom_jvp` or `custom_vjp` call calls, or ""."""
+    """The name of what a `custom_jvp`, `custom_vjp` or hi-primitive call calls, or ""."""
+    if equation.name == "call_hi_primitive":
+        return type(equation.params["_prim"]).__name__
     if equation.name not in ("custom_jvp_call", "custom_vjp_call"):
         return ""
     return equation.params["call_jaxpr"].jaxpr.debug_info.func_name or ""

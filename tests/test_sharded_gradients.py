@@ -39,7 +39,7 @@ SHARD_MAP = {
         "select": lambda w, x: jnp.where(x > 0.5, w, 0.0) + jnp.where(w > 0.5, w, 0.0) * x,
         "relu": lambda w, x: jax.nn.relu(w * x - 0.3) + jax.nn.relu6(9 * w) * x,
         "rem": lambda w, x: (5 * w) % x + jnp.floor(w) * x,
-        "special": lambda w, x: special.erf(w * x) + special.gammaln(w) * x,
+        "special": lambda w, x: special.erf(w * x) * w,
         "complex": lambda w, x: jnp.abs(w + 1j * x) + jnp.imag(jnp.exp(1j * w)) * x,
         "cast": lambda w, x: w.astype(jnp.float32).astype(jnp.float64) * x,
     },

@@ -582,4 +582,7 @@ RULES = {
     ),
     "custom_jvp_call": THROUGH_JAX,
     "custom_vjp_call": THROUGH_JAX,
+    # JAX's newer kind of primitive (jax.experimental.hijax), with its author's rule in it.
+    "call_hi_primitive": THROUGH_JAX,
+    "call_hi_primitive_linearized": THROUGH_JAX,
 }

@@ -52,6 +52,9 @@ from jax.lax import (
 from fnn.backprop.local import LocalRule, each, joint, zero
 from fnn.jaxpr import sharding_of
 
+# Some formulas are each JAX's own: the compiler fits them best, and they cost alike.
+_SINCE_0_12 = hasattr(lax, "one_minus_square")
+
 # ------------------------------------------------------------------ how the tables are read
 
 
@@ -133,8 +136,12 @@ def _abs(g, y, x):
     """±g on the real line. In the plane |x|² = x x̄, so d|x| = Re(x̄ dx) / |x|."""
     if not is_complex(x):
         return select(lax.ge(x, number(0, x)), g, neg(g))
-    scale = div(g, where_zero(y, 1))
-    return lax.complex(mul(scale, lax.real(x)), neg(mul(scale, lax.imag(x))))
+    # Not g / |x| first: 1 / |x| may be too small or too large for a number, x / |x| isn't.
+    size = where_zero(y, 1)
+    return lax.complex(
+        mul(g, div(lax.real(x), size)),
+        neg(mul(g, div(lax.imag(x), size))),
+    )
 
 
 def _tanh(g, y, x):
@@ -143,16 +150,26 @@ def _tanh(g, y, x):
     Each JAX's compiler fits the form best in which that JAX writes it: with the factor 1 + y
     multiplied out before 0.12, as one local gradient since.
     """
-    if hasattr(lax, "one_minus_square"):
+    if _SINCE_0_12:
         return mul(g, mul(sub(number(1, y), y), add(number(1, y), y)))
     below = mul(g, sub(number(1, y), y))
     return add(below, mul(below, y))
 
 
+def _asinh(g, y, x):
+    """1/√(1 + x²); since JAX 0.12 both are divided by a power of 2 where x² would overflow."""
+    if is_complex(x) or not _SINCE_0_12:
+        return mul(g, rsqrt(one_plus_square(x)))
+    half = jnp.finfo(x.dtype).maxexp // 2
+    large = mul(lax.abs(x), number(2.0 ** (2 - half), x))
+    scale = div(number(1, x), lax.clamp(number(1, x), large, number(2.0 ** (half + 2), x)))
+    return mul(g, mul(scale, rsqrt(add(square(mul(x, scale)), square(scale)))))
+
+
 def _acosh(g, y, x):
-    """1/√(x² − 1); in the plane the root of each factor by itself, for the right branch."""
+    """1/√(x² − 1); as JAX, in the plane and since 0.12 the root of each factor by itself."""
     below, above = sub(x, number(1, x)), add(x, number(1, x))
-    if is_complex(x):
+    if is_complex(x) or _SINCE_0_12:
         return mul(g, mul(rsqrt(below), rsqrt(above)))
     return mul(g, rsqrt(mul(below, above)))
 
@@ -343,7 +360,7 @@ ANGLES = {
     "sinh": unary(lambda g, y, x: mul(g, cosh(x)), "cosh(x)"),
     "cosh": unary(lambda g, y, x: mul(g, sinh(x)), "sinh(x)"),
     "tanh": unary(_tanh, "1 − y²"),
-    "asinh": unary(lambda g, y, x: mul(g, rsqrt(one_plus_square(x))), "1 / √(1 + x²)"),
+    "asinh": unary(_asinh, "1 / √(1 + x²)"),
     "acosh": unary(_acosh, "1 / √(x² − 1)"),
     "atanh": unary(lambda g, y, x: div(g, one_minus_square(x)), "1 / (1 − x²)"),
 }
