@@ -1,6 +1,9 @@
 """Gradient checking finds every kind of mistake, and finds none where there is none."""
 
 import functools
+import gc
+import pickle
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -340,6 +343,238 @@ def test_no_false_alarms():
     assert not report.kinks
 
 
+# ---------------------------------------------------------------------------------------- scales
+
+
+def scaled_sine(factor):
+    """10ᵉ sin(x / 10ᵏ), with a gradient off by a factor."""
+
+    @fnn.rule
+    def scaled_sine(x, e, k):
+        return 10.0**e * jnp.sin(x / 10.0**k)
+
+    @scaled_sine.backward
+    def _(residuals, dy):
+        x, e, k = residuals
+        return factor * dy * (10.0**e / 10.0**k) * jnp.cos(x / 10.0**k), None, None
+
+    return scaled_sine
+
+
+def test_functions_and_arguments_of_any_size():
+    """e and k are arguments, so that all sizes share one program."""
+    right, wrong = scaled_sine(1.0), scaled_sine(2.5)
+    for e in (-30, -15, 0, 12, 30):
+        for k in (-30, -12, 0, 12, 30):
+            args = normal(0, 3) * 10.0**k, jnp.array(e), jnp.array(k)
+            assert check_rule(right, *args, **QUICK).ok
+            report = check_rule(wrong, *args, **QUICK, raise_on_error=False)
+            found = {c.against for c in report.checks if c.what == "gradient" and not c.ok}
+            assert found == {"autodiff", "differences"}, (e, k)
+            assert report.worst.error == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    "x", [[1e-12, 3e-12], [1e12, 3e12], [1e-12, 1.5, 1e12], [1e6, 1e6 + 1, 0.0]], ids=str
+)
+def test_right_gradients_at_arguments_of_any_size(x):
+    def f(x):
+        return x**2, jnp.log1p(x), jnp.max(x) + jnp.sum(x), jnp.sqrt(jnp.sum(x**2))
+
+    assert check_grads(f, np.array(x), **QUICK).ok
+    assert check_grads(jnp.sin, np.array(x), **QUICK).ok
+
+
+@pytest.mark.parametrize("factor", [1.01, 0.0, -1.0])
+def test_one_wrong_entry_of_many_is_found_without_autodiff(factor):
+    """It isn't in the sample, but some direction moves it; halving that finds its name."""
+
+    @jax.custom_vjp
+    def f(x):
+        return jnp.maximum(x, 0) + jnp.tanh(x)
+
+    def backward(x, dy):
+        dx = dy * ((x > 0) + 1 - jnp.tanh(x) ** 2)
+        return (dx.at[777].mul(factor),)
+
+    f.defvjp(lambda x: (f(x), x), backward)
+    x = normal(0, 100_000 if factor == 0 else 1000)
+    with pytest.raises(GradientError, match=r"At x\[777\] it is") as caught:
+        check_grads(lambda x: f(x), x, **QUICK, max_entries=8)
+    rows = {c.what: c for c in caught.value.report.checks if not c.ok}
+    assert {"gradient", "gradient times v"} <= set(rows)
+
+
+# ------------------------------------------------------------------- points without a derivative
+
+
+@pytest.mark.parametrize(
+    "f, x, why",
+    [
+        (jnp.sin, [np.nan, 1.0], "x[0] is nan"),
+        (jnp.sin, [np.inf, 1.0], "result[0] is nan"),
+        (jnp.log, [-1.0, 2.0], "result[0] is nan"),
+        (jnp.log, [0.0, 2.0], "result[0] is infinite at these arguments, and not so next to them"),
+        (jnp.exp, [1e5], "all results are infinite"),
+        (lambda x: None, 1.0, "returns no floating-point numbers"),
+        (lambda x: (x > 0, "x".__len__()), 1.0, "returns no floating-point numbers"),
+        (jnp.sin, np.zeros((0, 2)), "has any entries"),
+    ],
+)
+def test_what_checks_nothing_is_not_ok(f, x, why):
+    report = check_grads(f, np.array(x), **QUICK, raise_on_error=False)
+    assert not report.ok and not report.kinks
+    assert report.verdict.startswith("NOT CHECKED: ") and why in report.verdict
+    assert all(c.ok for c in report.checks[:-1])
+    with pytest.raises(GradientError, match="could not be checked"):
+        check_grads(f, np.array(x), **QUICK)
+
+
+def test_nan_where_there_are_slopes():
+    with pytest.raises(GradientError, match="At x.0. it is nan but should lie between -.* and "):
+        check_grads(lambda x: jnp.sqrt(jnp.sum(x**2)), np.zeros(2), **QUICK)
+    # An infinite result that stays so is left out: a mask.
+    mask = jnp.array([True, False, True])
+    report = check_grads(lambda x: jnp.where(mask, x, -jnp.inf), normal(0, 3), **QUICK)
+    assert report.ok and "result[1] is infinite" in str(report)
+
+
+@pytest.mark.parametrize(
+    "f, x, text",
+    [
+        (jnp.sqrt, 0.0, "not defined on the left, slope inf on the right; the rule says inf"),
+        (jnp.arcsin, 1.0, "slope inf on the left, not defined on the right; the rule says inf"),
+        (lambda x: x**1.5, 0.0, "not defined on the left, slope"),
+        (lambda x: jnp.where(x < 0, jnp.nan, 3 * x), 0.0, "slope 3 on the right"),
+    ],
+)
+def test_domains_with_one_side(f, x, text):
+    report = check_grads(f, np.array([x, 0.25]), **QUICK)
+    assert report.ok and len(report.kinks) == 1
+    assert str(report.kinks[0]).startswith("edge of the domain at ") and text in str(report)
+
+
+def test_a_wrong_slope_at_the_edge_of_the_domain():
+    @jax.custom_vjp
+    def f(x):
+        return jnp.where(x < 0, jnp.nan, 3 * x)
+
+    f.defvjp(lambda x: (f(x), None), lambda _, dy: (2 * dy,))
+    with pytest.raises(GradientError, match="the slope on the one side that there is"):
+        check_grads(lambda x: f(x), np.array([0.0]), **QUICK)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_functions_that_compute_in_few_digits(dtype):
+    def f(x):
+        return 2 * jnp.sin(x.astype(dtype))
+
+    x = np.array([0.3, 1.0, -2.0])
+    report = check_grads(f, x, **QUICK)
+    assert report.ok and f"computes in {dtype}" in str(report)
+    wrong = jax.custom_vjp(f)
+    wrong.defvjp(lambda x: (f(x), x), lambda x, dy: (5 * jnp.cos(x) * dy.astype(x.dtype),))
+    with pytest.raises(GradientError, match="by differences"):
+        check_grads(lambda x: wrong(x), x, **QUICK)
+
+
+# --------------------------------------------------------------------------------------- options
+
+BAD_OPTIONS = [
+    *({"order": 0}, {"order": 3}, {"order": 1.5}, {"order": True}, {"order": np.nan}),
+    *({"max_entries": 0}, {"max_entries": -1}, {"max_entries": 2.0}, {"max_entries": None}),
+    *({"seed": -1}, {"seed": "a"}, {"seed": None}, {"raise_on_error": "no"}),
+    *({"dtypes": "float32"}, {"dtypes": ("float8",)}, {"dtypes": None}, {"dtypes": (3,)}),
+    *({"dtypes": (None,)}, {"modes": ()}, {"tolerance": np.nan}),
+]
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS, ids=str)
+def test_options_are_checked(options):
+    (name,) = options
+    for check in (check_grads, functools.partial(check_rule)):
+        f = jnp.sin if check is check_grads else relu()
+        with pytest.raises((TypeError, ValueError), match=name):
+            check(f, 1.0, **options)
+
+
+def test_what_is_checked_must_be_a_function():
+    for f in (None, 3, "sin"):
+        with pytest.raises(TypeError, match="f must be a function"):
+            check_grads(f, 1.0)
+        with pytest.raises(TypeError, match="an operation made by fnn.rule"):
+            check_rule(f, 1.0)
+    with pytest.raises(TypeError, match="x must be an array, but got 'a'"):
+        check_rule(relu(), "a")
+    with pytest.raises(TypeError, match="what the function returns must be an array"):
+        check_grads(lambda x: "a", 1.0)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        lambda: jax.numpy_rank_promotion("raise"),
+        lambda: jax.numpy_dtype_promotion("strict"),
+        lambda: jax.debug_nans(True),
+        lambda: jax.checking_leaks(),
+        lambda: jax.debug_key_reuse(True),
+        lambda: jax.enable_x64(False),
+    ],
+    ids=["rank promotion", "dtype promotion", "nans", "leaks", "key reuse", "32 bits"],
+)
+def test_under_jaxs_strict_settings(setting):
+    W, key = jnp.asarray(normal(1, 3, 3), "float32"), jax.random.key(0)
+    x = jnp.asarray(normal(0, 3), "float32")
+
+    def f(W, x, key):
+        return {
+            "y": jnp.sqrt(jnp.maximum(W @ x, 0.0)),
+            "z": x * jax.random.normal(key, (3,), x.dtype),
+        }
+
+    with setting():
+        assert check_grads(f, W, x, key, dtypes=("float32",), order=1).ok
+        assert check_rule(affine(right), W, x, x, **QUICK).ok
+        total = lambda x: jnp.sum(jnp.tanh(W @ x))
+        np.testing.assert_allclose(fnn.grad(total)(x), jax.grad(total)(x), 1e-5)
+        value, pullback = fnn.vjp(total, x)
+        np.testing.assert_allclose(pullback(jnp.ones_like(value))[0], jax.grad(total)(x), 1e-5)
+
+
+def test_nothing_of_a_function_is_kept():
+    def check(use):
+        array = np.ones(1000)
+        f = lambda x: jnp.sum(jnp.sin(x) * jnp.asarray(array)[:3])
+        use(f)
+        return weakref.ref(f), weakref.ref(array)
+
+    uses = [
+        lambda f: check_grads(f, normal(0, 3), **QUICK),
+        lambda f: fnn.grad(f)(jnp.ones(3)),
+        lambda f: fnn.value_and_grad(f)(jnp.ones(3)),
+        lambda f: fnn.vjp(f, jnp.ones(3))[1](1.0),
+    ]
+    for use in uses:
+        kept = check(use)
+        gc.collect()
+        assert [ref() is None for ref in kept] == [True, True]
+
+
+def test_eager_gradients_compile_once():
+    f, x = lambda x: jnp.sum(jnp.tanh(x) ** 2 * 3), jnp.ones(5)
+    compiled = []
+    listen = lambda event, seconds, **_: compiled.append(event)
+    for use in (lambda: fnn.grad(f)(x), lambda: fnn.value_and_grad(f)(x)):
+        use()
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            del compiled[:]
+            use()
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+        assert not [event for event in compiled if "backend_compile" in event]
+
+
 # -------------------------------------------------------------------------- other people's rules
 
 
@@ -432,7 +667,7 @@ def test_a_while_loop_has_no_reverse_mode():
 
 
 def test_a_function_that_computes_in_float32():
-    W = jnp.asarray(normal(1, 3, 3), "float32")
+    W = jnp.asarray(3 * normal(1, 3, 3), "float32")
 
     def f(x):
         return jnp.tanh(W @ x.astype("float32"))
@@ -449,7 +684,38 @@ def test_a_function_that_computes_in_float32():
         check_grads(lambda x: wrong(x), normal(0, 3), **QUICK)
 
 
+def test_a_rule_around_a_while_loop():
+    """JAX can't differentiate the definition in reverse mode; differences can."""
+
+    def of(factor):
+        @fnn.rule
+        def eightfold(x):
+            step = lambda c: (c[0] + 1, 2 * c[1])
+            return lax.while_loop(lambda c: c[0] < 3, step, (0, x))[1]
+
+        eightfold.backward(lambda residuals, dy: (factor * dy,))
+        return eightfold
+
+    report = check_rule(of(8), normal(0, 3), dtypes=("float32",))
+    assert report.ok and "no comparison with autodiff (reverse" in str(report)
+    against = {c.against for c in report.checks if c.what == "gradient" and c.dtype == "float64"}
+    assert against == {"differences"}
+    with pytest.raises(GradientError, match="by differences"):
+        check_rule(of(7), normal(0, 3), **QUICK)
+
+
 # -------------------------------------------------------------------------------------- the report
+
+
+def test_reports_fit_a_screen():
+    report = check_grads(
+        lambda *xs: sum(x[0] for x in xs), *(np.zeros((3, 3)) for _ in range(40)), **QUICK
+    )
+    assert len(repr(report)) < 200 and "\n" not in repr(report)
+    lines = str(report).splitlines()
+    assert len(lines) < 50 and max(map(len, lines)) < 160
+    assert any(line.startswith("… and ") for line in lines)
+    assert pickle.loads(pickle.dumps(GradientError(report))).report == report
 
 
 def test_the_report_prints_as_a_table():

@@ -146,6 +146,8 @@ class Inspection:
                 f"{_some(names, ~self.moves)} infinite and can't be moved: no differences by it"
             )
         self.value = np.asarray(programs.value(x, self.fixed))
+        if x.size and not self.value.size:
+            raise NothingToCheck("the function returns no floating-point numbers")
         outputs, self.out_arrays = _output_names(programs, x, self.fixed)
         self.names = {m: outputs if m in _BY_RESULT else names for m in MODES}
         is_nan = np.isnan(self.value)
