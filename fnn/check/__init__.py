@@ -199,6 +199,7 @@ def _plain_settings() -> Iterator[None]:
     with (
         jax.enable_x64(True),
         jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
         jax.debug_nans(False),
         jax.debug_infs(False),
         jax.debug_key_reuse(False),

@@ -231,7 +231,7 @@ class Programs:
         middle = moved(jnp.zeros((), x.dtype))
         usable = jnp.isfinite(middle)
         around = lax.map(moved, jnp.stack([steps, -steps], axis=1).ravel())
-        changes = jnp.where(usable, around - middle, 0).astype(jnp.float64)
+        changes = jnp.where(usable[None], around - middle[None], 0).astype(jnp.float64)
         return changes.reshape(*steps.shape, 2, middle.size), middle
 
 
