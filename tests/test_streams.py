@@ -51,6 +51,15 @@ def test_fewer_batches_than_were_promised(data, message):
         fit(data, epochs=2, steps_per_epoch=5)
 
 
+def test_the_error_carries_what_was_trained():
+    for data, steps in ((short(3), 3), (iter([BATCH] * 8), 8)):
+        with pytest.raises(ValueError, match="gave 3 batches") as error:
+            fit(data, epochs=2, steps_per_epoch=5)
+        result = error.value.result
+        assert result.state.step == steps and len(result.steps["loss"]) == steps
+        assert len(result.history.get("loss", [])) == steps // 5
+
+
 def test_as_many_as_were_promised():
     assert len(fit(iter([BATCH] * 6), epochs=2, steps_per_epoch=3).steps["loss"]) == 6
     assert len(fit([BATCH] * 3, epochs=2, steps_per_epoch=3).steps["loss"]) == 6
