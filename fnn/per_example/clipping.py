@@ -11,12 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from fnn import arguments
 from fnn.backprop import value_and_grad
 from fnn.jaxpr import once
+from fnn.meshes import batch_spec, spec_of, with_auto_axes
 from fnn.per_example import quantities
-from fnn.per_example.differentiate import batch_size, factored, keys_of, parameters
+from fnn.per_example.differentiate import (
+    batch_size,
+    factored,
+    join_static,
+    keys_of,
+    parameters,
+    split_static,
+)
 
 _WHERE = "per_example.clipped_grad"
 _ALL = ""  # the one group where none are given
@@ -138,21 +147,36 @@ def clipped_grad(
         paths, _, _ = parameters(params)
         names = None if groups is None else quantities.groups_of(paths, groups)
         limits = _limits(clip_norm, names)
-        part = functools.partial(
-            _clipped, loss, params, limits, names, has_aux, sweeps, nan_safe, static
-        )
-        inputs = (batch, *keys_of(key, size))
-        if microbatch_size is None or microbatch_size >= size:
-            found = part(inputs, which)
-        else:
-            found = _in_parts(part, (inputs, which), size, microbatch_size)
-        if groups is None:
-            found = found._replace(norms=found.norms[_ALL])
-        if is_noisy:
-            whole = quantities.together([jnp.asarray(c, float) for c in limits.values()])
-            noisy = _with_noise(found.gradient, noise_multiplier * whole, noise_key)
-            found = found._replace(gradient=noisy)
-        return found
+        static_arrays, static_rest = split_static(static)
+
+        def whole(params, inputs, which, limits, noise_key, static_arrays):
+            given = join_static(static_arrays, static_rest)
+            part = functools.partial(
+                _clipped, loss, params, limits, names, has_aux, sweeps, nan_safe, given
+            )
+            if microbatch_size is None or microbatch_size >= size:
+                found = part(inputs, which)
+            else:
+                # Divided over devices, XLA adds up wrongly what it can't divide evenly (seen with
+                # the gradient of looked-up rows): each device finds all of a part.
+                settle = (lambda x: lax.with_sharding_constraint(x, P())) if is_divided else None
+                found = _in_parts(part, (inputs, which), size, microbatch_size, settle)
+            if names is None:
+                found = found._replace(norms=found.norms[_ALL])
+            if is_noisy:
+                norm = quantities.together([jnp.asarray(c, float) for c in limits.values()])
+                noisy = _with_noise(found.gradient, noise_multiplier * norm, noise_key)
+                found = found._replace(gradient=noisy)
+            return found
+
+        inputs = batch, *keys_of(key, size)
+        by_example = batch_spec(batch)
+        is_divided = by_example != P()
+        specs = Clipped(by_example, jax.tree.map(spec_of, params), by_example, by_example)
+        if not has_aux:
+            specs = specs._replace(aux=None)
+        given = params, inputs, which, limits, noise_key, static_arrays
+        return with_auto_axes(whole, given, specs)
 
     return of_batch
 
@@ -257,8 +281,14 @@ def _swept_again(loss, params, inputs, static, has_aux, weights, names, which):
     return jax.tree.unflatten(tree, chosen)
 
 
-def _in_parts(part, batch, size: int, microbatch_size: int) -> Clipped:
-    """The batch in parts of equal size and a rest, their gradients added up."""
+def _in_parts(part, batch, size: int, microbatch_size: int, settle=None) -> Clipped:
+    """The batch in parts of equal size and a rest, their gradients added up.
+
+    settle: what is done to the arrays that go into a part and come out.
+    """
+    if settle is not None:
+        batch, one = jax.tree.map(settle, batch), part
+        part = lambda *inputs: jax.tree.map(settle, one(*jax.tree.map(settle, inputs)))
     whole = size // microbatch_size * microbatch_size
     cut = lambda x: x[:whole].reshape(-1, microbatch_size, *x.shape[1:])
     parts = jax.tree.map(cut, batch)

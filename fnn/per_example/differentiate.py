@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from fnn import arguments
 from fnn.jaxpr import Program, as_varying, inner_jaxprs, is_inexact, program, trace, zeros
+from fnn.meshes import batch_spec, with_auto_axes
 from fnn.per_example.factors import (
     CONSTANT,
     EXAMPLE,
@@ -80,10 +81,15 @@ def grads(loss: Callable, *, has_aux: bool = False) -> Callable:
         size = batch_size(batch)
         keys = keys_of(key, size)
 
-        def of_example(example, *key):
-            return factored(loss, params, (example, *key), static, has_aux=has_aux)
+        static_arrays, static_rest = split_static(static)
 
-        return jax.vmap(of_example)(batch, *keys)
+        def of_batch(params, batch, keys, static_arrays):
+            given = join_static(static_arrays, static_rest)
+            one = lambda *inputs: factored(loss, params, inputs, given, has_aux=has_aux)
+            return jax.vmap(one)(batch, *keys)
+
+        inputs = params, batch, keys, static_arrays
+        return with_auto_axes(of_batch, inputs, batch_spec(batch))
 
     return of_batch
 
@@ -213,6 +219,22 @@ def batch_size(batch: Any) -> int:
     if size == 0:
         raise ValueError("the batch is empty: its first axis has size 0.")
     return size
+
+
+def split_static(static: dict) -> tuple[list, tuple]:
+    """Keyword arguments as their arrays, and all that they hold else."""
+    leaves, tree = jax.tree.flatten(static)
+    is_array = [isinstance(x, jax.Array) for x in leaves]
+    rest = [None if yes else x for x, yes in zip(leaves, is_array, strict=True)]
+    return [x for x, yes in zip(leaves, is_array, strict=True) if yes], (tree, is_array, rest)
+
+
+def join_static(arrays: list, rest: tuple) -> dict:
+    """The keyword arguments again."""
+    tree, is_array, others = rest
+    given = iter(arrays)
+    leaves = [next(given) if yes else x for x, yes in zip(others, is_array, strict=True)]
+    return jax.tree.unflatten(tree, leaves)
 
 
 def keys_of(key: Any, size: int) -> tuple:

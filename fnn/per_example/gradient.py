@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from fnn import arguments
 from fnn.jaxpr import once
+from fnn.meshes import batch_spec, with_auto_axes
 from fnn.per_example import terms as algebra
 from fnn.per_example.terms import Convolution, Dense, Product, Rows, Term
 
@@ -30,6 +32,26 @@ def exactly(method: Callable) -> Callable:
             return once(method)(*args)
 
     return exact
+
+
+def _of_examples(method: Callable) -> Callable:
+    """A method whose results have the batch as first axis, for batches on any mesh."""
+
+    @functools.wraps(method)
+    def on_any_mesh(self, *args):
+        return with_auto_axes(method, (self, *args), batch_spec(self.terms))
+
+    return on_any_mesh
+
+
+def _of_batch(method: Callable) -> Callable:
+    """A method whose results are about the whole batch, for batches on any mesh."""
+
+    @functools.wraps(method)
+    def on_any_mesh(self, *args):
+        return with_auto_axes(method, (self, *args), PartitionSpec())
+
+    return on_any_mesh
 
 
 @functools.partial(
@@ -80,8 +102,14 @@ class FactoredGradient:
                     f"{weights.shape}, but there are {self.batch_size} examples: it must have "
                     f"shape ({self.batch_size},)."
                 )
-        return self._added(lambda t: algebra.weighted_sum(t, weights))
+        return self._weighted_sum(weights)
 
+    @_of_batch
+    def _weighted_sum(self, weights: jax.Array | None) -> jax.Array:
+        added = functools.reduce(jnp.add, [algebra.weighted_sum(t, weights) for t in self.terms])
+        return _as(added, self.dtype)
+
+    @_of_examples
     def norms(self) -> jax.Array:
         """|gₙ|, (batch,), real, at least float32."""
         return self.measured().norm
@@ -119,10 +147,15 @@ class FactoredGradient:
                 f"scale: factor must have shape () or ({self.batch_size},), one for each example, "
                 f"but got {arguments.show(factor)}."
             )
-        factors = jnp.broadcast_to(jnp.asarray(factor), (self.batch_size,))
+        return self._scale(jnp.asarray(factor))
+
+    @_of_examples
+    def _scale(self, factor: jax.Array) -> FactoredGradient:
+        factors = jnp.broadcast_to(factor, (self.batch_size,))
         terms = [algebra.scaled(t, factors) for t in self.terms]
         return FactoredGradient(terms, self.path, self.shape, self.dtype)
 
+    @_of_examples
     def keep(self, which: jax.Array) -> FactoredGradient:
         """gₙ where (batch,) is True, and 0 elsewhere, whatever is there."""
         terms = [algebra.kept(t, which) for t in self.terms]
@@ -138,9 +171,12 @@ class FactoredGradient:
                 f"{self.shape} in one tree and {other.batch_size} of shape {other.shape} in the "
                 "other; both must be of the same parameters and of as many examples."
             )
+        return self._add(other)
+
+    @_of_examples
+    def _add(self, other: FactoredGradient) -> FactoredGradient:
         dtype = jnp.promote_types(self.dtype, other.dtype)
-        one = lambda terms: algebra.merged(terms)
-        terms = jax.vmap(one)([*self.terms, *other.terms])
+        terms = jax.vmap(algebra.merged)([*self.terms, *other.terms])
         return FactoredGradient(terms, self.path, self.shape, dtype)
 
     def __mul__(self, factor: Any) -> FactoredGradient:
@@ -158,9 +194,14 @@ class FactoredGradient:
                 f"gram: {self.path or 'params'} has shape {self.shape} in one tree of gradients "
                 f"and {other.shape} in the other; both must be gradients of the same parameters."
             )
-        products = exactly(algebra.gram)(self.terms, other.terms)
-        if self is not other:
-            return products
+        return self._gram(None if other is self else other)
+
+    @_of_examples
+    @exactly
+    def _gram(self, other: FactoredGradient | None) -> jax.Array:
+        if other is not None:
+            return algebra.gram(self.terms, other.terms)
+        products = algebra.gram(self.terms, self.terms)
         # So that it is never negative: a pair's product is a sum that may round below zero.
         is_diagonal = jnp.eye(self.batch_size, dtype=bool)
         return jnp.where(is_diagonal, self.squared_norms()[:, None], products)
@@ -173,13 +214,20 @@ class FactoredGradient:
                 f"dot: the parameter {self.path or 'params'} has shape {self.shape}, but the "
                 f"tensor given for it has shape {tensor.shape}."
             )
-        return exactly(jax.vmap(algebra.dot, in_axes=(0, None)))(self.terms, tensor)
+        return self._dot(tensor)
 
+    @_of_examples
+    @exactly
+    def _dot(self, tensor: jax.Array) -> jax.Array:
+        return jax.vmap(algebra.dot, in_axes=(0, None))(self.terms, tensor)
+
+    @_of_batch
     @exactly
     def second_moment(self) -> jax.Array:
         """The mean over the examples of |gₙ|², entry by entry, of the parameter's shape."""
         return algebra.sum_of_squares(self.terms) / self.batch_size
 
+    @_of_batch
     @exactly
     def variance(self) -> jax.Array:
         """The mean of |gₙ − mean|², entry by entry, of the parameter's shape.
@@ -190,6 +238,7 @@ class FactoredGradient:
         variance = algebra.sum_of_squared_deviations(self.terms) / self.batch_size
         return lax.max(variance, jnp.zeros_like(variance))
 
+    @_of_examples
     def materialize(self) -> jax.Array:
         """The gradients themselves, (batch, *shape), in the parameter's dtype."""
         return _as(jax.vmap(algebra.materialized)(self.terms), self.dtype)
@@ -210,9 +259,6 @@ class FactoredGradient:
             }
             for t in self.terms
         ]
-
-    def _added(self, function) -> jax.Array:
-        return _as(functools.reduce(jnp.add, [function(t) for t in self.terms]), self.dtype)
 
 
 def _as(x, dtype):

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from fnn import arguments
+from fnn.meshes import batch_spec, with_auto_axes
 from fnn.per_example import terms as algebra
 from fnn.per_example.gradient import FactoredGradient, exactly
 
@@ -63,10 +65,14 @@ def norms(grads: Any, by: By = None) -> Any:
     """
     leaves, tree = _leaves(grads)
     names = None if by is None or by == "leaf" else groups_of([g.path for g in leaves], by, "by")
-    found = [g.norms() for g in leaves]
     if by == "leaf":
-        return jax.tree.unflatten(tree, found)
-    return together(found) if names is None else _by_group(found, names)
+        return jax.tree.unflatten(tree, [g.norms() for g in leaves])
+
+    def found(leaves):
+        own = [g.norms() for g in leaves]
+        return together(own) if names is None else _by_group(own, names)
+
+    return with_auto_axes(found, (leaves,), batch_spec(leaves))
 
 
 def norms_to_clip(grads: Any, names: Sequence[str] | None) -> tuple[Any, Any]:
@@ -204,7 +210,7 @@ def noise(grads: Any) -> Noise:
 
         |G|² = (B |ḡ|² − mean |gₙ|²) / (B − 1),   tr Σ = (mean |gₙ|² − |ḡ|²) B / (B − 1).
     """
-    found, unit = _noise(grads)
+    found, unit = with_auto_axes(_noise, (grads,), PartitionSpec())
     return Noise(*[x * unit * unit for x in found])
 
 
@@ -237,7 +243,7 @@ def noise_scale(grads: Any) -> jax.Array:
 
     It is about the batch size beyond which a larger one hardly helps (McCandlish et al. 2018).
     """
-    found, _ = _noise(grads)
+    found, _ = with_auto_axes(_noise, (grads,), PartitionSpec())
     return found.variance / found.signal
 
 
