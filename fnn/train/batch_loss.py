@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from fnn import arguments
 from fnn.layers.layer import name_of
+from fnn.train.meshes import dealt_alike
 
 Loss = Callable[..., Any]
 
@@ -112,8 +113,8 @@ def batch_losses(loss: Loss, params: Any, batch: Any, size: int, key: Any = None
         return scalar_and_metrics(loss, call(loss, params, example, *key))
 
     if key is None:
-        return jax.vmap(of_example)(batch)
-    return jax.vmap(of_example)(batch, jax.random.split(key, size))
+        return jax.vmap(of_example)(dealt_alike(batch))
+    return jax.vmap(of_example)(*dealt_alike((batch, jax.random.split(key, size))))
 
 
 def mean_loss(loss: Loss, params: Any, batch: Any, size: int, key: Any = None):

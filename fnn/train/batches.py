@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
@@ -16,6 +15,7 @@ from fnn import arguments
 from fnn.layers.layer import name_of
 from fnn.train.bad_input import batch_size as size_of
 from fnn.train.conversion import as_arrays
+from fnn.train.meshes import of_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,22 +213,9 @@ def _take(data: Any, rows: np.ndarray) -> Any:
 @jax.jit
 def _take_on_device(arrays: dict, rows: jax.Array) -> dict:
     return {
-        i: x.at[rows].get(mode="promise_in_bounds", out_sharding=_of_rows(x, len(rows)))
+        i: x.at[rows].get(mode="promise_in_bounds", out_sharding=of_rows(x, len(rows)))
         for i, x in arrays.items()
     }
-
-
-def _of_rows(x: jax.Array, count: int) -> jax.sharding.NamedSharding | None:
-    """On an explicit mesh: a batch lies as the data do, or whole if it can't be dealt out."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    if sharding is None or not any(sharding.spec):  # no mesh, or one that XLA sees to
-        return None
-    first, *rest = sharding.spec
-    names = first if isinstance(first, tuple) else (first,) if first else ()
-    if count % math.prod(sharding.mesh.shape[name] for name in names):
-        first = None
-    spec = jax.sharding.PartitionSpec(first, *rest)
-    return jax.sharding.NamedSharding(sharding.mesh, spec)
 
 
 def _key_parameter(function: Callable) -> inspect.Parameter | None:

@@ -20,6 +20,7 @@ from fnn.train.batches import Arrays, Stream, batches_of
 from fnn.train.conversion import as_arrays
 from fnn.train.history import stacked, weighted_mean
 from fnn.train.labels import Labels, find_labels
+from fnn.train.meshes import beside
 from fnn.train.readings import readings
 from fnn.train.state import path_name
 
@@ -111,7 +112,7 @@ class Evaluation:
         for i, batch in enumerate(source.epoch(key)):
             checks.look_at(params, batch, own_key)
             sizes.append(size_of(batch))
-            means.append(self._means(params, batch, fold_in(own_key, i)))
+            means.append(self._means(beside(params, batch), batch, fold_in(own_key, i)))
         if not means:
             raise ValueError(f"{name} has no batches to evaluate.")
         return weighted_mean(stacked(jax.device_get(means)), np.array(sizes))

@@ -17,6 +17,7 @@ from fnn.train.batch_checks import BatchChecks, example_types
 from fnn.train.batch_loss import Loss, check_loss, mean_loss, mean_metrics, takes_key
 from fnn.train.conversion import as_arrays
 from fnn.train.labels import describe_bad_labels, find_labels
+from fnn.train.meshes import beside
 from fnn.train.nonfinite import (
     Run,
     Runs,
@@ -162,6 +163,8 @@ class TrainStep:
         if any(map(_is_traced, jax.tree.leaves((state, batch, key)))):
             self._look_at(state, batch, key)
             return self._compiled(state, batch, key, True)[:2]
+        if self._runs.of(state) is None:
+            state = beside(state, batch)
         run = self._run_of(state)
         run.read()
         self._look_at(state, batch, key)
