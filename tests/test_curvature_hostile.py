@@ -115,7 +115,7 @@ def test_eigenvalues_and_natural_gradients_in_any_units(scale):
 def network():
     p = {"W": normal(0, 3, 3), "b": normal(1, 3), "V": normal(2, 2, 3)}
     model = lambda p, x: p["V"] @ jnp.tanh(p["W"] @ x + p["b"])
-    return model, p, (normal(3, N, 3), jnp.arange(N, dtype="int32") % 2)
+    return model, p, (normal(3, N, 3), jnp.arange(N) % 2)
 
 
 def kfac(model, loss, p, batch):

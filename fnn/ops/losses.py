@@ -425,7 +425,8 @@ def _index(labels):
 
 def _one_hot(labels, scores):
     """True where an entry of `scores` belongs to the right class; nowhere for a wrong label."""
-    return jnp.arange(scores.shape[-1], dtype=jnp.int32) == _index(labels)[..., None]
+    index = _index(labels)[..., None]
+    return jnp.arange(scores.shape[-1], dtype=index.dtype) == index
 
 
 def _is_class(labels, scores):
