@@ -38,13 +38,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Primitive
+import numpy as np
+from jax.experimental import checkify, jet
+from jax.extend.core import ClosedJaxpr, Literal, Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters.partial_eval import dce_jaxpr
 
@@ -118,6 +121,7 @@ class Operation:
         self._forward: Callable | None = None
         self._backward: Callable | None = None
         self._tangent: Callable | None = None
+        self._look: Callable | None = None
         self._edition = 0
         self.compiled = compiled
         self._primitive = _primitive_of_operation(self.name)
@@ -182,6 +186,16 @@ class Operation:
         self._edition += 1
         return function
 
+    def look(self, function: Callable) -> Callable:
+        """Register `function(types, *args, **static)`, to look at values; optional, a decorator.
+
+        It is called where a call stands, and where a vmapped call is computed: with the types of
+        one example's arrays, and the arrays, which under vmap have more axes. Of what is traced
+        it gets None. It raises a ValueError for values that the operation can't mean.
+        """
+        self._look = function
+        return function
+
     def keeper(self) -> ClosedJaxpr:
         """What keeps the operation for as long as an equation of it is in some jaxpr.
 
@@ -206,8 +220,10 @@ class Operation:
         edition = (self._edition, *(type(value) for _, value in static))
         keeper = self.keeper()
         call = Call(weakref.ref(self._twin), in_tree, static, edition)
-        leaves = _same_varying_axes(self._arrays(leaves, bound))
+        leaves = self._arrays(leaves, bound)
         out_tree = call.out_tree([jax.typeof(x) for x in leaves])
+        call.look(leaves)
+        leaves = _same_varying_axes(leaves)
         return jax.tree.unflatten(out_tree, self._primitive.bind(*leaves, call=call, rule=keeper))
 
     def __reduce__(self):
@@ -215,6 +231,7 @@ class Operation:
 
     def _arrays(self, leaves, bound):
         for leaf in leaves:
+            _must_be_kept(self.name, leaf)
             try:
                 jax.typeof(leaf)
             except TypeError:
@@ -353,6 +370,16 @@ class Call:
         assert operation is not None, "kept by the `rule` of the equation that this belongs to"
         return operation
 
+    def look(self, leaves, types=None):
+        """Look at the values that are known."""
+        look = self.operation._look
+        if look is None:
+            return
+        types = map(jax.typeof, leaves) if types is None else types
+        known = [x if _is_known(x) else None for x in leaves]
+        args = jax.tree.unflatten(self.in_tree, known)
+        look(jax.tree.unflatten(self.in_tree, list(types)), *args, **dict(self.static))
+
     def primal(self, *leaves):
         args = jax.tree.unflatten(self.in_tree, leaves)
         return jax.tree.leaves(self.operation.definition(*args, **dict(self.static)))
@@ -418,6 +445,11 @@ class MappedCall:
     @property
     def operation(self):
         return self.call.operation
+
+    def look(self, leaves, types=None):
+        types = map(jax.typeof, leaves) if types is None else types
+        pairs = zip(types, self.in_axes, strict=True)
+        self.call.look(leaves, [_without_axis(t, axis) for t, axis in pairs])
 
     def primal(self, *leaves):
         return self.axis.vmap(self.call.primal, self.in_axes, 0)(*leaves)
@@ -882,6 +914,8 @@ def _primitive_of_operation(name: str) -> Primitive:
         return call.primal(*leaves)
 
     def known_values(*leaves, call, rule):
+        if isinstance(call, MappedCall):
+            call.look(leaves)
         if call.operation.compiled:
             return compiled(*leaves, call=call)
         return [jnp.asarray(y) for y in call.primal(*map(jnp.asarray, leaves))]
@@ -939,9 +973,9 @@ def _primitive_of_operation(name: str) -> Primitive:
     ad.primitive_jvps[primitive] = jvp
     ad.primitive_transposes[primitive] = transpose
     batching.fancy_primitive_batchers[primitive] = batch
-    mlir.register_lowering(
-        primitive, mlir.lower_fun(lambda *leaves, call, rule: call.primal(*leaves))
-    )
+    definition = lambda *leaves, call, rule: call.primal(*leaves)
+    mlir.register_lowering(primitive, mlir.lower_fun(definition))
+    _also_experimental(primitive, definition)
     return primitive
 
 
@@ -1030,7 +1064,71 @@ def _primitive_of_linear_map(name: str) -> Primitive:
     ad.primitive_transposes[primitive] = transpose
     batching.fancy_primitive_batchers[primitive] = batch
     mlir.register_lowering(primitive, mlir.lower_fun(act))
+    _also_experimental(primitive, act)
     return primitive
+
+
+# ------------------------------------------------------------------- jax.experimental's functions
+
+
+def _also_experimental(primitive: Primitive, action: Callable) -> None:
+    """Tell `jet` and `checkify` about a primitive that does `action(*arrays, **params)`."""
+
+    def series(primals, terms, **params):
+        return _taylor(lambda *xs: primitive.bind(*xs, **params), primals, terms)
+
+    def checked(*args, **params):
+        # (A context in newer JAX,) the errors so far, those to look for, and the arrays.
+        start = next(i for i, a in enumerate(args) if isinstance(a, checkify.Error)) + 2
+        inside = jax.jit(functools.partial(action, **params))
+        closed = jax.make_jaxpr(inside)(*args[start:])
+        known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+        known.update(zip(closed.jaxpr.invars, args[start:], strict=True))
+        read = lambda v: v.val if isinstance(v, Literal) else known[v]
+        (eqn,) = closed.jaxpr.eqns
+        check = checks[eqn.primitive]
+        error, outs = check(*args[:start], *map(read, eqn.invars), **eqn.params)
+        known.update(zip(eqn.outvars, outs, strict=True))
+        return error, list(map(read, closed.jaxpr.outvars))
+
+    jet.jet_rules[primitive] = series
+    # JAX offers no way to register with checkify: this is the table that its public function uses.
+    checks = getattr(inspect.unwrap(checkify.checkify), "__globals__", {}).get("error_checks")
+    if checks is not None:
+        checks[primitive] = checked
+
+
+def _taylor(f, primals, terms):
+    """The Taylor coefficients of f along a curve x₀ + x₁ t + x₂ t² + …, from those of the curve.
+
+    They are derivatives by t, over factorials, and the derivatives are forward mode's, nested: so
+    they follow from the hand-written rule.
+    """
+    moving = _where([_is_inexact(jax.typeof(jnp.asarray(x))) for x in primals])
+
+    def along(t):
+        xs = list(primals)
+        for i in moving:
+            for k, term in enumerate(terms[i]):
+                xs[i] = xs[i] + term * (t ** (k + 1)).astype(jnp.asarray(term).dtype)
+        return list(f(*xs))
+
+    g, coefficients = along, []
+    for k in range(max(map(len, terms)) + 1):
+        values = g(jnp.zeros(()))
+        scale = 1 / math.factorial(k)
+        coefficients.append([y * scale if _is_inexact(jax.typeof(y)) else y for y in values])
+        g = functools.partial(_by_t, g)
+    outs, *more = coefficients
+    return outs, [list(of_output) for of_output in zip(*more, strict=True)]
+
+
+def _by_t(g, t):
+    values, rates = jax.jvp(g, (t,), (jnp.ones_like(t),))
+    return [
+        dy if _is_inexact(jax.typeof(y)) else jnp.zeros_like(y)
+        for y, dy in zip(values, rates, strict=True)
+    ]
 
 
 # -------------------------------------------------------------------------------- small services
@@ -1076,6 +1174,38 @@ def _must_be_closed(name, closed_jaxpr):
 
 def _shape_and_dtype(aval):
     return aval.shape, aval.dtype
+
+
+def _is_known(x) -> bool:
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+
+
+def _without_axis(aval, axis):
+    if axis is None:
+        return aval
+    shape = list(aval.shape)
+    del shape[axis]
+    return jax.ShapeDtypeStruct(tuple(shape), aval.dtype)
+
+
+def _must_be_kept(where: str, x) -> None:
+    """JAX drops the mask of a masked array, and the high bits of an integer without x64."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(
+            f"{where}: an argument is a masked array of shape {x.shape}, whose mask JAX would "
+            "drop. Fill it (x.filled(value)), and give the mask as weights."
+        )
+    is_wide = isinstance(x, (np.ndarray, np.generic)) and x.dtype in (np.int64, np.uint64)
+    if not is_wide or not x.size or jax.config.jax_enable_x64:
+        return
+    kept = np.iinfo(np.int32 if x.dtype == np.int64 else np.uint32)
+    low, high = int(x.min()), int(x.max())
+    if low < kept.min or high > kept.max:
+        raise ValueError(
+            f"{where}: an argument of dtype {x.dtype} and shape {x.shape} holds "
+            f"{high if high > kept.max else low}, which {kept.dtype} can't: JAX would drop its "
+            "high bits (jax.enable_x64 keeps them)."
+        )
 
 
 def _aval(x):

@@ -126,3 +126,52 @@ def test_a_partial_has_the_name_of_its_function():
 
     op = fnn.rule(functools.partial(scaled, by=3.0))
     assert op.name == "scaled" and op(2.0) == 6
+
+
+# ------------------------------------------------------------------------- values that are known
+
+SCORES = jnp.asarray([[0.5, -1.0, 2.0], [1.0, 0.0, -1.0]])
+
+WAYS = {
+    "call": lambda op, x, y: op(x, y),
+    "grad": lambda op, x, y: jax.grad(lambda x: jnp.sum(op(x, y)))(x),
+    "vmap": lambda op, x, y: jax.vmap(op)(x, y),
+    "vmap of grad": lambda op, x, y: jax.vmap(jax.grad(op))(x, y),
+    "labels known while tracing": lambda op, x, y: jax.jit(lambda x: jnp.sum(op(x, y)))(x),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("op", [ops.softmax_cross_entropy, ops.multiclass_hinge])
+def test_classes_that_are_none(op, way):
+    for labels, wrong in (([0, 3], 3), ([-1, 2], -1), (np.asarray([1, 100], np.uint8), 100)):
+        with pytest.raises(ValueError, match=f"{op.name}: labels hold {wrong}, .* 3 classes"):
+            WAYS[way](op, SCORES, jnp.asarray(labels))
+    WAYS[way](op, SCORES, jnp.asarray([0, 2]))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_probabilities_that_are_none(way):
+    op = ops.sigmoid_binary_cross_entropy
+    for labels in (-SCORES, 2 * SCORES, jnp.full((2, 3), 2)):
+        with pytest.raises(ValueError, match="labels must be from 0 to 1, but hold"):
+            WAYS[way](op, SCORES, labels)
+    for labels in (SCORES > 0, jnp.ones((2, 3), jnp.int8), jnp.full((2, 3), 0.5, jnp.bfloat16)):
+        WAYS[way](op, SCORES, labels)
+
+
+def test_compiled_labels_cannot_raise():
+    assert jnp.isnan(jax.jit(ops.softmax_cross_entropy)(SCORES[0], 3))
+
+
+def test_what_jax_would_change_silently():
+    """The high bits of an integer (2³² + 1 would be class 1), and a mask."""
+    labels = np.asarray([1, 2**32 + 1])
+    with jax.enable_x64(False):
+        for wrong in (labels, labels[1], -labels, labels.astype(np.uint64)):
+            with pytest.raises(ValueError, match="softmax_cross_entropy: .* which u?int32 can't"):
+                ops.softmax_cross_entropy(SCORES[: wrong.size], wrong)
+        ops.softmax_cross_entropy(SCORES, np.asarray([1, 2]))
+    masked = np.ma.masked_array(np.ones(3), [True, False, False])
+    with pytest.raises(TypeError, match="relu: .* masked array"):
+        ops.relu(masked)

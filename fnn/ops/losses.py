@@ -8,8 +8,10 @@ example, as the lecture does, and give a scalar.
 
 The loss has the dtype of the logits, scores or prediction, which must be real floating-point
 (else TypeError); labels and targets are converted to it. Shapes that don't fit raise a
-ValueError. A label outside 0 … classes − 1 can't raise when compiled: it gives a loss of NaN and
-a gradient of NaN, rather than a plausible number.
+ValueError; and so do labels outside 0 … classes − 1, or outside [0, 1] where they are
+probabilities, wherever their values are known: outside jit. Compiled code can't raise: there an
+integer label out of range gives a loss of NaN and a gradient of NaN, rather than a plausible
+number. (`fnn.fit` and a training step look at labels before they run.)
 
 "The lecture" is Stanford's CS231n, "Loss functions and optimization".
 """
@@ -22,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fnn import arguments
 from fnn.operation import Operation
@@ -76,6 +79,11 @@ def softmax_cross_entropy(
     return loss.astype(logits.dtype)
 
 
+@softmax_cross_entropy.look
+def _(types, logits, labels, *, label_smoothing):
+    _look_at_classes("softmax_cross_entropy", types[0], labels)
+
+
 @softmax_cross_entropy.forward
 def _(logits, labels, *, label_smoothing):
     loss = softmax_cross_entropy(logits, labels, label_smoothing=label_smoothing)
@@ -127,11 +135,17 @@ def multiclass_hinge(scores: jax.Array, labels: jax.Array, *, margin: float = 1.
     return jnp.sum(_hinges(scores, labels, margin), axis=-1).astype(scores.dtype)
 
 
+@multiclass_hinge.look
+def _(types, scores, labels, *, margin):
+    _look_at_classes("multiclass_hinge", types[0], labels)
+
+
 @multiclass_hinge.forward
 def _(scores, labels, *, margin):
     hinges = _hinges(scores, labels, margin)
+    loss = multiclass_hinge(scores, labels, margin=margin)
     # Not "> 0", so that the NaN of a label out of range counts, and reaches the gradient.
-    return jnp.sum(hinges, axis=-1).astype(scores.dtype), (~(hinges <= 0), labels)
+    return loss, (~(hinges <= 0), labels)
 
 
 @multiclass_hinge.backward
@@ -177,6 +191,19 @@ def sigmoid_binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Ar
     z = labels.astype(logits.dtype).astype(x.dtype)
     each = jnp.where(x >= 0, x, 0) - x * z + jnp.log1p(jnp.exp(-jnp.abs(x)))
     return jnp.sum(each).astype(logits.dtype)
+
+
+@sigmoid_binary_cross_entropy.look
+def _(types, logits, labels):
+    if labels is None or not np.size(labels):
+        return
+    z = np.asarray(labels)
+    low, high = z.min(), z.max()
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"sigmoid_binary_cross_entropy: labels must be from 0 to 1, but hold "
+            f"{low if low < 0 else high}. (Labels of -1 and 1: pass (labels + 1) / 2.)"
+        )
 
 
 @sigmoid_binary_cross_entropy.forward
@@ -416,6 +443,18 @@ def _is_integer(x):
 
 def _is_floating(x):
     return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _look_at_classes(op, scores, labels):
+    if labels is None or not _is_integer(jax.typeof(labels)) or not np.size(labels):
+        return
+    y, classes = np.asarray(labels), scores.shape[-1]
+    low, high = y.min(), y.max()
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"{op}: labels hold {low if low < 0 else high}, but there are {classes} classes: "
+            f"labels are 0, ..., {classes - 1}."
+        )
 
 
 def _index(labels):
