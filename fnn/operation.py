@@ -39,6 +39,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import sys
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -226,8 +227,21 @@ class Operation:
         leaves = _same_varying_axes(leaves)
         return jax.tree.unflatten(out_tree, self._primitive.bind(*leaves, call=call, rule=keeper))
 
+    def __copy__(self):
+        return self  # copied like a function
+
+    def __deepcopy__(self, memo):
+        return self
+
     def __reduce__(self):
-        return self.__qualname__  # copied and pickled by name, like a function
+        """Pickled by name, like a function; or by its functions, if it has no name to find."""
+        found: Any = sys.modules.get(self.__module__)
+        for name in self.__qualname__.split("."):
+            found = getattr(found, name, None)
+        if found == self:
+            return self.__qualname__
+        rules = self._forward, self._backward, self._tangent, self._look
+        return _rebuilt, (self.definition, self.compiled, *rules)
 
     def _arrays(self, leaves, bound):
         for leaf in leaves:
@@ -283,6 +297,13 @@ class Operation:
             elif p.kind is p.VAR_POSITIONAL:
                 names += [f"{p.name}[{i}]" for i in range(count - len(names))]
         return tuple(names[:count])
+
+
+def _rebuilt(definition, compiled, forward, backward, tangent, look) -> Operation:
+    operation = Operation(definition, compiled)
+    operation._forward, operation._backward = forward, backward
+    operation._tangent, operation._look = tangent, look
+    return operation
 
 
 def _name_of(function) -> str:

@@ -298,6 +298,22 @@ def test_names_are_no_identities():
 # ------------------------------------------------------------------------------ copies, pickles
 
 
+def double(x):
+    return 2 * x
+
+
+def double_backward(residuals, dy):
+    return (2 * dy,)
+
+
+def test_a_rule_without_a_name_of_its_own_is_pickled_by_its_functions():
+    op = fnn.rule(double)  # the name `double` is the function's
+    op.backward(double_backward)
+    again = pickle.loads(pickle.dumps(op))
+    assert again != op and again.name == "double"
+    assert (again(3.0), jax.grad(again)(3.0)) == (6, 2)
+
+
 def test_copies_and_pickles():
     assert copy.deepcopy(ops.relu) is copy.copy(ops.relu) is ops.relu
     assert pickle.loads(pickle.dumps(ops.relu)) is ops.relu
