@@ -239,7 +239,9 @@ def test_an_argument_named_twice(argnums):
         fnn.grad(f, argnums)(X, X)
 
 
-@pytest.mark.parametrize("fun", [None, 3, "f", [jnp.sin], {}], ids=repr)
+@pytest.mark.parametrize(
+    "fun", [None, 3, "f", [jnp.sin], {}], ids=["None", "3", "str", "list", "dict"]
+)
 def test_what_is_called_must_be_a_function(fun):
     calls = [fnn.grad, fnn.value_and_grad, fnn.graph, lambda f: fnn.vjp(f, 1.0)]
     for call in calls:
