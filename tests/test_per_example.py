@@ -1061,6 +1061,23 @@ def test_errors_say_what_to_do():
         pe.gram({"a": g}, {"b": g})
     with pytest.raises(ValueError, match="same parameters"):
         pe.gram(g, pe.grads(loss)(w[:2], x[:, :2])[1])
+    for bad, error, match in [
+        (lambda: pe.grads(3), TypeError, "loss must be a function"),
+        (lambda: pe.grads(loss, has_aux="yes"), TypeError, "has_aux must be True or False"),
+        (lambda: grads(None, x), ValueError, "params must be a tree with at least one array"),
+        (lambda: grads(w, None), ValueError, "without arrays"),
+        (lambda: grads(w, x.tolist()), ValueError, "its first axis must be the batch's"),
+        (lambda: grads(w, x, 0), TypeError, "key must be a key"),
+        (lambda: grads(w, x, "key"), TypeError, "key must be a key"),
+        (lambda: grads(w, x, jnp.ones(2)), TypeError, "key must be a key"),
+        (lambda: pe.weighted_sum(g, None), TypeError, "weights must be an array"),
+        (lambda: pe.weighted_sum(g, [1.0] * 4), TypeError, "weights must be an array"),
+        (lambda: pe.weighted_sum(g, 1j * jnp.ones(4)), TypeError, "weights must be a real number"),
+        (lambda: pe.gram(g, x), TypeError, "tree of factored gradients"),
+        (lambda: pe.dot(None, w), ValueError, "without parameters"),
+    ]:
+        with pytest.raises(error, match=match):
+            bad()
     _, two = pe.grads(lambda p, x: jnp.sum(p["a"] * p["b"] * x))({"a": w, "b": w}, x)
     for by, error, match in [
         ({"x": ["['a']"]}, ValueError, r"parameter \['b'\] is in none of the groups \['x'\]"),
@@ -1135,6 +1152,29 @@ def test_errors_say_what_to_do():
 
 
 # ----------------------------------------------------------------------------------- efficiency
+
+
+def test_nothing_is_compiled_at_a_second_call():
+    """Outside jit, with the functions and the loss made anew for each call."""
+    w, batch = R(0, 6, 5), (R(1, 4, 3, 5), R(2, 4, 3, 6))
+    compiled = []
+    counting = lambda name, _, **more: compiled.append(name) if "backend_compile" in name else None
+
+    def call():
+        loss = lambda w, e: jnp.sum(jnp.tanh(e[0] @ w.T) * e[1])
+        _, g = pe.grads(loss)(w, batch)
+        pe.norms(g), pe.gram(g), pe.variance(g), pe.noise(g)
+        return pe.clipped_grad(loss, 1.0, microbatch_size=2)(w, batch)
+
+    call()
+    jax.monitoring.register_event_duration_secs_listener(counting)
+    try:
+        call()
+        assert not compiled
+        jax.jit(lambda x: x * 3.14159)(w)
+        assert compiled  # it counts
+    finally:
+        jax.monitoring.unregister_event_duration_listener(counting)
 
 
 def test_norms_take_less_work_and_hardly_more_memory_than_a_gradient():

@@ -172,9 +172,9 @@ def clipped_grad(
         inputs = batch, *keys_of(key, size)
         by_example = batch_spec(batch)
         is_divided = by_example != P()
-        specs = Clipped(by_example, jax.tree.map(spec_of, params), by_example, by_example)
-        if not has_aux:
-            specs = specs._replace(aux=None)
+        of_aux = by_example if has_aux else None
+        in_order: Any = by_example, jax.tree.map(spec_of, params), by_example, of_aux
+        specs = Clipped(*in_order)
         given = params, inputs, which, limits, noise_key, static_arrays
         return with_auto_axes(whole, given, specs)
 

@@ -77,19 +77,22 @@ def grads(loss: Callable, *, has_aux: bool = False) -> Callable:
     [9. 1.] [13.416408  2.      ]
     """
 
+    arguments.function("per_example.grads", "loss", loss, "a function loss(params, example)")
+    arguments.flag("per_example.grads", "has_aux", has_aux)
+
     def of_batch(params: Any, batch: Any, key: Any = None, **static: Any) -> tuple[Any, Any]:
         size = batch_size(batch)
         keys = keys_of(key, size)
-
+        parameters(params)
         static_arrays, static_rest = split_static(static)
 
-        def of_batch(params, batch, keys, static_arrays):
+        def of_arrays(params, batch, keys, static_arrays):
             given = join_static(static_arrays, static_rest)
             one = lambda *inputs: factored(loss, params, inputs, given, has_aux=has_aux)
             return jax.vmap(one)(batch, *keys)
 
         inputs = params, batch, keys, static_arrays
-        return with_auto_axes(of_batch, inputs, batch_spec(batch))
+        return with_auto_axes(of_arrays, inputs, batch_spec(batch))
 
     return of_batch
 
@@ -176,6 +179,10 @@ def parameters(params: Any) -> tuple[list[str], list[jax.Array], Any]:
     arguments.no_result("fnn.per_example and fnn.curvature", "params", params)
     with_paths, tree = jax.tree_util.tree_flatten_with_path(params)
     paths = [jax.tree_util.keystr(path) for path, _ in with_paths]
+    if not paths:
+        raise ValueError(
+            f"params must be a tree with at least one array, but is {arguments.show(params)}."
+        )
     leaves = []
     for path, (_, leaf) in zip(paths, with_paths, strict=True):
         where = path or "params"
@@ -241,7 +248,13 @@ def keys_of(key: Any, size: int) -> tuple:
     """`()` without a key, else one key for each example."""
     if key is None:
         return ()
-    typed = jnp.issubdtype(jax.typeof(key).dtype, jax.dtypes.prng_key)
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed and dtype != jnp.uint32:
+        raise TypeError(
+            "key must be a key, such as jax.random.key(0), or one for each example, but got "
+            f"{arguments.show(key)}."
+        )
     axes = jnp.ndim(key) - (0 if typed else 1)
     if axes == 0:
         return (jax.random.split(key, size),)

@@ -63,7 +63,9 @@ class FactoredGradient:
     """The gradients of one parameter, one for each example of a batch, as sums of products.
 
     A pytree: its arrays have the batch as their first axis. `fnn.per_example.grads` makes a
-    tree of them, in the place of the parameters.
+    tree of them, in the place of the parameters. The arrays are factors: to multiply gradients
+    or add them up, use `scale` and `add` (or `2 * g + h`), never `jax.tree.map` over the arrays,
+    which would multiply a gradient once for each of its factors.
 
     Attributes:
         path: where the parameter stands in its tree, as "['hidden']['W']".
@@ -95,7 +97,7 @@ class FactoredGradient:
     def weighted_sum(self, weights: jax.Array | None) -> jax.Array:
         """Σₙ cₙ gₙ for weights c (batch,): one matrix product; shape and dtype the parameter's."""
         if weights is not None:
-            weights = jnp.asarray(weights)
+            weights = self._factors("weighted_sum", "weights", weights)
             if weights.shape != (self.batch_size,):
                 raise ValueError(
                     f"weighted_sum of {self.path or 'params'}: weights has shape "
@@ -135,19 +137,24 @@ class FactoredGradient:
         Multiplying the arrays of the tree (`jax.tree.map`) is something else: a gradient is a
         product of them, and would be multiplied several times.
         """
-        factor = arguments.array("scale", "factor", factor)
-        shape, dtype = jnp.shape(factor), jax.typeof(factor).dtype
-        if jnp.issubdtype(dtype, jnp.complexfloating) or not jnp.issubdtype(dtype, jnp.number):
-            raise TypeError(
-                f"scale: factor must be a real number, or one for each example, but got "
-                f"{arguments.show(factor)}."
-            )
-        if shape not in ((), (self.batch_size,)):
+        factor = self._factors("scale", "factor", factor)
+        if factor.shape not in ((), (self.batch_size,)):
             raise ValueError(
                 f"scale: factor must have shape () or ({self.batch_size},), one for each example, "
                 f"but got {arguments.show(factor)}."
             )
-        return self._scale(jnp.asarray(factor))
+        return self._scale(factor)
+
+    @staticmethod
+    def _factors(where: str, name: str, value: Any) -> jax.Array:
+        """An array of real numbers, checked."""
+        dtype = jax.typeof(arguments.array(where, name, value)).dtype
+        if jnp.issubdtype(dtype, jnp.complexfloating) or not jnp.issubdtype(dtype, jnp.number):
+            raise TypeError(
+                f"{where}: {name} must be a real number, or one for each example, but got "
+                f"{arguments.show(value)}."
+            )
+        return jnp.asarray(value)
 
     @_of_examples
     def _scale(self, factor: jax.Array) -> FactoredGradient:

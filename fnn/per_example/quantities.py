@@ -38,6 +38,7 @@ def weighted_sum(grads: Any, weights: jax.Array) -> Any:
 
     It costs one matrix product for each weight, as a gradient does.
     """
+    arguments.array("weighted_sum", "weights", weights)
     return _each(lambda g: g.weighted_sum(weights), grads)
 
 
@@ -298,7 +299,8 @@ class Explanation(list):
             lambda s, r: s + r, {r["path"]: r["dense"] for r in self}.values(), 0
         )
         total = f"{numbers:,} numbers for one example, where its gradient has {dense:,}"
-        return "\n".join([line(heads), *map(line, rows), total])
+        hint = "The arrays are factors: use per_example.scale and add, not jax.tree.map."
+        return "\n".join([line(heads), *map(line, rows), total, hint])
 
 
 def _is_factored(x) -> bool:
