@@ -504,6 +504,8 @@ def _described(x, arrays: list):
     if isinstance(x, (Call, MappedCall, LinearMap, MappedLinearMap)):
         fields = (getattr(x, field.name) for field in dataclasses.fields(x))
         return (type(x), *(_described(v, arrays) for v in fields))
+    if isinstance(x, weakref.ref):
+        return x
     if isinstance(x, Primitive) or (callable(x) and not isinstance(x, type)):
         return weakref.ref(x)  # so that it can go; a reference that died equals no other
     hash(x)
