@@ -199,7 +199,7 @@ def _which(mask: Any, size: int) -> jax.Array:
                 f"{_WHERE}: mask must hold 1 for examples that count and 0 for others, but holds "
                 f"{values[(values != 0) & (values != 1)][0]}. Examples are weighted in their loss."
             )
-    return jnp.asarray(mask) != 0
+    return jnp.asarray(mask).astype(bool)
 
 
 def _limits(clip_norm, names: Sequence[str] | None) -> dict[str, Any]:
