@@ -560,6 +560,27 @@ def test_nothing_of_a_function_is_kept():
         assert [ref() is None for ref in kept] == [True, True]
 
 
+def test_a_checked_rule_made_in_a_function_is_not_kept():
+    def check():
+        array = np.ones(1000)
+
+        @fnn.rule
+        def scaled(x):
+            return x * jnp.asarray(array)[:3]
+
+        @scaled.backward
+        def _(residuals, g):
+            return (g * jnp.asarray(array)[:3],)
+
+        check_rule(scaled, normal(0, 3), **QUICK)
+        return weakref.ref(scaled), weakref.ref(array)
+
+    kept = check()
+    gc.collect()  # the programs, and with them their references to the rule
+    gc.collect()  # the rule
+    assert [ref() is None for ref in kept] == [True, True]
+
+
 def test_eager_gradients_compile_once():
     f, x = lambda x: jnp.sum(jnp.tanh(x) ** 2 * 3), jnp.ones(5)
     compiled = []

@@ -112,7 +112,12 @@ def check_rule(
 
 
 def _programs(op: Operation, ours: Flat, plain: Flat) -> Programs:
-    """Compiled once; the operation itself keeps them, so that they live as long as it does."""
+    """Compiled once, where the operation has a name in its module, and so lives for ever.
+
+    They refer to the operation. One that was made in a function would never go.
+    """
+    if not isinstance(op.__reduce__(), str):
+        return Programs(ours, plain)
     kept: dict[Any, Programs] = vars(op).setdefault("_checks", {})
     key = ours, op._edition
     if key not in kept:
