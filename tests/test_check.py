@@ -318,6 +318,16 @@ def test_kinks_of_maxima_and_of_the_second_derivative():
     assert {c.order for c in report.checks if c.kinks} == {2}
 
 
+def test_ties_of_three_in_a_sort():
+    x = np.array([2.0, 1.0, 2.0, 2.0, 0.5])
+    report = check_grads(lambda x: jnp.sort(x), x, **QUICK)
+    assert report.ok and [k.where for k in report.kinks] == ["x[0]", "x[2]", "x[3]"]
+    wrong = fnn.rule(lambda x: jnp.sort(x))
+    wrong.backward(lambda r, dy: (2.5 * dy[jnp.argsort(jnp.argsort(r[0]))],))
+    with pytest.raises(GradientError):
+        check_rule(wrong, x, **QUICK)
+
+
 def test_the_edge_of_the_domain():
     report = check_grads(lambda x: jnp.sqrt(x), np.array([0.0, 1.0, 1e-6]), order=1)
     assert [k.where for k in report.kinks] == ["x[0]"]
@@ -381,8 +391,50 @@ def test_right_gradients_at_arguments_of_any_size(x):
     def f(x):
         return x**2, jnp.log1p(x), jnp.max(x) + jnp.sum(x), jnp.sqrt(jnp.sum(x**2))
 
-    assert check_grads(f, np.array(x), **QUICK).ok
-    assert check_grads(jnp.sin, np.array(x), **QUICK).ok
+    def waves(x):
+        return jnp.sin(x), jnp.cos(x), x**2, jax.nn.softmax(x), jnp.abs(x)
+
+    @jax.custom_vjp
+    def wrong(x):
+        return waves(x)
+
+    wrong.defvjp(lambda x: (waves(x), x), lambda x, dy: (2.5 * jax.vjp(waves, x)[1](dy)[0],))
+    x = np.array(x)
+    assert check_grads(f, x, **QUICK).ok
+    assert check_grads(waves, x, **QUICK).ok
+    with pytest.raises(GradientError, match="by differences"):
+        check_grads(lambda x: wrong(x), x, **QUICK)
+
+
+def test_what_differences_do_not_resolve():
+    """The spacing of numbers at 1e12 is 1e-4, and at 1e15 0.1, more than the waves' length."""
+    for f, x in ((lambda x: jnp.sin(100 * x), 1e12), (jnp.sin, 1e15)):
+        report = check_grads(f, np.array([x]), **QUICK, raise_on_error=False)
+        assert not report.ok and "x[0] is not resolved by differences there" in report.verdict
+        assert report.verdict.startswith("NOT CHECKED") and not report.kinks
+        for factor in (1.0, 2.5):  # autodiff can tell
+            rule = fnn.rule(f)
+            rule.backward(lambda r, dy, c=factor, f=f: (c * jax.vjp(f, r[0])[1](dy)[0],))
+            report = check_rule(rule, np.array([x]), **QUICK, raise_on_error=False)
+            assert report.ok == (factor == 1.0) and "not resolved by differences" in str(report)
+
+
+@pytest.mark.parametrize("x", [[1e12], [1e6, 1e6 + 1, 0.0]], ids=str)
+def test_jumps_at_every_integer(x):
+    def f(x):
+        return jnp.floor(x) * x + jnp.round(x)
+
+    @jax.custom_vjp
+    def wrong(x):
+        return f(x)
+
+    wrong.defvjp(lambda x: (f(x), x), lambda x, dy: (2.5 * dy * jnp.floor(x),))
+    report = check_grads(f, np.array(x), **QUICK)
+    assert report.ok and len(report.kinks) == len(x)
+    kink = report.kinks[0]
+    np.testing.assert_allclose((kink.left, kink.right), (x[0] - 1, x[0]), 1e-3)
+    with pytest.raises(GradientError):
+        check_grads(lambda x: wrong(x), np.array(x), **QUICK)
 
 
 @pytest.mark.parametrize("factor", [1.01, 0.0, -1.0])
@@ -437,6 +489,19 @@ def test_nan_where_there_are_slopes():
     mask = jnp.array([True, False, True])
     report = check_grads(lambda x: jnp.where(mask, x, -jnp.inf), normal(0, 3), **QUICK)
     assert report.ok and "result[1] is infinite" in str(report)
+
+
+def test_nan_beside_an_infinite_result():
+    def f(x):
+        return jnp.where(x > 2, jnp.inf, x**2)
+
+    rule = jax.custom_vjp(f)
+    rule.defvjp(lambda x: (f(x), x), lambda x, g: (jnp.where(x > 2, jnp.nan, 2 * x * g),))
+    x = np.array([1.0, 3.0])
+    with pytest.raises(GradientError, match=r"At x\[1\] it is nan but should be 0 by autodiff"):
+        check_grads(rule, x, **QUICK)
+    report = check_grads(lambda x: rule(x), x, **QUICK, raise_on_error=False)
+    assert not report.ok and report.verdict.startswith("NOT CHECKED: x[1] is not checked")
 
 
 @pytest.mark.parametrize(
@@ -506,6 +571,12 @@ def test_what_is_checked_must_be_a_function():
             check_rule(f, 1.0)
     with pytest.raises(TypeError, match="x must be an array, but got 'a'"):
         check_rule(relu(), "a")
+    op = fnn.rule(lambda x: x.sum())
+    op.backward(lambda residuals, dy: (jnp.broadcast_to(dy, residuals[0].shape),))
+    for wrong in ([1.0, 2.0], (1.0,), None):
+        for rule in (op, relu()):
+            with pytest.raises(TypeError, match="check_rule: x must be an array, but got"):
+                check_rule(rule, wrong)
     with pytest.raises(TypeError, match="what the function returns must be an array"):
         check_grads(lambda x: "a", 1.0)
 

@@ -459,6 +459,7 @@ def test_coverage_counts_rules_also_inside_control_flow():
 
     found = fnn.graph(stops_by_itself)(1.0).coverage()
     assert found.without == {"while": 1} and found.ruled == {"exp": 1} and not found.fallback
+    assert repr(found).endswith("1 of 2 operations have a hand-written rule, 1 without a gradient>")
     assert "1 of 2 operations have a hand-written rule (50%)" in str(found)
     assert "while can't be differentiated in reverse mode" in str(found)
     with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):

@@ -29,8 +29,11 @@ class Coverage:
     without: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def __repr__(self):
-        ruled, fallback = self.ruled.total(), self.fallback.total()
-        return f"<Coverage: {ruled} of {ruled + fallback} operations have a hand-written rule>"
+        kinds = self.ruled, self.fallback, self.without
+        ruled, fallback, without = (kind.total() for kind in kinds)
+        loops = f", {without} without a gradient" if without else ""
+        total = ruled + fallback + without
+        return f"<Coverage: {ruled} of {total} operations have a hand-written rule{loops}>"
 
     def __str__(self):
         kinds = self.ruled, self.fallback, self.without

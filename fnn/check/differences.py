@@ -72,6 +72,7 @@ class Differences:
     left, right: the one-sided slopes; inf where they grow without bound, nan where f is undefined.
     low, high: what lies between them.
     slack: how far the one-sided slopes may be off.
+    kink_step: the smallest step at which a kink was seen, where larger ones see a slope.
     """
 
     state: np.ndarray
@@ -83,12 +84,15 @@ class Differences:
     low: np.ndarray
     high: np.ndarray
     slack: np.ndarray
+    kink_step: np.ndarray
 
     @staticmethod
     def unknown(n: int) -> Differences:
         nan, inf = np.full(n, np.nan), np.full(n, np.inf)
         state = np.full(n, UNCLEAR)
-        return Differences(state, nan, inf, inf * 1, *(nan * 1 for _ in range(4)), 0.0 * state)
+        return Differences(
+            state, nan, inf, inf * 1, *(nan * 1 for _ in range(4)), 0.0 * state, inf * 1
+        )
 
 
 class _Tried(NamedTuple):
@@ -109,6 +113,32 @@ class _Tried(NamedTuple):
     slack: np.ndarray
 
 
+class _Finest(NamedTuple):
+    """The one-sided slopes by the smallest steps so far, and what rounding does to them.
+
+    Steps over many waves of a function may look like a kink; smaller ones see other slopes.
+    """
+
+    step: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+    off: np.ndarray
+
+    @np.errstate(all="ignore")
+    def and_of(self, block: Block, b: _Tried, where: np.ndarray) -> _Finest:
+        step = block.steps[:, -1]
+        is_finer = where & (step < self.step) & np.isfinite(b.left + b.right)
+        new = step, b.left, b.right, 64 * block.noise / step
+        return _Finest(*(np.where(is_finer, n, o) for n, o in zip(new, self, strict=True)))
+
+    @np.errstate(all="ignore")
+    def contradicts(self, found: Differences, step: np.ndarray) -> np.ndarray:
+        """Do these slopes differ from those of a kink that larger steps saw?"""
+        off = 0.25 * np.abs(found.right - found.left) + found.slack + self.off
+        other = np.fmax(np.abs(self.left - found.left), np.abs(self.right - found.right)) > off
+        return (self.step < step) & np.isfinite(step) & other
+
+
 @np.errstate(all="ignore")
 def _try(block: Block, precision: Precision, rule: np.ndarray) -> _Tried:
     h, noise = block.steps, block.noise[:, None] / block.steps
@@ -117,6 +147,8 @@ def _try(block: Block, precision: Precision, rule: np.ndarray) -> _Tried:
     is_none = (block.plus == 0) & (block.minus == 0)
     is_zero = is_none.all(axis=1)
     hide = np.where(is_none & ~is_zero[:, None], np.nan, 0.0)
+    jumps = [_jump(changes, block.noise) for changes in (block.plus, block.minus)]
+    is_jump = (jumps[0] != 0) | (jumps[1] != 0)
     central, bend = (right + left) / 2 + hide, right - left + hide
     # What rounding does shows as slopes that differ in proportion to 1 / h.
     seen = np.abs(np.diff(central, axis=1)) * h[:, 1:]
@@ -135,6 +167,9 @@ def _try(block: Block, precision: Precision, rule: np.ndarray) -> _Tried:
     is_smooth &= np.abs(central[place] - slope) <= known
     widest = np.nanmax(np.where(np.isfinite(bend), np.abs(bend), 0.0), axis=1)
     is_smooth &= np.abs(bend[place]) <= 2 * known + 0.25 * widest
+    # The slopes beyond a jump are those of the piece that lies there.
+    right, left = right - jumps[0][:, None] / h, left + jumps[1][:, None] / h
+    noise = np.where(is_jump[:, None], block.noise[:, None] / h, noise)
     l, l_error, _ = _extrapolate(left + hide, noise, (1, 2))
     r, r_error, _ = _extrapolate(right + hide, noise, (1, 2))
     apart = np.abs(r - l)
@@ -147,15 +182,15 @@ def _try(block: Block, precision: Precision, rule: np.ndarray) -> _Tried:
         np.where(is_zero, 0.0, slope),
         np.where(is_zero, 2 * noise[:, 0], error),
         np.where(is_zero, 2 * noise[:, 0], rounding),
-        is_smooth | is_zero,
+        (is_smooth & ~is_jump) | is_zero,
         is_zero,
-        is_kink & ~is_zero,
+        (is_kink | is_jump) & ~is_zero,
         np.where(np.isfinite(l), l, left[:, -1]),
         np.where(np.isfinite(r), r, right[:, -1]),
         _grows(left),
         _grows(right),
-        block.low[last],
-        block.high[last],
+        np.where(is_jump, np.fmin(l, r), block.low[last]),
+        np.where(is_jump, np.fmax(l, r), block.high[last]),
         np.fmax(np.abs(left[:, -1] - left[:, -2]), np.abs(right[:, -1] - right[:, -2])),
     )
 
@@ -187,6 +222,14 @@ def _extrapolate(values, noise, powers):
     return best, error, rounding
 
 
+def _jump(changes, noise) -> np.ndarray:
+    """How far the function jumps at the step 0; 0 if it doesn't."""
+    before, last = changes[:, -2], changes[:, -1]
+    jump = (FACTOR * last - before) / (FACTOR - 1)
+    near = np.abs(np.diff(changes[:, -3:], axis=1)).max(axis=1) < 0.1 * np.abs(jump)
+    return np.where(near & (np.abs(jump) > 64 * noise), jump, 0.0)
+
+
 def _last_finite(values) -> np.ndarray:
     finite = np.isfinite(values)
     last = values.shape[1] - 1 - np.argmax(finite[:, ::-1], axis=1)
@@ -201,15 +244,19 @@ def _grows(slopes) -> np.ndarray:
     return ((last > 1.1) & (last < 3.5)).all(axis=1) & (np.abs(np.diff(last)) < 0.2).all(axis=1)
 
 
-def schedule(own: np.ndarray, others: Sequence[np.ndarray], eps: float) -> tuple[list, list]:
+def schedule(
+    own: np.ndarray, others: Sequence[np.ndarray], eps: float, least: float
+) -> tuple[list, list]:
     """The largest steps of the blocks to try: those that must be, and those that may help.
 
     own: (n,) each number's own scale, a power of two.
     others: further scales that the function may have.
+    least: relative to `own`, the smallest step that isn't lost in a number's last place.
     """
+    smallest = own * least * FACTOR ** (STEPS - 1)
 
     def top(scale, power):
-        return scale * max(2.0**power, min(eps * 2.0**14, 0.5))
+        return np.maximum(scale * max(2.0**power, min(eps * 2.0**14, 0.5)), smallest)
 
     first = [top(own, -4), top(own, -14)]
     exact = eps < 1e-10
@@ -223,6 +270,19 @@ def schedule(own: np.ndarray, others: Sequence[np.ndarray], eps: float) -> tuple
             more += [np.where(apart, top(other, p), np.nan) for p in (-14, -24, -34)]
     if exact:
         more += [top(own, p) for p in (16, 26, 36)]
+    return _once(first, more)
+
+
+def _once(first: list, more: list) -> tuple[list, list]:
+    """The same blocks, none of them twice for a number."""
+    seen: list[np.ndarray] = []
+    for tops in (first, more):
+        for i, top in enumerate(tops):
+            is_new = np.isfinite(top)
+            for other in seen:
+                is_new &= top != other
+            tops[i] = np.where(is_new, top, np.nan)
+            seen.append(top)
     return first, more
 
 
@@ -251,6 +311,8 @@ def search(
     done = np.zeros(n, bool) if only is None else ~only
     is_resolved, is_zero = np.zeros(n, bool), np.zeros(n, bool)
     rough = np.zeros(n, bool)
+    resolved_step = np.full(n, np.inf)
+    finest = _Finest(*(np.full(n, np.inf) for _ in range(4)))
     kink_step, edge_step = np.full(n, np.inf), np.full(n, np.inf)
     required, further = tops
     for number, top in enumerate([*required, *further]):
@@ -274,9 +336,24 @@ def search(
         is_zero = np.where(better, b.is_zero, is_zero)
         if number == 0:
             rough = ~b.is_smooth
-        is_resolved |= resolved
+        with np.errstate(all="ignore"):
+            # A kink that larger steps don't see bears out the rule.
+            width = np.abs(b.right - b.left)
+            beside = np.fmax(np.fmin(b.left, b.right) - rule, rule - np.fmax(b.left, b.right))
+            fits = beside <= 1e-2 * (np.where(width < np.abs(rule), width, 0.0) + np.abs(rule))
+            hidden = todo & b.is_kink & is_resolved & fits & (block.steps[:, 0] < resolved_step)
+        is_resolved = (is_resolved | resolved) & ~hidden
+        resolved_step = np.where(better & resolved, block.steps[:, 0], resolved_step)
+        for name, nothing in (("slope", np.nan), ("error", np.inf), ("rounding", np.inf)):
+            setattr(found, name, np.where(hidden, nothing, getattr(found, name)))
         _look_for_a_kink(found, block, b, todo & ~is_resolved, kink_step, edge_step)
+        finest = finest.and_of(block, b, todo)
+        no_kink = (found.state == KINK) & finest.contradicts(found, kink_step)
+        found.state = np.where(no_kink, UNCLEAR, found.state)
+        kink_step[no_kink] = np.inf
         found.state = np.where(is_resolved, SMOOTH, found.state)
+        found.kink_step = np.where(hidden, block.steps[:, -1], found.kink_step)
+        done |= hidden
         with np.errstate(all="ignore"):
             off = np.abs(found.slope - rule)
             agrees = off <= 2 * found.error + precision.numerical * size

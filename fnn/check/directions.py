@@ -140,11 +140,34 @@ def flatten(where, function, keywords, names, args, static_places=()) -> tuple[F
         elif not is_static:
             arrays.append(value)
     if not any(leaf.moves for leaf in leaves):
+        for name, value in zip(names, args, strict=True):
+            if value is None:
+                arguments.array(where, name, value)
         raise ValueError(
             f"{where}: there is nothing to differentiate: no argument is a floating-point array."
         )
     types = tuple(type(v) for _, v in keywords)
-    return Flat(function, keywords, types, in_tree, tuple(leaves)), arrays
+    flat = Flat(function, keywords, types, in_tree, tuple(leaves))
+    _refuse_lists(where, flat, arrays, names, args)
+    return flat, arrays
+
+
+def _refuse_lists(where, flat, arrays, names, args) -> None:
+    """A list of numbers, or None, may be a pytree that the function takes, or a mistake."""
+
+    def is_list(value):
+        return isinstance(value, (list, tuple)) and all(np.shape(a) == () for a in value)
+
+    doubtful = [i for i, value in enumerate(args) if value is None or is_list(value)]
+    if not doubtful:
+        return
+    try:
+        x, fixed = as_vector(flat, arrays)
+        jax.eval_shape(flat, x, fixed)
+    except (AttributeError, TypeError):
+        for i in doubtful:
+            arguments.array(where, names[i], args[i])
+        raise
 
 
 def _is_array(value) -> bool:
