@@ -406,6 +406,29 @@ def test_right_gradients_at_arguments_of_any_size(x):
         check_grads(lambda x: wrong(x), x, **QUICK)
 
 
+ROUNDED = {
+    "log(1 + x)": lambda x: jnp.log(1 + x),
+    "exp(x) - 1": lambda x: jnp.exp(x) - 1,
+    "cos": jnp.cos,
+    "log(|x| + 1)": lambda x: jnp.log(jnp.abs(x) + 1),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounding_that_the_values_do_not_show(name):
+    """1 + x rounds by far more than the values at x = 1e-12 would suggest."""
+    f, x = ROUNDED[name], np.array([1e-12, 3e-12])
+    assert check_grads(f, x, **QUICK).ok
+
+    @jax.custom_vjp
+    def wrong(x):
+        return f(x)
+
+    wrong.defvjp(lambda x: (f(x), x), lambda x, g: (2.5 * jax.vjp(f, x)[1](g)[0],))
+    with pytest.raises(GradientError, match="by differences"):
+        check_grads(lambda x: wrong(x), x, **QUICK)
+
+
 def test_what_differences_do_not_resolve():
     """The spacing of numbers at 1e12 is 1e-4, and at 1e15 0.1, more than the waves' length."""
     for f, x in ((lambda x: jnp.sin(100 * x), 1e12), (jnp.sin, 1e15)):

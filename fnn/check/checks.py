@@ -411,7 +411,9 @@ class Inspection:
             at = self.by_entry(self.w, entries)
             others = [self.arrays[entries], np.ones(len(entries))]
             tops = schedule(self.own[entries], others, self.precision.eps, 2.0**-51)
-            found = search(at, tops, rule[entries], self.precision)
+            total = float(np.sum(np.abs(self.w) * self.far_rounding("value")))
+            doubt = np.full(len(entries), total)
+            found = search(at, tops, rule[entries], self.precision, doubt=doubt)
             self.close_kinks = bool((found.kink_step < 2.0**-20 * self.own[entries]).any())
             return entries, found
         of = {"forward": "value", "forward over forward": "forward"}.get(mode, "reverse")
@@ -419,8 +421,12 @@ class Inspection:
         if of != "value" and of not in able:
             return entries, None
         at = self.along(of, self.v, self.noise.get(of, 0.0))
-        tops = schedule(np.ones(len(entries)), [], self.precision.eps, 2.0**-36)
-        found = search(at, tops, rule, self.precision)
+        # v moves arguments by their own sizes; these moves are of size 1.
+        sizes = self.own[self.moves]
+        ones = [np.full(len(entries), 1 / size) for size in {sizes.max(), sizes.min()}]
+        tops = schedule(np.ones(len(entries)), ones, self.precision.eps, 2.0**-36)
+        doubt = self.far_rounding(of)
+        found = search(at, tops, rule, self.precision, doubt=doubt)
         if self.close_kinks:
             # Steps along v are too large to see them, and what they see instead says nothing.
             with np.errstate(all="ignore"):
@@ -454,6 +460,15 @@ class Inspection:
         point = self.x if x is None else x
         changes, middle = self.programs.along(point, self.fixed, w, v, top * _SHRINK, of=of)
         return np.asarray(changes), np.asarray(middle)
+
+    def far_rounding(self, of) -> np.ndarray:
+        """The rounding of f, or of our derivative, where arguments are moved by 1; by result."""
+        sizes: Any = 0.0
+        for sign in (-1.0, 1.0):
+            x = self.x + sign * self.moves
+            middle = np.abs(self.changes_along(of, self.v, 2.0**-4, x)[1]).astype("float64")
+            sizes = np.fmax(sizes, np.where(np.isfinite(middle), middle, 0.0))
+        return 2 * self.precision.eps * sizes
 
     def along(self, of, v, noise) -> Callable:
         """Blocks of differences of f, or of our derivative, in direction v; by result."""

@@ -294,6 +294,7 @@ def search(
     enough: np.ndarray | None = None,
     only: np.ndarray | None = None,
     believe: bool = False,
+    doubt: np.ndarray | float = 0.0,
 ) -> Differences:
     """The slopes of n numbers, by as many blocks as it takes.
 
@@ -303,6 +304,8 @@ def search(
     enough: (n,) the error that is small enough; relative to the slope unless given.
     only: (n,) which of the numbers to look at; all unless given.
     believe: take the first slope that is known well, even if the rule says something else.
+    doubt: (n,) the rounding of the function where the arguments are of size 1. That of log(1 + x)
+        at x = 1e-12 is as large, and hides from the values at x.
     """
     n = len(rule)
     found = Differences.unknown(n)
@@ -315,6 +318,7 @@ def search(
     finest = _Finest(*(np.full(n, np.inf) for _ in range(4)))
     kink_step, edge_step = np.full(n, np.inf), np.full(n, np.inf)
     required, further = tops
+    earlier: list[tuple[Block, np.ndarray]] = []
     for number, top in enumerate([*required, *further]):
         todo = ~done & np.isfinite(top)
         if not todo.any():
@@ -322,6 +326,11 @@ def search(
         block = at(np.where(np.isfinite(top), top, 1.0), todo)
         b = _try(block, precision, rule)
         with np.errstate(all="ignore"):
+            # No change may be one that rounding swallowed.
+            swallowed = np.where(b.is_zero, 2 * doubt / block.steps[:, 0], 0.0)
+            b = b._replace(
+                error=np.maximum(b.error, swallowed), rounding=np.maximum(b.rounding, swallowed)
+            )
             size = np.maximum(np.abs(b.slope), np.where(np.isfinite(rule), np.abs(rule), 0.0))
             limit = 0.1 * precision.numerical * size if enough is None else enough
             # Where the function is rough, larger steps see another function.
@@ -331,6 +340,13 @@ def search(
             resolved &= ~(b.is_zero & is_resolved & ~is_zero)
             better = todo & smooth & ~(b.is_zero & ~resolved)
             better &= (b.error < found.error) | (is_zero & resolved & ~b.is_zero)
+            # What smaller steps saw instead is rounding, if it is no larger than that.
+            seen = rough | is_zero | np.isin(found.state, (KINK, EDGE, UNDEFINED))
+            rounded = todo & b.is_smooth & ~b.is_zero & (b.error <= limit) & seen
+            if rounded.any():
+                rounded &= _explained(earlier, block.steps, b.slope, doubt)
+            resolved, better = resolved | rounded, better | rounded
+        earlier.append((block, todo))
         for name in ("slope", "error", "rounding"):
             setattr(found, name, np.where(better, getattr(b, name), getattr(found, name)))
         is_zero = np.where(better, b.is_zero, is_zero)
@@ -357,13 +373,27 @@ def search(
         with np.errstate(all="ignore"):
             off = np.abs(found.slope - rule)
             agrees = off <= 2 * found.error + precision.numerical * size
-            done |= is_resolved & (agrees | believe)
+            done |= (is_resolved & (agrees | believe)) | rounded
             if number >= len(required) - 1:
                 # Not known well, but well enough: with other steps it won't be either.
                 done |= (found.state == UNCLEAR) & agrees
             if number >= len(required) + 1:
                 done |= np.isin(found.state, (KINK, EDGE, UNDEFINED))
     return found
+
+
+def _explained(earlier, steps, slope, doubt) -> np.ndarray:
+    """Is what smaller steps changed, less what the slope says, no more than rounding?"""
+    explained = np.broadcast_to(doubt > 0, slope.shape) * True
+    for block, tried in earlier:
+        size = np.abs(slope[:, None] * block.steps)
+        off = np.fmax(
+            np.abs(block.plus - slope[:, None] * block.steps),
+            np.abs(block.minus + slope[:, None] * block.steps),
+        )
+        fits = ~(off > 16 * np.reshape(doubt, (-1, 1)) + 0.05 * size).any(axis=1)
+        explained &= fits | ~tried | (block.steps[:, 0] >= steps[:, 0])
+    return explained
 
 
 @np.errstate(all="ignore")
