@@ -422,8 +422,8 @@ class Inspection:
             return entries, None
         at = self.along(of, self.v, self.noise.get(of, 0.0))
         # v moves arguments by their own sizes; these moves are of size 1.
-        sizes = self.own[self.moves]
-        ones = [np.full(len(entries), 1 / size) for size in {sizes.max(), sizes.min()}]
+        sizes = np.unique(self.own[self.moves])
+        ones = [np.full(len(entries), 1 / size) for size in (*sizes[:1], *sizes[1:][-1:])]
         tops = schedule(np.ones(len(entries)), ones, self.precision.eps, 2.0**-36)
         doubt = self.far_rounding(of)
         found = search(at, tops, rule, self.precision, doubt=doubt)

@@ -394,7 +394,7 @@ class _Composition(OutputHessian):
     def soft_labels(self) -> bool:
         """Are the labels distributions, which needn't add up to one?"""
         label = self.flat.avals[self._equation.ins[1]]
-        return self.call.operation is ops.softmax_cross_entropy and jnp.issubdtype(
+        return self.call.operation == ops.softmax_cross_entropy and jnp.issubdtype(
             label.dtype, jnp.floating
         )
 
