@@ -42,9 +42,9 @@ def checked(where: str, params: Any, batch: Any) -> tuple[Any, Any, Any, int]:
 def checked_params(where: str, params: Any) -> Any:
     """A tree of real arrays; JAX's own, whatever they were before."""
     arguments.no_result(where, "params", params)
-    _, leaves, tree = parameters(params)
-    if not leaves:
+    if not jax.tree.leaves(params):
         raise ValueError(f"{where}: params is a tree without arrays: {arguments.show(params)}.")
+    _, leaves, tree = parameters(params)
     return jax.tree.unflatten(tree, leaves)
 
 
