@@ -703,12 +703,6 @@ class MappedLinearMap:
         ]
 
 
-def _base(linear) -> LinearMap:
-    while isinstance(linear, MappedLinearMap):
-        linear = linear.linear
-    return linear
-
-
 # ----------------------------------------------------------------------- is the rule well-formed?
 
 

@@ -141,7 +141,7 @@ def templates(
 def _numbers(where: str, name: str, values: Any) -> np.ndarray:
     """As an array of floats."""
     try:
-        return np.asarray(None if values is None else values).astype(float, casting="same_kind")
+        return np.asarray(values).astype(float, casting="same_kind")
     except (TypeError, ValueError):
         raise TypeError(f"{where}: {name} must be real numbers, but got {_kind(values)}.") from None
 

@@ -48,8 +48,6 @@ from fnn.curvature.linearize import linearized, second_derivative
 from fnn.jaxpr import Program, program, trace
 from fnn.operation import Call, MappedCall
 
-PARTS = ("positive", "all")
-
 
 class Known(NamedTuple):
     """What is known of an operation of fnn's at its outputs u and target t, in float32 at least.

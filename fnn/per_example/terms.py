@@ -993,14 +993,6 @@ def _square(x):
     return lax.real(x) ** 2 + lax.imag(x) ** 2 if jnp.iscomplexobj(x) else lax.square(x)
 
 
-def _squares(x):
-    """Σ |x|² along the last axis; as a product, since XLA copies what it would sum the squares of
-    when that lies transposed, as a batch's activations W x do."""
-    if jnp.iscomplexobj(x):
-        return jnp.sum(_square(x), axis=-1)
-    return jnp.einsum("...i,...i->...", x, x, precision="highest")
-
-
 def _gram(x):
     """(stack, positions, positions) inner products."""
     return jnp.einsum("spi,sqi->spq", x, x.conj())
