@@ -27,7 +27,16 @@ from jax.interpreters import ad, batching
 from jax.interpreters.partial_eval import DynamicJaxprTracer, dce_jaxpr
 from jax.sharding import NamedSharding
 
-from fnn.operation import Axis, Call, LinearMap, MappedCall, MappedLinearMap
+from fnn.operation import (
+    Axis,
+    Call,
+    LinearMap,
+    MappedCall,
+    MappedLinearMap,
+    as_varying,
+    mapped_results,
+    varying_axes,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -567,22 +576,9 @@ def _held_batch(axis_data, values, axes, *, equation):
     if all(axis is None for axis in axes):
         outs = equation.apply(values)
         return outs, [None] * len(outs)
-    axis = Axis.of(axis_data)
-    is_mapped: list[bool] = []
-
-    @jax.custom_batching.custom_vmap
-    def observe(*outs):
-        return outs
-
-    @observe.def_vmap
-    def _(axis_size, in_batched, *outs):
-        is_mapped.extend(in_batched)
-        return outs, tuple(in_batched)
-
-    jax.eval_shape(axis.vmap(lambda *v: observe(*equation.bind(v)), tuple(axes), 0), *values)
-    out_axes = [0 if m else None for m in is_mapped] or [None] * len(equation.outs)
-    mapped = axis.vmap(lambda *v: list(equation.bind(v)), tuple(axes), out_axes)
-    return once(mapped)(*values), out_axes
+    axis, function = Axis.of(axis_data), lambda *v: equation.bind(v)
+    out_axes = mapped_results(axis, function, tuple(axes), values)
+    return once(axis.vmap(function, tuple(axes), out_axes))(*values), out_axes
 
 
 ad.primitive_jvps[_held] = _held_jvp
@@ -737,12 +733,6 @@ def zeros(aval) -> jax.Array:
     return as_varying(lax.broadcast(zero, aval.shape, out_sharding=sharding_of(aval)), aval)
 
 
-def as_varying(array, aval):
-    """The array, marked under shard_map as varying over the devices that `aval` varies over."""
-    missing = _varying(aval) - _varying(jax.typeof(array))
-    return lax.pcast(array, tuple(missing), to="varying") if missing else array
-
-
 def barrier(tree):
     """The arrays, none of which the compiler may use before all are there.
 
@@ -750,14 +740,10 @@ def barrier(tree):
     would make all of them vary.
     """
     leaves, structure = jax.tree.flatten(tree)
-    kinds = [_varying(jax.typeof(x)) for x in leaves]
+    kinds = [varying_axes(jax.typeof(x)) for x in leaves]
     for kind in set(kinds):
         places = [i for i, k in enumerate(kinds) if k == kind]
         held = lax.optimization_barrier([leaves[i] for i in places])
         for i, x in zip(places, held, strict=True):
             leaves[i] = x
     return jax.tree.unflatten(structure, leaves)
-
-
-def _varying(aval) -> frozenset:
-    return getattr(getattr(aval, "manual_axis_type", None), "varying", frozenset())

@@ -29,8 +29,7 @@ Everything else follows from these two:
 
 Four small classes mirror this: `Call` (an operation at given static arguments) and
 `MappedCall` (the same under vmap); `LinearMap` (its derivative at given residuals) and
-`MappedLinearMap`. This is the only file of fnn that touches `jax.extend` and
-`jax.interpreters`; what the rest of fnn needs of them stands at its end.
+`MappedLinearMap`.
 """
 
 from __future__ import annotations
@@ -509,6 +508,15 @@ def _mapped_residuals(mapped: MappedCall, in_avals):
     broadcast to the batch it would cost batch-size times its memory and a batch of
     matrix-vector products where one matrix product does.
     """
+    residuals_of = lambda *leaves: mapped.call.forward(*leaves)[1]
+    return mapped_results(mapped.axis, residuals_of, mapped.in_axes, in_avals)
+
+
+def mapped_results(axis: Axis, function: Callable, in_axes, in_avals) -> Any:
+    """For each result of a function under vmap, 0 if it depends on a mapped argument, else None.
+
+    JAX itself is asked: the rule of a `custom_vmap` is told what is batched.
+    """
     is_mapped: list[bool] = []
 
     @jax.custom_batching.custom_vmap
@@ -522,12 +530,12 @@ def _mapped_residuals(mapped: MappedCall, in_avals):
 
     structure: Any = None
 
-    def residuals_of(*leaves):
+    def observed(*args):
         nonlocal structure
-        flat, structure = jax.tree.flatten(mapped.call.forward(*leaves)[1])
+        flat, structure = jax.tree.flatten(function(*args))
         return observe(*flat) if flat else ()
 
-    jax.eval_shape(mapped.axis.vmap(residuals_of, mapped.in_axes, 0), *in_avals)
+    jax.eval_shape(axis.vmap(observed, in_axes, 0), *in_avals)
     # JAX doesn't call the rule above where nothing is mapped.
     is_mapped = is_mapped or [False] * structure.num_leaves
     return jax.tree.unflatten(structure, [0 if m else None for m in is_mapped])
@@ -817,7 +825,7 @@ def _flat_gradients(call: Call, in_avals, grads) -> list:
                 )
             keep = got.dtype == aval.dtype and got.weak_type == aval.weak_type
             leaf = leaf if keep else jnp.asarray(leaf, aval.dtype)
-            flat.append(_vary_over(leaf, _varying_axes(aval)))
+            flat.append(as_varying(leaf, aval))
     return flat
 
 
@@ -843,7 +851,7 @@ def _flat_tangents(name, out_tree, out_avals, dy) -> list:
                 f"{name}.tangent returned a dy of shape {got.shape} and dtype {got.dtype}, but "
                 f"the value of {name} has shape {aval.shape} and dtype {aval.dtype}."
             )
-        flat.append(_vary_over(jnp.asarray(d, aval.dtype), _varying_axes(aval)))
+        flat.append(as_varying(jnp.asarray(d, aval.dtype), aval))
     return flat
 
 
@@ -859,13 +867,12 @@ def _must_be_linear(op, closed, num_residuals, call, in_avals, has_gradient):
     # Without a tangent of the rule's own, JAX's transposition finds what isn't linear at all.
     found = linearity.kinds(closed, depends, strict=op._tangent is not None)
     for how, (name, shape) in zip(found, of, strict=True):
-        if how == linearity.CONSTANT:
-            how = "doesn't depend on dy at all (a gradient of zero is written None)"
-        if how not in (linearity.ZERO, linearity.LINEAR):
-            raise RuleError(
-                f"{op.name}.backward isn't linear in dy: the gradient of argument '{name}' "
-                f"(shape {shape}, dy's shape {shapes}) {how}."
-            )
+        _must_be_zero_or_linear(
+            how,
+            "doesn't depend on dy at all (a gradient of zero is written None)",
+            f"{op.name}.backward isn't linear in dy: the gradient of argument '{name}' "
+            f"(shape {shape}, dy's shape {shapes})",
+        )
     if op._tangent is not None:
         return
     for i, (name, shape) in enumerate(of):
@@ -896,13 +903,18 @@ def _tangent_must_be_linear(linear: LinearMap, residual_avals):
     _must_be_closed(f"{op.name}.tangent", closed)
     ins = [linearity.CONSTANT] * len(residual_avals) + [linearity.LINEAR] * len(dx_avals)
     for how, dy in zip(linearity.kinds(closed, ins, strict=True), closed.out_avals, strict=True):
-        if how == linearity.CONSTANT:
-            how = "doesn't depend on them at all (a tangent of zero is written None)"
-        if how not in (linearity.ZERO, linearity.LINEAR):
-            raise RuleError(
-                f"{op.name}.tangent isn't linear in the tangents of its arguments: dy of shape "
-                f"{dy.shape} {how}."
-            )
+        _must_be_zero_or_linear(
+            how,
+            "doesn't depend on them at all (a tangent of zero is written None)",
+            f"{op.name}.tangent isn't linear in the tangents of its arguments: dy of shape "
+            f"{dy.shape}",
+        )
+
+
+def _must_be_zero_or_linear(how: str, constant: str, what: str) -> None:
+    """An error that says of `what` how it depends instead; `constant` says it of a constant."""
+    if how not in (linearity.ZERO, linearity.LINEAR):
+        raise RuleError(f"{what} {constant if how == linearity.CONSTANT else how}.")
 
 
 def _leaf_names(call: Call) -> list[str]:
@@ -1234,7 +1246,7 @@ def _is_inexact(aval) -> bool:
 def _zeros_or_none(aval):
     if not _is_inexact(aval):
         return None
-    return _vary_over(jnp.zeros(aval.shape, aval.dtype), _varying_axes(aval))
+    return as_varying(jnp.zeros(aval.shape, aval.dtype), aval)
 
 
 def _restrict(takes, keep):
@@ -1253,14 +1265,20 @@ def _describe(tree) -> str:
     return str(jax.tree.map(leaf, tree)).replace("'", "")
 
 
-def _varying_axes(aval) -> frozenset:
+def varying_axes(aval) -> frozenset:
+    """The axes of the mesh over whose devices a value varies, under shard_map."""
     kind = getattr(aval, "manual_axis_type", None)
     return getattr(kind, "varying", frozenset())
 
 
+def as_varying(x, aval):
+    """x, marked under shard_map as varying over the devices that `aval` varies over."""
+    return _vary_over(x, varying_axes(aval))
+
+
 def _vary_over(x, axes: frozenset):
     """x, marked as varying over these axes of the mesh too."""
-    missing = axes - _varying_axes(jax.typeof(x))
+    missing = axes - varying_axes(jax.typeof(x))
     return jax.lax.pcast(x, tuple(sorted(missing, key=str)), to="varying") if missing else x
 
 
@@ -1270,7 +1288,7 @@ def _same_varying_axes(arrays):
     JAX's own operations do the same. Its transpose is the sum over the devices, which is how
     a replicated weight gets the gradient of the whole batch.
     """
-    axes = [_varying_axes(jax.typeof(x)) for x in arrays]
+    axes = [varying_axes(jax.typeof(x)) for x in arrays]
     union = frozenset().union(*axes)
     if not union or all(a == union for a in axes):
         return arrays

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fnn.backprop.halves import run
 from fnn.jaxpr import Equation, Program, program, trace
 from fnn.train.state import State, path_name
 
@@ -43,24 +44,16 @@ def propose(update: Callable[[], Any]) -> tuple[Any, Callable[[], Any]]:
         return flat
 
     flat = program(trace(leaves, ()))
-    values = flat.values(())
-    for equation in flat.equations:
-        _run(equation, values)
+    values = dict(enumerate(flat.values(())))
+    run(flat.equations, values)
     entrywise = _entrywise_end(flat)
 
     def again():
-        anew = list(values)
-        for equation in entrywise:
-            _run(equation, anew)
+        anew = dict(values)
+        run(entrywise, anew)
         return jax.tree.unflatten(trees[0], [anew[i] for i in flat.outputs])
 
     return jax.tree.unflatten(trees[0], [values[i] for i in flat.outputs]), again
-
-
-def _run(equation: Equation, values: list) -> None:
-    outs = equation.apply([values[i] for i in equation.ins])
-    for i, out in zip(equation.outs, outs, strict=True):
-        values[i] = out
 
 
 def _entrywise_end(flat: Program) -> list[Equation]:
