@@ -15,15 +15,18 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+EVERYWHERE = PartitionSpec()
 
-def with_auto_axes(function: Callable, args: tuple, out_specs: Any) -> Any:
+
+def with_auto_axes(function: Callable, args: tuple, out_specs: Any = EVERYWHERE) -> Any:
     """function(*args), with the explicit axes of the mesh that the arguments lie on as automatic
     ones; where there are none, just that.
 
     Args:
         function: of trees of arrays. What it closes over must not lie on the mesh.
         args: its arguments.
-        out_specs: how its results are divided: a tree of `PartitionSpec`, or one for all below.
+        out_specs: how its results are divided: a tree of `PartitionSpec`, or one for all below;
+            on all devices alike unless given.
     """
     mesh = explicit_mesh(args)
     if mesh is None:
@@ -63,6 +66,11 @@ def spec_of(array: Any) -> PartitionSpec:
     if sharding is None or not explicit_axes(sharding.mesh):
         return PartitionSpec()
     return sharding.spec
+
+
+def specs_of(tree: Any) -> Any:
+    """The same of each array of a tree."""
+    return jax.tree.map(spec_of, tree)
 
 
 def batch_spec(tree: Any) -> PartitionSpec:

@@ -20,7 +20,7 @@ from fnn.curvature.checks import (
     checked_params,
 )
 from fnn.curvature.columns import Columns, columns
-from fnn.curvature.meshes import like, on_any_mesh
+from fnn.meshes import specs_of, with_auto_axes
 from fnn.per_example.differentiate import batch_size
 from fnn.per_example.gradient import _as
 
@@ -65,7 +65,7 @@ def ggn_diagonal(
             found, tree = _signed(model, loss, params, batch, key, samples, part)
             return jax.tree.unflatten(tree, [of_parameter(own) for own in found])
 
-        return on_any_mesh(diagonal, like(params))(params, batch)
+        return with_auto_axes(diagonal, (params, batch), specs_of(params))
 
     return of_batch
 
@@ -93,7 +93,7 @@ def ggn_trace(
             parts = [sign * jnp.sum(c.squared_norms()) for own in found for sign, c in own]
             return _sum(parts) / size
 
-        return on_any_mesh(trace)(params, batch)
+        return with_auto_axes(trace, (params, batch))
 
     return of_batch
 
@@ -156,7 +156,7 @@ def ggn_gram(model: Callable, loss: Callable) -> Callable:
             others = own if other is None else columns(model, loss, params, other)[0]
             return _grams(own, others) / math.sqrt(size * other_size)
 
-        return on_any_mesh(gram)(params, batch, other)
+        return with_auto_axes(gram, (params, batch, other))
 
     return of_batch
 
@@ -187,7 +187,7 @@ def ntk(model: Callable) -> Callable:
             other, other_shape = (own, shape) if others is None else sweep(params, others)
             return _grams(own, other).reshape(*shape, *other_shape)
 
-        return on_any_mesh(kernel)(params, inputs, others)
+        return with_auto_axes(kernel, (params, inputs, others))
 
     return of_inputs
 

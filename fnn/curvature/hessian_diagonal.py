@@ -29,10 +29,10 @@ from fnn.curvature.checks import check_loss, check_model, checked, one_example
 from fnn.curvature.columns import one_array
 from fnn.curvature.ggn import ggn_diagonal
 from fnn.curvature.linearize import second_derivative
-from fnn.curvature.meshes import like, on_any_mesh
 from fnn.curvature.operators import mean_loss
 from fnn.curvature.piecewise_linear import piecewise_linear
 from fnn.jaxpr import Program, once, program, trace
+from fnn.meshes import specs_of, with_auto_axes
 from fnn.per_example.differentiate import parameters
 from fnn.per_example.factors import MEETINGS, PASSAGES
 from fnn.per_example.terms import Convolution, Product
@@ -96,7 +96,7 @@ def hessian_diagonal(model: Callable, loss: Callable, *, chunk: int = 16) -> Cal
             found = [f.astype(w.dtype) for f, w in zip(found, leaves, strict=True)]
             return jax.tree.unflatten(tree, found)
 
-        return on_any_mesh(diagonal, like(params))(params, batch)
+        return with_auto_axes(diagonal, (params, batch), specs_of(params))
 
     return of_batch
 

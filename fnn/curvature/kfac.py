@@ -17,8 +17,8 @@ from fnn.curvature.checks import check_like, check_loss, check_model, checked_pa
 from fnn.curvature.columns import one_array
 from fnn.curvature.kronecker import Block, Diagonal, Kronecker, factors
 from fnn.curvature.linearize import linearized
-from fnn.curvature.meshes import like, on_any_mesh
 from fnn.jaxpr import once
+from fnn.meshes import specs_of, with_auto_axes
 from fnn.per_example.differentiate import parameters
 
 
@@ -176,8 +176,8 @@ def kfac(
         inputs, targets = pair("kfac", batch)
         check_like("kfac", "the gradient", gradient, params)
         # Where the parameters and the state are laid out, so is what comes of them.
-        out = like(gradient), like(state)
-        return on_any_mesh(once(step), out)(gradient, state, params, (inputs, targets))
+        out = specs_of((gradient, state))
+        return with_auto_axes(once(step), (gradient, state, params, (inputs, targets)), out)
 
     def step(gradient, state, params, batch):
         inputs, targets = batch

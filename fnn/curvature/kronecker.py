@@ -27,7 +27,7 @@ from fnn import arguments
 from fnn.backprop import grad
 from fnn.curvature.checks import check_loss, check_model, check_samples, checked
 from fnn.curvature.columns import Columns, columns
-from fnn.curvature.meshes import on_any_mesh
+from fnn.meshes import with_auto_axes
 from fnn.per_example import terms as algebra
 from fnn.per_example.differentiate import batch_size
 from fnn.per_example.terms import Convolution, Layout, Product, Rows
@@ -151,7 +151,7 @@ def kronecker_factors(
     def of_batch(params: Any, batch: Any) -> Any:
         params, *batch, _ = checked("kronecker_factors", params, batch)
         of = lambda params, batch: factors(model, loss, params, batch, part=part, **options)
-        return on_any_mesh(of)(params, batch)
+        return with_auto_axes(of, (params, batch))
 
     return of_batch
 

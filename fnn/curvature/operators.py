@@ -30,8 +30,8 @@ from fnn.curvature.checks import (
 )
 from fnn.curvature.columns import columns, one_array
 from fnn.curvature.linearize import calls_custom_vjp, linearized
-from fnn.curvature.meshes import like, like_batch, on_any_mesh
 from fnn.jaxpr import once
+from fnn.meshes import batch_spec, specs_of, with_auto_axes
 
 
 @dataclasses.dataclass(eq=False)
@@ -259,14 +259,14 @@ def empirical_fisher(model: Callable, loss: Callable) -> Callable:
 
 
 def _outer_products(gradients, params, batch, size, name) -> LinearOperator:
-    grads = on_any_mesh(gradients, like_batch(batch))(params, batch)
+    grads = with_auto_axes(gradients, (params, batch), batch_spec(batch))
 
     def product(grads, v):
         found = per_example.weighted_sum(grads, per_example.dot(grads, v) / size)
         return jax.tree.map(lambda x, p: x.astype(p.dtype), found, v)
 
-    placed = on_any_mesh(product, like(params))
-    return LinearOperator(lambda v: placed(grads, v), params, name)
+    placed = lambda v: with_auto_axes(product, (grads, v), specs_of(params))
+    return LinearOperator(placed, params, name)
 
 
 def eigenpairs(

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from fnn import arguments
 from fnn.backprop import value_and_grad
 from fnn.jaxpr import once
-from fnn.meshes import batch_spec, spec_of, with_auto_axes
+from fnn.meshes import batch_spec, specs_of, with_auto_axes
 from fnn.per_example import quantities
 from fnn.per_example.differentiate import (
     batch_size,
@@ -173,7 +173,7 @@ def clipped_grad(
         by_example = batch_spec(batch)
         is_divided = by_example != P()
         of_aux = by_example if has_aux else None
-        in_order: Any = by_example, jax.tree.map(spec_of, params), by_example, of_aux
+        in_order: Any = by_example, specs_of(params), by_example, of_aux
         specs = Clipped(*in_order)
         given = params, inputs, which, limits, noise_key, static_arrays
         return with_auto_axes(whole, given, specs)

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from fnn import arguments
 from fnn.jaxpr import once
@@ -49,7 +48,7 @@ def _of_batch(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def on_any_mesh(self, *args):
-        return with_auto_axes(method, (self, *args), PartitionSpec())
+        return with_auto_axes(method, (self, *args))
 
     return on_any_mesh
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from fnn import arguments
 from fnn.meshes import batch_spec, with_auto_axes
@@ -211,7 +210,7 @@ def noise(grads: Any) -> Noise:
 
         |G|² = (B |ḡ|² − mean |gₙ|²) / (B − 1),   tr Σ = (mean |gₙ|² − |ḡ|²) B / (B − 1).
     """
-    found, unit = with_auto_axes(_noise, (grads,), PartitionSpec())
+    found, unit = with_auto_axes(_noise, (grads,))
     return Noise(*[x * unit * unit for x in found])
 
 
@@ -244,7 +243,7 @@ def noise_scale(grads: Any) -> jax.Array:
 
     It is about the batch size beyond which a larger one hardly helps (McCandlish et al. 2018).
     """
-    found, _ = with_auto_axes(_noise, (grads,), PartitionSpec())
+    found, _ = with_auto_axes(_noise, (grads,))
     return found.variance / found.signal
 
 
