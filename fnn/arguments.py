@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -111,6 +112,23 @@ def function(where: str, name: str, value: Any, form: str = "a function") -> Cal
     if not callable(value):
         raise TypeError(_wrong(where, name, form, value))
     return value
+
+
+def positional(function: Callable) -> list[inspect.Parameter] | None:
+    """The arguments that a function takes by position; None if Python can't tell."""
+    found = parameters(function)
+    return None if found is None else [p for p in found if p.kind in POSITIONAL]
+
+
+def parameters(function: Callable) -> list[inspect.Parameter] | None:
+    """All of a function's arguments; None if Python can't tell, as of some written in C."""
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return None
+
+
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def key(where: str, name: str, value: Any) -> jax.Array:

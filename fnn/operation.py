@@ -54,8 +54,6 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from fnn import arguments, linearity
 from fnn.outer_products import with_matrix_products
 
-_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-
 
 class RuleError(TypeError):
     """A hand-written rule doesn't fit its operation: the message says which, where and how."""
@@ -284,14 +282,14 @@ class Operation:
         """The names of the positional arguments, two for `*args`."""
         parameters = self._signature.parameters.values()
         gathers = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-        named = [p.name for p in parameters if p.kind in _POSITIONAL]
+        named = [p.name for p in parameters if p.kind in arguments.POSITIONAL]
         return self.argument_names(len(named) + 2 * gathers)
 
     def argument_names(self, count: int) -> tuple[str, ...]:
         """The names of `count` positional arguments, numbered where `*args` gathers them."""
         names = []
         for p in self._signature.parameters.values():
-            if p.kind in _POSITIONAL:
+            if p.kind in arguments.POSITIONAL:
                 names.append(p.name)
             elif p.kind is p.VAR_POSITIONAL:
                 names += [f"{p.name}[{i}]" for i in range(count - len(names))]
@@ -362,6 +360,10 @@ def rule(definition: Callable) -> Operation:
     (12.0, 12.0)
     """
     return Operation(definition)
+
+
+# The rules of `fnn.ops`: pure, so that a call outside jit may be compiled.
+compiled_rule = functools.partial(Operation, compiled=True)
 
 
 # ------------------------------------------------------ an operation, and an operation under vmap

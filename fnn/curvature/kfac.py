@@ -119,25 +119,25 @@ def kfac(
     check_model("kfac", model)
     check_loss("kfac", loss)
     pair("kfac", example_batch, "example_batch")
-    _check_numbers(
-        damping,
-        adapt_damping_every,
-        damping_decay,
-        min_damping,
-        max_damping,
-        factors_every,
-        inverses_every,
-        average,
-        l2,
-        samples,
-    )
+    number = functools.partial(arguments.number, "kfac")
+    integer = functools.partial(arguments.integer, "kfac")
+    number("damping", damping, above=0)
+    integer("adapt_damping_every", adapt_damping_every, least=0)
+    number("damping_decay", damping_decay, above=0, most=1)
+    number("min_damping", min_damping, least=0)
+    number("max_damping", max_damping, least=min_damping, infinite=True)
+    integer("factors_every", factors_every, least=1)
+    integer("inverses_every", inverses_every, least=1)
+    number("average", average, least=0, below=1)
+    number("l2", l2, least=0)
+    integer("samples", samples, least=0)
     arguments.choice("kfac", "kind", kind, ("expand", "reduce"))
     if momentum is not None:
-        arguments.number("kfac", "momentum", momentum, least=0, below=1)
+        number("momentum", momentum, least=0, below=1)
     if trust_region is not None:
-        arguments.number("kfac", "trust_region", trust_region, above=0, infinite=True)
+        number("trust_region", trust_region, above=0, infinite=True)
     if learning_rate is not None and not callable(learning_rate):
-        arguments.number("kfac", "learning_rate", learning_rate, least=0)
+        number("learning_rate", learning_rate, least=0)
     key = jax.random.key(0) if key is None else arguments.key("kfac", "key", key)
     with_model = learning_rate is None
     look_back = momentum is None or momentum > 0 if with_model else bool(momentum)
@@ -276,32 +276,6 @@ def kfac(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_numbers(
-    damping,
-    adapt_damping_every,
-    damping_decay,
-    min_damping,
-    max_damping,
-    factors_every,
-    inverses_every,
-    average,
-    l2,
-    samples,
-) -> None:
-    number = functools.partial(arguments.number, "kfac")
-    integer = functools.partial(arguments.integer, "kfac")
-    number("damping", damping, above=0)
-    integer("adapt_damping_every", adapt_damping_every, least=0)
-    number("damping_decay", damping_decay, above=0, most=1)
-    number("min_damping", min_damping, least=0)
-    number("max_damping", max_damping, least=min_damping, infinite=True)
-    integer("factors_every", factors_every, least=1)
-    integer("inverses_every", inverses_every, least=1)
-    number("average", average, least=0, below=1)
-    number("l2", l2, least=0)
-    integer("samples", samples, least=0)
-
-
 # ------------------------------------------------------------------------------- the curvature
 
 
@@ -399,11 +373,11 @@ class _Quadratic(NamedTuple):
     @staticmethod
     def of(slope, matrix) -> _Quadratic:
         root = jnp.sqrt(jnp.diagonal(matrix))
-        inverse = jnp.where(root > 0, 1 / jnp.where(root > 0, root, 1), 0)
+        inverse = _inverse_or_zero(root)
         return _Quadratic(root, slope * inverse, matrix[0, -1] * inverse[0] * inverse[-1])
 
     def minimum(self):
-        inverse = jnp.where(self.root > 0, 1 / jnp.where(self.root > 0, self.root, 1), 0)
+        inverse = _inverse_or_zero(self.root)
         if self.slopes.shape[0] == 1:
             return -self.slopes * inverse
         # The last step may be zero, or parallel to the direction: then it counts for nothing.
@@ -418,6 +392,10 @@ class _Quadratic(NamedTuple):
         y = x * self.root
         cross = 2 * self.cosine * y[0] * y[-1] if len(y) == 2 else 0
         return jnp.sum(y * y) + cross
+
+
+def _inverse_or_zero(x):
+    return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
 
 
 def _share(change: Callable, slope, before):

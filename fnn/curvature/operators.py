@@ -32,6 +32,7 @@ from fnn.curvature.columns import columns, one_array
 from fnn.curvature.linearize import calls_custom_vjp, linearized
 from fnn.jaxpr import once
 from fnn.meshes import batch_spec, specs_of, with_auto_axes
+from fnn.per_example.terms import norm_of
 
 
 @dataclasses.dataclass(eq=False)
@@ -346,10 +347,8 @@ def eigenpairs(
 
 
 def _norm(v):
-    """|v|, also where the squares would overflow or vanish; tiny, not 0, for zeros."""
-    largest = jnp.maximum(jnp.max(jnp.abs(v)), jnp.finfo(v.dtype).tiny)
-    v = v / largest
-    return jnp.maximum(largest * jnp.sqrt(jnp.sum(v * v)), jnp.finfo(v.dtype).tiny)
+    """|v|; tiny, not 0, for zeros."""
+    return jnp.maximum(norm_of(v), jnp.finfo(v.dtype).tiny)
 
 
 def natural_gradient(

@@ -27,19 +27,17 @@ Common to all:
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
 from fnn import arguments
-from fnn.operation import Operation
+from fnn.operation import compiled_rule as rule
 from fnn.ops.arguments import axes_of, axis_of, must_be_real, must_be_real_or_complex, wide
 
 Axis = int | tuple[int, ...] | None
 
-rule = functools.partial(Operation, compiled=True)
 
 # ------------------------------------------------------------------------------ the lecture's
 

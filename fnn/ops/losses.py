@@ -18,7 +18,6 @@ number. (`fnn.fit` and a training step look at labels before they run.)
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -27,11 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import arguments
-from fnn.operation import Operation
+from fnn.operation import compiled_rule as rule
 from fnn.ops.activations import log_softmax, softmax
 from fnn.ops.arguments import must_be_real, wide
-
-rule = functools.partial(Operation, compiled=True)
 
 # ----------------------------------------------------------------------------- classification
 

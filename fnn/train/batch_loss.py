@@ -29,10 +29,9 @@ def takes_key(loss: Loss) -> bool:
 def check_loss(where: str, loss: Any, name: str = "loss") -> None:
     """Raise a TypeError unless it can be called as `loss(params, example)`, with a key perhaps."""
     arguments.function(where, name, loss, "a function loss(params, example)")
-    parameters = _parameters(loss)
-    if parameters is None:
+    parameters, positional = arguments.parameters(loss), arguments.positional(loss)
+    if parameters is None or positional is None:
         return
-    positional = [p for p in parameters if p.kind in _POSITIONAL]
     needed = [p for p in positional if p.default is p.empty]
     names = ", ".join(p.name for p in positional)
     form = (
@@ -66,21 +65,12 @@ def call(loss: Loss, params: Any, example: Any, key: Any = None) -> Any:
         return loss(params, example, key)
 
 
-_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-
-
-def _parameters(function: Callable) -> list[inspect.Parameter] | None:
-    try:
-        return list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # some of what is written in C has no signature
-        return None
-
-
 def _key_parameter(loss: Loss) -> inspect.Parameter | None:
     """A third argument that must be given or is named key, or a keyword `key`."""
-    parameters = _parameters(loss) or []
-    third = [p for p in parameters if p.kind in _POSITIONAL][2:3]
-    by_name = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name == "key"]
+    third = (arguments.positional(loss) or [])[2:3]
+    by_name = [
+        p for p in arguments.parameters(loss) or [] if p.kind is p.KEYWORD_ONLY and p.name == "key"
+    ]
     named = [p for p in third if p.default is p.empty or p.name == "key"]
     return next(iter(named + by_name), None)
 

@@ -220,9 +220,5 @@ def _take_on_device(arrays: dict, rows: jax.Array) -> dict:
 
 def _key_parameter(function: Callable) -> inspect.Parameter | None:
     """A function's first argument, if it can't be called without one or it is named key."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return next((p for p in positional[:1] if p.default is p.empty or p.name == "key"), None)
+    first = (arguments.positional(function) or [])[:1]
+    return next((p for p in first if p.default is p.empty or p.name == "key"), None)

@@ -89,7 +89,7 @@ class Work:
             return
         with contextlib.suppress(Exception):  # no memory, or parts on other machines: the older
             copy = jax.tree.map(_to_host, state)
-            epochs = max((len(values) for values in self.log.history.values()), default=0)
+            epochs = _longest(self.log.history)
             self._kept = (lambda: _to_device(copy), epochs, self.log.count, (self.epoch - 1, 0))
         now = time.monotonic()
         self._keep_after = now + 100 * (now - began)
@@ -138,10 +138,15 @@ def attach(error: BaseException, result: FitResult) -> None:
         # Past a __setattr__ of its own: of a frozen dataclass, for one.
         BaseException.__setattr__(error, "result", result)
     with contextlib.suppress(Exception):
-        steps = max((len(values) for values in result.steps.values()), default=0)
+        steps = _longest(result.steps)
         note = f"(fnn.fit: `result` of this error is the FitResult of the {steps} steps so far.)"
         notes = [*getattr(error, "__notes__", ()), note]
         BaseException.__setattr__(error, "__notes__", notes)
+
+
+def _longest(lists: dict[str, Any]) -> int:
+    """How many entries the longest list has: of epochs in a history, of steps in `steps`."""
+    return max(map(len, lists.values()), default=0)
 
 
 def _is_lost(state: State) -> bool:
@@ -170,8 +175,8 @@ def _to_device(state: State) -> State:
 
 
 def _shown(result: FitResult, most: int = 12) -> str:
-    epochs = max((len(values) for values in result.history.values()), default=0)
-    steps = max((len(values) for values in result.steps.values()), default=0)
+    epochs = _longest(result.history)
+    steps = _longest(result.steps)
     last = [f"{k} {_short(v[-1])}" for k, v in result.history.items() if len(v)]
     if len(last) > most:
         last = [*last[:most], f"and {len(last) - most} more"]
