@@ -25,6 +25,7 @@ import numpy as np
 from measure import interleaved, machine, table
 
 import fnn
+from fnn.eager import apply
 from fnn.jaxpr import program
 
 SIZE, BATCH = 512, 64
@@ -85,7 +86,7 @@ def _run_without_rules(closed, args):
         ins = [values[i] for i in equation.ins]
         call = equation.operation()
         if call is None:
-            outs = equation.apply(ins)
+            outs = apply(equation, ins)
         else:
             outs = _run_without_rules(jax.make_jaxpr(call.primal)(*ins), ins)
         for i, value in zip(equation.outs, outs, strict=True):

@@ -14,7 +14,6 @@ import functools
 import os
 import re
 import sysconfig
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,19 +21,16 @@ import jax
 import jax.numpy as jnp
 import numpy
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Literal, Primitive
-from jax.interpreters import ad, batching
-from jax.interpreters.partial_eval import DynamicJaxprTracer, dce_jaxpr
+from jax.extend.core import ClosedJaxpr, Literal
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import NamedSharding
 
 from fnn.operation import (
-    Axis,
     Call,
     LinearMap,
     MappedCall,
     MappedLinearMap,
     as_varying,
-    mapped_results,
     varying_axes,
 )
 
@@ -59,19 +55,11 @@ class Equation:
     def name(self) -> str:
         return self.primitive.name
 
-    def apply(self, values: Sequence) -> list:
+    def bind(self, values: Sequence) -> list:
         """The outputs at these inputs; traceable like any JAX function.
 
-        Outside jit, nothing is compiled again that was compiled before (see `_evaluated`).
+        Outside jit it compiles what JAX compiles: `fnn.eager.apply` does that once.
         """
-        if self.name in _HOLDS_FUNCTIONS and not is_staged(values):
-            if any(isinstance(v, jax.core.Tracer) for v in values):
-                return list(_held.bind(*values, equation=self))
-            return _evaluated(self, values)
-        return self.bind(values)
-
-    def bind(self, values: Sequence) -> list:
-        """The outputs at these inputs, by JAX's own ways."""
         with self.context.manager:
             outs = self.primitive.bind(*values, **self.primitive.get_bind_params(self.params))
         return list(outs) if self.primitive.multiple_results else [outs]
@@ -170,7 +158,7 @@ def program(closed_jaxpr, inline: bool = True) -> Program:
         for eqn in jaxpr.eqns:
             ins = [read(v) for v in eqn.invars]
             within = scope + _scopes(eqn)
-            inner = _inlined(eqn) if inline else None
+            inner = inlined(eqn) if inline else None
             if inner is not None:
                 name = eqn.params.get("name", "")
                 # JAX traces its own functions once: the lines noted inside are the first user's.
@@ -216,7 +204,7 @@ def program(closed_jaxpr, inline: bool = True) -> Program:
     return flat
 
 
-def _inlined(eqn):
+def inlined(eqn):
     """The jaxpr of a call that can be inlined: jit without shardings, and closed calls."""
     if eqn.primitive.name in ("jit", "pjit"):
         shardings = (*eqn.params["in_shardings"], *eqn.params["out_shardings"])
@@ -257,332 +245,6 @@ def scan_layout(params: dict) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()
     return len(list(consts)), len(list(carry))
-
-
-# ------------------------------------------------------------------------- running outside jit
-#
-# JAX compiles a loop once for each jaxpr *object*. A program that is traced again at each call
-# has new ones each time, though they say the same; what they were compiled to must be found by
-# what they say. Nor may that cache keep a user's function or arrays alive. So, outside jit:
-#
-# * a call (jit, checkpoint, a custom rule) is evaluated equation by equation, as JAX does;
-# * a conditional takes its branch now;
-# * a loop is compiled by `_compiled`, one jitted function, whose static argument describes it.
-#   The arrays that a loop holds are arguments. What else its body may hold, a custom rule's
-#   functions and fnn's operations, isn't kept: only what they compute is.
-
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_closed_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
-    "remat2": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
-_HOLDS_FUNCTIONS = frozenset(
-    {*_CALLS, "call_hi_primitive", "custom_linear_solve", "cond", "while", "scan"}
-)
-
-
-def is_staged(values: Sequence = ()) -> bool:
-    """Is a program being made here, by jit or `make_jaxpr`, rather than numbers computed?"""
-    if any(isinstance(v, DynamicJaxprTracer) for v in values):
-        return True
-    # Under vmap or jvp a constant is a number, unless these are themselves part of a program.
-    return isinstance(lax.iota("int32", 1), jax.core.Tracer)
-
-
-def once(function: Callable) -> Callable:
-    """The function of pytrees of arrays; outside jit, its loops are compiled once for all calls.
-
-    That is so even if the function is made anew for each call. Under jit it stays as it is.
-    """
-
-    def evaluated(*args):
-        leaves, tree = jax.tree.flatten(args)
-        if is_staged(leaves):
-            return function(*args)
-        flat = _Flat(function, tree)
-        outs = evaluate(program(jax.make_jaxpr(flat)(leaves)), leaves)
-        return jax.tree.unflatten(flat.out_tree, outs)
-
-    return evaluated
-
-
-def as_one_call(function: Callable) -> Callable:
-    """The function of pytrees of arrays, as one call in a program, not to be taken apart."""
-
-    def call(*args):
-        leaves, tree = jax.tree.flatten(args)
-        flat = _Flat(function, tree)
-        outs = jax.jit(flat)(leaves)
-        return jax.tree.unflatten(flat.out_tree, outs)
-
-    return call
-
-
-class _Flat:
-    """A function of pytrees as one of a list of arrays.
-
-    JAX's caches keep the structures that they are handed; a pullback's holds functions.
-    """
-
-    def __init__(self, function: Callable, in_tree):
-        self._function, self._in_tree = function, in_tree
-        self.out_tree: Any = None
-        self.__name__ = getattr(function, "__name__", "call")
-
-    def __call__(self, leaves):
-        out = self._function(*jax.tree.unflatten(self._in_tree, leaves))
-        outs, self.out_tree = jax.tree.flatten(out)
-        return outs
-
-
-def evaluate(flat: Program, args: Sequence, apply: Callable = Equation.apply) -> list:
-    """The outputs of a program; each value is forgotten after its last use."""
-    values = flat.values(args)
-    last = {i: n for n, equation in enumerate(flat.equations) for i in equation.ins}
-    last.update(dict.fromkeys(flat.outputs, -1))
-    for n, equation in enumerate(flat.equations):
-        outs = apply(equation, [values[i] for i in equation.ins])
-        for i in equation.ins:
-            if last[i] == n:
-                values[i] = None
-        for i, out in zip(equation.outs, outs, strict=True):
-            if i in last:
-                values[i] = out
-    return [values[i] for i in flat.outputs]
-
-
-def _evaluated(equation: Equation, values: Sequence) -> list:
-    """The outputs of an equation that holds functions, where its inputs are numbers."""
-    called = _called(equation, values)
-    if called is not None:
-        return evaluate(program(called[0]), called[1])
-    if equation.name == "cond" and equation.params.get("branches_platforms") is None:
-        branches = equation.params["branches"]
-        chosen = branches[min(max(int(values[0]), 0), len(branches) - 1)]
-        return evaluate(program(close(chosen)), values[1:])
-    arrays: list = []
-    try:
-        what = (equation.name, _described(equation.params, arrays), equation.context)
-    except TypeError:  # it holds something of a kind that can't be described
-        return equation.bind(values)
-    description = _Description(what, equation, arrays)
-    try:
-        with equation.context.manager:
-            return _compiled(description, arrays, list(values))
-    finally:
-        description.forget()
-
-
-def _called(equation: Equation, values: Sequence):
-    """The jaxpr that a call evaluates, with its arguments; None for what isn't a call."""
-    if equation.name == "custom_linear_solve":
-        lengths, jaxprs = equation.params["const_lengths"], equation.params["jaxprs"]
-        start = lengths.matvec + lengths.vecmat
-        consts, b = values[start : start + lengths.solve], values[sum(lengths) :]
-        return close(jaxprs.solve), [*consts, *b]
-    if equation.name in ("jit", "pjit"):
-        jaxpr = _inlined(equation)
-        return None if jaxpr is None else (jaxpr, values)
-    if equation.name == "call_hi_primitive":
-        prim = equation.params["_prim"]
-        expanded = lambda *leaves: prim.expand(*jax.tree.unflatten(prim.in_tree, leaves))
-        return jax.make_jaxpr(expanded)(*values), values
-    if equation.name in _CALLS:
-        return close(equation.params[_CALLS[equation.name]]), values
-    return None
-
-
-class _Description:
-    """What an equation says, to find what it was compiled to; and until then the equation."""
-
-    __slots__ = ("_arrays", "_equation", "_hash", "_what")
-
-    def __init__(self, what, equation: Equation, arrays: list):
-        self._what, self._hash = what, hash(what)
-        self._equation, self._arrays = equation, arrays
-
-    def __hash__(self):
-        return self._hash
-
-    def __eq__(self, other):
-        return isinstance(other, _Description) and self._what == other._what
-
-    def forget(self):
-        self._equation = self._arrays = None
-
-    def run(self, arrays, values):
-        place = {id(a): new for a, new in zip(self._arrays, arrays, strict=True)}
-        return _by_value(self._equation, values, place)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _compiled(description: _Description, arrays: list, values: list) -> list:
-    return description.run(arrays, values)
-
-
-def _by_value(equation: Equation, values: Sequence, place: dict) -> list:
-    """The outputs, in a program that keeps no custom rules and no operations.
-
-    place: what stands in for the arrays that jaxprs hold, by their id.
-    """
-
-    def run(closed, args):
-        flat = program(closed)
-        flat.constants = {i: place.get(id(c), c) for i, c in flat.constants.items()}
-        return evaluate(flat, args, lambda inner, ins: _by_value(inner, ins, place))
-
-    called, params = _called(equation, values), equation.params
-    if called is not None:
-        return run(*called)
-    with equation.context.manager:
-        if equation.name == "scan":
-            num_consts, num_carry = scan_layout(params)
-            consts, rest = values[:num_consts], values[num_consts:]
-
-            def step(carry, xs):
-                outs = run(close(params["jaxpr"]), [*consts, *carry, *xs])
-                return outs[:num_carry], outs[num_carry:]
-
-            how = {name: params[name] for name in ("length", "reverse", "unroll")}
-            carry, ys = lax.scan(step, rest[:num_carry], rest[num_carry:], **how)
-            return [*carry, *ys]
-        if equation.name == "while":
-            num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
-            of_cond, of_body = values[:num_cond], values[num_cond : num_cond + num_body]
-
-            def goes_on(carry):
-                return run(close(params["cond_jaxpr"]), [*of_cond, *carry])[0]
-
-            def body(carry):
-                after = run(close(params["body_jaxpr"]), [*of_body, *carry])
-                going = goes_on(carry)
-                if not going.ndim:
-                    return after
-                # Under vmap, an example that has finished keeps its values.
-                masks = [lax.broadcast_in_dim(going, x.shape, range(going.ndim)) for x in carry]
-                return [lax.select(*three) for three in zip(masks, after, carry, strict=True)]
-
-            start = list(values[num_cond + num_body :])
-            return lax.while_loop(lambda carry: goes_on(carry).any(), body, start)
-        if equation.name == "cond":
-            branches = [lambda *ins, b=b: run(close(b), ins) for b in params["branches"]]
-            return take_branch(equation, values[0], branches, values[1:])
-        if equation.operation() is not None:
-            closed = jax.make_jaxpr(equation.operation().primal)(*values)
-            return run(closed, values)
-        if equation.is_derivative_of_operation():
-            cut, linear = params["num_residuals"], params["linear"]
-            closed = jax.make_jaxpr(lambda *a: linear.tangent(a[:cut], a[cut:]))(*values)
-            return run(closed, values)
-    return equation.bind(values)
-
-
-def take_branch(equation: Equation, index, branches: Sequence[Callable], operands) -> list:
-    """Take a branch by the index, or by the platform if that is what the equation does."""
-    platforms = equation.params.get("branches_platforms")
-    if platforms is not None:
-        # Another platform's branch (its own kernel, say) must not even be compiled here.
-        named = zip(platforms, branches, strict=True)
-        by_name = {name: branch for names, branch in named for name in names or ("default",)}
-        return lax.platform_dependent(*operands, **by_name)
-    if len(branches) == 1:
-        return branches[0](*operands)
-    return lax.switch(index, branches, *operands)
-
-
-def _described(x, arrays: list):
-    """A hashable description, equal where the same is computed; arrays are put into the list.
-
-    Raises:
-        TypeError: it is of a kind that isn't hashable.
-    """
-    if hasattr(x, "eqns"):
-        return _described_jaxpr(close(x), arrays)
-    if isinstance(x, dict):
-        return tuple((k, _described(v, arrays)) for k, v in x.items())
-    if isinstance(x, (tuple, list)):
-        return (type(x), *(_described(v, arrays) for v in x))
-    if isinstance(x, (jax.Array, numpy.ndarray)):
-        arrays.append(x)
-        return jax.typeof(x)
-    if isinstance(x, (Call, MappedCall, LinearMap, MappedLinearMap)):
-        fields = (getattr(x, field.name) for field in dataclasses.fields(x))
-        return (type(x), *(_described(v, arrays) for v in fields))
-    if isinstance(x, weakref.ref):
-        return x
-    if isinstance(x, Primitive) or (callable(x) and not isinstance(x, type)):
-        return weakref.ref(x)  # so that it can go; a reference that died equals no other
-    hash(x)
-    return type(x), x
-
-
-def _described_jaxpr(closed, arrays: list):
-    number: dict = {}
-
-    def new(var):
-        number[var] = len(number)
-        return var.aval
-
-    def read(atom):
-        if not isinstance(atom, Literal):
-            return number[atom]
-        if isinstance(atom.val, (jax.Array, numpy.ndarray)) and numpy.ndim(atom.val):
-            return _described(atom.val, arrays)
-        return atom.aval, numpy.asarray(atom.val).tobytes()
-
-    jaxpr = closed.jaxpr
-    lines = [tuple(map(new, jaxpr.invars)), tuple(map(new, jaxpr.constvars))]
-    lines.append(tuple(_described(c, arrays) for c in closed.consts))
-    for eqn in jaxpr.eqns:
-        name, params = eqn.primitive.name, eqn.params
-        if name in _CALLS and (name not in ("jit", "pjit") or _inlined(eqn) is not None):
-            params = {"jaxpr": params[_CALLS[name]]}  # only this is evaluated
-        ins = tuple(map(read, eqn.invars))
-        primitive, params = _described(eqn.primitive, arrays), _described(params, arrays)
-        lines.append((primitive, params, ins, tuple(map(new, eqn.outvars)), eqn.ctx))
-    return (*lines, tuple(map(read, jaxpr.outvars)))
-
-
-_held = Primitive("held")
-_held.multiple_results = True
-_held.def_impl(lambda *values, equation: _evaluated(equation, values))
-
-
-def _held_jvp(primals, tangents, *, equation):
-    """JAX's own way: it knows the rules that stand in the equation."""
-    moves = [type(t) is not ad.Zero for t in tangents]
-
-    def of_moving(*moving):
-        given = iter(moving)
-        return equation.bind([next(given) if m else p for m, p in zip(moves, primals, strict=True)])
-
-    moving = [p for p, m in zip(primals, moves, strict=True) if m]
-    rates = [t for t, m in zip(tangents, moves, strict=True) if m]
-    outs, dys = jax.jvp(of_moving, moving, rates)
-    avals = [jax.typeof(y) for y in outs]
-    return outs, [
-        dy if is_inexact(a) else ad.Zero(a.to_tangent_aval())
-        for a, dy in zip(avals, dys, strict=True)
-    ]
-
-
-def _held_batch(axis_data, values, axes, *, equation):
-    """What doesn't depend on the mapped axis is computed, and kept, once."""
-    if all(axis is None for axis in axes):
-        outs = equation.apply(values)
-        return outs, [None] * len(outs)
-    axis, function = Axis.of(axis_data), lambda *v: equation.bind(v)
-    out_axes = mapped_results(axis, function, tuple(axes), values)
-    return once(axis.vmap(function, tuple(axes), out_axes))(*values), out_axes
-
-
-ad.primitive_jvps[_held] = _held_jvp
-batching.fancy_primitive_batchers[_held] = _held_batch
 
 
 def called_function(equation: Equation) -> str:

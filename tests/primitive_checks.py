@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
+from fnn.eager import apply
 from fnn.jaxpr import Equation
 
 # Most of a check's time is compilation, and these small programs need no optimisation.
@@ -180,7 +181,7 @@ def _pull_back(jaxpr, consts, args, gs, rules):
             with eqn.ctx.manager:
                 outs, saved[i] = rule.forward(_equation(eqn), needed[i], ins, False)
         else:
-            outs = _equation(eqn).apply(ins)
+            outs = apply(_equation(eqn), ins)
         values.update(zip(eqn.outvars, outs, strict=True))
 
     def accumulate(v, g):

@@ -12,7 +12,7 @@ from jax import lax
 
 import fnn
 from fnn import curvature, ops, per_example
-from fnn.jaxpr import once
+from fnn.eager import once
 
 compilations = 0
 

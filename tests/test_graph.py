@@ -12,6 +12,7 @@ from jax import lax
 import fnn
 from fnn.backprop.primitives import RULES
 from fnn.backprop.steps import Step
+from fnn.eager import apply
 
 
 def circuit(x, y, z):
@@ -114,7 +115,7 @@ def perturbed(graph, perturbations):
     for place in flat.inputs:
         values[place] = values[place] + perturbations.get(place, 0)
     for equation in flat.equations:
-        outs = equation.apply([values[i] for i in equation.ins])
+        outs = apply(equation, [values[i] for i in equation.ins])
         for i, y in zip(equation.outs, outs, strict=True):
             values[i] = y + perturbations[i] if i in perturbations else y
     return values[flat.outputs[0]]

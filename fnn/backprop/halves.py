@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 
 from fnn.backprop import sweep
+from fnn.eager import apply
 from fnn.jaxpr import Equation, Program, is_inexact, program, trace
 
 # Made again in the backward pass rather than kept: it costs nothing, and is larger than
@@ -59,7 +60,7 @@ class Halves:
 def run(equations: Iterable[Equation], values: dict) -> None:
     """Apply equations in order; `values` is filled by number."""
     for equation in equations:
-        outs = equation.apply([values[i] for i in equation.ins])
+        outs = apply(equation, [values[i] for i in equation.ins])
         values.update(zip(equation.outs, outs, strict=True))
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from jax import lax
 
 from fnn.backprop.local import LocalRule, zero
+from fnn.eager import apply
 from fnn.jaxpr import Equation, Program, is_inexact, zeros
 
 
@@ -89,11 +90,11 @@ def forward(
         ins = [values[i] for i in equation.ins]
         wanted = tuple(active[i] for i in equation.ins)
         if not any(wanted):
-            outs = equation.apply(ins)
+            outs = apply(equation, ins)
         else:
             rule = rule_of(equation)
             if isinstance(rule, LocalRule):
-                outs = equation.apply(ins)
+                outs = apply(equation, ins)
                 saved = None
             else:
                 with equation.context.manager:

@@ -31,7 +31,8 @@ from fnn.curvature.ggn import ggn_diagonal
 from fnn.curvature.linearize import second_derivative
 from fnn.curvature.operators import mean_loss
 from fnn.curvature.piecewise_linear import piecewise_linear
-from fnn.jaxpr import Program, once, program, trace
+from fnn.eager import once
+from fnn.jaxpr import Program, program, trace
 from fnn.meshes import specs_of, with_auto_axes
 from fnn.per_example.differentiate import parameters
 from fnn.per_example.factors import MEETINGS, PASSAGES

@@ -17,7 +17,7 @@ from fnn.curvature.checks import check_like, check_loss, check_model, checked_pa
 from fnn.curvature.columns import one_array
 from fnn.curvature.kronecker import Block, Diagonal, Kronecker, factors
 from fnn.curvature.linearize import linearized
-from fnn.jaxpr import once
+from fnn.eager import once
 from fnn.meshes import specs_of, with_auto_axes
 from fnn.per_example.differentiate import parameters
 

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn.jaxpr import inner_jaxprs, once, program
+from fnn.eager import once
+from fnn.jaxpr import inner_jaxprs, program
 
 
 def linearized(function: Callable, at: Any) -> tuple[Any, Callable, Callable]:

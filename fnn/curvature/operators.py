@@ -30,7 +30,7 @@ from fnn.curvature.checks import (
 )
 from fnn.curvature.columns import columns, one_array
 from fnn.curvature.linearize import calls_custom_vjp, linearized
-from fnn.jaxpr import once
+from fnn.eager import once
 from fnn.meshes import batch_spec, specs_of, with_auto_axes
 from fnn.per_example.terms import norm_of
 

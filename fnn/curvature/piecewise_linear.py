@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn.curvature.checks import one_example
+from fnn.eager import apply
 from fnn.jaxpr import inner_jaxprs, program, trace
 from fnn.per_example.differentiate import parameters
 
@@ -156,13 +157,13 @@ def _derivative_is_constant(equation, avals, ins) -> bool:
             here = list(values)
             for k, x in zip(moving, given, strict=True):
                 here[k] = x
-            return equation.apply(here)
+            return apply(equation, here)
 
         return list(jax.vjp(of_moving, *[values[k] for k in moving])[1](cotangents))
 
     struct = lambda aval: jax.ShapeDtypeStruct(aval.shape, aval.dtype)
     values = [struct(a) for a in avals]
-    outs = jax.eval_shape(equation.apply, values)
+    outs = jax.eval_shape(equation.bind, values)
     if not all(jnp.issubdtype(x.dtype, jnp.inexact) for x in [*outs, *(values[k] for k in moving)]):
         return False
     flat = program(trace(derivative, [values, outs]))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fnn import arguments
-from fnn.jaxpr import once
+from fnn.eager import once
 from fnn.meshes import batch_spec, with_auto_axes
 from fnn.per_example import terms as algebra
 from fnn.per_example.terms import Convolution, Dense, Product, Rows, Term

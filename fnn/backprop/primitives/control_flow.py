@@ -15,19 +15,8 @@ from jax import lax
 from fnn.backprop import sweep
 from fnn.backprop.halves import halves, run
 from fnn.backprop.sweep import ControlRule
-from fnn.jaxpr import (
-    as_one_call,
-    as_varying,
-    barrier,
-    close,
-    is_inexact,
-    once,
-    program,
-    scan_layout,
-    take_branch,
-    trace,
-    zeros,
-)
+from fnn.eager import apply, as_one_call, once, take_branch
+from fnn.jaxpr import as_varying, barrier, close, is_inexact, program, scan_layout, trace, zeros
 
 # ------------------------------------------------------------------------------------------ scan
 
@@ -457,7 +446,7 @@ def _given(avals, cotangents):
 
 
 def _solve_forward(equation, needed, ins, opaque):
-    outs = equation.apply(ins)
+    outs = apply(equation, ins)
     return outs, (ins, outs)
 
 

@@ -22,6 +22,7 @@ from jax.lax import GatherDimensionNumbers, ScatterDimensionNumbers, select
 
 from fnn.backprop.local import LocalRule, each, joint
 from fnn.backprop.sweep import ControlRule
+from fnn.eager import apply
 
 # ------------------------------------------------------------------------------ reading
 
@@ -143,7 +144,7 @@ def _scatter_forward(equation, needed, ins, opaque):
             "Use x.at[i].set(f(x[i])) instead."
         )
     if params["unique_indices"] or not needed[2]:
-        return equation.apply(ins), (indices, updates, None)
+        return apply(equation, ins), (indices, updates, None)
     windows = params["dimension_numbers"].update_window_dims
     shape = [1 if i in windows else n for i, n in enumerate(updates.shape)]
     numbers = lax.reshape(lax.iota(jnp.int32, functools.reduce(int.__mul__, shape, 1)), shape)

@@ -27,6 +27,7 @@ from jax.lax.linalg import eig_p, svd_p, triangular_solve, tridiagonal_solve
 
 from fnn.backprop.local import LocalRule, joint, zero
 from fnn.backprop.sweep import ControlRule
+from fnn.eager import apply
 
 
 def _textbook(*, says: tuple[str, ...]):
@@ -54,7 +55,7 @@ def _factors(*, says: tuple[str, ...]):
         def forward(equation, needed, ins, opaque):
             (a,), vectors = ins, _VECTORS.get(equation.name)
             if vectors is None or vectors.wanted(equation.params):
-                outs = equation.apply(ins)
+                outs = apply(equation, ins)
                 return outs, (outs, a)
             kept = vectors.decompose(a, equation.params)
             return [kept[0]], (kept, a)

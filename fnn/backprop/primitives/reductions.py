@@ -29,6 +29,7 @@ from jax.lax import ScatterDimensionNumbers, add, div, eq, mul, select
 from fnn.backprop.local import LocalRule, each, zero
 from fnn.backprop.primitives.elementwise import CHOICES, is_complex, number
 from fnn.backprop.sweep import ControlRule
+from fnn.eager import apply
 from fnn.jaxpr import as_varying, sharding_of
 
 # ----------------------------------------------------------------------- sum, max, product
@@ -57,7 +58,7 @@ def _product_forward(equation, needed, ins, opaque):
     order, shape = _reduced_first(x, axes)
     size = math.prod(shape[: len(axes)])
     if size == 0:
-        return equation.apply(ins), (x, [])
+        return apply(equation, ins), (x, [])
     y = lax.reshape(lax.transpose(x, order), [size, *shape[len(axes) :]])
     halvings = []
     while (n := y.shape[0]) > 1:

@@ -18,6 +18,7 @@ from jax import lax
 
 from fnn.backprop.local import LocalRule, each, joint, zero
 from fnn.backprop.sweep import ControlRule
+from fnn.eager import apply
 from fnn.jaxpr import sharding_of
 
 
@@ -123,7 +124,7 @@ def _device_put_backward(equation, needed, xs, cotangents, opaque):
 
 
 def _keeping_inputs(equation, needed, ins, opaque):
-    return equation.apply(ins), ins
+    return apply(equation, ins), ins
 
 
 def _sharding_constraint(g, y, x, *, sharding, **_):
