@@ -41,15 +41,15 @@ def run_loop(equation, cut, ins) -> tuple[list, tuple[dict, dict]]:
     consts, init, xs = _cut(ins, num_consts, num_carry)
     const_ids, carry_ids, xs_ids = _cut(cut.ins, num_consts, num_carry)
     fixed = set(const_ids) | set(cut.joint.constants)
-    once, each_step = [], []
+    constant, each_step = [], []
     for eqn in cut.forward:
         is_fixed = not eqn.has_effects and all(i in fixed for i in eqn.ins)
-        (once if is_fixed else each_step).append(eqn)
+        (constant if is_fixed else each_step).append(eqn)
         if is_fixed:
             fixed.update(eqn.outs)
     values = dict(cut.joint.constants)
     values.update(zip(const_ids, consts, strict=True))
-    run(once, values)
+    run(constant, values)
 
     kept_once = [i for i in cut.residuals if i in fixed]
     kept_xs = [i for i in cut.residuals if i in xs_ids and i not in fixed]
