@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -49,10 +51,15 @@ def test_ci_runs_the_commands_that_the_readme_gives():
     wanted = re.findall(r"\.venv/bin/(python examples/\w+\.py|pytest)", commands)
     assert {"python examples/digits.py", "pytest"} <= set(wanted)
     for command in wanted:
-        assert re.search(rf"^{re.escape(command)}$", script, re.MULTILINE), command
+        assert re.search(rf"^ *{re.escape(command)}$", script, re.MULTILINE), command
 
 
-def test_pictures_and_files_that_the_readme_names_exist():
-    links = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README)
-    missing = [x for x in links if "://" not in x and not (ROOT / x).exists()]
-    assert links and not missing
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
+def test_files_that_a_page_names_exist(page):
+    """Links, pictures, and paths in code; a path may hold a *."""
+    text = (ROOT / page).read_text()
+    links = re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    named = [x for x in links if "://" not in x]
+    named += re.findall(r"(?<![\w/.])(?:fnn|tests|examples|benchmarks|docs|\.ci)/[\w./*-]*", text)
+    assert named
+    assert not [x for x in named if not list(ROOT.glob(x.rstrip("./")))]
