@@ -19,7 +19,7 @@ from fnn.curvature.checks import (
     checked,
     checked_params,
 )
-from fnn.curvature.columns import Columns, columns
+from fnn.curvature.sqrt_ggn import SqrtGGN, sqrt_ggn
 from fnn.meshes import specs_of, with_auto_axes
 from fnn.per_example.differentiate import batch_size
 from fnn.per_example.gradient import _as
@@ -108,22 +108,22 @@ def _check(where, model, loss, key, samples, part) -> None:
 
 def _signed(
     model, loss, params, batch, key, samples, part, thrifty=True
-) -> tuple[list[list[tuple[int, Columns]]], Any]:
+) -> tuple[list[list[tuple[int, SqrtGGN]]], Any]:
     """For each parameter, columns and whether their squares count as they are or are taken off."""
     if part == "positive":
         sweep = {"key": key, "samples": samples}
-        found, tree, _ = columns(model, loss, params, batch, thrifty=thrifty, **sweep)
+        found, tree, _ = sqrt_ggn(model, loss, params, batch, thrifty=thrifty, **sweep)
         return [[(1, c)] for c in found], tree
 
     def seeds(sign, z, target):
-        root, signs = output_hessian.signed_columns(loss, z, target)
+        root, signs = output_hessian.signed_sqrt(loss, z, target)
         chosen = (sign * signs > 0).astype(root.dtype)
         return root * chosen.reshape(-1, *[1] * z.ndim)
 
     both = []
     for sign in (1, -1):
         of_sign = functools.partial(seeds, sign)
-        found, tree, _ = columns(model, loss, params, batch, seeds=of_sign, thrifty=thrifty)
+        found, tree, _ = sqrt_ggn(model, loss, params, batch, seeds=of_sign, thrifty=thrifty)
         both.append([(sign, c) for c in found])
     return [list(own) for own in zip(*both, strict=True)], tree
 
@@ -152,8 +152,8 @@ def ggn_gram(model: Callable, loss: Callable) -> Callable:
             _, *other, other_size = checked("ggn_gram", params, other)
 
         def gram(params, batch, other):
-            own = columns(model, loss, params, batch)[0]
-            others = own if other is None else columns(model, loss, params, other)[0]
+            own = sqrt_ggn(model, loss, params, batch)[0]
+            others = own if other is None else sqrt_ggn(model, loss, params, other)[0]
             return _grams(own, others) / math.sqrt(size * other_size)
 
         return with_auto_axes(gram, (params, batch, other))
@@ -179,7 +179,7 @@ def ntk(model: Callable) -> Callable:
         def sweep(params, x):
             batch_size(x)
             one_hot = lambda z, _: jnp.eye(z.size, dtype=z.dtype).reshape(z.size, *z.shape)
-            found, _, z = columns(model, None, params, (x, None), seeds=one_hot)
+            found, _, z = sqrt_ggn(model, None, params, (x, None), seeds=one_hot)
             return found, z.shape
 
         def kernel(params, inputs, others):
@@ -192,7 +192,7 @@ def ntk(model: Callable) -> Callable:
     return of_inputs
 
 
-def _grams(own: list[Columns], others: list[Columns]) -> jax.Array:
+def _grams(own: list[SqrtGGN], others: list[SqrtGGN]) -> jax.Array:
     """The inner products of all columns, summed over the parameters."""
     if own[0].count == 0 or others[0].count == 0:
         dtype = functools.reduce(jnp.promote_types, [c.dtype for c in own], jnp.float32)

@@ -26,11 +26,11 @@ from fnn.backprop import grad
 from fnn.backprop.halves import run
 from fnn.curvature import output_hessian
 from fnn.curvature.checks import check_loss, check_model, checked, one_example
-from fnn.curvature.columns import one_array
 from fnn.curvature.ggn import ggn_diagonal
 from fnn.curvature.linearize import second_derivative
 from fnn.curvature.operators import mean_loss
 from fnn.curvature.piecewise_linear import piecewise_linear
+from fnn.curvature.sqrt_ggn import one_array
 from fnn.eager import once
 from fnn.jaxpr import Program, program, trace
 from fnn.meshes import specs_of, with_auto_axes

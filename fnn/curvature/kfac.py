@@ -14,9 +14,9 @@ from jax import lax
 from fnn import arguments
 from fnn.curvature import output_hessian
 from fnn.curvature.checks import check_like, check_loss, check_model, checked_params, pair
-from fnn.curvature.columns import one_array
 from fnn.curvature.kronecker import Block, Diagonal, Kronecker, factors
 from fnn.curvature.linearize import linearized
+from fnn.curvature.sqrt_ggn import one_array
 from fnn.eager import once
 from fnn.meshes import specs_of, with_auto_axes
 from fnn.per_example.differentiate import parameters

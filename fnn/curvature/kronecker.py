@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from fnn import arguments
 from fnn.backprop import grad
 from fnn.curvature.checks import check_loss, check_model, check_samples, checked
-from fnn.curvature.columns import Columns, columns
+from fnn.curvature.sqrt_ggn import SqrtGGN, sqrt_ggn
 from fnn.meshes import with_auto_axes
 from fnn.per_example import terms as algebra
 from fnn.per_example.differentiate import batch_size
@@ -167,13 +167,13 @@ def factors(
     largest_block: int = 1024,
     **sweep: Any,
 ) -> Any:
-    """A batch's factors; `sweep` says how its columns are found (see `columns.py`)."""
-    found, tree, _ = columns(model, loss, params, batch, part=part, thrifty=False, **sweep)
+    """A batch's factors; `sweep` says how its columns are found (see `sqrt_ggn.py`)."""
+    found, tree, _ = sqrt_ggn(model, loss, params, batch, part=part, thrifty=False, **sweep)
     size = batch_size(batch)
     return jax.tree.unflatten(tree, [factors_of(c, size, kind, largest_block) for c in found])
 
 
-def factors_of(own: Columns, size: int, kind: str, largest_block: int) -> Factors:
+def factors_of(own: SqrtGGN, size: int, kind: str, largest_block: int) -> Factors:
     """One parameter's factors, in float32 at least."""
     if math.prod(own.shape) == 0:
         return Diagonal(jnp.zeros(own.shape, jnp.promote_types(own.dtype, jnp.float32)), own.shape)

@@ -28,8 +28,8 @@ from fnn.curvature.checks import (
     checked,
     one_example,
 )
-from fnn.curvature.columns import columns, one_array
 from fnn.curvature.linearize import calls_custom_vjp, linearized
+from fnn.curvature.sqrt_ggn import one_array, sqrt_ggn
 from fnn.eager import once
 from fnn.meshes import batch_spec, specs_of, with_auto_axes
 from fnn.per_example.terms import norm_of
@@ -226,7 +226,7 @@ def fisher_vector_product(
         draw = {"key": key, "samples": samples, "part": "fisher"}
 
         def gradients(params, batch):
-            drawn, tree, _ = columns(model, loss, params, batch, **draw)
+            drawn, tree, _ = sqrt_ggn(model, loss, params, batch, **draw)
             return jax.tree.unflatten(tree, [c.as_batch() for c in drawn])
 
         return _outer_products(gradients, params, (inputs, targets), size, "Fisher")

@@ -261,7 +261,7 @@ def products(loss: Callable, z, targets, part: str) -> Callable:
     return lambda u: jax.vmap(_times_own_transpose)(roots, u)
 
 
-def columns(loss: Callable, z, target, key=None, samples: int = 0, part: str = "positive"):
+def sqrt_columns(loss: Callable, z, target, key=None, samples: int = 0, part: str = "positive"):
     """Columns whose squares add up to H: S, or `samples` random ones of which E[s sᵀ] = H."""
     hessian = of(loss, z, target)
     if not samples:
@@ -275,7 +275,7 @@ def columns(loss: Callable, z, target, key=None, samples: int = 0, part: str = "
     return (found / math.sqrt(samples)).astype(z.dtype)
 
 
-def signed_columns(loss: Callable, z, target):
+def signed_sqrt(loss: Callable, z, target):
     """`(S, signs)`, H = S diag(signs) Sᵀ."""
     hessian = of(loss, z, target)
     root, signs = hessian.root("all"), hessian.signs()

@@ -32,7 +32,7 @@ from fnn.per_example.terms import Dense, Product, Term
 
 
 @dataclasses.dataclass(eq=False)
-class Columns:
+class SqrtGGN:
     """For one parameter, the columns of Jᵀ S for each example, factored.
 
     terms: arrays with the batch as first axis; those that differ by column have the columns as
@@ -104,7 +104,7 @@ def _sum_squares(x, axis):
     return jnp.sum(algebra._square(x), axis=axis)
 
 
-def columns(
+def sqrt_ggn(
     model: Callable,
     loss: Callable | None,
     params: Any,
@@ -115,7 +115,7 @@ def columns(
     seeds: Callable | None = None,
     part: str = "positive",
     thrifty: bool = True,
-) -> tuple[list[Columns], Any, Any]:
+) -> tuple[list[SqrtGGN], Any, Any]:
     """`(columns of each parameter, their tree, outputs)` of a batch.
 
     Args:
@@ -128,7 +128,7 @@ def columns(
         part: of which form of the Hessian (see `output_hessian.py`).
         thrifty: form what has more numbers in its factors than the gradient has.
     """
-    inputs, targets = pair("columns", batch)
+    inputs, targets = pair("sqrt_ggn", batch)
     size = batch_size(batch)
     paths, leaves, tree = parameters(params)
     seen: dict[str, Any] = {}
@@ -147,7 +147,7 @@ def columns(
         if seeds is not None:
             s = seeds(z, target)
         else:
-            s = output_hessian.columns(loss, z, target, key, samples, part)
+            s = output_hessian.sqrt_columns(loss, z, target, key, samples, part)
         # What doesn't depend on the column, the inputs A above all, is made and kept once.
         cut = found.cut
         once = dict(cut.joint.constants)
@@ -181,7 +181,7 @@ def columns(
 
     all_terms, z = jax.vmap(of_example)(inputs, targets, keys)
     found = [
-        Columns(path, leaf.shape, leaf.dtype, terms, axes, seen["count"])
+        SqrtGGN(path, leaf.shape, leaf.dtype, terms, axes, seen["count"])
         for path, leaf, terms, axes in zip(paths, leaves, all_terms, seen["axes"], strict=True)
     ]
     return found, tree, z
