@@ -2,8 +2,9 @@
 
 From the top: `transforms` (`fnn.grad` and its kin) and `trace` (`fnn.graph`) turn a function
 into a program; `sweep` runs it forward and back; `primitives/` holds the rules it applies,
-in the form that `local` gives; `halves` cuts a gradient in two for loops. What a graph shows
-is made in `text`, `names`, `steps`, `coverage`, `grouping` and `draw`.
+in the form that `rules` gives; `partial_evaluation` cuts a gradient in two for loops
+(`control_flow`). What a graph shows is made in `text`, `names`, `steps`, `coverage`, `grouping`
+and `draw`.
 """
 
 from fnn.backprop.trace import Graph, Node, graph

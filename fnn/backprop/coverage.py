@@ -71,8 +71,8 @@ def coverage(flat: Program, active: Sequence[bool], name_of: Callable[[Equation]
         active: of which of its inputs a gradient is wanted.
         name_of: what to call an equation.
     """
+    from fnn.backprop.control_flow import counts_its_steps
     from fnn.backprop.primitives import is_ruled
-    from fnn.backprop.primitives.control_flow import counts_its_steps
 
     found = Coverage()
     reach = reached(flat, active)

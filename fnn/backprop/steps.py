@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fnn.backprop import sweep, text
-from fnn.backprop.local import LocalRule
+from fnn.backprop.rules import LocalRule
 from fnn.jaxpr import is_inexact, zeros
 
 if TYPE_CHECKING:

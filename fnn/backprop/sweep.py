@@ -16,23 +16,9 @@ from typing import Any, NamedTuple
 
 from jax import lax
 
-from fnn.backprop.local import LocalRule, zero
+from fnn.backprop.rules import ControlRule, LocalRule, zero
 from fnn.eager import apply
 from fnn.jaxpr import Equation, Program, is_inexact, zeros
-
-
-class ControlRule(NamedTuple):
-    """A rule with a forward of its own: to keep what the backward needs, or to run functions.
-
-    forward: `(equation, needed, ins, opaque) -> (outs, saved)`.
-    backward: `(equation, needed, saved, cotangents, opaque) -> cotangents of the inputs`.
-    says: for each argument, the local gradient in words; the last one for all further
-        arguments. None where it is whatever the functions inside make of it.
-    """
-
-    forward: Callable[[Equation, Sequence[bool], Sequence, bool], tuple[list, Any]]
-    backward: Callable[[Equation, Sequence[bool], Any, Sequence, bool], Sequence]
-    says: tuple[str, ...] = ()
 
 
 class Visit(NamedTuple):
@@ -49,8 +35,8 @@ class Tape:
     """A finished forward pass: every value, and a visit for each differentiable equation.
 
     opaque: hide an equation's own backward function in a call of its own; wanted where the
-        tape is taken apart again (see `fnn/backprop/halves.py`), so that what a function
-        chose to recompute in its backward pass isn't moved to the forward pass.
+        tape is taken apart again (see `fnn/backprop/partial_evaluation.py`), so that what a
+        function chose to recompute in its backward pass isn't moved to the forward pass.
     """
 
     program: Program

@@ -17,7 +17,7 @@ import numpy
 
 from fnn import arguments
 from fnn.backprop import sweep
-from fnn.backprop.halves import Halves, halves
+from fnn.backprop.partial_evaluation import PartialEvaluation, partially_evaluate
 from fnn.jaxpr import as_varying, is_inexact, program, trace
 
 
@@ -151,7 +151,7 @@ def vjp(fun: Callable, *primals, has_aux: bool = False) -> Any:
         is_inexact(a) and i < traced.num_values() for i, a in enumerate(closed.out_avals)
     ]
     needed = [is_inexact(a) for a in closed.in_avals]
-    cut = halves(closed, needed, has_cotangent)
+    cut = partially_evaluate(closed, needed, has_cotangent)
     outs, residuals = cut.run_forward(leaves)
     out_avals = tuple(closed.out_avals[: traced.num_values()])
     static = (_Fixed(cut), tree, traced.value_tree(), out_avals, tuple(closed.in_avals))
@@ -163,7 +163,7 @@ def vjp(fun: Callable, *primals, has_aux: bool = False) -> Any:
 class _Fixed:
     """A wrapper that makes two halves comparable, by identity, as a pytree's static part is."""
 
-    def __init__(self, cut: Halves):
+    def __init__(self, cut: PartialEvaluation):
         self.cut = cut
 
 

@@ -23,7 +23,7 @@ from jax import lax
 
 from fnn import arguments
 from fnn.backprop import grad
-from fnn.backprop.halves import run
+from fnn.backprop.partial_evaluation import run
 from fnn.curvature import output_hessian
 from fnn.curvature.checks import check_loss, check_model, checked, one_example
 from fnn.curvature.ggn import ggn_diagonal

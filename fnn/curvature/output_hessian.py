@@ -41,7 +41,7 @@ import jax.numpy as jnp
 import numpy
 
 from fnn import ops
-from fnn.backprop.halves import run
+from fnn.backprop.partial_evaluation import run
 from fnn.curvature.checks import one_example
 from fnn.curvature.convex import is_convex as is_seen_to_be_convex
 from fnn.curvature.linearize import linearized, second_derivative

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fnn.backprop.halves import run
+from fnn.backprop.partial_evaluation import run
 from fnn.curvature import output_hessian
 from fnn.curvature.checks import pair
 from fnn.per_example import terms as algebra

@@ -9,7 +9,7 @@ backwards: the gradient of W, given that of W.T, is the same product with its ax
 What has no factors, or loses them, is a dense gradient and follows the rules as usual.
 
 Nothing is asked of the function: no layers, no registration. Loops and checkpoints are looked
-into, as in `fnn/backprop/primitives/control_flow.py`, and their terms get an axis more.
+into, as in `fnn/backprop/control_flow.py`, and their terms get an axis more.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ import jax.numpy as jnp
 import numpy
 from jax import lax
 
-from fnn.backprop import sweep
-from fnn.backprop.halves import Halves, halves
-from fnn.backprop.primitives import control_flow, rule_of
+from fnn.backprop import control_flow, sweep
+from fnn.backprop.partial_evaluation import PartialEvaluation, partially_evaluate
+from fnn.backprop.primitives import rule_of
+from fnn.backprop.rules import ControlRule
 from fnn.jaxpr import (
     Equation,
     Program,
@@ -131,13 +132,13 @@ def factored_gradients(
 class FactoredHalves:
     """The gradient of one example's function in two halves, with terms for its parameters.
 
-    cut: the halves (see `fnn/backprop/halves.py`). The backward half's results are the
+    cut: the halves (see `fnn/backprop/partial_evaluation.py`). The backward half's results are the
         gradients of the inputs that aren't parameters, then the arrays of all terms.
     num_arrays: how many gradients stand before the terms' arrays.
     terms_tree: how the arrays make up a list of terms for each parameter.
     """
 
-    cut: Halves
+    cut: PartialEvaluation
     num_arrays: int
     terms_tree: Any
 
@@ -150,7 +151,7 @@ def factored_halves(
     needed: Sequence[bool],
     inputs: Sequence[int],
     has_cotangent: Sequence[bool] | None = None,
-    cut_with: Callable = halves,
+    cut_with: Callable = partially_evaluate,
 ) -> FactoredHalves:
     """Cut a function's gradient in two, the parameters' gradients as terms."""
     seen: dict[str, Any] = {}
@@ -572,7 +573,7 @@ def _rule_of(equation: Equation, side):
     kinds = [side[i] for i in equation.ins]
     forward = _scan_forward if equation.name == "scan" else _checkpoint_forward
     backward = _scan_backward if equation.name == "scan" else _checkpoint_backward
-    return sweep.ControlRule(functools.partial(forward, kinds), backward(kinds))
+    return ControlRule(functools.partial(forward, kinds), backward(kinds))
 
 
 def _checkpoint_forward(kinds, equation, needed, ins, opaque):
@@ -641,7 +642,7 @@ def _scan_forward(kinds, equation, needed, ins, opaque):
         return outs, [*summed, *carried, *stacked, *leaves]
 
     has_cotangent = control_flow.cotangents_of_loop(body, active, num_consts, num_carry)
-    cut = halves(body, active, has_cotangent, gradients_of=gradients_of)
+    cut = partially_evaluate(body, active, has_cotangent, gradients_of=gradients_of)
     # What only the forward half makes is stacked already, or the same in all steps.
     num_found = sum(seen["counts"])
     outs, kept = control_flow.run_loop(equation, cut, ins)

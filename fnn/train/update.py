@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fnn.backprop.halves import run
+from fnn.backprop.partial_evaluation import run
 from fnn.jaxpr import Equation, Program, program, trace
 from fnn.train.state import State, path_name
 

@@ -6,10 +6,9 @@ The table is put together here and nowhere else; a primitive without a rule fall
 
 from __future__ import annotations
 
-from fnn.backprop.local import LocalRule
+from fnn.backprop import control_flow
 from fnn.backprop.primitives import (
     contraction,
-    control_flow,
     elementwise,
     fourier,
     indexing,
@@ -18,7 +17,7 @@ from fnn.backprop.primitives import (
     structural,
     windows,
 )
-from fnn.backprop.sweep import ControlRule
+from fnn.backprop.rules import ControlRule, LocalRule
 from fnn.jaxpr import Equation
 
 RULES: dict[str, LocalRule | ControlRule] = {

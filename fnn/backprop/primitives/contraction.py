@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, get_abstract_mesh
 
-from fnn.backprop.local import LocalRule, each
+from fnn.backprop.rules import LocalRule, each
 
 # ------------------------------------------------------------------- products of matrices
 

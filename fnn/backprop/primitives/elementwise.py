@@ -49,7 +49,7 @@ from jax.lax import (
     sub,
 )
 
-from fnn.backprop.local import LocalRule, each, joint, zero
+from fnn.backprop.rules import LocalRule, each, joint, zero
 from fnn.jaxpr import sharding_of
 
 # Some formulas are each JAX's own: the compiler fits them best, and they cost alike.

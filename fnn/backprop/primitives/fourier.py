@@ -15,7 +15,7 @@ import math
 
 from jax import lax
 
-from fnn.backprop.local import LocalRule, each
+from fnn.backprop.rules import LocalRule, each
 
 
 def _fft(g, y, x, *, fft_type, fft_lengths, **params):

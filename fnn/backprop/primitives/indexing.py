@@ -20,8 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.lax import GatherDimensionNumbers, ScatterDimensionNumbers, select
 
-from fnn.backprop.local import LocalRule, each, joint
-from fnn.backprop.sweep import ControlRule
+from fnn.backprop.rules import ControlRule, LocalRule, each, joint
 from fnn.eager import apply
 
 # ------------------------------------------------------------------------------ reading

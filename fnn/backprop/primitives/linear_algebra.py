@@ -25,8 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.lax.linalg import eig_p, svd_p, triangular_solve, tridiagonal_solve
 
-from fnn.backprop.local import LocalRule, joint, zero
-from fnn.backprop.sweep import ControlRule
+from fnn.backprop.rules import ControlRule, LocalRule, joint, zero
 from fnn.eager import apply
 
 

@@ -26,9 +26,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.lax import ScatterDimensionNumbers, add, div, eq, mul, select
 
-from fnn.backprop.local import LocalRule, each, zero
 from fnn.backprop.primitives.elementwise import CHOICES, is_complex, number
-from fnn.backprop.sweep import ControlRule
+from fnn.backprop.rules import ControlRule, LocalRule, each, zero
 from fnn.eager import apply
 from fnn.jaxpr import as_varying, sharding_of
 

@@ -16,8 +16,7 @@ from __future__ import annotations
 import jax
 from jax import lax
 
-from fnn.backprop.local import LocalRule, each, joint, zero
-from fnn.backprop.sweep import ControlRule
+from fnn.backprop.rules import ControlRule, LocalRule, each, joint, zero
 from fnn.eager import apply
 from fnn.jaxpr import sharding_of
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fnn.backprop.local import LocalRule, each
+from fnn.backprop.rules import LocalRule, each
 
 # ----------------------------------------------------------------------------------- sums
 #

@@ -24,7 +24,7 @@ _CHEAP = ("broadcast_in_dim", "iota")
 
 
 @dataclasses.dataclass(eq=False)
-class Halves:
+class PartialEvaluation:
     """The two halves of a function's gradient.
 
     joint: the program `(ins, cotangents of the inexact outputs) -> (outs, gradients)`.
@@ -64,13 +64,13 @@ def run(equations: Iterable[Equation], values: dict) -> None:
         values.update(zip(equation.outs, outs, strict=True))
 
 
-def halves(
+def partially_evaluate(
     closed_jaxpr,
     needed: Sequence[bool],
     has_cotangent: Sequence[bool] | None = None,
     recompute: Callable[[Equation, Program], bool] | None = None,
     gradients_of: Callable[..., tuple[list, list]] | None = None,
-) -> Halves:
+) -> PartialEvaluation:
     """Cut the gradient of a jaxpr in two.
 
     Args:
@@ -125,7 +125,7 @@ def halves(
         [*outs, *residuals],
         lambda equation: not any(i in depends for i in equation.ins),
     )
-    return Halves(joint, ins, cotangents, outs, gradients, forward, backward, residuals)
+    return PartialEvaluation(joint, ins, cotangents, outs, gradients, forward, backward, residuals)
 
 
 def _needed_for(equations, targets, allowed) -> tuple[list[Equation], set[int]]:

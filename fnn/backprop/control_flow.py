@@ -13,9 +13,9 @@ import numpy
 from jax import lax
 
 from fnn.backprop import sweep
-from fnn.backprop.halves import halves, run
-from fnn.backprop.sweep import ControlRule
-from fnn.eager import apply, as_one_call, once, take_branch
+from fnn.backprop.partial_evaluation import partially_evaluate, run
+from fnn.backprop.rules import ControlRule, hidden
+from fnn.eager import apply, once, take_branch
 from fnn.jaxpr import as_varying, barrier, close, is_inexact, program, scan_layout, trace, zeros
 
 # ------------------------------------------------------------------------------------------ scan
@@ -26,7 +26,7 @@ def _scan_forward(equation, needed, ins, opaque):
     body = equation.params["jaxpr"]
     num_consts, num_carry = scan_layout(equation.params)
     active = active_in_loop(body, needed, num_consts, num_carry)
-    cut = halves(body, active, cotangents_of_loop(body, active, num_consts, num_carry))
+    cut = partially_evaluate(body, active, cotangents_of_loop(body, active, num_consts, num_carry))
     outs, kept = run_loop(equation, cut, ins)
     return outs, (cut, active, kept)
 
@@ -187,7 +187,7 @@ def _cond_forward(equation, needed, ins, opaque):
     index, *operands = ins
     branches = [close(b) for b in equation.params["branches"]]
     cotangents = _cond_cotangents(branches, needed[1:])
-    cuts = [halves(b, needed[1:], cotangents) for b in branches]
+    cuts = [partially_evaluate(b, needed[1:], cotangents) for b in branches]
     types = [[_slot(c.joint.avals[i]) for i in c.residuals if i not in c.ins] for c in cuts]
     slots = _shared_slots(types)
 
@@ -409,7 +409,9 @@ def cut_checkpoint(equation, needed, gradients_of=None):
             return not verdict
         return type(verdict).__name__ == "RecomputeType"
 
-    return halves(close(params["jaxpr"]), needed, recompute=recompute, gradients_of=gradients_of)
+    return partially_evaluate(
+        close(params["jaxpr"]), needed, recompute=recompute, gradients_of=gradients_of
+    )
 
 
 def _checkpoint_backward(equation, needed, saved, cotangents, opaque):
@@ -519,13 +521,8 @@ def _through_jax_backward(equation, needed, saved, cotangents, opaque):
             ]
         )
 
-    found = iter(_hidden(back, opaque)(pullback, _given(avals, cotangents)))
+    found = iter(hidden(back, opaque)(pullback, _given(avals, cotangents)))
     return [next(found) if n else None for n in needed]
-
-
-def _hidden(function, opaque):
-    """The function, as one call that isn't looked into if `opaque`."""
-    return once(as_one_call(function) if opaque else function)
 
 
 # --------------------------------------------------------------------------- operations of our own
@@ -553,7 +550,7 @@ def _operation_backward(equation, needed, saved, cotangents, opaque):
     dys = _given(avals, cotangents)
     if not dys or not any(gets):
         return [None] * len(needed)
-    found = iter(_hidden(linear.full_backward, opaque)(residuals, dys))
+    found = iter(hidden(linear.full_backward, opaque)(residuals, dys))
     return [next(found) if g else None for g in gets]
 
 

@@ -16,6 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from fnn.eager import as_one_call, once
+from fnn.jaxpr import Equation
+
 
 class LocalRule(NamedTuple):
     """How one primitive passes a gradient from its output to its inputs.
@@ -30,6 +33,20 @@ class LocalRule(NamedTuple):
     pullback: Callable[[Sequence[bool], Any, Any, Sequence[Any], dict], Sequence[Any]]
     says: tuple[str, ...] = ()
     elementwise: bool = False
+
+
+class ControlRule(NamedTuple):
+    """A rule with a forward of its own: to keep what the backward needs, or to run functions.
+
+    forward: `(equation, needed, ins, opaque) -> (outs, saved)`.
+    backward: `(equation, needed, saved, cotangents, opaque) -> cotangents of the inputs`.
+    says: for each argument, the local gradient in words; the last one for all further
+        arguments. None where it is whatever the functions inside make of it.
+    """
+
+    forward: Callable[[Equation, Sequence[bool], Sequence, bool], tuple[list, Any]]
+    backward: Callable[[Equation, Sequence[bool], Any, Sequence, bool], Sequence]
+    says: tuple[str, ...] = ()
 
 
 def each(*functions: Callable | None, says: tuple[str, ...] = (), elementwise: bool = False):
@@ -59,3 +76,8 @@ def joint(function: Callable, says: tuple[str, ...] = (), elementwise: bool = Fa
 
 # The output is constant wherever it is differentiable at all: floor, sign, comparisons.
 zero = LocalRule(lambda needed, g, y, args, params: [None] * len(args), ("0",))
+
+
+def hidden(function: Callable, opaque: bool) -> Callable:
+    """The function, as one call that isn't looked into if `opaque`."""
+    return once(as_one_call(function) if opaque else function)
