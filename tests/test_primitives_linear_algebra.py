@@ -1,4 +1,4 @@
-"""The hand-written rules of contraction, windows, Fourier transforms and linear algebra.
+"""The hand-written rules of matmul, convolution, pooling, Fourier transforms and linear algebra.
 
 Each is compared with `jax.vjp` of the same function for random upstream gradients; where JAX
 has no gradient, or a doubtful one, with central differences or a plain definition.
@@ -20,10 +20,10 @@ from jax.sharding import AxisType, PartitionSpec
 from primitive_checks import check_cost, compare, jax_vjp, our_vjp, random_like
 
 import fnn.backprop
-from fnn.backprop.primitives import RULES, contraction, fourier, linear_algebra, windows
+from fnn.backprop.primitives import RULES, convolution, fourier, linear_algebra, matmul, pooling
 
 # The functions around the primitives of these files need the other families' rules too.
-OURS = contraction.RULES | windows.RULES | fourier.RULES | linear_algebra.RULES
+OURS = matmul.RULES | convolution.RULES | pooling.RULES | fourier.RULES | linear_algebra.RULES
 
 quick = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)

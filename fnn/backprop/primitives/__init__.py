@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from fnn.backprop import control_flow
 from fnn.backprop.primitives import (
-    contraction,
+    convolution,
     elementwise,
     fourier,
     indexing,
     linear_algebra,
+    matmul,
+    pooling,
     reductions,
     structural,
-    windows,
 )
 from fnn.backprop.rules import ControlRule, LocalRule
 from fnn.jaxpr import Equation
@@ -25,8 +26,9 @@ RULES: dict[str, LocalRule | ControlRule] = {
     **reductions.RULES,
     **structural.RULES,
     **indexing.RULES,
-    **contraction.RULES,
-    **windows.RULES,
+    **matmul.RULES,
+    **convolution.RULES,
+    **pooling.RULES,
     **fourier.RULES,
     **linear_algebra.RULES,
     **control_flow.RULES,

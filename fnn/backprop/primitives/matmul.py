@@ -1,11 +1,10 @@
-"""Sums of products: matrix multiplication in all its forms, and convolution.
+"""Matrix multiplication in all its forms: products summed over the axes that both arguments share.
 
-Both are *bilinear*: with one argument held fixed, the output is a linear map of the other. So
-the local gradient for `a` is `b`, and the local gradient for `b` is `a`; all that is left to
+A product is *bilinear*: with one argument held fixed, the output is a linear map of the other.
+So the local gradient for `a` is `b`, and the local gradient for `b` is `a`; all that is left to
 find is over which axes the upstream gradient `g` is summed with them.
 
-    Y = A B                     ∂L/∂A = G Bᵀ              ∂L/∂B = Aᵀ G
-    y = x * w  (convolution)    ∂L/∂x = g * flipped w     ∂L/∂w = x * g
+    Y = A B     ∂L/∂A = G Bᵀ     ∂L/∂B = Aᵀ G
 
 The shapes alone fix the answer (CS231n, "Derivatives, Backpropagation, and Vectorization"):
 G Bᵀ is the only product of G and B with the shape of A. What follows keeps the order of axes
@@ -25,8 +24,6 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, get_abstract_mesh
 
 from fnn.backprop.rules import LocalRule, each
-
-# ------------------------------------------------------------------- products of matrices
 
 
 @functools.cache
@@ -59,9 +56,9 @@ def _dot_general_a(
     """∂L/∂a of y = a·b is g·b, summed over the axes that came from b: G Bᵀ for matrices."""
     product, axes, permutation = _product_for_a(dimension_numbers, a.ndim, b.ndim, a_is_second)
     gradient = lax.dot_general_p.bind(
-        g, b, dimension_numbers=product, out_sharding=_sharding_of(a, axes), **params
+        g, b, dimension_numbers=product, out_sharding=gradient_sharding(a, axes), **params
     )
-    return _as(a.dtype, lax.transpose(gradient, permutation))
+    return as_dtype(a.dtype, lax.transpose(gradient, permutation))
 
 
 def _dot_general_b(g, y, a, b, *, dimension_numbers, **params):
@@ -127,169 +124,16 @@ def _ragged_dot_general(
             lhs_ragged_dimensions=[ragged_axis],
             rhs_group_dimensions=group_axis,
         ),
-        **params | {"out_sharding": _sharding_of(target, axes)},
+        **params | {"out_sharding": gradient_sharding(target, axes)},
     )
     permutation = sorted(range(target.ndim), key=lambda i: axes[i])
-    return _as(target.dtype, lax.transpose(gradient, permutation))
-
-
-# ---------------------------------------------------------------------------- convolution
-#
-# In one dimension, without strides or dilation, and padded by p zeros on the left,
-#
-#     y[o] = Σₖ x[o + k - p] w[k].
-#
-# x[i] meets w[k] in the output o = i - k + p, and w[k] meets x[i] there too:
-#
-#     ∂L/∂x[i] = Σₖ g[i - k + p] w[k]          g convolved with the kernel read backwards
-#     ∂L/∂w[k] = Σₒ x[o + k - p] g[o]          x convolved with g as the kernel
-#
-# A stride of s is a y of which only every s-th entry was kept; its gradient puts s - 1 zeros
-# between the entries of g, which is what a dilation by s does. So strides and dilations of
-# the operands change places between forward and backward. Features behave as in a matrix
-# product: (batch, in)·(in, out), hence the exchanged pairs in the dimension numbers. Groups of
-# features in the forward pass are groups of the batch for the kernel, and vice versa.
-
-
-def _conv_x(
-    g,
-    y,
-    x,
-    w,
-    *,
-    window_strides,
-    padding,
-    lhs_dilation,
-    rhs_dilation,
-    dimension_numbers,
-    feature_group_count,
-    batch_group_count,
-    out_sharding=None,
-    **params,
-):
-    """∂L/∂x: the upstream gradient, spread out by the stride, convolved with the flipped kernel."""
-    x_spec, w_spec, y_spec = dimension_numbers
-    groups = max(feature_group_count, batch_group_count)
-    if (
-        groups > 1
-    ):  # the kernel's output features (groups × out) become its inputs: move groups over
-        w = _split_axis(w, w_spec[0], groups)
-        w = _merge_axis(w, w_spec[0], into=w_spec[1])
-    before = [
-        size - 1 - low
-        for size, (low, _) in zip(_dilated(w, w_spec, rhs_dilation), padding, strict=True)
-    ]
-    after = [
-        x_size + w_size - 1 - y_size - low
-        for x_size, w_size, y_size, low in zip(
-            _dilated(x, x_spec, lhs_dilation),
-            _dilated(w, w_spec, rhs_dilation),
-            _dilated(g, y_spec, window_strides),
-            before,
-            strict=True,
-        )
-    ]
-    gradient = lax.conv_general_dilated_p.bind(
-        g,
-        _as(g.dtype, lax.rev(w, w_spec[2:])),
-        window_strides=lhs_dilation,
-        padding=tuple(zip(before, after, strict=True)),
-        lhs_dilation=window_strides,
-        rhs_dilation=rhs_dilation,
-        dimension_numbers=lax.ConvDimensionNumbers(y_spec, _swap_features(w_spec), x_spec),
-        feature_group_count=groups,
-        batch_group_count=1,
-        out_sharding=_sharding_of(x),
-        **params,
-    )
-    gradient = _as(x.dtype, gradient)
-    if batch_group_count > 1:  # the groups come back as features; they were groups of the batch
-        gradient = _split_axis(gradient, x_spec[1], batch_group_count)
-        gradient = _merge_axis(gradient, x_spec[1], into=x_spec[0])
-    return gradient
-
-
-def _conv_w(
-    g,
-    y,
-    x,
-    w,
-    *,
-    window_strides,
-    padding,
-    lhs_dilation,
-    rhs_dilation,
-    dimension_numbers,
-    feature_group_count,
-    batch_group_count,
-    out_sharding=None,
-    **params,
-):
-    """∂L/∂w: the input convolved with the upstream gradient, which plays the kernel."""
-    if g.size == 0:
-        return None  # no output, no gradient (and no convolution with a kernel of size 0)
-    x_spec, w_spec, y_spec = dimension_numbers
-    after = [
-        y_size - x_size + w_size - low - 1
-        for x_size, w_size, y_size, (low, _) in zip(
-            _dilated(x, x_spec, lhs_dilation),
-            _dilated(w, w_spec, rhs_dilation),
-            _dilated(g, y_spec, window_strides),
-            padding,
-            strict=True,
-        )
-    ]
-    gradient = lax.conv_general_dilated_p.bind(
-        _as(g.dtype, x),
-        g,
-        window_strides=rhs_dilation,
-        padding=tuple((low, high) for (low, _), high in zip(padding, after, strict=True)),
-        lhs_dilation=lhs_dilation,
-        rhs_dilation=window_strides,
-        dimension_numbers=lax.ConvDimensionNumbers(
-            _swap_features(x_spec), _swap_features(y_spec), _swap_features(w_spec)
-        ),
-        feature_group_count=batch_group_count,
-        batch_group_count=feature_group_count,
-        out_sharding=_sharding_of(w),
-        **params,
-    )
-    return _as(w.dtype, gradient)
-
-
-def _swap_features(spec: Sequence[int]) -> tuple[int, ...]:
-    """(batch, features, space...) -> (features, batch, space...), or out and in of a kernel."""
-    return (spec[1], spec[0], *spec[2:])
-
-
-def _dilated(x, spec: Sequence[int], dilation: Sequence[int]) -> list[int]:
-    """The spatial sizes of x once `dilation - 1` zeros stand between its entries."""
-    sizes = [x.shape[axis] for axis in spec[2:]]
-    return [
-        n if d == 1 or (isinstance(n, int) and n == 0) else 1 + d * (n - 1)
-        for n, d in zip(sizes, dilation, strict=True)
-    ]
-
-
-def _split_axis(x, axis: int, groups: int):
-    """(..., groups·n, ...) -> (..., groups, n, ...)."""
-    shape = (*x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[axis + 1 :])
-    return lax.reshape(x, shape)
-
-
-def _merge_axis(x, axis: int, into: int):
-    """Take `axis` out and lay it before axis `into` (as numbered without it) as one axis."""
-    order = [i for i in range(x.ndim) if i != axis]
-    shape = [x.shape[i] for i in order]
-    shape[into] *= x.shape[axis]
-    order.insert(into, axis)
-    return lax.reshape(x, shape, order)
+    return as_dtype(target.dtype, lax.transpose(gradient, permutation))
 
 
 # ------------------------------------------------------------------- dtypes and meshes
 
 
-def _as(dtype, x):
+def as_dtype(dtype, x):
     """x in the dtype of the argument it is the gradient of.
 
     They differ where `preferred_element_type` or a mixed product made the output wider. A real
@@ -302,7 +146,7 @@ def _as(dtype, x):
     return lax.convert_element_type(x, dtype)
 
 
-def _sharding_of(x, axes: Sequence[int] | None = None) -> NamedSharding | None:
+def gradient_sharding(x, axes: Sequence[int] | None = None) -> NamedSharding | None:
     """The sharding that a gradient of x must have, with its axes in the order `axes`.
 
     Only a mesh with explicit axes asks for it; elsewhere the compiler decides, and it is None.
@@ -325,5 +169,4 @@ RULES: dict[str, LocalRule] = {
         None,
         says=("g·b[group]ᵀ", "a[group]ᵀ·g", "0"),
     ),
-    "conv_general_dilated": each(_conv_x, _conv_w, says=("g * flipped w", "x * g")),
 }

@@ -1,0 +1,173 @@
+"""Convolution: features times kernels, summed over a window that slides over the input.
+
+It is *bilinear*: with one argument held fixed, the output is a linear map of the other. So the
+local gradient for the input is the kernel, and the local gradient for the kernel is the input:
+
+    y = x * w     ∂L/∂x = g * flipped w     ∂L/∂w = x * g
+
+In one dimension, without strides or dilation, and padded by p zeros on the left,
+
+    y[o] = Σₖ x[o + k - p] w[k].
+
+x[i] meets w[k] in the output o = i - k + p, and w[k] meets x[i] there too:
+
+    ∂L/∂x[i] = Σₖ g[i - k + p] w[k]          g convolved with the kernel read backwards
+    ∂L/∂w[k] = Σₒ x[o + k - p] g[o]          x convolved with g as the kernel
+
+A stride of s is a y of which only every s-th entry was kept; its gradient puts s - 1 zeros
+between the entries of g, which is what a dilation by s does. So strides and dilations of
+the operands change places between forward and backward. Features behave as in a matrix
+product: (batch, in)·(in, out), hence the exchanged pairs in the dimension numbers. Groups of
+features in the forward pass are groups of the batch for the kernel, and vice versa.
+
+Nothing is conjugated for complex numbers: that is JAX's convention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jax import lax
+
+from fnn.backprop.rules import LocalRule, each
+from fnn.backprop.primitives.matmul import as_dtype, gradient_sharding
+
+
+def _conv_x(
+    g,
+    y,
+    x,
+    w,
+    *,
+    window_strides,
+    padding,
+    lhs_dilation,
+    rhs_dilation,
+    dimension_numbers,
+    feature_group_count,
+    batch_group_count,
+    out_sharding=None,
+    **params,
+):
+    """∂L/∂x: the upstream gradient, spread out by the stride, convolved with the flipped kernel."""
+    x_spec, w_spec, y_spec = dimension_numbers
+    groups = max(feature_group_count, batch_group_count)
+    if (
+        groups > 1
+    ):  # the kernel's output features (groups × out) become its inputs: move groups over
+        w = _split_axis(w, w_spec[0], groups)
+        w = _merge_axis(w, w_spec[0], into=w_spec[1])
+    before = [
+        size - 1 - low
+        for size, (low, _) in zip(_dilated(w, w_spec, rhs_dilation), padding, strict=True)
+    ]
+    after = [
+        x_size + w_size - 1 - y_size - low
+        for x_size, w_size, y_size, low in zip(
+            _dilated(x, x_spec, lhs_dilation),
+            _dilated(w, w_spec, rhs_dilation),
+            _dilated(g, y_spec, window_strides),
+            before,
+            strict=True,
+        )
+    ]
+    gradient = lax.conv_general_dilated_p.bind(
+        g,
+        as_dtype(g.dtype, lax.rev(w, w_spec[2:])),
+        window_strides=lhs_dilation,
+        padding=tuple(zip(before, after, strict=True)),
+        lhs_dilation=window_strides,
+        rhs_dilation=rhs_dilation,
+        dimension_numbers=lax.ConvDimensionNumbers(y_spec, _swap_features(w_spec), x_spec),
+        feature_group_count=groups,
+        batch_group_count=1,
+        out_sharding=gradient_sharding(x),
+        **params,
+    )
+    gradient = as_dtype(x.dtype, gradient)
+    if batch_group_count > 1:  # the groups come back as features; they were groups of the batch
+        gradient = _split_axis(gradient, x_spec[1], batch_group_count)
+        gradient = _merge_axis(gradient, x_spec[1], into=x_spec[0])
+    return gradient
+
+
+def _conv_w(
+    g,
+    y,
+    x,
+    w,
+    *,
+    window_strides,
+    padding,
+    lhs_dilation,
+    rhs_dilation,
+    dimension_numbers,
+    feature_group_count,
+    batch_group_count,
+    out_sharding=None,
+    **params,
+):
+    """∂L/∂w: the input convolved with the upstream gradient, which plays the kernel."""
+    if g.size == 0:
+        return None  # no output, no gradient (and no convolution with a kernel of size 0)
+    x_spec, w_spec, y_spec = dimension_numbers
+    after = [
+        y_size - x_size + w_size - low - 1
+        for x_size, w_size, y_size, (low, _) in zip(
+            _dilated(x, x_spec, lhs_dilation),
+            _dilated(w, w_spec, rhs_dilation),
+            _dilated(g, y_spec, window_strides),
+            padding,
+            strict=True,
+        )
+    ]
+    gradient = lax.conv_general_dilated_p.bind(
+        as_dtype(g.dtype, x),
+        g,
+        window_strides=rhs_dilation,
+        padding=tuple((low, high) for (low, _), high in zip(padding, after, strict=True)),
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=window_strides,
+        dimension_numbers=lax.ConvDimensionNumbers(
+            _swap_features(x_spec), _swap_features(y_spec), _swap_features(w_spec)
+        ),
+        feature_group_count=batch_group_count,
+        batch_group_count=feature_group_count,
+        out_sharding=gradient_sharding(w),
+        **params,
+    )
+    return as_dtype(w.dtype, gradient)
+
+
+def _swap_features(spec: Sequence[int]) -> tuple[int, ...]:
+    """(batch, features, space...) -> (features, batch, space...), or out and in of a kernel."""
+    return (spec[1], spec[0], *spec[2:])
+
+
+def _dilated(x, spec: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """The spatial sizes of x once `dilation - 1` zeros stand between its entries."""
+    sizes = [x.shape[axis] for axis in spec[2:]]
+    return [
+        n if d == 1 or (isinstance(n, int) and n == 0) else 1 + d * (n - 1)
+        for n, d in zip(sizes, dilation, strict=True)
+    ]
+
+
+def _split_axis(x, axis: int, groups: int):
+    """(..., groups·n, ...) -> (..., groups, n, ...)."""
+    shape = (*x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[axis + 1 :])
+    return lax.reshape(x, shape)
+
+
+def _merge_axis(x, axis: int, into: int):
+    """Take `axis` out and lay it before axis `into` (as numbered without it) as one axis."""
+    order = [i for i in range(x.ndim) if i != axis]
+    shape = [x.shape[i] for i in order]
+    shape[into] *= x.shape[axis]
+    order.insert(into, axis)
+    return lax.reshape(x, shape, order)
+
+
+RULES: dict[str, LocalRule] = {
+    "conv_general_dilated": each(_conv_x, _conv_w, says=("g * flipped w", "x * g")),
+}
