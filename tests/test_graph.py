@@ -175,7 +175,7 @@ def test_the_circuit_of_the_lecture():
         "∂f/∂x = ∂f/∂q · ∂q/∂x = -4 · 1 = -4",
         "∂f/∂y = ∂f/∂q · ∂q/∂y = -4 · 1 = -4",
     ]
-    assert [step.says for step in graph.steps()] == ["z", "q", "1", "1"]
+    assert [step.local_gradient for step in graph.steps()] == ["z", "q", "1", "1"]
 
 
 def test_the_sigmoid_neuron_of_the_lecture():
@@ -323,7 +323,7 @@ def test_uses_of_a_value_add_up():
     assert [round(float(step.product), 3) for step in steps] == [round(math.cos(3), 3), 3, 3]
     assert str(steps[0]).endswith("+= ∂f/∂v2 · ∂v2/∂x = 1 · -0.99 = -0.99")
     assert str(steps[2]).endswith("= 1 · 3 = 3   (in sum 2.01 + 3 = 5.01)")
-    assert steps[0].says == "cos(x)"
+    assert steps[0].local_gradient == "cos(x)"
     np.testing.assert_allclose(steps[2].total, 6 + math.cos(3), rtol=1e-12)
 
 
@@ -368,7 +368,7 @@ def test_local_gradients():
     (operation,) = [s for s in steps if s.node.operation == "cube"]
     z = W @ jnp.sin(x)
     np.testing.assert_allclose(operation.local, jnp.diag(3 * z**2))
-    assert operation.says == "the hand-written backward of cube"
+    assert operation.local_gradient == "the hand-written backward of cube"
     large = fnn.graph(lambda x: jnp.cumsum(x).sum())(jnp.ones(100)).steps()
     assert [s.local is None for s in large] == [False, True]
 
@@ -390,22 +390,22 @@ def test_rules_with_a_forward_of_their_own_say_their_local_gradient_too():
     holding_functions = {"scan", "cond", "while", "remat2", "checkpoint"}
     written_by_others = {"custom_jvp_call", "custom_vjp_call"}
     written_by_others |= {"call_hi_primitive", "call_hi_primitive_linearized"}
-    silent = {name for name, rule in RULES.items() if not rule.says}
+    silent = {name for name, rule in RULES.items() if not rule.local_gradient}
     assert silent == holding_functions | written_by_others
 
-    def says(function, *args):
-        return [step.says for step in fnn.graph(function)(*args).steps()]
+    def local_gradients(function, *args):
+        return [step.local_gradient for step in fnn.graph(function)(*args).steps()]
 
     x = jnp.array([0.3, -1.0, 2.0])
-    assert says(lambda x: x.prod(), x) == ["Π of the others"]
-    assert says(lambda x: jnp.sort(x)[0], x)[-1] == "g back at its place"
+    assert local_gradients(lambda x: x.prod(), x) == ["Π of the others"]
+    assert local_gradients(lambda x: jnp.sort(x)[0], x)[-1] == "g back at its place"
     write = lambda x, u: x.at[jnp.array([0, 2])].set(u).sum()
-    assert says(write, x, x[:2])[1:] == [
+    assert local_gradients(write, x, x[:2])[1:] == [
         "1, and 0 where overwritten",
         "g[i] where u was the last one",
     ]
     A = jnp.diag(x) + 0.1
-    decomposed = says(lambda A: jnp.linalg.qr(A)[1].sum(), A)
+    decomposed = local_gradients(lambda A: jnp.linalg.qr(A)[1].sum(), A)
     assert "[Q̄ + Q sym(R̄ Rᴴ - Qᴴ Q̄)] R⁻ᴴ" in decomposed
 
 

@@ -564,7 +564,7 @@ RULES = {
     "remat2": ControlRule(_checkpoint_forward, _checkpoint_backward),
     "checkpoint": ControlRule(_checkpoint_forward, _checkpoint_backward),
     "custom_linear_solve": ControlRule(
-        _solve_forward, _solve_backward, says=("A⁻ᵀ g for b, -(∂b) xᵀ for A",)
+        _solve_forward, _solve_backward, local_gradient=("A⁻ᵀ g for b, -(∂b) xᵀ for A",)
     ),
     "custom_jvp_call": THROUGH_JAX,
     "custom_vjp_call": THROUGH_JAX,

@@ -4,8 +4,8 @@ A rule answers one question, the only one that backpropagation asks of an operat
 (CS231n, lecture 4): *given the upstream gradient g of my output, what is the gradient of
 each of my inputs?* The files in `fnn/backprop/primitives/` are tables of such answers:
 
-    "mul": each(lambda g, y, a, b: mul(g, b), lambda g, y, a, b: mul(g, a), says=("b", "a")),
-    "sin": each(lambda g, y, x: mul(g, cos(x)), says=("cos(x)",)),
+    "sin": each(lambda g, y, x: mul(g, cos(x)), local_gradient=("cos(x)",)),
+    "sub": each(lambda g, y, a, b: g, lambda g, y, a, b: neg(g), local_gradient=("1", "−1")),
 
 `g` is the upstream gradient, `y` the output, then come the inputs and, as keywords, the
 equation's parameters. JAX's convention for complex numbers is kept: nothing is conjugated.
@@ -25,13 +25,13 @@ class LocalRule(NamedTuple):
 
     pullback: `(needed, g, y, args, params) -> cotangents`, one for each argument, None for
         zero. `needed` says which arguments' gradients anybody wants.
-    says: for each argument, the local gradient in words, e.g. ("b", "a") for `a * b`.
+    local_gradient: for each argument, the local gradient in words, e.g. ("b", "a") for `a * b`.
     elementwise: the output's entry i depends on the inputs' entries i alone, so that the
         local gradient is an array of the output's shape and not a matrix.
     """
 
     pullback: Callable[[Sequence[bool], Any, Any, Sequence[Any], dict], Sequence[Any]]
-    says: tuple[str, ...] = ()
+    local_gradient: tuple[str, ...] = ()
     elementwise: bool = False
 
 
@@ -40,16 +40,18 @@ class ControlRule(NamedTuple):
 
     forward: `(equation, needed, ins, opaque) -> (outs, saved)`.
     backward: `(equation, needed, saved, cotangents, opaque) -> cotangents of the inputs`.
-    says: for each argument, the local gradient in words; the last one for all further
-        arguments. None where it is whatever the functions inside make of it.
+    local_gradient: for each argument, the local gradient in words; the last one for all further
+        arguments. Empty where it is whatever the functions inside make of it.
     """
 
     forward: Callable[[Equation, Sequence[bool], Sequence, bool], tuple[list, Any]]
     backward: Callable[[Equation, Sequence[bool], Any, Sequence, bool], Sequence]
-    says: tuple[str, ...] = ()
+    local_gradient: tuple[str, ...] = ()
 
 
-def each(*functions: Callable | None, says: tuple[str, ...] = (), elementwise: bool = False):
+def each(
+    *functions: Callable | None, local_gradient: tuple[str, ...] = (), elementwise: bool = False
+):
     """A rule with one function `f(g, y, *args, **params)` for each argument.
 
     Only the functions of those arguments whose gradient is needed are called; None stands
@@ -62,16 +64,16 @@ def each(*functions: Callable | None, says: tuple[str, ...] = (), elementwise: b
             for f, wanted in zip(functions, needed, strict=True)
         ]
 
-    return LocalRule(pullback, says, elementwise)
+    return LocalRule(pullback, local_gradient, elementwise)
 
 
-def joint(function: Callable, says: tuple[str, ...] = (), elementwise: bool = False):
+def joint(function: Callable, local_gradient: tuple[str, ...] = (), elementwise: bool = False):
     """A rule that finds all gradients at once: `f(needed, g, y, *args, **params) -> tuple`."""
 
     def pullback(needed, g, y, args, params):
         return function(needed, g, y, *args, **params)
 
-    return LocalRule(pullback, says, elementwise)
+    return LocalRule(pullback, local_gradient, elementwise)
 
 
 # The output is constant wherever it is differentiable at all: floor, sign, comparisons.

@@ -41,7 +41,7 @@ class Step:
         position: which of the operation's arguments it is.
         upstream: ∂f/∂q, an array; a tuple with one for each result if there are several.
         product: what this step adds to ∂f/∂x, an array of x's shape.
-        says: the local gradient ∂q/∂x in words, with the names of this graph.
+        local_gradient: the local gradient ∂q/∂x in words, with the names of this graph.
         before: what earlier steps added to ∂f/∂x, None if this is the first.
         use, uses: this is the use-th of the uses of `input` that pass a gradient to it.
     """
@@ -52,7 +52,7 @@ class Step:
     position: int
     upstream: Any
     product: Any
-    says: str
+    local_gradient: str
     before: Any
     use: int
     uses: int
@@ -116,7 +116,7 @@ class Step:
             line = f"{left} = {up} · {local} = {product}"
         else:
             line = f"{left}: {_sizes(self.upstream)} → {_sizes(self.product)}"
-            line += f", local gradient {self.says}"
+            line += f", local gradient {self.local_gradient}"
         if self.before is None:
             return line
         if self.input.shape == ():
@@ -187,11 +187,11 @@ def _in_words(visit, position, results, nodes) -> str:
     from fnn.backprop.primitives import is_ruled
 
     rule = visit.rule
-    if not rule.says:
+    if not rule.local_gradient:
         if visit.equation.operation() is not None:
             return f"the hand-written backward of {results[0].operation}"
         return f"the rule of {results[0].operation}" if is_ruled(visit.equation) else "by jax.vjp"
-    said = rule.says[min(position, len(rule.says) - 1)]
+    said = rule.local_gradient[min(position, len(rule.local_gradient) - 1)]
     if not isinstance(rule, LocalRule):
         return said
     inputs = [nodes[i].label for i in visit.equation.ins]
@@ -200,7 +200,7 @@ def _in_words(visit, position, results, nodes) -> str:
         names = {"x": inputs[0], "y": results[0].label}
         if visit.equation.name == "integer_pow":
             names["n"] = str(visit.equation.params["y"])
-    elif rule.elementwise and len(inputs) == 2 and not any("x" in says for says in rule.says):
+    elif rule.elementwise and len(inputs) == 2 and "x" not in "".join(rule.local_gradient):
         names = dict(zip("ab", inputs, strict=True))
     letter = r"(?<![A-Za-z])([abxyn])(?![A-Za-z])"
     return re.sub(letter, lambda m: names.get(m[1], m[1]), said)

@@ -29,8 +29,8 @@ from collections.abc import Sequence
 
 from jax import lax
 
-from fnn.backprop.rules import LocalRule, each
 from fnn.backprop.primitives.matmul import as_dtype, gradient_sharding
+from fnn.backprop.rules import LocalRule, each
 
 
 def _conv_x(
@@ -169,5 +169,5 @@ def _merge_axis(x, axis: int, into: int):
 
 
 RULES: dict[str, LocalRule] = {
-    "conv_general_dilated": each(_conv_x, _conv_w, says=("g * flipped w", "x * g")),
+    "conv_general_dilated": each(_conv_x, _conv_w, local_gradient=("g * flipped w", "x * g")),
 }

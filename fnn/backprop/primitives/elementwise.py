@@ -58,17 +58,17 @@ _SINCE_0_12 = hasattr(lax, "one_minus_square")
 # ------------------------------------------------------------------ how the tables are read
 
 
-def unary(f: Callable, says: str) -> LocalRule:
+def unary(f: Callable, local_gradient: str) -> LocalRule:
     """A function of one array: `f(g, y, x)`."""
-    return each(lambda g, y, x, **_: f(g, y, x), says=(says,), elementwise=True)
+    return each(lambda g, y, x, **_: f(g, y, x), local_gradient=(local_gradient,), elementwise=True)
 
 
-def binary(fa: Callable, fb: Callable, says: tuple[str, str]) -> LocalRule:
+def binary(fa: Callable, fb: Callable, local_gradient: tuple[str, str]) -> LocalRule:
     """A function of two arrays: `fa(g, y, a, b)` and `fb(g, y, a, b)`."""
     return each(
         lambda g, y, a, b, **_: summed_to(a, fa(g, y, a, b)),
         lambda g, y, a, b, **_: summed_to(b, fb(g, y, a, b)),
-        says=says,
+        local_gradient=local_gradient,
         elementwise=True,
     )
 
@@ -304,7 +304,7 @@ ARITHMETIC = {
     "mul": each(
         lambda g, y, a, b, out_dtype=None: _mul(g, a, b, out_dtype),
         lambda g, y, a, b, out_dtype=None: _mul(g, b, a, out_dtype),
-        says=("b", "a"),
+        local_gradient=("b", "a"),
         elementwise=True,
     ),
     "div": binary(
@@ -315,9 +315,11 @@ ARITHMETIC = {
     "rem": binary(lambda g, y, a, b: g, _rem_divisor, ("1", "−trunc(a / b)")),
     "square": unary(lambda g, y, x: mul(g, mul(number(2, x), x)), "2x"),
     "one_minus_square": unary(lambda g, y, x: mul(g, mul(number(-2, x), x)), "−2x"),
-    "integer_pow": each(_integer_pow, says=("n xⁿ⁻¹",), elementwise=True),
+    "integer_pow": each(_integer_pow, local_gradient=("n xⁿ⁻¹",), elementwise=True),
     "pow": binary(_pow_base, _pow_exponent, ("b aᵇ⁻¹", "aᵇ log(a)")),
-    "polynomial": joint(_polynomial, says=("Σ k cₖ xᵏ⁻¹", "1", "x", "x²", "…"), elementwise=True),
+    "polynomial": joint(
+        _polynomial, local_gradient=("Σ k cₖ xᵏ⁻¹", "1", "x", "x²", "…"), elementwise=True
+    ),
     "nextafter": binary(lambda g, y, a, b: g, lambda g, y, a, b: lax.full_like(g, 0), ("1", "0")),
 }
 
@@ -341,11 +343,13 @@ POWERS_AND_LOGARITHMS = {
 
 ANGLES = {
     "sin": each(
-        lambda g, y, x, **accuracy: mul(g, cos(x, **accuracy)), says=("cos(x)",), elementwise=True
+        lambda g, y, x, **accuracy: mul(g, cos(x, **accuracy)),
+        local_gradient=("cos(x)",),
+        elementwise=True,
     ),
     "cos": each(
         lambda g, y, x, **accuracy: neg(mul(g, sin(x, **accuracy))),
-        says=("−sin(x)",),
+        local_gradient=("−sin(x)",),
         elementwise=True,
     ),
     "tan": unary(lambda g, y, x: mul(g, one_plus_square(y)), "1 + y²"),
@@ -384,10 +388,12 @@ CHOICES = {
         _clamp_low,
         _clamp_x,
         _clamp_high,
-        says=("x < low", "low < x < high", "x > high"),
+        local_gradient=("x < low", "low < x < high", "x > high"),
         elementwise=True,
     ),
-    "select_n": joint(_select_n, says=("0", "which = 0", "which = 1", "…"), elementwise=True),
+    "select_n": joint(
+        _select_n, local_gradient=("0", "which = 0", "which = 1", "…"), elementwise=True
+    ),
 }
 
 # ------------------------------------------------------------------------ complex numbers
@@ -446,14 +452,16 @@ SPECIAL = {
         _no_gradient("betainc(a, b, x)", "a"),
         _no_gradient("betainc(a, b, x)", "b"),
         _betainc_x,
-        says=("unknown", "unknown", "xᵃ⁻¹ (1 − x)ᵇ⁻¹ / B(a, b)"),
+        local_gradient=("unknown", "unknown", "xᵃ⁻¹ (1 − x)ᵇ⁻¹ / B(a, b)"),
         elementwise=True,
     ),
     "bessel_i0e": unary(
         lambda g, y, x: mul(g, sub(lax.bessel_i1e(x), mul(sign(x), y))), "i1e(x) − sign(x) y"
     ),
     "bessel_i1e": unary(_bessel_i1e, "i0e(x) − y (sign(x) + 1/x)"),
-    "random_gamma": each(None, _random_gamma, says=("0", "−∂F/∂a / ∂F/∂y"), elementwise=True),
+    "random_gamma": each(
+        None, _random_gamma, local_gradient=("0", "−∂F/∂a / ∂F/∂y"), elementwise=True
+    ),
 }
 
 # -------------------------------------------------- the same number in another form or place
@@ -467,9 +475,11 @@ def _convert(g, y, x, **_):
 
 
 SAME = {
-    "convert_element_type": each(_convert, says=("1",), elementwise=True),
+    "convert_element_type": each(_convert, local_gradient=("1",), elementwise=True),
     "reduce_precision": each(
-        lambda g, y, x, **bits: lax.reduce_precision(g, **bits), says=("1",), elementwise=True
+        lambda g, y, x, **bits: lax.reduce_precision(g, **bits),
+        local_gradient=("1",),
+        elementwise=True,
     ),
     "copy": unary(lambda g, y, x: g, "1"),
     "name": unary(lambda g, y, x: g, "1"),

@@ -48,4 +48,4 @@ def _half_spectrum(own, paired, length: int, like):
     return lax.broadcast(lax.pad(middle, value(own, ()), [(1, even, 0)]), like.shape[:-1])
 
 
-RULES: dict[str, LocalRule] = {"fft": each(_fft, says=("F, the transform itself",))}
+RULES: dict[str, LocalRule] = {"fft": each(_fft, local_gradient=("F, the transform itself",))}

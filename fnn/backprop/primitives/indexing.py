@@ -183,28 +183,30 @@ def _how_to_write(params: dict) -> dict:
 
 
 RULES: dict[str, LocalRule | ControlRule] = {
-    "gather": each(_gather, None, says=("scatter-add(g)", "0")),
+    "gather": each(_gather, None, local_gradient=("scatter-add(g)", "0")),
     "dynamic_slice": joint(
         lambda needed, g, y, x, *starts, **params: [
             _dynamic_slice(g, y, x, *starts, **params),
             *[None] * len(starts),
         ],
-        says=("g in zeros",),
+        local_gradient=("g in zeros",),
     ),
-    "dynamic_update_slice": joint(_dynamic_update_slice, says=("g outside", "g inside")),
+    "dynamic_update_slice": joint(_dynamic_update_slice, local_gradient=("g outside", "g inside")),
     "scatter": ControlRule(
         _scatter_forward,
         _scatter_backward,
-        says=("1, and 0 where overwritten", "0", "g[i] where u was the last one"),
+        local_gradient=("1, and 0 where overwritten", "0", "g[i] where u was the last one"),
     ),
-    "scatter-add": each(lambda g, *_, **__: g, None, _scatter_add, says=("1", "0", "g[i]")),
+    "scatter-add": each(
+        lambda g, *_, **__: g, None, _scatter_add, local_gradient=("1", "0", "g[i]")
+    ),
     "scatter-sub": each(
         lambda g, *_, **__: g,
         None,
         lambda *a, **params: lax.neg(_scatter_add(*a, **params)),
-        says=("1", "0", "−g[i]"),
+        local_gradient=("1", "0", "−g[i]"),
     ),
-    "scatter-mul": joint(_scatter_mul, says=("u", "0", "x[i]")),
-    "scatter-max": joint(_scatter_extremum, says=("x is largest", "0", "u is largest")),
-    "scatter-min": joint(_scatter_extremum, says=("x is smallest", "0", "u is smallest")),
+    "scatter-mul": joint(_scatter_mul, local_gradient=("u", "0", "x[i]")),
+    "scatter-max": joint(_scatter_extremum, local_gradient=("x is largest", "0", "u is largest")),
+    "scatter-min": joint(_scatter_extremum, local_gradient=("x is smallest", "0", "u is smallest")),
 }

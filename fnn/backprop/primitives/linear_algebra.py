@@ -29,7 +29,7 @@ from fnn.backprop.rules import ControlRule, LocalRule, joint, zero
 from fnn.eager import apply
 
 
-def _textbook(*, says: tuple[str, ...]):
+def _textbook(*, local_gradient: tuple[str, ...]):
     """A rule from a formula `f(ȳ, y, a, **params) -> ā` in the literature's convention."""
 
     def rule(formula):
@@ -37,12 +37,12 @@ def _textbook(*, says: tuple[str, ...]):
         def translated(needed, g, y, a, **params):
             return (_in_jax_convention(formula, g, y, a, params),)
 
-        return joint(translated, says=says)
+        return joint(translated, local_gradient=local_gradient)
 
     return rule
 
 
-def _factors(*, says: tuple[str, ...]):
+def _factors(*, local_gradient: tuple[str, ...]):
     """The same for a decomposition into factors, of which perhaps only one gets a gradient.
 
     ȳ is None for the others, and the formula leaves their part out: the eigenvalues alone take
@@ -64,7 +64,7 @@ def _factors(*, says: tuple[str, ...]):
             with equation.context.manager:
                 return (_in_jax_convention(formula, list(g), y, a, equation.params),)
 
-        return ControlRule(forward, backward, says)
+        return ControlRule(forward, backward, local_gradient)
 
     return rule
 
@@ -134,7 +134,7 @@ def _tridiagonal_solve(needed, g, x, below, diagonal, above, b, **params):
 # ------------------------------------------------------------------------------ factorisations
 
 
-@_textbook(says=("Φ(S + Sᴴ) with S = L⁻ᴴ Φ(Lᴴ L̄) L⁻¹",))
+@_textbook(local_gradient=("Φ(S + Sᴴ) with S = L⁻ᴴ Φ(Lᴴ L̄) L⁻¹",))
 def _cholesky(l_bar, l, a, **_):
     """A = L Lᴴ.  S = L⁻ᴴ Φ(Lᴴ L̄) L⁻¹,  Ā = Φ(S + Sᴴ),  Φ: lower triangle, half the diagonal.
 
@@ -149,7 +149,7 @@ def _cholesky(l_bar, l, a, **_):
     return _half_lower(s + s.mT.conj())
 
 
-@_textbook(says=("Pᵀ L⁻ᴴ [tril(Lᴴ Ȳ) + triu(Ȳ Uᴴ)] U⁻ᴴ",))
+@_textbook(local_gradient=("Pᵀ L⁻ᴴ [tril(Lᴴ Ȳ) + triu(Ȳ Uᴴ)] U⁻ᴴ",))
 def _lu(bars, outputs, a, **_):
     """A[p] = L U, both stored in one matrix Y.
 
@@ -175,7 +175,7 @@ def _lu(bars, outputs, a, **_):
     return jnp.take_along_axis(x, _inverse(permutation)[..., :, None], axis=-2)
 
 
-@_factors(says=("[Q̄ + Q sym(R̄ Rᴴ - Qᴴ Q̄)] R⁻ᴴ",))
+@_factors(local_gradient=("[Q̄ + Q sym(R̄ Rᴴ - Qᴴ Q̄)] R⁻ᴴ",))
 def _qr(bars, outputs, a, *, pivoting, full_matrices, **_):
     """A = Q R, or A with its columns permuted.
 
@@ -240,7 +240,7 @@ def _completed_q(q_bar, q, n):
 # these gradients are infinite where eigenvalues coincide.
 
 
-@_factors(says=("V (diag(w̄) + F ∘ Vᴴ V̄) Vᴴ with F = 1 / (w[j] - w[i])",))
+@_factors(local_gradient=("V (diag(w̄) + F ∘ Vᴴ V̄) Vᴴ with F = 1 / (w[j] - w[i])",))
 def _eigh(bars, outputs, a, *, subset_by_index=None, **_):
     """A = V diag(w) Vᴴ.  Ā = V (diag(w̄) + F ∘ Vᴴ V̄) Vᴴ,  F[i,j] = 1 / (w[j] - w[i])
 
@@ -260,7 +260,7 @@ def _eigh(bars, outputs, a, *, subset_by_index=None, **_):
 
 
 @_factors(
-    says=(
+    local_gradient=(
         "U [(J + Jᴴ) Σ + Σ (K + Kᴴ) + diag(s̄)] Vᴴ with J = F ∘ UᴴŪ, K = F ∘ VᴴV̄ "
         "(and a part outside U and V if A isn't square)",
     )
@@ -314,7 +314,7 @@ def _svd(bars, outputs, a, *, full_matrices, compute_uv, subset_by_index=None, *
     return _sum(surplus, u @ middle @ vh)
 
 
-@_factors(says=("V⁻ᴴ (diag(w̄) + conj(F) ∘ VᴴV̄) Vᴴ with F = 1 / (w[j] - w[i])",))
+@_factors(local_gradient=("V⁻ᴴ (diag(w̄) + conj(F) ∘ VᴴV̄) Vᴴ with F = 1 / (w[j] - w[i])",))
 def _eig(
     bars,
     outputs,
@@ -445,9 +445,9 @@ def _inverse(permutation):
 
 
 RULES: dict[str, LocalRule | ControlRule] = {
-    "triangular_solve": joint(_triangular_solve, says=("-(∂b) xᵀ", "op(a)⁻ᵀ g")),
+    "triangular_solve": joint(_triangular_solve, local_gradient=("-(∂b) xᵀ", "op(a)⁻ᵀ g")),
     "tridiagonal_solve": joint(
-        _tridiagonal_solve, says=("-(∂b) xᵀ", "-(∂b) xᵀ", "-(∂b) xᵀ", "T⁻ᵀ g")
+        _tridiagonal_solve, local_gradient=("-(∂b) xᵀ", "-(∂b) xᵀ", "-(∂b) xᵀ", "T⁻ᵀ g")
     ),
     "cholesky": _cholesky,
     "lu": _lu,

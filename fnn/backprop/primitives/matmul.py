@@ -162,11 +162,11 @@ def gradient_sharding(x, axes: Sequence[int] | None = None) -> NamedSharding | N
 
 
 RULES: dict[str, LocalRule] = {
-    "dot_general": each(_dot_general_a, _dot_general_b, says=("g·bᵀ", "aᵀ·g")),
+    "dot_general": each(_dot_general_a, _dot_general_b, local_gradient=("g·bᵀ", "aᵀ·g")),
     "ragged_dot_general": each(
         functools.partial(_ragged_dot_general, False),
         functools.partial(_ragged_dot_general, True),
         None,
-        says=("g·b[group]ᵀ", "a[group]ᵀ·g", "0"),
+        local_gradient=("g·b[group]ᵀ", "a[group]ᵀ·g", "0"),
     ),
 }

@@ -218,13 +218,17 @@ def _dilated(size: int, dilation: int) -> int:
 
 
 RULES: dict[str, LocalRule] = {
-    "reduce_window_sum": each(_window_sum, says=("sum of g over the windows of x",)),
+    "reduce_window_sum": each(_window_sum, local_gradient=("sum of g over the windows of x",)),
     "reduce_window_max": each(
-        _window_extremum(lax.ge_p, -jnp.inf), says=("1 where x is its window's maximum",)
+        _window_extremum(lax.ge_p, -jnp.inf), local_gradient=("1 where x is its window's maximum",)
     ),
     "reduce_window_min": each(
-        _window_extremum(lax.le_p, jnp.inf), says=("1 where x is its window's minimum",)
+        _window_extremum(lax.le_p, jnp.inf), local_gradient=("1 where x is its window's minimum",)
     ),
-    "select_and_scatter_add": each(_scatter_source, None, says=("g at the selected place", "0")),
-    "select_and_gather_add": each(_gather_source, None, says=("1 at the selected place", "0")),
+    "select_and_scatter_add": each(
+        _scatter_source, None, local_gradient=("g at the selected place", "0")
+    ),
+    "select_and_gather_add": each(
+        _gather_source, None, local_gradient=("1 at the selected place", "0")
+    ),
 }

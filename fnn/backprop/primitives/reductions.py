@@ -134,7 +134,7 @@ def _gate(name: str, f: Callable) -> Combine:
     )
 
 
-def running(combine: Combine, *, says: str) -> ControlRule:
+def running(combine: Combine, *, local_gradient: str) -> ControlRule:
     """The running totals of ∘, along an axis and from either end."""
 
     def forward(equation, needed, ins, opaque):
@@ -148,7 +148,7 @@ def running(combine: Combine, *, says: str) -> ControlRule:
         turned = lax.rev if equation.params["reverse"] else lambda a, axes: a
         return [turned(_descend(combine, turned(g, [axis]), levels, axis), [axis])]
 
-    return ControlRule(forward, backward, (says,))
+    return ControlRule(forward, backward, (local_gradient,))
 
 
 class Level(NamedTuple):
@@ -279,21 +279,27 @@ def _approx_top_k(g, y, x, *, reduction_dimension, **_):
 
 
 RULES: dict[str, LocalRule | ControlRule] = {
-    "reduce_sum": each(_sum, says=("1",)),
-    "reduce_max": each(_extremum, says=("x = y",)),
-    "reduce_min": each(_extremum, says=("x = y",)),
-    "reduce_prod": ControlRule(_product_forward, _product_backward, says=("Π of the others",)),
+    "reduce_sum": each(_sum, local_gradient=("1",)),
+    "reduce_max": each(_extremum, local_gradient=("x = y",)),
+    "reduce_min": each(_extremum, local_gradient=("x = y",)),
+    "reduce_prod": ControlRule(
+        _product_forward, _product_backward, local_gradient=("Π of the others",)
+    ),
     "cumsum": each(
         lambda g, y, x, *, axis, reverse: lax.cumsum(g, axis=axis, reverse=not reverse),
-        says=("Σ of what comes after",),
+        local_gradient=("Σ of what comes after",),
     ),
-    "cumprod": running(PRODUCT, says="Π of the others, in the totals from x on"),
-    "cummax": running(_gate("max", lax.max), says="1 in each total where x is the maximum"),
-    "cummin": running(_gate("min", lax.min), says="1 in each total where x is the minimum"),
-    "cumlogsumexp": running(LOGSUMEXP, says="exp(x − y), in the totals from x on"),
-    "sort": ControlRule(_sort_forward, _sort_backward, says=("g back at its place",)),
-    "top_k": each(_top_k, says=("g at its place",)),
-    "approx_top_k": each(_approx_top_k, says=("g at its place",)),
+    "cumprod": running(PRODUCT, local_gradient="Π of the others, in the totals from x on"),
+    "cummax": running(
+        _gate("max", lax.max), local_gradient="1 in each total where x is the maximum"
+    ),
+    "cummin": running(
+        _gate("min", lax.min), local_gradient="1 in each total where x is the minimum"
+    ),
+    "cumlogsumexp": running(LOGSUMEXP, local_gradient="exp(x − y), in the totals from x on"),
+    "sort": ControlRule(_sort_forward, _sort_backward, local_gradient=("g back at its place",)),
+    "top_k": each(_top_k, local_gradient=("g at its place",)),
+    "approx_top_k": each(_approx_top_k, local_gradient=("g at its place",)),
     # Whole numbers and truth values
     "argmax": zero,
     "argmin": zero,

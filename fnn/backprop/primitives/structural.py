@@ -144,29 +144,32 @@ def _zero(g):
 
 RULES: dict[str, LocalRule | ControlRule] = {
     # The same entries in another arrangement
-    "reshape": each(_reshape, says=("reshaped back",)),
-    "transpose": each(_transpose, says=("transposed back",)),
+    "reshape": each(_reshape, local_gradient=("reshaped back",)),
+    "transpose": each(_transpose, local_gradient=("transposed back",)),
     "squeeze": each(
-        lambda g, y, x, *, dimensions: lax.expand_dims(g, dimensions), says=("axes put back",)
+        lambda g, y, x, *, dimensions: lax.expand_dims(g, dimensions),
+        local_gradient=("axes put back",),
     ),
-    "rev": each(lambda g, y, x, *, dimensions: lax.rev(g, dimensions), says=("reversed",)),
+    "rev": each(
+        lambda g, y, x, *, dimensions: lax.rev(g, dimensions), local_gradient=("reversed",)
+    ),
     # Several copies
-    "broadcast_in_dim": each(_broadcast_in_dim, says=("Σ over the copies",)),
-    "tile": each(_tile, says=("Σ over the copies",)),
+    "broadcast_in_dim": each(_broadcast_in_dim, local_gradient=("Σ over the copies",)),
+    "tile": each(_tile, local_gradient=("Σ over the copies",)),
     # Some left out, others put in
-    "slice": each(_slice, says=("padded with zeros",)),
-    "pad": joint(_pad, says=("the part of x", "Σ of the rest")),
+    "slice": each(_slice, local_gradient=("padded with zeros",)),
+    "pad": joint(_pad, local_gradient=("the part of x", "Σ of the rest")),
     # Joined and taken apart
-    "concatenate": joint(_concatenate, says=("its part",)),
-    "split": each(_split, says=("concatenated",)),
-    "stack": joint(_stack, says=("its part",)),
-    "unstack": each(_unstack, says=("stacked",)),
+    "concatenate": joint(_concatenate, local_gradient=("its part",)),
+    "split": each(_split, local_gradient=("concatenated",)),
+    "stack": joint(_stack, local_gradient=("its part",)),
+    "unstack": each(_unstack, local_gradient=("stacked",)),
     # In another place
-    "optimization_barrier": ControlRule(_keeping_inputs, _barrier_backward, says=("1",)),
-    "device_put": ControlRule(_keeping_inputs, _device_put_backward, says=("1",)),
-    "sharding_constraint": each(_sharding_constraint, says=("1",)),
-    "reshard": each(_reshard, says=("1",)),
-    "tie": each(None, lambda g, y, a, b: g, says=("0", "1")),
+    "optimization_barrier": ControlRule(_keeping_inputs, _barrier_backward, local_gradient=("1",)),
+    "device_put": ControlRule(_keeping_inputs, _device_put_backward, local_gradient=("1",)),
+    "sharding_constraint": each(_sharding_constraint, local_gradient=("1",)),
+    "reshard": each(_reshard, local_gradient=("1",)),
+    "tie": each(None, lambda g, y, a, b: g, local_gradient=("0", "1")),
     # Made from nothing
     "iota": zero,
     "empty": zero,
