@@ -27,6 +27,7 @@ from measure import interleaved, machine, table
 import fnn
 from fnn.eager import apply
 from fnn.jaxpr import program
+from fnn.operation import call_of
 
 SIZE, BATCH = 512, 64
 
@@ -84,7 +85,7 @@ def _run_without_rules(closed, args):
     values = flat.values(args)
     for equation in flat.equations:
         ins = [values[i] for i in equation.ins]
-        call = equation.operation()
+        call = call_of(equation)
         if call is None:
             outs = apply(equation, ins)
         else:

@@ -35,6 +35,8 @@ from fnn.operation import (
     LinearMap,
     MappedCall,
     MappedLinearMap,
+    call_of,
+    linear_map_of,
     mapped_results,
 )
 
@@ -251,11 +253,10 @@ def _by_value(equation: Equation, values: Sequence, place: dict) -> list:
         if equation.name == "cond":
             branches = [lambda *ins, b=b: run(close(b), ins) for b in params["branches"]]
             return take_branch(equation, values[0], branches, values[1:])
-        if equation.operation() is not None:
-            closed = jax.make_jaxpr(equation.operation().primal)(*values)
-            return run(closed, values)
-        if equation.is_derivative_of_operation():
-            cut, linear = params["num_residuals"], params["linear"]
+        if (call := call_of(equation)) is not None:
+            return run(jax.make_jaxpr(call.primal)(*values), values)
+        if (linear := linear_map_of(equation)) is not None:
+            cut = params["num_residuals"]
             closed = jax.make_jaxpr(lambda *a: linear.tangent(a[:cut], a[cut:]))(*values)
             return run(closed, values)
     return equation.bind(values)

@@ -25,15 +25,6 @@ from jax.extend.core import ClosedJaxpr, Literal
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import NamedSharding
 
-from fnn.operation import (
-    Call,
-    LinearMap,
-    MappedCall,
-    MappedLinearMap,
-    as_varying,
-    varying_axes,
-)
-
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class Equation:
@@ -63,15 +54,6 @@ class Equation:
         with self.context.manager:
             outs = self.primitive.bind(*values, **self.primitive.get_bind_params(self.params))
         return list(outs) if self.primitive.multiple_results else [outs]
-
-    def is_derivative_of_operation(self) -> bool:
-        """Is it the linear map that stands for the derivative of an fnn operation?"""
-        return isinstance(self.params.get("linear"), (LinearMap, MappedLinearMap))
-
-    def operation(self) -> Call | MappedCall | None:
-        """The fnn operation, with its static arguments, that this equation calls, if it does."""
-        call = self.params.get("call")
-        return call if isinstance(call, (Call, MappedCall)) else None
 
 
 class Inlined(NamedTuple):
@@ -229,11 +211,12 @@ def close(jaxpr, consts=()) -> Any:
 def inner_jaxprs(equation: Equation) -> dict[str, Any]:
     """The jaxprs that a control-flow equation holds, by their role."""
     found: dict[str, Any] = {}
-    if equation.operation() is not None or equation.is_derivative_of_operation():
-        return found  # its `rule` looks like one
     for name, value in equation.params.items():
         if hasattr(value, "eqns"):
-            found[name] = close(value)
+            inner = close(value)
+            # An empty one computes nothing: fnn's operations carry one (see `Operation.keeper`).
+            if inner.eqns or inner.out_avals:
+                found[name] = inner
         elif isinstance(value, (tuple, list)) and value and hasattr(value[0], "eqns"):
             found.update({f"{name}[{i}]": close(j) for i, j in enumerate(value)})
     return found
@@ -393,6 +376,36 @@ def zeros(aval) -> jax.Array:
     """Zeros of a type: sharded alike, and under shard_map varying over the same devices."""
     zero = numpy.zeros((), aval.dtype)
     return as_varying(lax.broadcast(zero, aval.shape, out_sharding=sharding_of(aval)), aval)
+
+
+def varying_axes(aval) -> frozenset:
+    """The axes of the mesh over whose devices a value varies, under shard_map."""
+    kind = getattr(aval, "manual_axis_type", None)
+    return getattr(kind, "varying", frozenset())
+
+
+def as_varying(x, aval):
+    """x, marked under shard_map as varying over the devices that `aval` varies over."""
+    return _vary_over(x, varying_axes(aval))
+
+
+def _vary_over(x, axes: frozenset):
+    """x, marked as varying over these axes of the mesh too."""
+    missing = axes - varying_axes(jax.typeof(x))
+    return jax.lax.pcast(x, tuple(sorted(missing, key=str)), to="varying") if missing else x
+
+
+def same_varying_axes(arrays):
+    """Under shard_map, mark what is equal on all devices as varying where its partners vary.
+
+    JAX's own operations do the same. Its transpose is the sum over the devices, which is how
+    a replicated weight gets the gradient of the whole batch.
+    """
+    axes = [varying_axes(jax.typeof(x)) for x in arrays]
+    union = frozenset().union(*axes)
+    if not union or all(a == union for a in axes):
+        return arrays
+    return [_vary_over(x, union) for x in arrays]
 
 
 def barrier(tree):

@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnn.jaxpr import scan_layout
+
 ZERO, CONSTANT, LINEAR = "is zero", "is constant", "is linear"
 _KNOWN = (ZERO, CONSTANT, LINEAR)
 
@@ -136,8 +138,6 @@ class _Reader:
         return self.decided(goes_on, "when a loop ends", carry)
 
     def scan(self, params, ins):
-        from fnn.jaxpr import scan_layout  # it imports fnn.operation, which imports this file
-
         n, m = scan_layout(params)
         consts, carry, xs = ins[:n], ins[n : n + m], ins[n + m :]
         step = lambda c: self.body(params["jaxpr"], [*consts, *c, *xs])

@@ -52,6 +52,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from fnn import arguments, linearity
+from fnn.jaxpr import Equation, as_varying, same_varying_axes
 from fnn.outer_products import with_matrix_products
 
 
@@ -221,7 +222,7 @@ class Operation:
         leaves = self._arrays(leaves, bound)
         out_tree = call.out_tree([jax.typeof(x) for x in leaves])
         call.look(leaves)
-        leaves = _same_varying_axes(leaves)
+        leaves = same_varying_axes(leaves)
         return jax.tree.unflatten(out_tree, self._primitive.bind(*leaves, call=call, rule=keeper))
 
     def __copy__(self):
@@ -419,7 +420,7 @@ class Call:
         if op._forward is None:
             # The operation and not its definition: what differentiates the value again, as in
             # the derivative of a vjp, then meets the rule.
-            outs = op._primitive.bind(*_same_varying_axes(arrays), call=self, rule=op.keeper())
+            outs = op._primitive.bind(*same_varying_axes(arrays), call=self, rule=op.keeper())
             return outs, args, linear
         y, residuals = op._forward(*args, **dict(self.static))
         if jax.tree.structure(residuals) != linear.residual_tree:  # a static value has changed
@@ -541,6 +542,12 @@ def mapped_results(axis: Axis, function: Callable, in_axes, in_avals) -> Any:
     # JAX doesn't call the rule above where nothing is mapped.
     is_mapped = is_mapped or [False] * structure.num_leaves
     return jax.tree.unflatten(structure, [0 if m else None for m in is_mapped])
+
+
+def call_of(equation: Equation) -> Call | MappedCall | None:
+    """The call of an fnn operation that an equation is, if it is one."""
+    call = equation.params.get("call")
+    return call if isinstance(call, (Call, MappedCall)) else None
 
 
 # --------------------------------------------------- the derivative, and the derivative under vmap
@@ -711,6 +718,12 @@ class MappedLinearMap:
             None if g is None else jnp.sum(g, axis=0, dtype=g.dtype)
             for g in vmapped(list(residuals), list(dys))
         ]
+
+
+def linear_map_of(equation: Equation) -> LinearMap | MappedLinearMap | None:
+    """The derivative of an fnn operation that an equation applies, if it does."""
+    linear = equation.params.get("linear")
+    return linear if isinstance(linear, (LinearMap, MappedLinearMap)) else None
 
 
 # ----------------------------------------------------------------------- is the rule well-formed?
@@ -1010,7 +1023,7 @@ def _primitive_of_operation(name: str) -> Primitive:
 
 def _bind_linear(operation, residuals, dxs, linear):
     """Apply a derivative to tangents, as one equation."""
-    arrays = _same_varying_axes([*residuals, *dxs])
+    arrays = same_varying_axes([*residuals, *dxs])
     params = {"linear": linear, "num_residuals": len(residuals), "rule": operation.keeper()}
     return operation._linear_primitive.bind(*arrays, **params)
 
@@ -1265,36 +1278,6 @@ def _describe(tree) -> str:
         return f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else repr(x)
 
     return str(jax.tree.map(leaf, tree)).replace("'", "")
-
-
-def varying_axes(aval) -> frozenset:
-    """The axes of the mesh over whose devices a value varies, under shard_map."""
-    kind = getattr(aval, "manual_axis_type", None)
-    return getattr(kind, "varying", frozenset())
-
-
-def as_varying(x, aval):
-    """x, marked under shard_map as varying over the devices that `aval` varies over."""
-    return _vary_over(x, varying_axes(aval))
-
-
-def _vary_over(x, axes: frozenset):
-    """x, marked as varying over these axes of the mesh too."""
-    missing = axes - varying_axes(jax.typeof(x))
-    return jax.lax.pcast(x, tuple(sorted(missing, key=str)), to="varying") if missing else x
-
-
-def _same_varying_axes(arrays):
-    """Under shard_map, mark what is equal on all devices as varying where its partners vary.
-
-    JAX's own operations do the same. Its transpose is the sum over the devices, which is how
-    a replicated weight gets the gradient of the whole batch.
-    """
-    axes = [varying_axes(jax.typeof(x)) for x in arrays]
-    union = frozenset().union(*axes)
-    if not union or all(a == union for a in axes):
-        return arrays
-    return [_vary_over(x, union) for x in arrays]
 
 
 def _match_types(arrays, avals):

@@ -17,6 +17,7 @@ from fnn.backprop.partial_evaluation import partially_evaluate, run
 from fnn.backprop.rules import ControlRule, hidden
 from fnn.eager import apply, once, take_branch
 from fnn.jaxpr import as_varying, barrier, close, is_inexact, program, scan_layout, trace, zeros
+from fnn.operation import call_of
 
 # ------------------------------------------------------------------------------------------ scan
 
@@ -530,7 +531,7 @@ def _through_jax_backward(equation, needed, saved, cotangents, opaque):
 
 def _operation_forward(equation, needed, ins, opaque):
     """An fnn operation brings its own forward and backward."""
-    call = equation.operation()
+    call = call_of(equation)
     seen = []
 
     def outs_and_residuals(*ins):

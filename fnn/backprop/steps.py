@@ -23,6 +23,7 @@ from jax import lax
 from fnn.backprop import sweep, text
 from fnn.backprop.rules import LocalRule
 from fnn.jaxpr import is_inexact, zeros
+from fnn.operation import call_of
 
 if TYPE_CHECKING:
     from fnn.backprop.trace import Node
@@ -188,7 +189,7 @@ def _in_words(visit, position, results, nodes) -> str:
 
     rule = visit.rule
     if not rule.local_gradient:
-        if visit.equation.operation() is not None:
+        if call_of(visit.equation) is not None:
             return f"the hand-written backward of {results[0].operation}"
         return f"the rule of {results[0].operation}" if is_ruled(visit.equation) else "by jax.vjp"
     said = rule.local_gradient[min(position, len(rule.local_gradient) - 1)]

@@ -44,6 +44,7 @@ from fnn.jaxpr import (
     user_frames,
     zeros,
 )
+from fnn.operation import call_of
 
 
 def graph(fun: Callable) -> Callable[..., Graph]:
@@ -156,7 +157,7 @@ class Node:
         """The operation's parameters, without the functions that it holds (see `graphs`)."""
         if self.equation is None:
             return {}
-        call = self.equation.operation()
+        call = call_of(self.equation)
         if call is not None:
             return dict(getattr(call, "static", ()))
         held = {role.split("[")[0] for role in inner_jaxprs(self.equation)}
@@ -486,7 +487,7 @@ _HOLDS_GRAPHS = ("scan", "cond", "while", "checkpoint", "remat2", "jit", "pjit",
 
 def operation_name(equation: Equation) -> str:
     """The fnn operation's name, a custom derivative's function's, or the primitive's."""
-    call = equation.operation()
+    call = call_of(equation)
     if call is not None:
         return call.operation.name
     return called_function(equation) or equation.name

@@ -12,7 +12,7 @@ from jax import lax
 from fnn.backprop.coverage import reached
 from fnn.check.directions import Flat
 from fnn.jaxpr import Program, inner_jaxprs, is_inexact, program, trace
-from fnn.operation import Operation
+from fnn.operation import Operation, call_of
 
 # The entries of a batch under vmap.
 BATCH = 3
@@ -243,7 +243,7 @@ def _coarsest(flat: Program, active) -> float:
         if not any(i in reach for i in equation.ins):
             continue
         bodies = list(inner_jaxprs(equation).values())
-        call = equation.operation()
+        call = call_of(equation)
         if call is not None:
             bodies.append(jax.make_jaxpr(call.primal)(*(flat.avals[i] for i in equation.ins)))
         for body in bodies:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy
 
 from fnn.jaxpr import Equation, program, trace
+from fnn.operation import call_of
 
 
 class Value(NamedTuple):
@@ -92,10 +93,10 @@ def _of_equation(equation: Equation, ins: list[Value], flat) -> Value:
     name = equation.name
     kinds = [v.kind for v in ins]
     first = ins[0] if ins else Value(CONSTANT)
-    operation = equation.operation()
-    if operation is not None:
-        wanted, result = _OPERATIONS.get(operation.operation.name, ((), Value(NEITHER)))
-        if operation.operation.name == "softmax_cross_entropy":
+    call = call_of(equation)
+    if call is not None:
+        wanted, result = _OPERATIONS.get(call.operation.name, ((), Value(NEITHER)))
+        if call.operation.name == "softmax_cross_entropy":
             # Distributions may have entries below zero.
             is_class = jnp.issubdtype(flat.avals[equation.ins[1]].dtype, jnp.integer)
             wanted, result = ((AFFINE,) if is_class else ()), Value(CONVEX, 1)

@@ -46,7 +46,7 @@ from fnn.curvature.checks import one_example
 from fnn.curvature.convex import is_convex as is_seen_to_be_convex
 from fnn.curvature.linearize import linearized, second_derivative
 from fnn.jaxpr import Program, program, trace
-from fnn.operation import Call, MappedCall
+from fnn.operation import Call, MappedCall, call_of
 
 
 class Known(NamedTuple):
@@ -522,7 +522,7 @@ def _composition(loss: Callable, z, target) -> _Composition | None:
     depends = _dependents(flat, flat.inputs[:1])
     found = []
     for k, equation in enumerate(flat.equations):
-        called = equation.operation()
+        called = call_of(equation)
         of_z = [i in depends for i in equation.ins]
         if called is None or called.operation not in _KNOWN or not of_z[0] or any(of_z[1:]):
             continue

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from fnn.curvature.checks import one_example
 from fnn.eager import apply
 from fnn.jaxpr import inner_jaxprs, program, trace
+from fnn.operation import call_of
 from fnn.per_example.differentiate import parameters
 
 # Linear, or linear in pieces, in all their inputs together.
@@ -105,13 +106,13 @@ def _parameters_of(flat, given, *, own_rules: bool = True) -> list[frozenset] | 
     for equation in flat.equations:
         ins = [depends[i] for i in equation.ins]
         union = frozenset().union(*ins)
-        operation = equation.operation()
+        call = call_of(equation)
         name = equation.name
         outs = [union] * len(equation.outs)
         if not union or name in _NOT_DIFFERENTIATED:
             outs = [frozenset()] * len(equation.outs)
-        elif operation is not None:
-            if operation.operation.name not in _PIECEWISE_LINEAR_OPERATIONS:
+        elif call is not None:
+            if call.operation.name not in _PIECEWISE_LINEAR_OPERATIONS:
                 return None
             # maxout multiplies its weights with its input.
             if sum(len(i) for i in ins) != len(union):

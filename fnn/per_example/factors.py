@@ -36,6 +36,7 @@ from fnn.jaxpr import (
     scan_layout,
     source_line,
 )
+from fnn.operation import call_of
 from fnn.per_example.terms import (
     Convolution,
     Dense,
@@ -198,8 +199,8 @@ def _where_they_meet(tape, visit, upstream, side) -> list:
 
 
 def _why(equation: Equation) -> str:
-    operation = equation.operation()
-    name = equation.name if operation is None else operation.operation.name
+    call = call_of(equation)
+    name = equation.name if call is None else call.operation.name
     return f"used in {name}{_at_line(equation)}"
 
 

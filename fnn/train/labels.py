@@ -17,7 +17,7 @@ import numpy as np
 
 from fnn.jaxpr import Equation, Program, is_inexact, program, trace
 from fnn.layers.layer import name_of
-from fnn.operation import MappedCall
+from fnn.operation import MappedCall, call_of
 from fnn.ops.losses import sigmoid_binary_cross_entropy
 from fnn.train.batch_loss import Loss, call, scalar_and_metrics
 from fnn.train.state import path_name
@@ -163,7 +163,7 @@ def _has_gradient(flat: Program, params: list[int]) -> bool:
 
 def _classes_and_labels(equation: Equation, flat: Program) -> tuple[int | None, int, str] | None:
     """The number of classes (None for probabilities), the labels' value, the operation's name."""
-    call = equation.operation()
+    call = call_of(equation)
     if call is None:
         return None
     arguments = call.operation.argument_names(len(equation.ins))

@@ -20,6 +20,7 @@ from fnn.backprop.primitives import (
 )
 from fnn.backprop.rules import ControlRule, LocalRule
 from fnn.jaxpr import Equation
+from fnn.operation import call_of, linear_map_of
 
 RULES: dict[str, LocalRule | ControlRule] = {
     **elementwise.RULES,
@@ -39,9 +40,9 @@ FALLBACK = ControlRule(*control_flow.THROUGH_JAX)
 
 def rule_of(equation: Equation) -> LocalRule | ControlRule:
     """The rule of an equation: its operation's, its primitive's, or JAX's own as a fallback."""
-    if equation.operation() is not None:
+    if call_of(equation) is not None:
         return control_flow.OPERATION
-    if equation.is_derivative_of_operation():
+    if linear_map_of(equation) is not None:
         return control_flow.THROUGH_JAX
     return RULES.get(equation.name, FALLBACK)
 
