@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from fnn.backprop import text
+from fnn import text
 from fnn.jaxpr import Equation, Program, inner_jaxprs, is_inexact, program
 
 # Their bodies' operations pass the gradient on one by one, each by its own rule.
@@ -55,7 +55,7 @@ class Coverage:
                 "of steps isn't known before the loop runs."
             )
         header = "operation", "ruled", "fallback", "without gradient"
-        return "\n".join([*lines, text.columns(header, rows, right=(1, 2, 3))])
+        return "\n".join([*lines, text.table(header, rows, right=(1, 2, 3))])
 
 
 def _percent(part: int, whole: int) -> str:

@@ -17,8 +17,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from fnn import arguments
-from fnn.backprop import rows, text
+from fnn import arguments, text
+from fnn.backprop import rows
 from fnn.backprop.grouping import Choice, Group, Unit, groups
 
 if TYPE_CHECKING:

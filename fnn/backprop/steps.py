@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fnn.backprop import sweep, text
+from fnn import text
+from fnn.backprop import sweep
 from fnn.backprop.rules import LocalRule
 from fnn.jaxpr import is_inexact, zeros
 from fnn.operation import call_of

@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy
 
-from fnn import arguments
-from fnn.backprop import draw, steps, sweep, text
+from fnn import arguments, text
+from fnn.backprop import draw, steps, sweep
 from fnn.backprop.coverage import Coverage, coverage, reached
 from fnn.backprop.grouping import Choice, scope_name
 from fnn.backprop.names import names_in_source
@@ -266,7 +266,7 @@ class Graph:
     def __str__(self):
         header = ("#", "name", "operation", "inputs", "shape", "dtype", "value", "gradient")
         rows = [_row(node) for node in self.nodes]
-        table = text.columns((*header, "source"), rows, right=(0,))
+        table = text.table((*header, "source"), rows, right=(0,))
         bodies = [
             f"{node.operation} {node.label}, {body!s}"
             for node in self.nodes

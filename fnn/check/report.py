@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from fnn import text
+
 _ROWS, _LINES, _NAME = 30, 5, 40
 
 
@@ -155,18 +157,12 @@ class Report:
         title = f"{short(self.name)}: {self.verdict}"
         header = ("", "against", "dtype", "order", "mode", "error", "at", "verdict")
         shown = self._shown()
-        rows = [header]
+        rows = []
         for c in shown:
             error = "" if c.skipped else f"{c.error:.1e}"
             order, at = str(c.order), short(c.worst)
             rows.append((c.what, c.against, c.dtype, order, c.mode, error, at, c.verdict))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        rule = "─" * max(map(len, lines))
-        table = [lines[0], rule, *lines[1:]] if shown else []
+        table = [text.table(header, rows)] if rows else []
         hidden = [c for c in self.checks if not c.why and c not in shown]
         if hidden:
             wrong = sum(not c.ok for c in hidden)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fnn import arguments
+from fnn import arguments, text
 from fnn.meshes import batch_spec, with_auto_axes
 from fnn.per_example import terms as algebra
 from fnn.per_example.gradient import FactoredGradient, exactly
@@ -291,15 +291,13 @@ class Explanation(list):
             )
             for r in self
         ]
-        widths = [max(len(r[i]) for r in (heads, *rows)) for i in range(len(heads))]
-        line = lambda r: "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip()
         numbers = functools.reduce(lambda s, r: s + r["numbers"], self, 0)
         dense = functools.reduce(
             lambda s, r: s + r, {r["path"]: r["dense"] for r in self}.values(), 0
         )
         total = f"{numbers:,} numbers for one example, where its gradient has {dense:,}"
         hint = "The arrays are factors: use per_example.scale and add, not jax.tree.map."
-        return "\n".join([line(heads), *map(line, rows), total, hint])
+        return "\n".join([text.table(heads, rows), total, hint])
 
 
 def _is_factored(x) -> bool:

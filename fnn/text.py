@@ -1,4 +1,4 @@
-"""Numbers, arrays and tables as short text: what the graph's table, steps and picture share."""
+"""Numbers, arrays and tables as short text, for what people print and read."""
 
 from __future__ import annotations
 
@@ -138,16 +138,32 @@ def _what_it_is(x) -> str:
     return "traced" if isinstance(x, jax.core.Tracer) else "key"
 
 
-def columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """An aligned table; the columns in `right` are set flush right, empty columns left out."""
-    kept = [c for c in range(len(header)) if any(row[c] for row in rows)]
-    widths = [max(len(row[c]) for row in [header, *rows]) for c in kept]
+def table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    right: Sequence[int] = (),
+    total: Sequence[str] | None = None,
+) -> str:
+    """Rows of text in aligned columns under a header; columns that no row fills are left out.
+
+    Args:
+        header: the name of each column.
+        rows: for each row a text for each column.
+        right: the columns that are set flush right.
+        total: a last row, under a line of its own.
+    """
+    body = [*rows, total] if total is not None else list(rows)
+    kept = [c for c in range(len(header)) if any(row[c] for row in body)]
+    widths = [max(len(row[c]) for row in [header, *body]) for c in kept]
+    rule = "  ".join("─" * w for w in widths)
     lines = [
         "  ".join(
             row[c].rjust(w) if c in right else row[c].ljust(w)
             for c, w in zip(kept, widths, strict=True)
         ).rstrip()
-        for row in [header, *rows]
+        for row in [header, *body]
     ]
-    rule = "  ".join("─" * w for w in widths)
-    return "\n".join([lines[0], rule, *lines[1:]])
+    lines.insert(1, rule)
+    if total is not None:
+        lines.insert(-1, rule)
+    return "\n".join(lines)
