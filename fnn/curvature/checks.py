@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from fnn import arguments
-from fnn.per_example.differentiate import batch_size, parameters
+from fnn.batch import batch_size
+from fnn.per_example.differentiate import parameters
 
 
 def check_model(where: str, model: Any) -> Callable:
@@ -92,8 +93,3 @@ def check_like(where: str, what: str, tree: Any, params: Any) -> Any:
             )
         found.append(x.astype(p.dtype))
     return jax.tree.unflatten(jax.tree.structure(params), found)
-
-
-def one_example(batch: Any) -> Any:
-    """The types of one example's arrays."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], x.dtype), batch)

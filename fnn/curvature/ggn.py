@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fnn.batch import batch_size
 from fnn.curvature import output_hessian
 from fnn.curvature.checks import (
     check_loss,
@@ -21,7 +22,6 @@ from fnn.curvature.checks import (
 )
 from fnn.curvature.sqrt_ggn import SqrtGGN, sqrt_ggn
 from fnn.meshes import specs_of, with_auto_axes
-from fnn.per_example.differentiate import batch_size
 from fnn.per_example.gradient import _as
 
 

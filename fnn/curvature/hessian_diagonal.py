@@ -24,8 +24,9 @@ from jax import lax
 from fnn import arguments
 from fnn.backprop import grad
 from fnn.backprop.partial_evaluation import run
+from fnn.batch import example_types
 from fnn.curvature import output_hessian
-from fnn.curvature.checks import check_loss, check_model, checked, one_example
+from fnn.curvature.checks import check_loss, check_model, checked
 from fnn.curvature.ggn import ggn_diagonal
 from fnn.curvature.linearize import second_derivative
 from fnn.curvature.operators import mean_loss
@@ -78,7 +79,7 @@ def hessian_diagonal(model: Callable, loss: Callable, *, chunk: int = 16) -> Cal
                 x, t = jax.tree.unflatten(example_tree, args[len(leaves) :])
                 return [loss(one_array(model(here, x)), t)]
 
-            flat = program(trace(of_example, [*leaves, *one_example(examples)]))
+            flat = program(trace(of_example, [*leaves, *example_types(examples)]))
             found: list = [None] * len(leaves)
             for layer in _layers(flat, len(leaves)):
                 of_weight, of_bias = _through(layer, flat, leaves, examples, size, chunk)
@@ -104,7 +105,7 @@ def hessian_diagonal(model: Callable, loss: Callable, *, chunk: int = 16) -> Cal
 
 def _is_convex(model, loss, params, batch) -> bool:
     """Is the loss convex for sure, so that the root of its Hessian is exact?"""
-    x, target = one_example(batch)
+    x, target = example_types(batch)
     z = jax.eval_shape(lambda p, x: one_array(model(p, x)), params, x)
     return output_hessian.is_convex(loss, z, target)
 

@@ -25,11 +25,11 @@ import jax.numpy as jnp
 
 from fnn import arguments
 from fnn.backprop import grad
+from fnn.batch import batch_size
 from fnn.curvature.checks import check_loss, check_model, check_samples, checked
 from fnn.curvature.sqrt_ggn import SqrtGGN, sqrt_ggn
 from fnn.meshes import with_auto_axes
 from fnn.per_example import terms as algebra
-from fnn.per_example.differentiate import batch_size
 from fnn.per_example.terms import Convolution, Layout, Product, Rows
 
 _wide = algebra._wide

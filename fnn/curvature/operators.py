@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import fnn.per_example as per_example
 from fnn import arguments
 from fnn.backprop import grad, value_and_grad
+from fnn.batch import example_types
 from fnn.curvature import output_hessian
 from fnn.curvature.checks import (
     check_like,
@@ -26,7 +27,6 @@ from fnn.curvature.checks import (
     check_part,
     check_samples,
     checked,
-    one_example,
 )
 from fnn.curvature.linearize import calls_custom_vjp, linearized
 from fnn.curvature.sqrt_ggn import one_array, sqrt_ggn
@@ -235,8 +235,8 @@ def fisher_vector_product(
 
 
 def _is_likelihood(model, loss, params, inputs, targets) -> bool:
-    z = jax.eval_shape(model, params, one_example(inputs))
-    return output_hessian.is_likelihood(loss, one_array(z), one_example(targets))
+    z = jax.eval_shape(model, params, example_types(inputs))
+    return output_hessian.is_likelihood(loss, one_array(z), example_types(targets))
 
 
 def empirical_fisher(model: Callable, loss: Callable) -> Callable:

@@ -42,7 +42,7 @@ import numpy
 
 from fnn import ops
 from fnn.backprop.partial_evaluation import run
-from fnn.curvature.checks import one_example
+from fnn.batch import example_types
 from fnn.curvature.convex import is_convex as is_seen_to_be_convex
 from fnn.curvature.linearize import linearized, second_derivative
 from fnn.jaxpr import Program, program, trace
@@ -254,7 +254,7 @@ def is_convex(loss: Callable, z, target) -> bool:
 def products(loss: Callable, z, targets, part: str) -> Callable:
     """u ↦ H u for a batch, with the examples along the first axes of all."""
     of_one = lambda z, t: of(loss, z, t)
-    if of_one(*one_example((z, targets))).has_cheap_product(part):
+    if of_one(*example_types((z, targets))).has_cheap_product(part):
         return lambda u: jax.vmap(lambda z, t, u: of_one(z, t).product(u, part))(z, targets, u)
     # Found once, however often the product is taken.
     roots = jax.vmap(lambda z, t: of_one(z, t).root(part))(z, targets)

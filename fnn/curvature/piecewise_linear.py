@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn.curvature.checks import one_example
+from fnn.batch import example_types
 from fnn.eager import apply
 from fnn.jaxpr import inner_jaxprs, program, trace
 from fnn.operation import call_of
@@ -84,7 +84,7 @@ def piecewise_linear(model: Callable, params: Any, inputs: Any) -> bool:
     values without a parameter in common, and all else is linear in pieces.
     """
     _, leaves, tree = parameters(params)
-    example = one_example(inputs)
+    example = example_types(inputs)
     example_leaves, example_tree = jax.tree.flatten(example)
 
     def flat(*args):

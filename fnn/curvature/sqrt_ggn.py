@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from fnn.backprop.partial_evaluation import run
+from fnn.batch import batch_size
 from fnn.curvature import output_hessian
 from fnn.curvature.checks import pair
 from fnn.per_example import terms as algebra
 from fnn.per_example.differentiate import (
-    batch_size,
     halves_of_example,
     leaf_gradient,
     parameters,

@@ -15,11 +15,11 @@ from jax.sharding import PartitionSpec as P
 
 from fnn import arguments
 from fnn.backprop import value_and_grad
+from fnn.batch import batch_size
 from fnn.eager import once
 from fnn.meshes import batch_spec, specs_of, with_auto_axes
 from fnn.per_example import quantities
 from fnn.per_example.differentiate import (
-    batch_size,
     factored,
     join_static,
     keys_of,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn import arguments
+from fnn.batch import batch_size
 from fnn.jaxpr import Program, as_varying, inner_jaxprs, is_inexact, program, trace, zeros
 from fnn.meshes import batch_spec, with_auto_axes
 from fnn.per_example.factors import (
@@ -200,32 +201,6 @@ def parameters(params: Any) -> tuple[list[str], list[jax.Array], Any]:
             )
         leaves.append(leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf))
     return paths, leaves, tree
-
-
-def batch_size(batch: Any) -> int:
-    """The number of examples: the first axis of each array of a batch, checked."""
-    with_paths = jax.tree_util.tree_leaves_with_path(batch)
-    if not with_paths:
-        raise ValueError("the batch is a tree without arrays.")
-    sizes: dict[str, int] = {}
-    for path, leaf in with_paths:
-        where = "batch" + jax.tree_util.keystr(path)
-        shape = jnp.shape(leaf)
-        if not shape:
-            raise ValueError(
-                f"{where} has shape (), but its first axis must be the batch's; what all examples "
-                "share is a keyword argument, or closed over."
-            )
-        sizes[where] = shape[0]
-    if len(set(sizes.values())) > 1:
-        listed = ", ".join(f"{w}: {n}" for w, n in sizes.items())
-        raise ValueError(
-            f"the arrays of the batch must have one first axis, but their sizes are {listed}."
-        )
-    size = next(iter(sizes.values()))
-    if size == 0:
-        raise ValueError("the batch is empty: its first axis has size 0.")
-    return size
 
 
 def split_static(static: dict) -> tuple[list, tuple]:

@@ -11,40 +11,6 @@ import numpy as np
 from fnn.train.state import path_name
 
 
-def batch_size(batch: Any, name: str = "batch") -> int:
-    """How many examples a batch holds, from shapes alone.
-
-    Raises:
-        TypeError: a leaf isn't an array.
-        ValueError: there are no arrays, no examples, an array without axes, or the first
-            axes differ in length.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(batch)
-    if not leaves:
-        raise ValueError(f"{name} holds no arrays: {batch!r}.")
-    sizes = {}
-    for path, leaf in leaves:
-        place = path_name(name, path)
-        if not hasattr(leaf, "shape"):
-            raise TypeError(f"{place} is {leaf!r} of type {type(leaf).__name__}, not an array.")
-        if leaf.shape == ():
-            raise ValueError(
-                f"{place} is a scalar, but every array of {name} has the examples along its first "
-                "axis. Close over what all examples share."
-            )
-        sizes[place] = leaf.shape[0]
-    if len(set(sizes.values())) > 1:
-        raise ValueError(
-            f"the arrays of {name} differ in their number of examples (first axis): "
-            + ", ".join(f"{place} has {n}" for place, n in sizes.items())
-            + "."
-        )
-    size = next(iter(sizes.values()))
-    if size == 0:
-        raise ValueError(f"{name} is empty: {next(iter(sizes))} has shape {leaves[0][1].shape}.")
-    return size
-
-
 def check_no_nan(data: Any, name: str) -> None:
     """Look at every number of the data.
 

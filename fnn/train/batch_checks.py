@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from fnn.train.bad_input import batch_size, check_no_nan
+from fnn.batch import batch_size, example_types
+from fnn.train.bad_input import check_no_nan
 from fnn.train.labels import Labels, check_labels
 
 FindLabels = Callable[[Any, Any, Any], tuple[Labels, ...]]  # of params, an example's types, a key
@@ -70,16 +71,6 @@ def check_values(
         check_no_nan(data, name)
         check_labels(data, labels, name)
     return labels
-
-
-def example_types(batch: Any) -> Any:
-    """The shapes and dtypes of one example of a batch, as JAX will see them."""
-
-    def of(x):
-        dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
-        return jax.ShapeDtypeStruct(x.shape[1:], dtype)
-
-    return jax.tree.map(of, batch)
 
 
 def _dtype(x: Any) -> Any:

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from fnn import arguments
+from fnn.batch import batch_size as size_of
 from fnn.layers.layer import name_of
-from fnn.train.bad_input import batch_size as size_of
 from fnn.train.conversion import as_arrays
 from fnn.train.meshes import of_rows
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import arguments
-from fnn.train.bad_input import batch_size as size_of
+from fnn.batch import batch_size as size_of
 from fnn.train.batch_checks import BatchChecks, check_values
 from fnn.train.batch_loss import Loss, batch_losses, check_loss, mean_metrics, takes_key
 from fnn.train.batches import Arrays, Stream, batches_of

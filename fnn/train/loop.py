@@ -11,7 +11,7 @@ import jax
 import optax
 
 from fnn import arguments
-from fnn.train.bad_input import batch_size as size_of
+from fnn.batch import batch_size as size_of
 from fnn.train.batch_checks import check_values
 from fnn.train.batch_loss import Loss, check_loss, takes_key
 from fnn.train.batches import Arrays, batches_of, is_tree_of_arrays

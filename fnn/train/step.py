@@ -12,8 +12,9 @@ from jax.core import Tracer
 
 from fnn import arguments
 from fnn.backprop import value_and_grad
-from fnn.train.bad_input import batch_size, describe_nonfinite
-from fnn.train.batch_checks import BatchChecks, example_types
+from fnn.batch import batch_size, example_types
+from fnn.train.bad_input import describe_nonfinite
+from fnn.train.batch_checks import BatchChecks
 from fnn.train.batch_loss import Loss, check_loss, mean_loss, mean_metrics, takes_key
 from fnn.train.conversion import as_arrays
 from fnn.train.labels import describe_bad_labels, find_labels
