@@ -375,7 +375,20 @@ def sharding_of(x) -> NamedSharding | None:
 def zeros(aval) -> jax.Array:
     """Zeros of a type: sharded alike, and under shard_map varying over the same devices."""
     zero = numpy.zeros((), aval.dtype)
-    return as_varying(lax.broadcast(zero, aval.shape, out_sharding=sharding_of(aval)), aval)
+    return as_varying(broadcast(zero, aval, ()), aval)
+
+
+def broadcast(x, like, axes: Sequence[int]):
+    """x copied to the shape and sharding of `like`, of whose axes its own are `axes`.
+
+    On explicit axes the mesh is set: JAX 0.12 ignores the sharding of a result made from arrays
+    that are on no mesh where none is set.
+    """
+    sharding = sharding_of(like)
+    if sharding is None:
+        return lax.broadcast_in_dim(x, like.shape, axes)
+    with jax.sharding.use_abstract_mesh(sharding.mesh):
+        return lax.broadcast_in_dim(x, like.shape, axes, out_sharding=sharding)
 
 
 def varying_axes(aval) -> frozenset:

@@ -29,15 +29,14 @@ from jax.lax import ScatterDimensionNumbers, add, div, eq, mul, select
 from fnn.backprop.primitives.elementwise import CHOICES, is_complex, number
 from fnn.backprop.rules import ControlRule, LocalRule, each, zero
 from fnn.eager import apply
-from fnn.jaxpr import as_varying, sharding_of
+from fnn.jaxpr import as_varying, broadcast, sharding_of
 
 # ----------------------------------------------------------------------- sum, max, product
 
 
 def _spread(g, x, axes):
     """g copied along the axes that were reduced away."""
-    kept = [i for i in range(x.ndim) if i not in axes]
-    return lax.broadcast_in_dim(g, x.shape, kept, out_sharding=sharding_of(x))
+    return broadcast(g, x, [i for i in range(x.ndim) if i not in axes])
 
 
 def _sum(g, y, x, *, axes, **_):
