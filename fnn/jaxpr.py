@@ -14,7 +14,7 @@ import functools
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -104,6 +104,55 @@ class Program:
         for i, arg in zip(self.inputs, args, strict=True):
             values[i] = arg
         return values
+
+    def dependents(
+        self,
+        sources: Iterable[int],
+        *,
+        inexact: bool = False,
+        through: Callable[[Equation], bool] | None = None,
+    ) -> set[int]:
+        """The values that depend on the sources, which are among them: from inputs to outputs.
+
+        Args:
+            sources: numbers of values.
+            inexact: follow only real and complex values. Those are the ones that a gradient may
+                pass; a comparison or an argmax ends its way.
+            through: the equations whose outputs depend on their inputs; all unless given.
+        """
+        found = set(sources)
+        for equation in self.equations:
+            if found.isdisjoint(equation.ins) or (through is not None and not through(equation)):
+                continue
+            found.update(i for i in equation.outs if not inexact or is_inexact(self.avals[i]))
+        return found
+
+    def needed_for(
+        self,
+        targets: Iterable[int],
+        *,
+        among: Container[int] | None = None,
+        through: Callable[[Equation], bool] | None = None,
+        effects: bool = False,
+    ) -> tuple[list[Equation], set[int]]:
+        """What the targets need, from outputs to inputs: the equations, in order, and the values.
+
+        Args:
+            targets: numbers of values. They are among the values returned, and so are all inputs
+                of the equations returned.
+            among: the values to follow; all unless given.
+            through: the equations to follow; all unless given. What another one makes is needed,
+                but not what it is made from.
+            effects: whether to include equations that have effects, such as printing, though no
+                target needs what they return.
+        """
+        values, equations = set(targets), []
+        for equation in reversed(self.equations):
+            is_needed = not values.isdisjoint(equation.outs) or (effects and equation.has_effects)
+            if is_needed and (through is None or through(equation)):
+                equations.append(equation)
+                values.update(i for i in equation.ins if among is None or i in among)
+        return equations[::-1], values
 
 
 def trace(function: Callable, args: Sequence) -> Any:

@@ -7,6 +7,7 @@ conditional with the same index; a checkpoint computes its inside again before i
 from __future__ import annotations
 
 import functools
+from itertools import compress
 
 import jax
 import numpy
@@ -155,11 +156,8 @@ def cotangents_of_loop(body, active, num_consts, num_carry) -> list[bool]:
 
 def _reached(flat, active) -> list[bool]:
     """Which outputs of a program depend on its active inputs."""
-    reach = {i for i, a in zip(flat.inputs, active, strict=True) if a}
-    for equation in flat.equations:
-        if any(i in reach for i in equation.ins):
-            reach.update(i for i in equation.outs if is_inexact(flat.avals[i]))
-    return [i in reach for i in flat.outputs]
+    reached = flat.dependents(compress(flat.inputs, active), inexact=True)
+    return [i in reached for i in flat.outputs]
 
 
 def _zero_cotangent(aval, is_stacked, length):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import compress
 
 from fnn import text
 from fnn.jaxpr import Equation, Program, inner_jaxprs, is_inexact, program
@@ -75,12 +76,9 @@ def coverage(flat: Program, active: Sequence[bool], name_of: Callable[[Equation]
     from fnn.backprop.primitives import is_ruled
 
     found = Coverage()
-    reach = reached(flat, active)
-    passed = {i for i in flat.outputs if i in reach}
-    for equation in reversed(flat.equations):
-        if not any(i in passed for i in equation.outs):
-            continue
-        passed.update(i for i in equation.ins if i in reach)
+    reached = flat.dependents(compress(flat.inputs, active), inexact=True)
+    passed, _ = flat.needed_for(reached.intersection(flat.outputs), among=reached)
+    for equation in reversed(passed):
         counter = found.ruled if is_ruled(equation) else found.fallback
         if equation.name == "while" and not counts_its_steps(equation, flat):
             found.without[name_of(equation)] += 1
@@ -93,12 +91,3 @@ def coverage(flat: Program, active: Sequence[bool], name_of: Callable[[Equation]
                 found.fallback += inner.fallback
                 found.without += inner.without
     return found
-
-
-def reached(flat: Program, active: Sequence[bool]) -> set[int]:
-    """The values that depend on an active input and can have a gradient."""
-    reach = {i for i, a in zip(flat.inputs, active, strict=True) if a}
-    for equation in flat.equations:
-        if any(i in reach for i in equation.ins):
-            reach.update(i for i in equation.outs if is_inexact(flat.avals[i]))
-    return reach

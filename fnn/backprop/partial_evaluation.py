@@ -101,39 +101,24 @@ def partially_evaluate(
     ins, cotangents = joint.inputs[: len(in_avals)], joint.inputs[len(in_avals) :]
     outs, gradients = joint.outputs[: len(out_avals)], joint.outputs[len(out_avals) :]
 
-    depends = set(cotangents)
-    for equation in joint.equations:
-        if any(i in depends for i in equation.ins):
-            depends.update(equation.outs)
+    depends = joint.dependents(cotangents)
+
+    def is_forward(equation) -> bool:
+        return depends.isdisjoint(equation.ins)
 
     def again(equation) -> bool:
-        if any(i in depends for i in equation.ins):
+        if not is_forward(equation):
             return True
         if equation.has_effects:
             return False
         return equation.name in _CHEAP or (recompute is not None and recompute(equation, joint))
 
-    backward, wanted = _needed_for(joint.equations, gradients, again)
+    backward, wanted = joint.needed_for(gradients, through=again, effects=True)
     made = {i for equation in backward for i in equation.outs}
     residuals = [
         i
         for i in sorted(wanted)
         if i not in made and i not in joint.constants and i not in cotangents
     ]
-    forward, _ = _needed_for(
-        joint.equations,
-        [*outs, *residuals],
-        lambda equation: not any(i in depends for i in equation.ins),
-    )
+    forward, _ = joint.needed_for([*outs, *residuals], through=is_forward, effects=True)
     return PartialEvaluation(joint, ins, cotangents, outs, gradients, forward, backward, residuals)
-
-
-def _needed_for(equations, targets, allowed) -> tuple[list[Equation], set[int]]:
-    """The allowed equations that the targets need, in order, and all the values they need."""
-    wanted, chosen = set(targets), []
-    for equation in reversed(equations):
-        is_needed = equation.has_effects or any(i in wanted for i in equation.outs)
-        if is_needed and allowed(equation):
-            chosen.append(equation)
-            wanted.update(equation.ins)
-    return chosen[::-1], wanted

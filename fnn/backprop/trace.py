@@ -28,7 +28,7 @@ import numpy
 
 from fnn import arguments, text
 from fnn.backprop import draw, steps, sweep
-from fnn.backprop.coverage import Coverage, coverage, reached
+from fnn.backprop.coverage import Coverage, coverage
 from fnn.backprop.grouping import Choice, scope_name
 from fnn.backprop.names import names_in_source
 from fnn.jaxpr import (
@@ -495,7 +495,8 @@ def operation_name(equation: Equation) -> str:
 
 def _nodes(flat: Program, input_labels, output_labels) -> dict[int, Node]:
     """A node for each value of the program, by the value's place there."""
-    active = reached(flat, [is_inexact(flat.avals[i]) for i in flat.inputs])
+    inexact = [i for i in flat.inputs if is_inexact(flat.avals[i])]
+    active = flat.dependents(inexact, inexact=True)
     used = {i for equation in flat.equations for i in equation.ins} | set(flat.outputs)
     names = names_in_source(flat, operation_name)
     for place, label in zip(flat.outputs, output_labels, strict=False):

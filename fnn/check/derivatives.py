@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from itertools import compress
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fnn.backprop.coverage import reached
 from fnn.check.directions import Flat
 from fnn.jaxpr import Program, inner_jaxprs, is_inexact, program, trace
 from fnn.operation import Operation, call_of
@@ -237,10 +237,10 @@ class Programs:
 
 def _coarsest(flat: Program, active) -> float:
     """Of all values that depend on the active inputs, inside loops and operations too."""
-    reach = reached(flat, active)
+    reach = flat.dependents(compress(flat.inputs, active), inexact=True)
     spacing = [float(jnp.finfo(flat.avals[i].dtype).eps) for i in reach]
     for equation in flat.equations:
-        if not any(i in reach for i in equation.ins):
+        if reach.isdisjoint(equation.ins):
             continue
         bodies = list(inner_jaxprs(equation).values())
         call = call_of(equation)

@@ -421,7 +421,7 @@ class _Composition(OutputHessian):
             return [dataclasses.replace(self, z=z, targets=list(targets)).weights()]
 
         traced = program(trace(weights, shapes))
-        if _dependents(traced, traced.inputs).intersection(traced.outputs):
+        if traced.dependents(traced.inputs).intersection(traced.outputs):
             return False
         with jax.ensure_compile_time_eval():
             unused = [jnp.zeros(a.shape, a.dtype) for a in shapes]
@@ -519,7 +519,7 @@ def _composition(loss: Callable, z, target) -> _Composition | None:
     """How the loss is made of a known one; None if it isn't."""
     leaves, tree = jax.tree.flatten(target)
     flat = program(trace(lambda z, *t: [loss(z, jax.tree.unflatten(tree, t))], [z, *leaves]))
-    depends = _dependents(flat, flat.inputs[:1])
+    depends = flat.dependents(flat.inputs[:1])
     found = []
     for k, equation in enumerate(flat.equations):
         called = call_of(equation)
@@ -540,14 +540,6 @@ def _composition(loss: Callable, z, target) -> _Composition | None:
     return composition if _is_affine(composition.after, value, z) else None
 
 
-def _dependents(flat: Program, sources) -> set[int]:
-    found = set(sources)
-    for equation in flat.equations:
-        if found.intersection(equation.ins):
-            found.update(equation.outs)
-    return found
-
-
 def _is_affine(function: Callable, *args) -> bool:
     """Is its derivative the same everywhere?"""
 
@@ -556,7 +548,7 @@ def _is_affine(function: Callable, *args) -> bool:
 
     shapes = [jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for x in args]
     flat = program(trace(derivative, shapes * 2))
-    return not _dependents(flat, flat.inputs[: len(args)]).intersection(flat.outputs)
+    return flat.dependents(flat.inputs[: len(args)]).isdisjoint(flat.outputs)
 
 
 def check_loss(loss, z, target) -> None:

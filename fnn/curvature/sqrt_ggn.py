@@ -153,10 +153,9 @@ def sqrt_ggn(
         once = dict(cut.joint.constants)
         once.update(zip(cut.ins, [*leaves, *example], strict=True))
         once.update(zip(cut.residuals, residuals, strict=True))
-        by_column, depends = [], set(cut.cotangents)
+        by_column, depends = [], cut.joint.dependents(cut.cotangents)
         for equation in cut.backward:
-            if depends.intersection(equation.ins):
-                depends.update(equation.outs)
+            if not depends.isdisjoint(equation.ins):
                 by_column.append(equation)
             else:
                 run([equation], once)

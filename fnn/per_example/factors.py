@@ -55,14 +55,11 @@ CONSTANT, PARAMETERS, EXAMPLE = range(3)
 def sides(flat: Program, inputs: Sequence[int]) -> list[int]:
     """For each value, what it depends on: constants, parameters alone, or the example."""
     found = [CONSTANT] * len(flat.avals)
-    for i, side in zip(flat.inputs, inputs, strict=True):
-        found[i] = side
-    for equation in flat.equations:
-        side = max((found[i] for i in equation.ins), default=CONSTANT)
-        for i in equation.outs:
-            # Through integers no gradient comes: to those of parameters alone, none at all.
-            through = is_inexact(flat.avals[i]) or side != PARAMETERS
-            found[i] = side if through else CONSTANT
+    # Integers that depend on parameters alone pass no gradient on: they count as constants.
+    for side, inexact in ((PARAMETERS, True), (EXAMPLE, False)):
+        sources = [i for i, own in zip(flat.inputs, inputs, strict=True) if own == side]
+        for i in flat.dependents(sources, inexact=inexact):
+            found[i] = side
     return found
 
 

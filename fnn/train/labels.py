@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn.jaxpr import Equation, Program, is_inexact, program, trace
+from fnn.jaxpr import Equation, Program, program, trace
 from fnn.layers.layer import name_of
 from fnn.operation import MappedCall, call_of
 from fnn.ops.losses import sigmoid_binary_cross_entropy
@@ -154,11 +154,8 @@ def _origins(flat: Program) -> dict[int, int]:
 
 def _has_gradient(flat: Program, params: list[int]) -> bool:
     """Is there a way from a parameter to the first output, all of it in real numbers?"""
-    reached = set(params)
-    for equation in flat.equations:
-        if equation.name not in _WITHOUT_GRADIENT and not reached.isdisjoint(equation.ins):
-            reached.update(out for out in equation.outs if is_inexact(flat.avals[out]))
-    return flat.outputs[0] in reached
+    has_gradient = lambda equation: equation.name not in _WITHOUT_GRADIENT
+    return flat.outputs[0] in flat.dependents(params, inexact=True, through=has_gradient)
 
 
 def _classes_and_labels(equation: Equation, flat: Program) -> tuple[int | None, int, str] | None:

@@ -58,13 +58,12 @@ def propose(update: Callable[[], Any]) -> tuple[Any, Callable[[], Any]]:
 
 def _entrywise_end(flat: Program) -> list[Equation]:
     """The equations on arrays, entry by entry, that stand between the outputs and all others."""
-    needed, found = set(flat.outputs), []
-    for equation in reversed(flat.equations):
+
+    def is_entrywise(equation: Equation) -> bool:
         entrywise = equation.name in _ENTRYWISE and not equation.has_effects
-        if entrywise and flat.avals[equation.outs[0]].shape and needed & set(equation.outs):
-            needed.update(equation.ins)
-            found.append(equation)
-    return found[::-1]
+        return entrywise and bool(flat.avals[equation.outs[0]].shape)
+
+    return flat.needed_for(flat.outputs, through=is_entrywise)[0]
 
 
 class Group(NamedTuple):
