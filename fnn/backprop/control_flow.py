@@ -7,6 +7,7 @@ conditional with the same index; a checkpoint computes its inside again before i
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from itertools import compress
 
 import jax
@@ -23,12 +24,14 @@ from fnn.operation import call_of
 # ------------------------------------------------------------------------------------------ scan
 
 
-def _scan_forward(equation, needed, ins, opaque):
+def _scan_forward(rule_of, equation, needed, ins, opaque):
     """Run the loop; keep, stacked over the steps, what each step's backward needs."""
     body = equation.params["jaxpr"]
     num_consts, num_carry = scan_layout(equation.params)
     active = active_in_loop(body, needed, num_consts, num_carry)
-    cut = partially_evaluate(body, active, cotangents_of_loop(body, active, num_consts, num_carry))
+    cut = partially_evaluate(
+        body, active, rule_of, cotangents_of_loop(body, active, num_consts, num_carry)
+    )
     outs, kept = run_loop(equation, cut, ins)
     return outs, (cut, active, kept)
 
@@ -178,7 +181,7 @@ def _of_types(values, like):
 # ----------------------------------------------------------------------------------- cond, switch
 
 
-def _cond_forward(equation, needed, ins, opaque):
+def _cond_forward(rule_of, equation, needed, ins, opaque):
     """Run the chosen branch; keep its residuals in slots that the branches share.
 
     A residual that is an operand of the conditional needs no slot: it is there already.
@@ -186,7 +189,7 @@ def _cond_forward(equation, needed, ins, opaque):
     index, *operands = ins
     branches = [close(b) for b in equation.params["branches"]]
     cotangents = _cond_cotangents(branches, needed[1:])
-    cuts = [partially_evaluate(b, needed[1:], cotangents) for b in branches]
+    cuts = [partially_evaluate(b, needed[1:], rule_of, cotangents) for b in branches]
     types = [[_slot(c.joint.avals[i]) for i in c.residuals if i not in c.ins] for c in cuts]
     slots = _shared_slots(types)
 
@@ -275,7 +278,7 @@ def _places(own, slots) -> list[int]:
 # ----------------------------------------------------------------------------------------- while
 
 
-def _while_forward(equation, needed, ins, opaque):
+def _while_forward(rule_of, equation, needed, ins, opaque):
     """A loop with a known number of steps is a scan; any other has no backward pass."""
     params = equation.params
     num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
@@ -303,7 +306,7 @@ def _while_forward(equation, needed, ins, opaque):
     args = [*body_consts, *init]
     wanted = needed[num_cond:]
     scan = program(trace(loop, [jax.typeof(a) for a in args]))
-    tape = sweep.forward(scan, args, wanted, opaque=opaque)
+    tape = sweep.forward(scan, args, wanted, rule_of, opaque=opaque)
     return tape.outputs, (tape, num_cond, num_init)
 
 
@@ -389,13 +392,13 @@ def _concrete(value) -> int | None:
 # ------------------------------------------------------------------------------------ checkpoint
 
 
-def _checkpoint_forward(equation, needed, ins, opaque):
-    cut = cut_checkpoint(equation, needed)
+def _checkpoint_forward(rule_of, equation, needed, ins, opaque):
+    cut = cut_checkpoint(equation, needed, rule_of)
     outs, residuals = cut.run_forward(ins)
     return outs, (cut, residuals)
 
 
-def cut_checkpoint(equation, needed, gradients_of=None):
+def cut_checkpoint(equation, needed, rule_of, gradients_of=sweep.gradients_of):
     """Keep the inputs, and what the policy says is worth keeping; forget the rest."""
     params = equation.params
     policy = params["policy"]
@@ -409,7 +412,7 @@ def cut_checkpoint(equation, needed, gradients_of=None):
         return type(verdict).__name__ == "RecomputeType"
 
     return partially_evaluate(
-        close(params["jaxpr"]), needed, recompute=recompute, gradients_of=gradients_of
+        close(params["jaxpr"]), needed, rule_of, recompute=recompute, gradients_of=gradients_of
     )
 
 
@@ -451,7 +454,7 @@ def _solve_forward(equation, needed, ins, opaque):
     return outs, (ins, outs)
 
 
-def _solve_backward(equation, needed, saved, cotangents, opaque):
+def _solve_backward(rule_of, equation, needed, saved, cotangents, opaque):
     """x = A⁻¹ b: the gradient of b is A⁻ᵀ g, that of A's own variables comes from −A⁻ᵀ g xᵀ.
 
     A is a function, x ↦ A x; so its gradient is the gradient of −⟨A⁻ᵀ g, A x⟩ at fixed x.
@@ -483,7 +486,8 @@ def _solve_backward(equation, needed, saved, cotangents, opaque):
     if any(wanted):
         args = [*matvec_consts, *outs]
         of_a = wanted + [False] * len(outs)
-        tape = sweep.forward(program(close(jaxprs.matvec)), args, of_a, opaque=opaque)
+        matvec = program(close(jaxprs.matvec))
+        tape = sweep.forward(matvec, args, of_a, rule_of, opaque=opaque)
         gradients = sweep.backward(tape, [lax.neg(t) for t in transposed])
         inputs = tape.program.inputs[: len(wanted)]
         found = iter([gradients[i] for i, w in zip(inputs, wanted, strict=True) if w])
@@ -556,18 +560,28 @@ def _operation_backward(equation, needed, saved, cotangents, opaque):
 THROUGH_JAX = ControlRule(_through_jax_forward, _through_jax_backward)
 OPERATION = ControlRule(_operation_forward, _operation_backward)
 
-RULES = {
-    "scan": ControlRule(_scan_forward, _scan_backward),
-    "cond": ControlRule(_cond_forward, _cond_backward),
-    "while": ControlRule(_while_forward, _while_backward),
-    "remat2": ControlRule(_checkpoint_forward, _checkpoint_backward),
-    "checkpoint": ControlRule(_checkpoint_forward, _checkpoint_backward),
-    "custom_linear_solve": ControlRule(
-        _solve_forward, _solve_backward, local_gradient=("A⁻ᵀ g for b, -(∂b) xᵀ for A",)
-    ),
-    "custom_jvp_call": THROUGH_JAX,
-    "custom_vjp_call": THROUGH_JAX,
-    # JAX's newer kind of primitive (jax.experimental.hijax), with its author's rule in it.
-    "call_hi_primitive": THROUGH_JAX,
-    "call_hi_primitive_linearized": THROUGH_JAX,
-}
+
+def rules(rule_of: sweep.RuleOf) -> dict[str, ControlRule]:
+    """The rules of JAX's control flow; `rule_of` tells those of the equations inside."""
+
+    def with_rules(function: Callable) -> Callable:
+        return functools.partial(function, rule_of)
+
+    checkpoint = ControlRule(with_rules(_checkpoint_forward), _checkpoint_backward)
+    return {
+        "scan": ControlRule(with_rules(_scan_forward), _scan_backward),
+        "cond": ControlRule(with_rules(_cond_forward), _cond_backward),
+        "while": ControlRule(with_rules(_while_forward), _while_backward),
+        "remat2": checkpoint,
+        "checkpoint": checkpoint,
+        "custom_linear_solve": ControlRule(
+            _solve_forward,
+            with_rules(_solve_backward),
+            local_gradient=("A⁻ᵀ g for b, -(∂b) xᵀ for A",),
+        ),
+        "custom_jvp_call": THROUGH_JAX,
+        "custom_vjp_call": THROUGH_JAX,
+        # JAX's newer kind of primitive (jax.experimental.hijax), with its author's rule in it.
+        "call_hi_primitive": THROUGH_JAX,
+        "call_hi_primitive_linearized": THROUGH_JAX,
+    }

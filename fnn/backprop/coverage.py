@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from itertools import compress
 
 from fnn import text
+from fnn.backprop.control_flow import counts_its_steps
+from fnn.backprop.primitives import is_ruled
 from fnn.jaxpr import Equation, Program, inner_jaxprs, is_inexact, program
 
 # Their bodies' operations pass the gradient on one by one, each by its own rule.
@@ -72,9 +74,6 @@ def coverage(flat: Program, active: Sequence[bool], name_of: Callable[[Equation]
         active: of which of its inputs a gradient is wanted.
         name_of: what to call an equation.
     """
-    from fnn.backprop.control_flow import counts_its_steps
-    from fnn.backprop.primitives import is_ruled
-
     found = Coverage()
     reached = flat.dependents(compress(flat.inputs, active), inexact=True)
     passed, _ = flat.needed_for(reached.intersection(flat.outputs), among=reached)

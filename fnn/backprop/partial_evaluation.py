@@ -11,7 +11,6 @@ are built on it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Sequence
 
 from fnn.backprop import sweep
@@ -67,23 +66,24 @@ def run(equations: Iterable[Equation], values: dict) -> None:
 def partially_evaluate(
     closed_jaxpr,
     needed: Sequence[bool],
+    rule_of: sweep.RuleOf,
     has_cotangent: Sequence[bool] | None = None,
     recompute: Callable[[Equation, Program], bool] | None = None,
-    gradients_of: Callable[..., tuple[list, list]] | None = None,
+    gradients_of: Callable[..., tuple[list, list]] = sweep.gradients_of,
 ) -> PartialEvaluation:
     """Cut the gradient of a jaxpr in two.
 
     Args:
         closed_jaxpr: the function.
         needed: of which of its inputs a gradient is wanted.
+        rule_of: the rule of an equation.
         has_cotangent: which of its outputs get an upstream gradient; all inexact ones unless
             given.
         recompute: which equations of the forward half the backward half does again rather
             than keep their results.
-        gradients_of: the sweep: `(program, ins, needed, cotangents) -> (outs, gradients)`;
-            plain backpropagation unless given.
+        gradients_of: the sweep, plain backpropagation unless given:
+            `(program, ins, needed, cotangents, rule_of, opaque) -> (outs, gradients)`.
     """
-    find = gradients_of or functools.partial(sweep.gradients_of, opaque=True)
     flat = program(closed_jaxpr)
     in_avals = [flat.avals[i] for i in flat.inputs]
     out_avals = [flat.avals[i] for i in flat.outputs]
@@ -94,7 +94,7 @@ def partially_evaluate(
     def both(*args):
         ins, given = args[: len(in_avals)], iter(args[len(in_avals) :])
         cotangents = [next(given) if has else None for has in has_cotangent]
-        outs, gradients = find(flat, ins, needed, cotangents)
+        outs, gradients = gradients_of(flat, ins, needed, cotangents, rule_of, opaque=True)
         return [*outs, *gradients]
 
     joint = program(trace(both, [*in_avals, *ct_avals]), inline=False)

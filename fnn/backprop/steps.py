@@ -22,6 +22,7 @@ from jax import lax
 
 from fnn import text
 from fnn.backprop import sweep
+from fnn.backprop.primitives import is_ruled
 from fnn.backprop.rules import LocalRule
 from fnn.jaxpr import is_inexact, zeros
 from fnn.operation import call_of
@@ -186,8 +187,6 @@ def steps(
 
 def _in_words(visit, position, results, nodes) -> str:
     """What the rule says of its local gradient, with this graph's names for a, b, x and y."""
-    from fnn.backprop.primitives import is_ruled
-
     rule = visit.rule
     if not rule.local_gradient:
         if call_of(visit.equation) is not None:

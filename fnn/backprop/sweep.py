@@ -1,11 +1,11 @@
-"""Backpropagation itself: the forward pass along a program, and the reverse sweep back.
+"""Backpropagation: the forward pass along a program, and the reverse sweep back.
 
-The forward pass computes every value in order and keeps what the backward needs. The
-reverse sweep visits the equations from the last to the first; each multiplies the gradient
-of its outputs (upstream) with its local gradient and hands the product to its inputs; where
-a value was used several times, the contributions add up. That is the chain rule, and all
-there is to it (CS231n, lecture 4; Rumelhart, Hinton & Williams 1986; Griewank & Walther,
-"Evaluating Derivatives", 2008, chapter 3).
+The forward pass computes every value in order and keeps what the backward pass needs. The
+reverse sweep visits the equations from the last to the first. At each it multiplies the
+gradient of the equation's outputs (the upstream gradient g) with the local gradient, and hands
+the product to the equation's inputs. Where a value was used several times, the contributions
+add up. That is the chain rule (CS231n, lecture 4; Rumelhart, Hinton & Williams 1986; Griewank &
+Walther, "Evaluating Derivatives", 2008, chapter 3).
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from jax import lax
 from fnn.backprop.rules import ControlRule, LocalRule, zero
 from fnn.eager import apply
 from fnn.jaxpr import Equation, Program, is_inexact, zeros
+
+# Tells the rule of an equation; `fnn.backprop.primitives.rule_of` knows the hand-written ones.
+RuleOf = Callable[[Equation], LocalRule | ControlRule]
 
 
 class Visit(NamedTuple):
@@ -53,9 +56,9 @@ def forward(
     program: Program,
     args: Sequence,
     needed: Sequence[bool],
+    rule_of: RuleOf,
     *,
     opaque: bool = False,
-    rule_of: Callable[[Equation], LocalRule | ControlRule] | None = None,
 ) -> Tape:
     """Run a program and note, for each equation on the way from a needed input, its visit.
 
@@ -63,10 +66,9 @@ def forward(
         program: what to run.
         args: one array for each of the program's inputs.
         needed: of which inputs a gradient will be wanted.
-        rule_of: the rule of an equation; the hand-written ones unless given.
+        rule_of: the rule of an equation.
+        opaque: see `Tape`.
     """
-    if rule_of is None:
-        from fnn.backprop.primitives import rule_of
     values = program.values(args)
     active = [False] * len(values)
     for i, is_needed in zip(program.inputs, needed, strict=True):
@@ -106,52 +108,62 @@ def backward(
         observe: called at each visit with the gradients of the outputs and of the inputs.
     """
     gradients: list = [None] * len(tape.values)
+
+    def accumulate(i: int, product) -> None:
+        gradients[i] = product if gradients[i] is None else lax.add(gradients[i], product)
+
     for i, ct in zip(tape.program.outputs, cotangents, strict=True):
         if ct is not None:
-            _accumulate(gradients, i, ct)
+            accumulate(i, ct)
     for visit in reversed(tape.visits):
-        upstream = [gradients[i] for i in visit.equation.outs]
-        if all(g is None for g in upstream):
+        g = [gradients[i] for i in visit.equation.outs]
+        if all(of_output is None for of_output in g):
             continue
-        products = pull_back(tape, visit, upstream)
+        products = pull_back(tape, visit, g)
         for i, product, wanted in zip(visit.equation.ins, products, visit.needed, strict=True):
             if wanted and product is not None:
-                _accumulate(gradients, i, product)
+                accumulate(i, product)
         if observe is not None:
-            observe(visit, upstream, products)
+            observe(visit, g, products)
     return gradients
 
 
-def pull_back(tape: Tape, visit: Visit, upstream: Sequence) -> Sequence:
-    """One step of the chain rule: local gradient times upstream gradient, for each input."""
+def pull_back(tape: Tape, visit: Visit, g: Sequence) -> Sequence:
+    """One step of the chain rule: local gradient times upstream gradient, for each input.
+
+    g: the upstream gradient of each of the equation's outputs, None for zero.
+    """
     equation, rule = visit.equation, visit.rule
-    if not isinstance(rule, LocalRule):
-        with equation.context.manager:
-            return rule.backward(equation, visit.needed, visit.saved, upstream, tape.opaque)
-    ins = [tape.values[i] for i in equation.ins]
-    outs = [tape.values[i] for i in equation.outs]
     with equation.context.manager:
+        if not isinstance(rule, LocalRule):
+            return rule.backward(equation, visit.needed, visit.saved, g, tape.opaque)
+        ins = [tape.values[i] for i in equation.ins]
+        outs = [tape.values[i] for i in equation.outs]
         if not equation.primitive.multiple_results:
-            return rule.pullback(visit.needed, upstream[0], outs[0], ins, equation.params)
-        full = [
-            zeros(tape.program.avals[i]) if g is None and is_inexact(tape.program.avals[i]) else g
-            for i, g in zip(equation.outs, upstream, strict=True)
+            return rule.pullback(visit.needed, g[0], outs[0], ins, equation.params)
+        avals = [tape.program.avals[i] for i in equation.outs]
+        filled = [
+            zeros(a) if of_output is None and is_inexact(a) else of_output
+            for of_output, a in zip(g, avals, strict=True)
         ]
-        return rule.pullback(visit.needed, full, outs, ins, equation.params)
+        return rule.pullback(visit.needed, filled, outs, ins, equation.params)
 
 
-def _accumulate(gradients: list, i: int, product) -> None:
-    """Where a value is used several times, its gradient is the sum over the uses."""
-    gradients[i] = product if gradients[i] is None else lax.add(gradients[i], product)
-
-
-def gradients_of(closed_program: Program, args, needed, cotangents, *, opaque=False):
+def gradients_of(
+    program: Program,
+    args: Sequence,
+    needed: Sequence[bool],
+    cotangents: Sequence,
+    rule_of: RuleOf,
+    *,
+    opaque: bool = False,
+) -> tuple[list, list]:
     """Outputs, and the gradients of the needed inputs (zeros where nothing flows)."""
-    tape = forward(closed_program, args, needed, opaque=opaque)
+    tape = forward(program, args, needed, rule_of, opaque=opaque)
     gradients = backward(tape, cotangents)
     found = []
-    for i, wanted in zip(closed_program.inputs, needed, strict=True):
+    for i, wanted in zip(program.inputs, needed, strict=True):
         if wanted:
             g = gradients[i]
-            found.append(zeros(closed_program.avals[i]) if g is None else g)
+            found.append(zeros(program.avals[i]) if g is None else g)
     return tape.outputs, found

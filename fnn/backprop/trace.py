@@ -31,6 +31,7 @@ from fnn.backprop import draw, steps, sweep
 from fnn.backprop.coverage import Coverage, coverage
 from fnn.backprop.grouping import Choice, scope_name
 from fnn.backprop.names import names_in_source
+from fnn.backprop.primitives import rule_of
 from fnn.jaxpr import (
     Equation,
     Program,
@@ -232,9 +233,9 @@ class Graph:
         flat = self.program
         needed = [is_inexact(flat.avals[i]) for i in flat.inputs]
         try:
-            self._tape = sweep.forward(flat, args, needed)
+            self._tape = sweep.forward(flat, args, needed, rule_of)
         except Exception as error:  # without a backward pass, it can still be read
-            self._tape = sweep.forward(flat, args, [False] * len(args))
+            self._tape = sweep.forward(flat, args, [False] * len(args), rule_of)
             self._cannot = error
         for place, node in self._by_place.items():
             if node.operation != "constant":

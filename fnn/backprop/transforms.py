@@ -18,6 +18,7 @@ import numpy
 from fnn import arguments
 from fnn.backprop import sweep
 from fnn.backprop.partial_evaluation import PartialEvaluation, partially_evaluate
+from fnn.backprop.primitives import rule_of
 from fnn.jaxpr import as_varying, is_inexact, program, trace
 
 
@@ -80,6 +81,7 @@ def value_and_grad(
             leaves,
             [is_inexact(flat.avals[i]) for i in flat.inputs],
             [seed] + [None] * (len(flat.outputs) - 1),
+            rule_of,
         )
         given = iter(found)
         gradients = [
@@ -151,7 +153,7 @@ def vjp(fun: Callable, *primals, has_aux: bool = False) -> Any:
         is_inexact(a) and i < traced.num_values() for i, a in enumerate(closed.out_avals)
     ]
     needed = [is_inexact(a) for a in closed.in_avals]
-    cut = partially_evaluate(closed, needed, has_cotangent)
+    cut = partially_evaluate(closed, needed, rule_of, has_cotangent)
     outs, residuals = cut.run_forward(leaves)
     out_avals = tuple(closed.out_avals[: traced.num_values()])
     static = (_Fixed(cut), tree, traced.value_tree(), out_avals, tuple(closed.in_avals))

@@ -82,7 +82,7 @@ def factored_gradients(
         inputs: what each input is: CONSTANT, PARAMETERS or EXAMPLE.
     """
     side = sides(flat, inputs)
-    tape = sweep.forward(flat, args, needed, opaque=opaque, rule_of=lambda e: _rule_of(e, side))
+    tape = sweep.forward(flat, args, needed, lambda e: _rule_of(e, side), opaque=opaque)
     gradients: list = [None] * len(tape.values)
     terms: dict[int, list[Term]] = {}
 
@@ -154,7 +154,7 @@ def factored_halves(
     """Cut a function's gradient in two, the parameters' gradients as terms."""
     seen: dict[str, Any] = {}
 
-    def gradients_of(flat, args, needed, cotangents):
+    def gradients_of(flat, args, needed, cotangents, rule_of, opaque):
         outs, found = factored_gradients(flat, args, needed, cotangents, inputs)
         kinds = [k for k, n in zip(inputs, needed, strict=True) if n]
         arrays = [g for g, k in zip(found, kinds, strict=True) if k != PARAMETERS]
@@ -163,7 +163,7 @@ def factored_halves(
         seen["count"] = len(arrays)
         return outs, [*arrays, *leaves]
 
-    cut = cut_with(closed_jaxpr, needed, has_cotangent, gradients_of=gradients_of)
+    cut = cut_with(closed_jaxpr, needed, rule_of, has_cotangent, gradients_of=gradients_of)
     return FactoredHalves(cut, seen["count"], seen["tree"])
 
 
@@ -575,8 +575,8 @@ def _rule_of(equation: Equation, side):
 
 
 def _checkpoint_forward(kinds, equation, needed, ins, opaque):
-    cut_with = lambda closed, needed, has_cotangent, gradients_of: control_flow.cut_checkpoint(
-        equation, needed, gradients_of
+    cut_with = lambda closed, needed, rule_of, has_cotangent, gradients_of: (
+        control_flow.cut_checkpoint(equation, needed, rule_of, gradients_of)
     )
     found = factored_halves(None, needed, kinds, cut_with=cut_with)
     outs, residuals = found.cut.run_forward(ins)
@@ -618,7 +618,7 @@ def _scan_forward(kinds, equation, needed, ins, opaque):
         inner[k] = EXAMPLE
     seen: dict[str, Any] = {}
 
-    def gradients_of(flat, args, needed, cotangents):
+    def gradients_of(flat, args, needed, cotangents, rule_of, opaque):
         outs, found = factored_gradients(flat, args, needed, cotangents, inner)
         places = [k for k, n in enumerate(needed) if n]
         summed, carried, stacked = [], [], []
@@ -640,7 +640,7 @@ def _scan_forward(kinds, equation, needed, ins, opaque):
         return outs, [*summed, *carried, *stacked, *leaves]
 
     has_cotangent = control_flow.cotangents_of_loop(body, active, num_consts, num_carry)
-    cut = partially_evaluate(body, active, has_cotangent, gradients_of=gradients_of)
+    cut = partially_evaluate(body, active, rule_of, has_cotangent, gradients_of=gradients_of)
     # What only the forward half makes is stacked already, or the same in all steps.
     num_found = sum(seen["counts"])
     outs, kept = control_flow.run_loop(equation, cut, ins)

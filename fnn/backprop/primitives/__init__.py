@@ -22,19 +22,6 @@ from fnn.backprop.rules import ControlRule, LocalRule
 from fnn.jaxpr import Equation
 from fnn.operation import call_of, linear_map_of
 
-RULES: dict[str, LocalRule | ControlRule] = {
-    **elementwise.RULES,
-    **reductions.RULES,
-    **structural.RULES,
-    **indexing.RULES,
-    **matmul.RULES,
-    **convolution.RULES,
-    **pooling.RULES,
-    **fourier.RULES,
-    **linear_algebra.RULES,
-    **control_flow.RULES,
-}
-
 FALLBACK = ControlRule(*control_flow.THROUGH_JAX)
 
 
@@ -50,3 +37,17 @@ def rule_of(equation: Equation) -> LocalRule | ControlRule:
 def is_ruled(equation: Equation) -> bool:
     """Has this equation a hand-written rule?"""
     return rule_of(equation) is not FALLBACK
+
+
+RULES: dict[str, LocalRule | ControlRule] = {
+    **elementwise.RULES,
+    **reductions.RULES,
+    **structural.RULES,
+    **indexing.RULES,
+    **matmul.RULES,
+    **convolution.RULES,
+    **pooling.RULES,
+    **fourier.RULES,
+    **linear_algebra.RULES,
+    **control_flow.rules(rule_of),
+}
