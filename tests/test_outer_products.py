@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fnn
-from fnn.outer_products import with_matrix_products
+from fnn.operation.outer_products import with_matrix_products
 
 
 def normal(*shape, dtype="float64"):

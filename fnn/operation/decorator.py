@@ -51,9 +51,10 @@ from jax.extend.core import ClosedJaxpr, Literal, Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from fnn import arguments, linearity
+from fnn import arguments
 from fnn.jaxpr import Equation, as_varying, same_varying_axes
-from fnn.outer_products import with_matrix_products
+from fnn.operation import linearity
+from fnn.operation.outer_products import with_matrix_products
 
 
 class RuleError(TypeError):
