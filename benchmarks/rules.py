@@ -156,9 +156,9 @@ def _(W, b, x):
 
 
 @linear.backward
-def _(residuals, dy):
+def _(residuals, g):
     W, x = residuals
-    return jnp.outer(dy, x), dy, W.T @ dy
+    return jnp.outer(g, x), g, W.T @ g
 
 
 def shared_weights(rounds: int) -> list[list[str]]:

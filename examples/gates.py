@@ -44,8 +44,8 @@ def _(x):
 
 
 @sigmoid.backward
-def _(y, dy):
-    return (dy * y * (1 - y),)  # local gradient times upstream gradient
+def _(y, g):
+    return (g * y * (1 - y),)  # local gradient times upstream gradient
 
 
 def neuron_of_one_gate(w0, x0, w1, x1, w2):

@@ -2,7 +2,7 @@
 
 Each operation is three short functions: its definition, its `forward` (the value, and what
 is kept for the backward pass) and its `backward` (the local gradient times the upstream
-gradient `dy`). What is kept is as little as can be: the output y where the local gradient
+gradient g). What is kept is as little as can be: the output y where the local gradient
 can be told from it (the next layer keeps y anyway), a mask of booleans where a mask is enough,
 the input x elsewhere.
 
@@ -60,8 +60,8 @@ def _(x):
 
 
 @sigmoid.backward
-def _(y, dy):
-    return (dy * (y * (1 - y)),)
+def _(y, g):
+    return (g * (y * (1 - y)),)
 
 
 @rule
@@ -82,8 +82,8 @@ def _(x):
 
 
 @tanh.backward
-def _(y, dy):
-    return (dy * (1 - y * y),)
+def _(y, g):
+    return (g * (1 - y * y),)
 
 
 @rule
@@ -106,8 +106,8 @@ def _(x):
 
 
 @relu.backward
-def _(y, dy):
-    return (jnp.where(y > 0, dy, 0),)
+def _(y, g):
+    return (jnp.where(y > 0, g, 0),)
 
 
 @rule
@@ -131,8 +131,8 @@ def _(x, *, slope):
 
 
 @leaky_relu.backward
-def _(is_right, dy, *, slope):
-    return (jnp.where(is_right, dy, slope * dy),)
+def _(is_right, g, *, slope):
+    return (jnp.where(is_right, g, slope * g),)
 
 
 @rule
@@ -166,9 +166,9 @@ def _(z, *, axis):
 
 
 @maxout.backward
-def _(is_largest, dy, *, axis):
-    how_many = jnp.sum(is_largest.astype(wide(dy).dtype), axis)
-    share = (wide(dy) / how_many).astype(dy.dtype)
+def _(is_largest, g, *, axis):
+    how_many = jnp.sum(is_largest.astype(wide(g).dtype), axis)
+    share = (wide(g) / how_many).astype(g.dtype)
     return (jnp.where(is_largest, jnp.expand_dims(share, axis), 0),)
 
 
@@ -193,8 +193,8 @@ def _(x, *, alpha):
 
 
 @elu.backward
-def _(y, dy, *, alpha):
-    return (jnp.where(y > 0, dy, dy * (y + alpha)),)
+def _(y, g, *, alpha):
+    return (jnp.where(y > 0, g, g * (y + alpha)),)
 
 
 # --------------------------------------------------------------------- relatives of elu and relu
@@ -223,8 +223,8 @@ def _(x):
 
 
 @selu.backward
-def _(y, dy):
-    return (jnp.where(y > 0, _SELU_SCALE * dy, dy * (y + _SELU_SCALE * _SELU_ALPHA)),)
+def _(y, g):
+    return (jnp.where(y > 0, _SELU_SCALE * g, g * (y + _SELU_SCALE * _SELU_ALPHA)),)
 
 
 @rule
@@ -247,8 +247,8 @@ def _(x, *, alpha):
 
 
 @celu.backward
-def _(y, dy, *, alpha):
-    return (jnp.where(y > 0, dy, dy * (1 + y / alpha)),)
+def _(y, g, *, alpha):
+    return (jnp.where(y > 0, g, g * (1 + y / alpha)),)
 
 
 @rule
@@ -269,8 +269,8 @@ def _(x):
 
 
 @relu6.backward
-def _(is_inside, dy):
-    return (jnp.where(is_inside, dy, 0),)
+def _(is_inside, g):
+    return (jnp.where(is_inside, g, 0),)
 
 
 @rule
@@ -291,8 +291,8 @@ def _(x):
 
 
 @hard_tanh.backward
-def _(is_inside, dy):
-    return (jnp.where(is_inside, dy, 0),)
+def _(is_inside, g):
+    return (jnp.where(is_inside, g, 0),)
 
 
 @rule
@@ -313,8 +313,8 @@ def _(x):
 
 
 @hard_sigmoid.backward
-def _(is_inside, dy):
-    return (jnp.where(is_inside, dy / 6, 0),)
+def _(is_inside, g):
+    return (jnp.where(is_inside, g / 6, 0),)
 
 
 @rule
@@ -335,9 +335,9 @@ def _(x):
 
 
 @hard_silu.backward
-def _(x, dy):
-    between = dy * (x / 3 + 0.5)
-    return (jnp.where(x <= -3, 0, jnp.where(x >= 3, dy, between)),)
+def _(x, g):
+    between = g * (x / 3 + 0.5)
+    return (jnp.where(x <= -3, 0, jnp.where(x >= 3, g, between)),)
 
 
 # -------------------------------------------------------------------------------- smooth ones
@@ -363,8 +363,8 @@ def _(x):
 
 
 @softplus.backward
-def _(y, dy):
-    return (dy * -jnp.expm1(-y),)
+def _(y, g):
+    return (g * -jnp.expm1(-y),)
 
 
 @rule
@@ -385,8 +385,8 @@ def _(x):
 
 
 @log_sigmoid.backward
-def _(y, dy):
-    return (dy * -jnp.expm1(y),)
+def _(y, g):
+    return (g * -jnp.expm1(y),)
 
 
 @rule
@@ -409,9 +409,9 @@ def _(x):
 
 
 @softsign.backward
-def _(x, dy):
+def _(x, g):
     r = 1 / (1 + jnp.abs(x))
-    return (dy * r * r,)
+    return (g * r * r,)
 
 
 @rule
@@ -431,8 +431,8 @@ def _(x):
 
 
 @silu.backward
-def _(x, dy):
-    return (dy * _silu_gradient(x),)
+def _(x, g):
+    return (g * _silu_gradient(x),)
 
 
 def _silu_gradient(x):
@@ -464,8 +464,8 @@ def _(x, *, approximate):
 
 
 @gelu.backward
-def _(x, dy, *, approximate):
-    return (_gelu_backward(x, dy, approximate),)
+def _(x, g, *, approximate):
+    return (_gelu_backward(x, g, approximate),)
 
 
 _GELU_SCALE = math.sqrt(8 / math.pi)
@@ -484,16 +484,16 @@ def _gelu(x, approximate):
     return 0.5 * x * jax.lax.erfc(-math.sqrt(0.5) * limited)
 
 
-def _gelu_backward(x, dy, approximate):
+def _gelu_backward(x, g, approximate):
     x = jnp.clip(x, -_GELU_LIMIT, _GELU_LIMIT)
     if approximate:
         s = jax.nn.sigmoid(x * (_GELU_SCALE + _GELU_CUBIC * (x * x)))
         du = _GELU_SCALE + 3 * _GELU_CUBIC * (x * x)
-        return dy * (s + s * (1 - s) * (x * du))
-    # Two terms in dy, not dy times a sum: XLA then computes erfc once for value and gradient.
+        return g * (s + s * (1 - s) * (x * du))
+    # Two terms in g, not g times a sum: XLA then computes erfc once for value and gradient.
     z = -math.sqrt(0.5) * x
     density = math.sqrt(2 / math.pi) * jnp.exp(-(z * z))
-    return 0.5 * dy * _erfc(z) + 0.5 * x * dy * density
+    return 0.5 * g * _erfc(z) + 0.5 * x * g * density
 
 
 @rule
@@ -503,9 +503,9 @@ def _erfc(z):
 
 
 @_erfc.backward
-def _(residuals, dy):
+def _(residuals, g):
     (z,) = residuals
-    return (dy * (-2 / math.sqrt(math.pi)) * jnp.exp(-(z * z)),)
+    return (g * (-2 / math.sqrt(math.pi)) * jnp.exp(-(z * z)),)
 
 
 @rule
@@ -529,12 +529,12 @@ def _(x):
 
 
 @mish.backward
-def _(x, dy):
+def _(x, g):
     s = jax.nn.sigmoid(x)
     w = 1 - s
     q = 1 / (1 + w * w)
     p = 2 * w * q
-    return (dy * (s * (1 + w) * q + x * s * p * p),)
+    return (g * (s * (1 + w) * q + x * s * p * p),)
 
 
 @rule
@@ -561,9 +561,9 @@ def _(x, *, b):
 
 
 @squareplus.backward
-def _(residuals, dy, *, b):
+def _(residuals, g, *, b):
     x, y = residuals
-    return (dy * (y / (y + (y - x))),)
+    return (g * (y / (y + (y - x))),)
 
 
 # ------------------------------------------------ gated: half of the features opens the other half
@@ -581,17 +581,17 @@ def _halves(op, x, axis):
 
 @rule
 def glu(x: jax.Array, *, axis: int = -1) -> jax.Array:
-    """glu(x) = a σ(g), the gated linear unit; x = [a, g], two halves along `axis`.
+    """glu(x) = a σ(b), the gated linear unit; x = [a, b], two halves along `axis`.
 
     The second half are the gates, here as in `swiglu` and `geglu`. Shape `(..., 2n)` to
-    `(..., n)`. Local gradient: σ(g) for a, a σ(g) (1 − σ(g)) for g. Kept: x. No kink.
+    `(..., n)`. Local gradient: σ(b) for a, a σ(b) (1 − σ(b)) for b. Kept: x. No kink.
     Raises ValueError if the size of the axis is odd.
     Source: Dauphin et al., "Language modeling with gated convolutional networks",
     arXiv:1612.08083.
     """
     must_be_real("glu", x=x)
-    a, g = _halves("glu", x, axis)
-    return a * jax.nn.sigmoid(g)
+    a, b = _halves("glu", x, axis)
+    return a * jax.nn.sigmoid(b)
 
 
 @glu.forward
@@ -600,25 +600,25 @@ def _(x, *, axis):
 
 
 @glu.backward
-def _(x, dy, *, axis):
-    a, g = jnp.split(x, 2, axis)
-    s = jax.nn.sigmoid(g)
-    da = dy * s
+def _(x, g, *, axis):
+    a, b = jnp.split(x, 2, axis)
+    s = jax.nn.sigmoid(b)
+    da = g * s
     return (jnp.concatenate([da, da * (a * (1 - s))], axis),)
 
 
 @rule
 def swiglu(x: jax.Array, *, axis: int = -1) -> jax.Array:
-    """swiglu(x) = a silu(g), x = [a, g], two halves along `axis`: the second half are the gates.
+    """swiglu(x) = a silu(b), x = [a, b], two halves along `axis`: the second half are the gates.
 
-    Shape `(..., 2n)` to `(..., n)`. Local gradient: silu(g) for a, a silu′(g) for g. Kept: x.
+    Shape `(..., 2n)` to `(..., n)`. Local gradient: silu(b) for a, a silu′(b) for b. Kept: x.
     No kink. Weights of a model whose first half are the gates need their halves exchanged.
     Raises ValueError if the size of the axis is odd.
     Source: Shazeer, "GLU variants improve transformer", arXiv:2002.05202.
     """
     must_be_real("swiglu", x=x)
-    a, g = _halves("swiglu", x, axis)
-    return a * (g * jax.nn.sigmoid(g))
+    a, b = _halves("swiglu", x, axis)
+    return a * (b * jax.nn.sigmoid(b))
 
 
 @swiglu.forward
@@ -627,25 +627,25 @@ def _(x, *, axis):
 
 
 @swiglu.backward
-def _(x, dy, *, axis):
-    a, g = jnp.split(x, 2, axis)
-    da = dy * (g * jax.nn.sigmoid(g))
-    return (jnp.concatenate([da, dy * (a * _silu_gradient(g))], axis),)
+def _(x, g, *, axis):
+    a, b = jnp.split(x, 2, axis)
+    da = g * (b * jax.nn.sigmoid(b))
+    return (jnp.concatenate([da, g * (a * _silu_gradient(b))], axis),)
 
 
 @rule
 def geglu(x: jax.Array, *, axis: int = -1, approximate: bool = True) -> jax.Array:
-    """geglu(x) = a gelu(g), x = [a, g], two halves along `axis`: the second half are the gates.
+    """geglu(x) = a gelu(b), x = [a, b], two halves along `axis`: the second half are the gates.
 
-    Shape `(..., 2n)` to `(..., n)`. Local gradient: gelu(g) for a, a gelu′(g) for g, with
+    Shape `(..., 2n)` to `(..., n)`. Local gradient: gelu(b) for a, a gelu′(b) for b, with
     `approximate` as in `gelu`. Kept: x. No kink.
     Raises ValueError if the size of the axis is odd.
     Source: Shazeer, "GLU variants improve transformer", arXiv:2002.05202.
     """
     must_be_real("geglu", x=x)
     arguments.flag("geglu", "approximate", approximate)
-    a, g = _halves("geglu", x, axis)
-    return a * _gelu(g, approximate)
+    a, b = _halves("geglu", x, axis)
+    return a * _gelu(b, approximate)
 
 
 @geglu.forward
@@ -654,10 +654,10 @@ def _(x, *, axis, approximate):
 
 
 @geglu.backward
-def _(x, dy, *, axis, approximate):
-    a, g = jnp.split(x, 2, axis)
-    da = dy * gelu(g, approximate=approximate)
-    return (jnp.concatenate([da, _gelu_backward(g, dy * a, approximate)], axis),)
+def _(x, g, *, axis, approximate):
+    a, b = jnp.split(x, 2, axis)
+    da = g * gelu(b, approximate=approximate)
+    return (jnp.concatenate([da, _gelu_backward(b, g * a, approximate)], axis),)
 
 
 # ------------------------------------------------------------------ scores to probabilities
@@ -669,7 +669,7 @@ def softmax(x: jax.Array, *, axis: Axis = -1) -> jax.Array:
 
     The largest x is subtracted first, so that no exponential overflows; entries of −inf get
     probability 0. Local gradient: ∂yᵢ/∂xⱼ = yᵢ (1[i=j] − yⱼ), so that
-    dx = y (dy − Σ y dy). Kept: y. Smooth, no kink.
+    ∂L/∂x = y (g − Σ y g). Kept: y. Smooth, no kink.
     Source: CS231n, "Linear classification" (the softmax classifier).
     """
     must_be_real("softmax", x=x)
@@ -686,8 +686,8 @@ def _(x, *, axis):
 
 
 @softmax.backward
-def _(y, dy, *, axis):
-    p, d = wide(y), wide(dy)
+def _(y, g, *, axis):
+    p, d = wide(y), wide(g)
     return ((p * (d - jnp.sum(p * d, axis, keepdims=True))).astype(y.dtype),)
 
 
@@ -695,7 +695,7 @@ def _(y, dy, *, axis):
 def log_softmax(x: jax.Array, *, axis: Axis = -1) -> jax.Array:
     """log_softmax(x)ᵢ = xᵢ − log Σⱼ e^xⱼ along `axis` (an integer, several, or None for all).
 
-    Local gradient: ∂yᵢ/∂xⱼ = 1[i=j] − e^yⱼ, so that dx = dy − eʸ Σ dy. Kept: the probabilities
+    Local gradient: ∂yᵢ/∂xⱼ = 1[i=j] − e^yⱼ, so that ∂L/∂x = g − eʸ Σ g. Kept: the probabilities
     eʸ (from y they would cost a second exponential). Smooth, no kink. An x that lies more than
     the dtype's largest below the maximum gives −inf.
     Source: CS231n, "Linear classification" (numeric stability of the softmax).
@@ -713,9 +713,9 @@ def _(x, *, axis):
 
 
 @log_softmax.backward
-def _(p, dy, *, axis):
-    d = wide(dy)
-    return ((d - wide(p) * jnp.sum(d, axis, keepdims=True)).astype(dy.dtype),)
+def _(p, g, *, axis):
+    d = wide(g)
+    return ((d - wide(p) * jnp.sum(d, axis, keepdims=True)).astype(g.dtype),)
 
 
 @rule
@@ -743,11 +743,11 @@ def _(x, *, axis, keepdims):
 
 
 @logsumexp.backward
-def _(residuals, dy, *, axis, keepdims):
+def _(residuals, g, *, axis, keepdims):
     e, total = residuals
     if not keepdims:
-        dy = jnp.expand_dims(dy, axes_of("logsumexp", e, axis))
-    return ((wide(e) * (wide(dy) / total)).astype(e.dtype),)
+        g = jnp.expand_dims(g, axes_of("logsumexp", e, axis))
+    return ((wide(e) * (wide(g) / total)).astype(e.dtype),)
 
 
 def _largest(x, axis):

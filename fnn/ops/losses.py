@@ -89,17 +89,17 @@ def _(logits, labels, *, label_smoothing):
 
 
 @softmax_cross_entropy.backward
-def _(residuals, dy, *, label_smoothing):
+def _(residuals, g, *, label_smoothing):
     p, labels, *more = residuals
-    dtype, p, dy = p.dtype, wide(p), wide(dy)[..., None]
+    dtype, p, g = p.dtype, wide(p), wide(g)[..., None]
     smooth = label_smoothing / p.shape[-1]
     if _is_integer(labels):
-        dy = dy * jnp.where(_is_class(labels, p), 1, jnp.nan)[..., None].astype(dy.dtype)
-        right = jnp.where(_one_hot(labels, p), (1 - label_smoothing) * dy, 0)
-        return ((dy * (p - smooth) if smooth else dy * p) - right).astype(dtype), None
+        g = g * jnp.where(_is_class(labels, p), 1, jnp.nan)[..., None].astype(g.dtype)
+        right = jnp.where(_one_hot(labels, p), (1 - label_smoothing) * g, 0)
+        return ((g * (p - smooth) if smooth else g * p) - right).astype(dtype), None
     q = (1 - label_smoothing) * labels.astype(p.dtype) + smooth
-    d_logits = dy * (p * jnp.sum(q, axis=-1, keepdims=True) - q)
-    d_labels = (label_smoothing - 1) * dy * wide(more[0])
+    d_logits = g * (p * jnp.sum(q, axis=-1, keepdims=True) - q)
+    d_labels = (label_smoothing - 1) * g * wide(more[0])
     return d_logits.astype(dtype), d_labels.astype(labels.dtype)
 
 
@@ -146,12 +146,12 @@ def _(scores, labels, *, margin):
 
 
 @multiclass_hinge.backward
-def _(residuals, dy, *, margin):
+def _(residuals, g, *, margin):
     too_close, labels = residuals
-    d = wide(dy)
+    d = wide(g)
     d = d * jnp.where(_is_class(labels, too_close), 1, jnp.nan).astype(d.dtype)
     wrong = jnp.where(too_close, d[..., None], 0)
-    return _add_at_label(wrong, labels, -jnp.sum(wrong, axis=-1)).astype(dy.dtype), None
+    return _add_at_label(wrong, labels, -jnp.sum(wrong, axis=-1)).astype(g.dtype), None
 
 
 def _hinges(scores, labels, margin):
@@ -209,10 +209,10 @@ def _(logits, labels):
 
 
 @sigmoid_binary_cross_entropy.backward
-def _(residuals, dy):
+def _(residuals, g):
     logits, labels = residuals
-    d_logits = dy * (jax.nn.sigmoid(logits) - labels.astype(logits.dtype))
-    return d_logits, (-dy * logits).astype(labels.dtype) if _is_floating(labels) else None
+    d_logits = g * (jax.nn.sigmoid(logits) - labels.astype(logits.dtype))
+    return d_logits, (-g * logits).astype(labels.dtype) if _is_floating(labels) else None
 
 
 # --------------------------------------------------------------------------------- regression
@@ -250,9 +250,9 @@ def _(prediction, target):
 
 
 @squared_error.backward
-def _(residuals, dy):
+def _(residuals, g):
     difference, target = residuals
-    d_prediction = (wide(dy) * (2 * wide(difference))).astype(dy.dtype)
+    d_prediction = (wide(g) * (2 * wide(difference))).astype(g.dtype)
     return d_prediction, (-d_prediction).astype(target.dtype) if _is_floating(target) else None
 
 
@@ -294,9 +294,9 @@ def _(prediction, target, *, delta):
 
 
 @huber.backward
-def _(residuals, dy, *, delta):
+def _(residuals, g, *, delta):
     c, target = residuals
-    d_prediction = dy * c
+    d_prediction = g * c
     return d_prediction, (-d_prediction).astype(target.dtype) if _is_floating(target) else None
 
 
@@ -348,11 +348,11 @@ def _(prediction, target):
 
 
 @gaussian_nll.backward
-def _(residuals, dy):
+def _(residuals, g):
     w, root_precision, target = residuals
-    dtype, dy, w = dy.dtype, wide(dy), wide(w)
-    d_target = dy * (w * wide(root_precision))
-    d_prediction = jnp.stack([-d_target, dy * (0.5 * (1 - jnp.square(w)))], axis=-1).astype(dtype)
+    dtype, g, w = g.dtype, wide(g), wide(w)
+    d_target = g * (w * wide(root_precision))
+    d_prediction = jnp.stack([-d_target, g * (0.5 * (1 - jnp.square(w)))], axis=-1).astype(dtype)
     return d_prediction, d_target.astype(target.dtype) if _is_floating(target) else None
 
 
@@ -424,9 +424,9 @@ def _(params):
 
 
 @l2.backward
-def _(params, dy):
+def _(params, g):
     def gradient(w):
-        return (wide(dy).astype(wide(w).dtype) * (2 * wide(w))).astype(w.dtype)
+        return (wide(g).astype(wide(w).dtype) * (2 * wide(w))).astype(w.dtype)
 
     return (jax.tree.map(gradient, params),)
 
