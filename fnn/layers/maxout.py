@@ -11,7 +11,7 @@ from fnn import arguments
 from fnn.initializers import Initializer, lecun_normal, zeros
 from fnn.layers.layer import Layer, constructor
 from fnn.layers.linear import check_options, initial, last_axis, parameter_dtype, weight_and_bias
-from fnn.ops.activations import maxout
+from fnn.ops import maxout
 
 
 @constructor

@@ -1,41 +1,33 @@
 """The operations, each with a hand-written forward and backward; a file a family."""
 
-from fnn.ops.activations import (
+from fnn.ops.activations.gated import geglu, gelu, glu, hard_silu, mish, silu, swiglu
+from fnn.ops.activations.rectifiers import (
     celu,
     elu,
-    geglu,
-    gelu,
-    glu,
-    hard_sigmoid,
-    hard_silu,
-    hard_tanh,
     leaky_relu,
-    log_sigmoid,
-    log_softmax,
-    logsumexp,
     maxout,
-    mish,
     relu,
     relu6,
     selu,
-    sigmoid,
-    silu,
-    softmax,
     softplus,
-    softsign,
     squareplus,
-    swiglu,
+)
+from fnn.ops.activations.sigmoids import (
+    hard_sigmoid,
+    hard_tanh,
+    log_sigmoid,
+    sigmoid,
+    softsign,
     tanh,
 )
-from fnn.ops.losses import (
-    gaussian_nll,
-    huber,
-    l2,
+from fnn.ops.losses.classification import (
     multiclass_hinge,
     sigmoid_binary_cross_entropy,
     softmax_cross_entropy,
-    squared_error,
 )
+from fnn.ops.losses.regression import gaussian_nll, huber, squared_error
+from fnn.ops.losses.regularization import l2
+from fnn.ops.probabilities import log_softmax, logsumexp, softmax
 
 __all__ = [
     "celu",

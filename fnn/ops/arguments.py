@@ -28,6 +28,42 @@ def must_be_real_or_complex(op: str, **arrays: jax.Array) -> None:
             raise TypeError(_wanted(op, name, x, "a floating or complex dtype"))
 
 
+def must_not_be_complex(op: str, **arrays: jax.Array) -> None:
+    """Raise a TypeError unless every argument is an array of real numbers: floats, integers."""
+    for name, x in arrays.items():
+        arguments.array(op, name, x)
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"{op}: argument '{name}' of shape {x.shape} has dtype {x.dtype}, wanted real "
+                "numbers."
+            )
+
+
+def must_be_alike(op: str, **arrays: jax.Array) -> None:
+    """Raise unless two arguments can be compared: real floats, and real numbers of their shape.
+
+    Raises:
+        TypeError: the first isn't real floating, or the second isn't real.
+        ValueError: the second has another shape than the first.
+    """
+    (name, x), (other, y) = arrays.items()
+    must_be_real(op, **{name: x})
+    must_not_be_complex(op, **{other: y})
+    if x.shape != y.shape:
+        raise ValueError(
+            f"{op}: argument '{other}' has shape {y.shape}, wanted {x.shape}, the shape of "
+            f"'{name}'."
+        )
+
+
+def is_integer(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.integer)
+
+
+def is_floating(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
 def wide(x: jax.Array) -> jax.Array:
     """x in at least float32, for sums: 65,505 ones are inf in float16, and 257 are 256 in bfloat16.
 

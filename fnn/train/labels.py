@@ -18,7 +18,7 @@ import numpy as np
 from fnn.jaxpr import Equation, Program, program, trace
 from fnn.layers.layer import name_of
 from fnn.operation import MappedCall, call_of
-from fnn.ops.losses import sigmoid_binary_cross_entropy
+from fnn.ops import sigmoid_binary_cross_entropy
 from fnn.train.batch_loss import Loss, call, scalar_and_metrics
 from fnn.train.state import path_name
 

@@ -1,0 +1,273 @@
+"""Losses of classifiers, which compare scores with labels.
+
+Labels outside 0 … classes − 1, or outside [0, 1] where they are probabilities, raise a
+ValueError wherever their values are known: outside jit. Compiled code can't raise: there an
+integer label out of range gives a loss of NaN and a gradient of NaN, rather than a plausible
+number. (`fnn.fit` and a training step look at labels before they run.)
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnn import arguments
+from fnn.operation import compiled_rule as rule
+from fnn.ops.arguments import is_floating, is_integer, must_be_alike, must_be_real, wide
+from fnn.ops.probabilities import log_softmax, softmax
+
+
+@rule
+def softmax_cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0
+) -> jax.Array:
+    """−Σᵢ qᵢ log softmax(logits)ᵢ: the softmax classifier's loss, −log of the right probability.
+
+    Args:
+        logits: unnormalised log-probabilities, floating, shape `(..., classes)`.
+        labels: the right classes, integers of shape `(...)`; or distributions q over the
+            classes, floating, of the logits' shape.
+        label_smoothing: ε in [0, 1): q becomes (1 − ε) q + ε / classes.
+
+    Returns:
+        The loss, of shape `(...)`: a scalar for logits of shape `(classes,)`.
+
+    Local gradient: for the logits p Σq − q with p = softmax(logits), which is p − q for a
+    distribution ("probs[y] −= 1" in the lecture's code); for a distribution's labels
+    −(1 − ε) log p. Kept: p, the labels, and for distributions log p. Smooth, no kink. Where q
+    is 0, a logit of −inf (an excluded class) adds nothing. Stable for logits of any size.
+
+    Raises:
+        TypeError: the logits aren't real floating, the labels neither integer nor floating.
+        ValueError: the shapes don't fit, there are no classes, or label_smoothing is outside
+            [0, 1).
+
+    A label out of range gives NaN (see the top of this file).
+    Sources: the lecture; Szegedy et al., "Rethinking the inception architecture",
+    arXiv:1512.00567 (label smoothing).
+    """
+    _check_classes("softmax_cross_entropy", "logits", logits, labels, distributions=True)
+    arguments.number("softmax_cross_entropy", "label_smoothing", label_smoothing, least=0, below=1)
+    log_p = log_softmax(wide(logits))
+    if is_integer(labels):
+        loss = -_pick(log_p, labels)
+    else:
+        q = labels.astype(log_p.dtype)
+        is_excluded = (q == 0) & (log_p == -jnp.inf)
+        loss = -jnp.sum(q * jnp.where(is_excluded, 0, log_p), axis=-1)
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss - label_smoothing * jnp.mean(log_p, axis=-1)
+    return loss.astype(logits.dtype)
+
+
+@softmax_cross_entropy.look
+def _(types, logits, labels, *, label_smoothing):
+    _look_at_classes("softmax_cross_entropy", types[0], labels)
+
+
+@softmax_cross_entropy.forward
+def _(logits, labels, *, label_smoothing):
+    loss = softmax_cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    more = (log_softmax(logits),) if is_floating(labels) else ()
+    return loss, (softmax(logits), labels, *more)
+
+
+@softmax_cross_entropy.backward
+def _(residuals, g, *, label_smoothing):
+    p, labels, *more = residuals
+    dtype, p, g = p.dtype, wide(p), wide(g)[..., None]
+    smooth = label_smoothing / p.shape[-1]
+    if is_integer(labels):
+        g = g * jnp.where(_is_class(labels, p), 1, jnp.nan)[..., None].astype(g.dtype)
+        right = jnp.where(_one_hot(labels, p), (1 - label_smoothing) * g, 0)
+        return ((g * (p - smooth) if smooth else g * p) - right).astype(dtype), None
+    q = (1 - label_smoothing) * labels.astype(p.dtype) + smooth
+    d_logits = g * (p * jnp.sum(q, axis=-1, keepdims=True) - q)
+    d_labels = (label_smoothing - 1) * g * wide(more[0])
+    return d_logits.astype(dtype), d_labels.astype(labels.dtype)
+
+
+@rule
+def multiclass_hinge(scores: jax.Array, labels: jax.Array, *, margin: float = 1.0) -> jax.Array:
+    """Σ over j ≠ y of max(0, sⱼ − s_y + Δ): the lecture's multiclass SVM loss, Δ = `margin`.
+
+    Args:
+        scores: s, floating, shape `(..., classes)`.
+        labels: the right classes y, integers of shape `(...)`.
+        margin: Δ, by how much the right score should exceed each other score.
+
+    Returns:
+        The loss, of shape `(...)`: a scalar for scores of shape `(classes,)`.
+
+    Local gradient: 1 for each wrong class within the margin (sⱼ − s_y + Δ > 0), minus their
+    number for the right class. Kept: the mask of those classes (one byte an entry) and the
+    labels. At the kink sⱼ − s_y + Δ = 0 the gradient is 0, as for `relu`.
+
+    Raises:
+        TypeError: the scores aren't real floating, or the labels not integers.
+        ValueError: the shapes don't fit, or there are no classes.
+
+    A label out of range gives NaN (see the top of this file).
+    Sources: the lecture; Weston, Watkins, "Support vector machines for multi-class pattern
+    recognition", 1999.
+    """
+    _check_classes("multiclass_hinge", "scores", scores, labels, distributions=False)
+    arguments.number("multiclass_hinge", "margin", margin)
+    return jnp.sum(_hinges(scores, labels, margin), axis=-1).astype(scores.dtype)
+
+
+@multiclass_hinge.look
+def _(types, scores, labels, *, margin):
+    _look_at_classes("multiclass_hinge", types[0], labels)
+
+
+@multiclass_hinge.forward
+def _(scores, labels, *, margin):
+    hinges = _hinges(scores, labels, margin)
+    loss = multiclass_hinge(scores, labels, margin=margin)
+    # Not "> 0", so that the NaN of a label out of range counts, and reaches the gradient.
+    return loss, (~(hinges <= 0), labels)
+
+
+@multiclass_hinge.backward
+def _(residuals, g, *, margin):
+    too_close, labels = residuals
+    d = wide(g)
+    d = d * jnp.where(_is_class(labels, too_close), 1, jnp.nan).astype(d.dtype)
+    wrong = jnp.where(too_close, d[..., None], 0)
+    return _add_at_label(wrong, labels, -jnp.sum(wrong, axis=-1)).astype(g.dtype), None
+
+
+def _hinges(scores, labels, margin):
+    """max(0, sⱼ − s_y + Δ) for the wrong classes, 0 for the right one."""
+    scores = wide(scores)
+    right = _pick(scores, labels)[..., None]
+    margins = jnp.where(_one_hot(labels, scores), 0, scores - (right - margin))
+    return jnp.maximum(margins, 0)
+
+
+@rule
+def sigmoid_binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """−Σᵢ (zᵢ log σ(xᵢ) + (1 − zᵢ) log(1 − σ(xᵢ))): yes-or-no questions, each by itself.
+
+    Args:
+        logits: x, floating, any shape: one logit for each question.
+        labels: z, the answers 0 and 1 (booleans, integers) or probabilities (floating), of
+            the same shape.
+
+    Returns:
+        The loss, a scalar: the sum over all questions. For their mean divide by `logits.size`.
+
+    Computed as max(x, 0) − x z + log(1 + e^−|x|), stable for logits of any size. Local gradient:
+    σ(x) − z for the logits, −x for floating labels. Kept: logits and labels. Smooth, no kink.
+
+    Raises:
+        TypeError: the logits aren't real floating, or the labels aren't real.
+        ValueError: the shapes differ.
+
+    Source: the lecture's notes, "attribute classification" (independent logistic regressions).
+    """
+    must_be_alike("sigmoid_binary_cross_entropy", logits=logits, labels=labels)
+    x = wide(logits)
+    z = labels.astype(logits.dtype).astype(x.dtype)
+    each = jnp.where(x >= 0, x, 0) - x * z + jnp.log1p(jnp.exp(-jnp.abs(x)))
+    return jnp.sum(each).astype(logits.dtype)
+
+
+@sigmoid_binary_cross_entropy.look
+def _(types, logits, labels):
+    if labels is None or not np.size(labels):
+        return
+    z = np.asarray(labels)
+    low, high = z.min(), z.max()
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"sigmoid_binary_cross_entropy: labels must be from 0 to 1, but hold "
+            f"{low if low < 0 else high}. (Labels of -1 and 1: pass (labels + 1) / 2.)"
+        )
+
+
+@sigmoid_binary_cross_entropy.forward
+def _(logits, labels):
+    return sigmoid_binary_cross_entropy(logits, labels), (logits, labels)
+
+
+@sigmoid_binary_cross_entropy.backward
+def _(residuals, g):
+    logits, labels = residuals
+    d_logits = g * (jax.nn.sigmoid(logits) - labels.astype(logits.dtype))
+    return d_logits, (-g * logits).astype(labels.dtype) if is_floating(labels) else None
+
+
+# ------------------------------------------------------------------------- labels and classes
+
+
+def _look_at_classes(op, scores, labels):
+    if labels is None or not is_integer(jax.typeof(labels)) or not np.size(labels):
+        return
+    y, classes = np.asarray(labels), scores.shape[-1]
+    low, high = y.min(), y.max()
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"{op}: labels hold {low if low < 0 else high}, but there are {classes} classes: "
+            f"labels are 0, ..., {classes - 1}."
+        )
+
+
+def _index(labels):
+    """Labels as signed integers wide enough to count classes: an int8 ends at 127."""
+    return jnp.asarray(labels, jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)
+
+
+def _one_hot(labels, scores):
+    """True where an entry of `scores` belongs to the right class; nowhere for a wrong label."""
+    index = _index(labels)[..., None]
+    return jnp.arange(scores.shape[-1], dtype=index.dtype) == index
+
+
+def _is_class(labels, scores):
+    return (_index(labels) >= 0) & (_index(labels) < scores.shape[-1])
+
+
+def _pick(scores, labels):
+    """The score of the right class; NaN where there is no such class."""
+    is_class = _is_class(labels, scores)
+    index = jnp.where(is_class, _index(labels), 0)[..., None]
+    picked = jnp.take_along_axis(scores, index, axis=-1, mode="promise_in_bounds")[..., 0]
+    return jnp.where(is_class, picked, jnp.nan)
+
+
+def _add_at_label(x, labels, amount):
+    """x with `amount` added to the right class's entry: in place, where a select copies x."""
+
+    def add(x, label, amount):
+        place = x.at[label]
+        return place.add(amount, mode="drop", unique_indices=True, wrap_negative_indices=False)
+
+    return jnp.vectorize(add, signature="(classes),(),()->(classes)")(x, _index(labels), amount)
+
+
+def _check_classes(op, name, scores, labels, *, distributions):
+    must_be_real(op, **{name: scores})
+    arguments.array(op, "labels", labels)
+    if scores.ndim == 0 or scores.shape[-1] == 0:
+        raise ValueError(
+            f"{op}: argument '{name}' has shape {scores.shape}, wanted (..., classes) with at "
+            "least one class."
+        )
+    if is_integer(labels):
+        wanted, what = scores.shape[:-1], "integer labels"
+    elif distributions and is_floating(labels):
+        wanted, what = scores.shape, "distributions over the classes (floating labels)"
+    else:
+        raise TypeError(
+            f"{op}: argument 'labels' of shape {labels.shape} has dtype {labels.dtype}, wanted "
+            f"integers of shape {scores.shape[:-1]}"
+            + (f" or floating distributions of shape {scores.shape}." if distributions else ".")
+        )
+    if labels.shape != wanted:
+        raise ValueError(
+            f"{op}: argument 'labels' has shape {labels.shape}, wanted {wanted} for {what} with "
+            f"{name} of shape {scores.shape}. (For a batch of examples, jax.vmap the loss.)"
+        )
