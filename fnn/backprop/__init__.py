@@ -1,13 +1,28 @@
 """The computational graph and backpropagation.
 
-From the top: `transforms` (`fnn.grad` and its kin) and `trace` (`fnn.graph`) turn a function
-into a program; `sweep` runs it forward and back; `primitives/` holds the rules it applies,
-in the form that `rules` gives; `partial_evaluation` cuts a gradient in two for loops
-(`control_flow`). What a graph shows is made in `text`, `names`, `steps`, `coverage`, `grouping`
-and `draw`.
+Each module imports only from those above it:
+
+    rules               the form of a backward rule
+    sweep               backpropagation: the forward pass, and the reverse sweep by the rules
+    partial_evaluation  a gradient cut into a forward and a backward half, for loops
+    control_flow        the rules of what holds functions: loops, branches, checkpoints
+    primitives/         the rules of JAX's own primitives, a file for each family
+    transforms          `grad`, `value_and_grad`, `vjp`
+
+    source              the user's lines that made an equation
+    node                one value of a graph, and the operation that made it
+    names, labels       what nodes are called
+    steps, coverage     the backward pass step by step; which operations have a rule
+    grouping            the operations of a large graph, in groups
+    picture             what is drawn of a graph, with Graphviz by `dot` or in rows by `rows`
+    draw                the picture as SVG, and as a file
+    computational_graph `Graph`: all of these as its methods
+    trace               `graph`: from a function to its graph
 """
 
-from fnn.backprop.trace import Graph, Node, graph
+from fnn.backprop.computational_graph import Graph
+from fnn.backprop.node import Node
+from fnn.backprop.trace import graph
 from fnn.backprop.transforms import grad, value_and_grad, vjp
 
 __all__ = ["Graph", "Node", "grad", "graph", "value_and_grad", "vjp"]

@@ -18,7 +18,17 @@ from fnn.backprop import sweep
 from fnn.backprop.partial_evaluation import partially_evaluate, run
 from fnn.backprop.rules import ControlRule, hidden
 from fnn.eager import apply, once, take_branch
-from fnn.jaxpr import as_varying, barrier, close, is_inexact, program, scan_layout, trace, zeros
+from fnn.jaxpr import (
+    Equation,
+    as_varying,
+    barrier,
+    close,
+    is_inexact,
+    program,
+    scan_layout,
+    trace,
+    zeros,
+)
 from fnn.operation import call_of
 
 # ------------------------------------------------------------------------------------------ scan
@@ -46,7 +56,8 @@ def run_loop(equation, cut, ins) -> tuple[list, tuple[dict, dict]]:
     consts, init, xs = _cut(ins, num_consts, num_carry)
     const_ids, carry_ids, xs_ids = _cut(cut.ins, num_consts, num_carry)
     fixed = set(const_ids) | set(cut.joint.constants)
-    constant, each_step = [], []
+    constant: list[Equation] = []
+    each_step: list[Equation] = []
     for eqn in cut.forward:
         is_fixed = not eqn.has_effects and all(i in fixed for i in eqn.ins)
         (constant if is_fixed else each_step).append(eqn)

@@ -17,16 +17,13 @@ import heapq
 import itertools
 import linecache
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any
 
 from fnn import arguments
-from fnn.backprop.source import Source
-from fnn.jaxpr import Frame, Inlined, Stack, stack
-
-if TYPE_CHECKING:
-    from fnn.backprop.trace import Graph, Node
-    from fnn.jaxpr import Equation
+from fnn.backprop.node import Node, scope_name
+from fnn.backprop.source import Source, frames_of
+from fnn.jaxpr import Equation, Frame, Inlined
 
 # Which groups: a name or path, several of them, or a function of the group.
 Choice = str | Iterable[str] | Callable[["Group"], bool] | None
@@ -40,6 +37,7 @@ class Unit:
     equation: Equation
     results: list[Node]
     inputs: tuple[Node, ...]
+    inlined: Sequence[Inlined]
 
     def units(self) -> list[Unit]:
         return [self]
@@ -68,7 +66,7 @@ class Group:
 
 
 def groups(
-    graph: Graph,
+    nodes: Iterable[Node],
     max_boxes: int,
     open: Choice = None,
     closed: Choice = None,
@@ -77,25 +75,24 @@ def groups(
     """The operations of a graph, in groups if there are more than `max_boxes` of them.
 
     Args:
-        graph: the graph.
+        nodes: a graph.
         max_boxes: how many boxes to draw at most, if `open` doesn't want more.
         open, closed: the groups to open and to keep closed; see `Graph.to_dot`.
         where: what to call the function in errors.
     """
     max_boxes = arguments.integer(where, "max_boxes", max_boxes, least=1)
     units: dict[int, Unit] = {}
-    for node in graph.nodes:
+    for node in nodes:
         if node.equation is not None:
             key = id(node.equation)
             if key not in units:
-                units[key] = Unit(node.operation, node.equation, [], node.inputs)
+                units[key] = Unit(node.operation, node.equation, [], node.inputs, node.inlined)
             units[key].results.append(node)
     order = list(units.values())
     is_small = len(order) <= max_boxes
     if is_small and open is None and closed is None:
         return list(order)
-    flat = graph.program
-    top = _tree(order, _calls_around(flat.calls, flat.equations))
+    top = _tree(order)
     if len(top.items) > max_boxes:
         top.items = _bundled(top.items, max_boxes)
     _number(top)
@@ -227,14 +224,14 @@ def _without_frames(group: Group, kept: set[int]) -> None:
 # -------------------------------------------------------------------------------------- the tree
 
 
-def _tree(units: list[Unit], around: dict[int, list[Inlined]]) -> Group:
+def _tree(units: list[Unit]) -> Group:
     """All labelled stretches of at least two operations, each inside the next larger one.
 
     Where one begins in another and ends after it, it's cut in two.
     """
     top = Group("", 0, len(units))
     count = itertools.count()
-    waiting = [(g.start, -g.stop, next(count), g) for g in _stretches(units, around)]
+    waiting = [(g.start, -g.stop, next(count), g) for g in _stretches(units)]
     heapq.heapify(waiting)
     nest = [top]
     while waiting:
@@ -260,22 +257,21 @@ def _fill(group: Group, units: list[Unit]) -> None:
     """Put the operations that stand in no smaller group between the smaller groups."""
     items: list[Unit | Group] = []
     place = group.start
-    for inner in group.items:
+    for inner in (item for item in group.items if isinstance(item, Group)):
         items += [*units[place : inner.start], inner]
         _fill(inner, units)
         place = inner.stop
     group.items = [*items, *units[place : group.stop]]
 
 
-def _stretches(units: list[Unit], around: dict[int, list[Inlined]]) -> list[Group]:
+def _stretches(units: list[Unit]) -> list[Group]:
     """The maximal stretches of each label; scopes before functions before lines."""
     found: list[Group] = []
     rank: dict[int, int] = {}
     running: dict[Hashable, Group] = {}
-    calls = _Calls(around)
+    calls = _Calls()
     for place, unit in enumerate(units):
-        inlined = around.get(id(unit.equation), ())
-        labels = dict(_labels(unit, calls.of(unit), inlined))
+        labels = dict(_labels(unit, calls.of(unit)))
         running = {key: group for key, group in running.items() if key in labels}
         for order, (key, label) in enumerate(labels.items()):
             if key not in running:
@@ -286,9 +282,7 @@ def _stretches(units: list[Unit], around: dict[int, list[Inlined]]) -> list[Grou
     return sorted((g for g in found if g.stop - g.start > 1), key=lambda g: rank[id(g)])
 
 
-def _labels(
-    unit: Unit, calls: list[tuple[Frame, int]], inlined: Iterable[Inlined]
-) -> Iterator[tuple[Hashable, str]]:
+def _labels(unit: Unit, calls: list[tuple[Frame, int]]) -> Iterator[tuple[Hashable, str]]:
     """(what tells it apart, what to call it) for each scope, call and line around it."""
     scope = unit.equation.scope
     if _is_backward(unit):  # its lines are those of the forward pass
@@ -296,7 +290,7 @@ def _labels(
     for depth, raw in enumerate(scope, start=1):
         name = scope_name(raw).lstrip("_")
         if name:
-            which = tuple(id(call) for call in inlined if len(call.scope) <= depth)
+            which = tuple(id(call) for call in unit.inlined if len(call.scope) <= depth)
             yield ("scope", scope[:depth], which), name
     for frame, number in calls[1:]:
         name = getattr(frame.code, "co_qualname", frame.code.co_name)
@@ -314,20 +308,6 @@ def _is_backward(unit: Unit) -> bool:
     return any("transpose(" in raw for raw in unit.equation.scope)
 
 
-def scope_name(raw: str) -> str:
-    """A scope without the transforms around it: `encoder` of `vmap(encoder)`, "" of `vmap()`.
-
-    The backward pass of a scope is told apart: `backward of encoder`.
-    """
-    is_backward = False
-    while raw.endswith(")") and "(" in raw and raw.split("(", 1)[0].isidentifier():
-        transform, raw = raw[:-1].split("(", 1)
-        is_backward = is_backward or transform == "transpose"
-    if is_backward:
-        return f"backward of {raw}" if raw else "backward"
-    return raw
-
-
 class _Calls:
     """Tells the calls of a function apart: each frame of each stack gets its call's number.
 
@@ -335,8 +315,7 @@ class _Calls:
     operation to the next it is inferred whether a function was left and called again.
     """
 
-    def __init__(self, around: dict[int, list[Inlined]]) -> None:
-        self.around = around  # see `_calls_around`
+    def __init__(self) -> None:
         self.source = Source()
         self.counter = itertools.count()
         self.before: list[tuple[Frame, int]] = []
@@ -345,7 +324,7 @@ class _Calls:
 
     def of(self, unit: Unit) -> list[tuple[Frame, int]]:
         """(frame, number of the call) for each of the user's frames, outermost first."""
-        frames = [] if _is_backward(unit) else [*reversed(_frames(unit.equation))]
+        frames = [] if _is_backward(unit) else [*reversed(frames_of(unit.equation))]
         numbers: list[int] = []
         for depth in range(len(frames)):
             is_same = len(numbers) == depth and depth < len(self.before)
@@ -402,32 +381,13 @@ class _Calls:
         if unit is None:
             return ()
         scope = unit.equation.scope
-        own = self.around.get(id(unit.equation), ())
-        return scope[: len(scope) - sum(call.is_library and bool(call.name) for call in own)]
+        own = sum(call.is_library and bool(call.name) for call in unit.inlined)
+        return scope[: len(scope) - own]
 
 
 def _share_a_prefix(a: tuple, b: tuple) -> bool:
     """Is one of them inside the other, or the same?"""
     return all(x == y for x, y in zip(a, b, strict=False))
-
-
-def _calls_around(calls: Iterable[Inlined], equations: list[Equation]) -> dict[int, list[Inlined]]:
-    """For each equation (by its id) the calls of jitted functions that it stands in."""
-    found: dict[int, list[Inlined]] = {}
-    waiting = list(calls)
-    while waiting:  # outer calls come before those inside them
-        call = waiting.pop()
-        for equation in equations[call.start : call.stop]:
-            found.setdefault(id(equation), []).append(call)
-        waiting += call.calls
-    return found
-
-
-def _frames(equation: Equation) -> tuple[Frame, ...]:
-    from fnn.backprop import trace
-
-    found: Stack = stack(equation.source_info, outermost=trace.__file__)
-    return found.frames if found.reached else found.frames[:1]
 
 
 def _places(frames: list[Frame]) -> tuple[Any, ...]:

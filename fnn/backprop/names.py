@@ -17,9 +17,10 @@ import ast
 import builtins
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from fnn.backprop.node import operation_name
 from fnn.backprop.source import Source
 from fnn.jaxpr import Equation, Inlined, Program, Stack, inner_jaxprs, result_paths, stack
 
@@ -40,22 +41,16 @@ class _Item(NamedTuple):
     key: tuple  # tells the places of two stacks apart
 
 
-def names_in_source(flat: Program, name_of: Callable[[Equation], str]) -> dict[int, str]:
-    """The variable that the source assigns a value to, for the values that have one.
-
-    Args:
-        flat: the program.
-        name_of: what an equation's operation is called.
-    """
-    finder = _Finder(flat, name_of)
+def names_in_source(flat: Program) -> dict[int, str]:
+    """The variable that the source assigns a value to, for the values that have one."""
+    finder = _Finder(flat)
     finder.level(0, len(flat.equations), flat.calls)
     return finder.names
 
 
 class _Finder:
-    def __init__(self, flat: Program, name_of: Callable[[Equation], str]):
+    def __init__(self, flat: Program):
         self.flat = flat
-        self.name_of = name_of
         self.names: dict[int, str] = {}
         self.source = Source()
         self.readers: dict[int, list[int]] = {}  # the equations that read each value
@@ -92,10 +87,10 @@ class _Finder:
                     continue
                 paths = _paths(e)
                 made = e.outs if len(e.outs) == len(paths) else ()
-                yield self._item(self.name_of(e), made, paths, e.ins, e.source_info), k, k + 1
+                yield self._item(operation_name(e), made, paths, e.ins, e.source_info), k, k + 1
             if call is not None:
-                made = {i for e in self.flat.equations[call.start : call.stop] for i in e.outs}
-                found = [(i, p) for i, p in zip(call.outs, call.paths) if i in made]
+                inside = {i for e in self.flat.equations[call.start : call.stop] for i in e.outs}
+                found = [(i, p) for i, p in zip(call.outs, call.paths) if i in inside]
                 outs, paths = tuple(zip(*found)) if found else ((), ())
                 yield (
                     self._item(call.name, outs, paths, (), call.source_info),

@@ -10,13 +10,22 @@ from __future__ import annotations
 import dataclasses
 import html
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-from fnn.backprop import draw
-from fnn.backprop.grouping import Group
-
-if TYPE_CHECKING:
-    from fnn.backprop.draw import Wire, _Picture
+from fnn.backprop.grouping import Group, Unit
+from fnn.backprop.picture import (
+    GREY,
+    INK,
+    Picture,
+    Text,
+    Wire,
+    about,
+    in_closed,
+    symbol_of,
+    symbol_size,
+    title_of,
+    tooltip,
+)
 
 GAP, ROW_GAP, COLUMN_GAP, MARGIN = 14.0, 22.0, 60.0, 16.0
 SHAPE = 1.4  # wanted width of the picture to its height
@@ -28,7 +37,7 @@ class _Mark:
 
     width: float
     height: float
-    drawn: Group | object
+    drawn: Group | Unit | Wire
     x: float = 0.0
     y: float = 0.0
     before: list[_Mark] = dataclasses.field(default_factory=list)
@@ -36,7 +45,7 @@ class _Mark:
     in_line: bool = False  # of the longest path, which runs straight down
 
 
-def to_svg(picture: _Picture) -> str:
+def svg(picture: Picture) -> str:
     """The picture as SVG; see `Graph.to_svg`."""
     boxes = [_box_mark(picture, k) for k in range(len(picture.boxes))]
     wires = [_wire_mark(wire) for wire in picture.wires]
@@ -160,34 +169,37 @@ def _folded(lines: list[list[_Mark]]) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------- the looks
 
 
-def _box_mark(picture: _Picture, k: int) -> _Mark:
+def _box_mark(picture: Picture, k: int) -> _Mark:
     box = picture.boxes[k]
     if isinstance(box, Group):
-        own = picture.own[k][: draw.MOST_PARAMETERS]
-        wide = [draw.width(box.label, 14), *(draw.width(n.label[-34:], 10) + 70 for n in own)]
-        extra = len(picture.own[k]) > len(own)
-        return _Mark(max(wide) + 20, 44 + 13 * (len(own) + extra), box)
-    symbol = draw.symbol_of(box)
-    if len(symbol) <= 4:
+        heading, table = in_closed(box, picture.own[k])
+        wide = [line.width for line in heading] + [_width(row) + 12 for row in table]
+        return _Mark(max(wide) + 20, 44 + 13 * len(table), box)
+    symbol = symbol_of(box)
+    if symbol_size(symbol) is not None:
         return _Mark(38, 38, box)
-    return _Mark(draw.width(symbol, 12) + 18, 30, box)
+    return _Mark(Text(symbol, INK, 12).width + 18, 30, box)
+
+
+def _width(line: Sequence[Text]) -> float:
+    return sum(part.width + 3 for part in line)
 
 
 def _wire_mark(wire: Wire) -> _Mark:
     lines, right = _texts(wire)
-    half = max(sum(draw.width(t, size) + 3 for t, _, size, _ in line) for line in [*lines, [right]])
+    half = max(_width(line) for line in [*lines, [right]])
     return _Mark(2 * half + 12, 13.0 * len(lines) + 4, wire)
 
 
-def _texts(wire: Wire):
+def _texts(wire: Wire) -> tuple[list[list[Text]], Text]:
     """The lines to the left of a wire, each of several parts; and the gradient, to its right."""
-    name, shape, value, gradient = draw.about(wire)
-    title = (draw.title_of(wire), draw.INK, 14, False)
-    found = [[p for p in line if p[0].strip()] for line in ([title], [name, shape], [value])]
+    name, shape, value, gradient = about(wire)
+    lines = ([title_of(wire)], [name, shape], [value])
+    found = [[part for part in line if part.content.strip()] for line in lines]
     return [line for line in found if line] or [[value]], gradient
 
 
-def _text(x: float, y: float, parts, anchor: str) -> str:
+def _text(x: float, y: float, parts: Sequence[Text], anchor: str) -> str:
     spans = "".join(
         f'<tspan fill="{colour}" font-size="{size}"{slant}>{html.escape(content)}</tspan>'
         for content, colour, size, is_slanted in parts
@@ -200,53 +212,46 @@ def _drawn_wire(wire: Wire, mark: _Mark) -> str:
     lines, gradient = _texts(wire)
     top = mark.y - mark.height / 2
     parts = [
-        f'<path d="M{mark.x:.1f},{top:.1f}v{mark.height:.1f}" stroke="{draw.GREY}"/>',
+        f'<path d="M{mark.x:.1f},{top:.1f}v{mark.height:.1f}" stroke="{GREY}"/>',
         *(
             _text(mark.x - 5, top + 12 + 13 * i, _spaced(line), "end")
             for i, line in enumerate(lines)
         ),
-        _text(mark.x + 5, mark.y + 4, [gradient], "start") if gradient[0].strip() else "",
+        _text(mark.x + 5, mark.y + 4, [gradient], "start") if gradient.content.strip() else "",
     ]
     return "".join(parts)
 
 
-def _spaced(parts):
-    return [(" " * (i > 0) + t, *rest) for i, (t, *rest) in enumerate(parts)]
+def _spaced(parts: Sequence[Text]) -> list[Text]:
+    return [p._replace(content=" " * (i > 0) + p.content) for i, p in enumerate(parts)]
 
 
-def _drawn_box(picture: _Picture, k: int, mark: _Mark) -> str:
+def _drawn_box(picture: Picture, k: int, mark: _Mark) -> str:
     box = picture.boxes[k]
     x, y, w, h = mark.x, mark.y, mark.width, mark.height
     frame = f'<rect x="{x - w / 2:.1f}" y="{y - h / 2:.1f}" width="{w:.1f}" height="{h:.1f}" rx="9"'
     if isinstance(box, Group):
-        top = y - h / 2
-        count = (f"{len(box.units())} operations", draw.GREY, 9, False)
-        parts = [
-            f'{frame} fill="#eef2ff" stroke="#4f5b93"/>',
-            _text(x, top + 18, [(box.label, draw.INK, 14, False)], "middle"),
-            _text(x, top + 31, [count], "middle"),
-        ]
-        own = picture.own[k]
-        for i, node in enumerate(own[: draw.MOST_PARAMETERS]):
-            line = top + 45 + 13 * i
-            name, gradient = draw.parameter(node)
-            parts.append(_text(x - w / 2 + 8, line, [name], "start"))
-            parts.append(_text(x + w / 2 - 8, line, [gradient], "end"))
-        if len(own) > draw.MOST_PARAMETERS:
-            more = (f"… and {len(own) - draw.MOST_PARAMETERS} more", draw.GREY, 10, False)
-            line = top + 45 + 13 * draw.MOST_PARAMETERS
-            parts.append(_text(x - w / 2 + 8, line, [more], "start"))
+        heading, table = in_closed(box, picture.own[k])
+        parts = [f'{frame} fill="#eef2ff" stroke="#4f5b93"/>']
+        line = y - h / 2 + 5
+        for piece in heading:
+            line += 13
+            parts.append(_text(x, line, [piece], "middle"))
+        for row in table:
+            line += 13
+            parts.append(_text(x - w / 2 + 8, line, _spaced(row[:2]), "start"))
+            parts += [_text(x + w / 2 - 8, line, [last], "end") for last in row[2:]]
         return "".join(parts)
-    symbol = draw.symbol_of(box)
-    colour = draw.INK if any(n.differentiable for n in box.results) else draw.GREY
-    tooltip = f"<title>{html.escape(draw.tooltip(box))}</title>"
-    if len(symbol) <= 4:
-        size = 12 if len(symbol) > 3 else 15 if len(symbol) > 1 else 19
+    symbol = symbol_of(box)
+    colour = INK if any(n.differentiable for n in box.results) else GREY
+    about_box = f"<title>{html.escape(tooltip(box))}</title>"
+    size = symbol_size(symbol)
+    if size is not None:
         shape = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="19" fill="white" stroke="{colour}"/>'
     else:
         size, shape = 12, f'{frame} fill="white" stroke="{colour}"/>'
-    label = _text(x, y + size * 0.36, [(symbol, colour, size, False)], "middle")
-    return f"<g>{tooltip}{shape}{label}</g>"
+    label = _text(x, y + size * 0.36, [Text(symbol, colour, size)], "middle")
+    return f"<g>{about_box}{shape}{label}</g>"
 
 
 def _edge(start: _Mark, end: _Mark, has_arrow: bool) -> str:
@@ -255,7 +260,7 @@ def _edge(start: _Mark, end: _Mark, has_arrow: bool) -> str:
     arrow = ' marker-end="url(#arrow)"' if has_arrow else ""
     bend = min(40.0, max(6.0, abs(y1 - y0) / 3))
     curve = f"C{x0:.1f},{y0 + bend:.1f} {x1:.1f},{y1 - bend:.1f} {x1:.1f},{y1:.1f}"
-    return f'<path d="M{x0:.1f},{y0:.1f}{curve}"{arrow} fill="none" stroke="{draw.GREY}"/>'
+    return f'<path d="M{x0:.1f},{y0:.1f}{curve}"{arrow} fill="none" stroke="{GREY}"/>'
 
 
 def _document(size: tuple[float, float], body: list[str]) -> str:
@@ -265,7 +270,7 @@ def _document(size: tuple[float, float], body: list[str]) -> str:
         ' xmlns="http://www.w3.org/2000/svg" font-family="Helvetica,Arial,Liberation Sans,'
         'sans-serif" xml:space="preserve"><defs><marker id="arrow" viewBox="0 0 6 6" refX="6"'
         ' refY="3" markerWidth="6" markerHeight="6" orient="auto">'
-        f'<path d="M0,0L6,3L0,6z" fill="{draw.GREY}"/></marker></defs>'
+        f'<path d="M0,0L6,3L0,6z" fill="{GREY}"/></marker></defs>'
         "<style>text{paint-order:stroke;stroke:white;stroke-width:3px}path{stroke-opacity:0.7}</style>"
         '<rect width="100%" height="100%" fill="white"/>' + "\n".join(body) + "</svg>\n"
     )

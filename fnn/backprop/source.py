@@ -1,4 +1,4 @@
-"""Which expression of the source a frame of the stack was evaluating.
+"""The stack that made an equation: the user's calls, and the expressions that they evaluated.
 
 Python notes for each instruction from which line and column to which its expression goes; the
 file is parsed, and the expression at that place looked up.
@@ -9,9 +9,30 @@ from __future__ import annotations
 import ast
 import functools
 import linecache
+from collections.abc import Callable
 from typing import Any
 
-from fnn.jaxpr import Frame
+from fnn.jaxpr import Equation, Frame, stack, user_frames
+
+
+def call_users(fun: Callable, args: tuple, kwargs: dict) -> Any:
+    """Call the user's function: the stacks of what it computes are read down to this frame."""
+    return fun(*args, **kwargs)
+
+
+def user_calls(equation: Equation) -> tuple[tuple[str, str, int], ...]:
+    """The user's stack, outermost first: (function, file, line)."""
+    frames = list(user_frames(equation.source_info, outermost=__file__))
+    traceback = equation.source_info.traceback
+    if traceback is None or all(f.file_name != __file__ for f in traceback.frames):
+        frames = frames[:1]  # a jitted function that was traced before, somewhere else
+    return tuple((f.function_name, f.file_name, f.line_num) for f in reversed(frames))
+
+
+def frames_of(equation: Equation) -> tuple[Frame, ...]:
+    """The user's frames, innermost first."""
+    found = stack(equation.source_info, outermost=__file__)
+    return found.frames if found.reached else found.frames[:1]
 
 
 class Source:
@@ -77,7 +98,7 @@ def _expressions(source: str) -> dict[tuple, Any]:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 # x.sum() over several lines: noted is only the part from `sum` on.
                 name = node.func
-                start = name.end_col_offset - len(name.attr.encode())
+                start = (name.end_col_offset or 0) - len(name.attr.encode())
                 found.setdefault(
                     (name.end_lineno, node.end_lineno, start, node.end_col_offset), node
                 )

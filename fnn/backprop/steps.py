@@ -14,7 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,11 @@ from jax import lax
 
 from fnn import text
 from fnn.backprop import sweep
+from fnn.backprop.node import Node
 from fnn.backprop.primitives import is_ruled
 from fnn.backprop.rules import LocalRule
 from fnn.jaxpr import is_inexact, zeros
 from fnn.operation import call_of
-
-if TYPE_CHECKING:
-    from fnn.backprop.trace import Node
 
 LARGEST_JACOBIAN = 4096
 
@@ -204,7 +202,7 @@ def _in_words(visit, position, results, nodes) -> str:
     elif rule.elementwise and len(inputs) == 2 and "x" not in "".join(rule.local_gradient):
         names = dict(zip("ab", inputs, strict=True))
     letter = r"(?<![A-Za-z])([abxyn])(?![A-Za-z])"
-    return re.sub(letter, lambda m: names.get(m[1], m[1]), said)
+    return re.sub(letter, lambda m: str(names.get(m[1], m[1])), said)
 
 
 def _number(x) -> str:
