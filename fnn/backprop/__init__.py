@@ -14,7 +14,8 @@ Each module imports only from those above it:
     names, labels       what nodes are called
     steps, coverage     the backward pass step by step; which operations have a rule
     grouping            the operations of a large graph, in groups
-    picture             what is drawn of a graph, with Graphviz by `dot` or in rows by `rows`
+    picture             what is drawn of a graph: boxes and wires
+    graphviz, rows      a picture drawn by Graphviz, or in rows if it is too large for that
     draw                the picture as SVG, and as a file
     computational_graph `Graph`: all of these as its methods
     trace               `graph`: from a function to its graph

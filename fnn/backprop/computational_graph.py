@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from fnn import arguments, text
-from fnn.backprop import draw, steps, sweep
+from fnn.backprop import draw, graphviz, steps, sweep
 from fnn.backprop.coverage import Coverage, coverage
-from fnn.backprop.dot import dot
 from fnn.backprop.grouping import Choice, groups
 from fnn.backprop.labels import body_labels, body_name, constant_label, unique
 from fnn.backprop.names import names_in_source
@@ -268,7 +267,7 @@ class Graph:
             ValueError: there is no group of that name, or it is to be open inside a closed one.
             TypeError: an argument is of another type.
         """
-        return dot(self._picture("graph.to_dot", max_boxes, open, closed))
+        return graphviz.dot(self._picture("graph.to_dot", max_boxes, open, closed))
 
     def to_svg(
         self,

@@ -8,13 +8,13 @@ import tempfile
 from typing import Any
 
 from fnn import arguments
-from fnn.backprop import dot, rows
+from fnn.backprop import graphviz, rows
 from fnn.backprop.picture import Picture
 
 
 def svg(picture: Picture) -> str:
     """The picture as SVG: drawn by Graphviz, or in rows if it is too large for that."""
-    return rows.svg(picture) if picture.effort > dot.LARGE else dot.svg(picture)
+    return rows.svg(picture) if picture.effort > graphviz.LARGE else graphviz.svg(picture)
 
 
 def checked_path(path: Any) -> str:

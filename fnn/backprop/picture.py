@@ -1,7 +1,7 @@
 """What is drawn of a graph: boxes, the wires between them, and what stands in and on them.
 
 A box is an operation or a closed group of operations; `grouping` chooses the groups. A wire is a
-value. `dot` draws a picture with Graphviz, `rows` draws one that is too large for it.
+value. `graphviz` draws a picture with Graphviz, `rows` draws one that is too large for it.
 """
 
 from __future__ import annotations
