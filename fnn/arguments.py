@@ -140,7 +140,8 @@ def key(where: str, name: str, value: Any) -> jax.Array:
         raise ValueError(_wrong(where, name, "one key (shape ())", value))
     wanted = "a key, such as jax.random.key(0)"
     if dtype is not None and dtype == np.uint32:
-        if shape == _raw_key_shape(jax.config.jax_default_prng_impl):
+        impl = jax.config.jax_default_prng_impl  # type: ignore[attr-defined]
+        if shape == _raw_key_shape(impl):
             return value
         raise ValueError(_wrong(where, name, wanted, value))
     raise TypeError(_wrong(where, name, wanted, value))

@@ -24,13 +24,9 @@ from typing import Any
 import jax
 import numpy
 from jax import lax
-from jax.extend.core import Literal, Primitive
-from jax.interpreters import ad, batching
-from jax.interpreters.partial_eval import DynamicJaxprTracer
 
-from fnn.jaxpr import Equation, Program, close, inlined, is_inexact, program, scan_layout
+from fnn.jaxpr import Equation, Program, close, inlined, is_inexact, is_staged, program, scan_layout
 from fnn.operation import (
-    Axis,
     Call,
     LinearMap,
     MappedCall,
@@ -38,6 +34,7 @@ from fnn.operation import (
     call_of,
     linear_map_of,
     mapped_results,
+    new_primitive,
 )
 
 _CALLS = {
@@ -65,14 +62,6 @@ def apply(equation: Equation, values: Sequence) -> list:
             return list(_held.bind(*values, equation=equation))
         return _evaluated(equation, values)
     return equation.bind(values)
-
-
-def is_staged(values: Sequence = ()) -> bool:
-    """Is a program being made here, by jit or `make_jaxpr`, rather than numbers computed?"""
-    if any(isinstance(v, DynamicJaxprTracer) for v in values):
-        return True
-    # Under vmap or jvp a constant is a number, unless these are themselves part of a program.
-    return isinstance(lax.iota("int32", 1), jax.core.Tracer)
 
 
 def once(function: Callable) -> Callable:
@@ -295,7 +284,7 @@ def _described(x, arrays: list):
         return (type(x), *(_described(v, arrays) for v in fields))
     if isinstance(x, weakref.ref):
         return x
-    if isinstance(x, Primitive) or (callable(x) and not isinstance(x, type)):
+    if callable(x) and not isinstance(x, type):
         return weakref.ref(x)  # so that it can go; a reference that died equals no other
     hash(x)
     return type(x), x
@@ -309,7 +298,7 @@ def _described_jaxpr(closed, arrays: list):
         return var.aval
 
     def read(atom):
-        if not isinstance(atom, Literal):
+        if not hasattr(atom, "val"):
             return number[atom]
         if isinstance(atom.val, (jax.Array, numpy.ndarray)) and numpy.ndim(atom.val):
             return _described(atom.val, arrays)
@@ -323,43 +312,38 @@ def _described_jaxpr(closed, arrays: list):
         if name in _CALLS and (name not in ("jit", "pjit") or inlined(eqn) is not None):
             params = {"jaxpr": params[_CALLS[name]]}  # only this is evaluated
         ins = tuple(map(read, eqn.invars))
-        primitive, params = _described(eqn.primitive, arrays), _described(params, arrays)
-        lines.append((primitive, params, ins, tuple(map(new, eqn.outvars)), eqn.ctx))
+        params = _described(params, arrays)
+        lines.append(
+            (weakref.ref(eqn.primitive), params, ins, tuple(map(new, eqn.outvars)), eqn.ctx)
+        )
     return (*lines, tuple(map(read, jaxpr.outvars)))
 
 
-_held = Primitive("held")
-_held.multiple_results = True
-_held.def_impl(lambda *values, equation: _evaluated(equation, values))
+def _held_value(*values, equation):
+    return _evaluated(equation, values)
 
 
 def _held_jvp(primals, tangents, *, equation):
     """JAX's own way: it knows the rules that stand in the equation."""
-    moves = [type(t) is not ad.Zero for t in tangents]
+    moves = [t is not None for t in tangents]
 
     def of_moving(*moving):
         given = iter(moving)
         return equation.bind([next(given) if m else p for m, p in zip(moves, primals, strict=True)])
 
     moving = [p for p, m in zip(primals, moves, strict=True) if m]
-    rates = [t for t, m in zip(tangents, moves, strict=True) if m]
+    rates = [t for t in tangents if t is not None]
     outs, dys = jax.jvp(of_moving, moving, rates)
-    avals = [jax.typeof(y) for y in outs]
     return outs, [
-        dy if is_inexact(a) else ad.Zero(a.to_tangent_aval())
-        for a, dy in zip(avals, dys, strict=True)
+        dy if is_inexact(jax.typeof(y)) else None for y, dy in zip(outs, dys, strict=True)
     ]
 
 
-def _held_batch(axis_data, values, axes, *, equation):
-    """What doesn't depend on the mapped axis is computed, and kept, once."""
-    if all(axis is None for axis in axes):
-        outs = apply(equation, values)
-        return outs, [None] * len(outs)
-    axis, function = Axis.of(axis_data), lambda *v: equation.bind(v)
-    out_axes = mapped_results(axis, function, tuple(axes), values)
-    return once(axis.vmap(function, tuple(axes), out_axes))(*values), out_axes
+def _held_batch(axis, values, axes, *, equation):
+    function = lambda *v: equation.bind(v)
+    out_axes = mapped_results(axis, function, axes, values)
+    return once(axis.vmap(function, axes, out_axes))(*values), out_axes
 
 
-ad.primitive_jvps[_held] = _held_jvp
-batching.fancy_primitive_batchers[_held] = _held_batch
+# An equation that holds functions, outside jit and under jvp or vmap: until its inputs are numbers.
+_held = new_primitive("held", _held_value, _held_jvp, _held_batch)

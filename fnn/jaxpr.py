@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Literal
-from jax.interpreters.partial_eval import dce_jaxpr
+from jax.interpreters.partial_eval import DynamicJaxprTracer, dce_jaxpr
 from jax.sharding import NamedSharding
 
 
@@ -165,6 +165,14 @@ def trace(function: Callable, args: Sequence) -> Any:
     return close(live, closed.consts)
 
 
+def is_staged(values: Sequence = ()) -> bool:
+    """Is a jaxpr being made here, by jit or `make_jaxpr`, rather than numbers computed?"""
+    if any(isinstance(v, DynamicJaxprTracer) for v in values):
+        return True
+    # Under vmap or jvp a constant is a number, unless these are themselves part of a jaxpr.
+    return isinstance(lax.iota("int32", 1), jax.core.Tracer)
+
+
 def program(closed_jaxpr, inline: bool = True) -> Program:
     """Flatten a jaxpr; with `inline`, calls of jitted functions become part of the list."""
     flat = Program([], [], [], {}, [])
@@ -195,7 +203,8 @@ def program(closed_jaxpr, inline: bool = True) -> Program:
                 # JAX traces its own functions once: the lines noted inside are the first user's.
                 here = source or (eqn.source_info if _is_of_library(inner.jaxpr) else None)
                 deeper = (*within, name) if name else within
-                start, inside = len(flat.equations), []
+                start = len(flat.equations)
+                inside: list[Inlined] = []
                 outs = walk(inner.jaxpr, inner.consts, ins, deeper, inside, here)
                 numbers.update(zip(eqn.outvars, outs, strict=True))
                 calls.append(
@@ -417,8 +426,8 @@ def is_inexact(aval) -> bool:
 
 def sharding_of(x) -> NamedSharding | None:
     """The sharding of an array or type on a mesh with explicit axes; elsewhere the compiler's."""
-    sharding = (x if isinstance(x, jax.core.AbstractValue) else jax.typeof(x)).sharding
-    return None if sharding.mesh.empty else sharding
+    aval: Any = x if isinstance(x, jax.core.AbstractValue) else jax.typeof(x)
+    return None if aval.sharding.mesh.empty else aval.sharding
 
 
 def zeros(aval) -> jax.Array:
@@ -436,7 +445,8 @@ def broadcast(x, like, axes: Sequence[int]):
     sharding = sharding_of(like)
     if sharding is None:
         return lax.broadcast_in_dim(x, like.shape, axes)
-    with jax.sharding.use_abstract_mesh(sharding.mesh):
+    mesh: Any = sharding.mesh  # that of a type is abstract
+    with jax.sharding.use_abstract_mesh(mesh):
         return lax.broadcast_in_dim(x, like.shape, axes, out_sharding=sharding)
 
 

@@ -98,7 +98,7 @@ def test_structures_integers_keys_and_static_arguments():
     wrong = fnn.rule(noisy.definition)
     wrong.backward(
         lambda r, d, *, scale, power: (
-            jax.tree.map(lambda g: 2 * g, noisy._backward(r, d, scale=scale, power=power)[0]),
+            jax.tree.map(lambda g: 2 * g, noisy.rule.backward(r, d, scale=scale, power=power)[0]),
             None,
             None,
         )

@@ -963,11 +963,11 @@ WRONG = {
     "structure": (lambda r, dy: ([outer(r, dy), None], None), "'W' has the wrong structure"),
     "square": (
         lambda r, dy: (outer(r, dy * dy), None),
-        r"'W' \(shape \(2, 3\)\).*dy \(shape \(2,\)",
+        r"'W' \(shape \(2, 3\)\).*g \(shape \(2,\)",
     ),
-    "sine": (lambda r, dy: (outer(r, jnp.sin(dy)), None), "isn't linear in dy"),
-    "relu": (lambda r, dy: (outer(r, jax.nn.relu(dy)), None), "isn't linear in dy"),
-    "constant": (lambda r, dy: (2 + 0 * r[0], None), "doesn't depend on dy"),
+    "sine": (lambda r, dy: (outer(r, jnp.sin(dy)), None), "isn't linear in g"),
+    "relu": (lambda r, dy: (outer(r, jax.nn.relu(dy)), None), "isn't linear in g"),
+    "constant": (lambda r, dy: (2 + 0 * r[0], None), "doesn't depend on g"),
     "affine": (lambda r, dy: (outer(r, dy + 1), None), r"constant term \(1.0\)"),
     "affine in a residual": (
         lambda r, dy: (outer(r, dy) - r[0], None),
@@ -1056,7 +1056,7 @@ def test_a_backward_beside_a_tangent_must_be_linear_too():
         lambda dy: lax.fori_loop(0, 2, lambda i, c: c * c, dy),
     ):
         op.backward(lambda residuals, dy, b=backward: (b(dy),))
-        with pytest.raises(fnn.RuleError, match="backward isn't linear in dy.* goes through"):
+        with pytest.raises(fnn.RuleError, match="backward isn't linear in g.* goes through"):
             jax.grad(op)(1.0)
 
 
@@ -1089,7 +1089,7 @@ def test_linear_tangents(tangent):
 def test_wrong_signatures():
     f = fnn.rule(lambda x, *, slope: slope * x)
     with pytest.raises(
-        fnn.RuleError, match=r"backward: its signature must be \(residuals, dy, \*, slope\)"
+        fnn.RuleError, match=r"backward: its signature must be \(residuals, g, \*, slope\)"
     ):
         f.backward(lambda residuals, dy: (dy,))
     with pytest.raises(fnn.RuleError, match=r"forward: its signature must be \(x, \*, slope\)"):

@@ -29,7 +29,7 @@ from fnn.jaxpr import (
     trace,
     zeros,
 )
-from fnn.operation import call_of
+from fnn.operation import call_of, linearize
 
 # ------------------------------------------------------------------------------------------ scan
 
@@ -548,7 +548,7 @@ def _operation_forward(equation, needed, ins, opaque):
     seen = []
 
     def outs_and_residuals(*ins):
-        outs, residuals, linear = call.forward(*ins)
+        outs, residuals, linear = linearize(call, *ins)
         seen.append(linear)
         return outs, residuals
 

@@ -100,7 +100,7 @@ def operation_name(equation: Equation) -> str:
     """The fnn operation's name, a custom derivative's function's, or the primitive's."""
     call = call_of(equation)
     if call is not None:
-        return call.operation.name
+        return call.rule.name
     return called_function(equation) or equation.name
 
 

@@ -119,7 +119,7 @@ def _programs(op: Operation, ours: Flat, plain: Flat) -> Programs:
     if not isinstance(op.__reduce__(), str):
         return Programs(ours, plain)
     kept: dict[Any, Programs] = vars(op).setdefault("_checks", {})
-    key = ours, op._edition
+    key = ours, op.rule.version
     if key not in kept:
         while len(kept) >= 16:
             kept.pop(next(iter(kept)))

@@ -95,8 +95,8 @@ def _of_equation(equation: Equation, ins: list[Value], flat) -> Value:
     first = ins[0] if ins else Value(CONSTANT)
     call = call_of(equation)
     if call is not None:
-        wanted, result = _OPERATIONS.get(call.operation.name, ((), Value(NEITHER)))
-        if call.operation.name == "softmax_cross_entropy":
+        wanted, result = _OPERATIONS.get(call.rule.name, ((), Value(NEITHER)))
+        if call.rule.name == "softmax_cross_entropy":
             # Distributions may have entries below zero.
             is_class = jnp.issubdtype(flat.avals[equation.ins[1]].dtype, jnp.integer)
             wanted, result = ((AFFINE,) if is_class else ()), Value(CONVEX, 1)

@@ -187,15 +187,15 @@ def _blocks(x):
 
 
 _KNOWN: dict[Any, Callable[..., Known]] = {
-    ops.squared_error: _squared_error,
-    ops.softmax_cross_entropy: lambda label_smoothing: _softmax_cross_entropy(),
-    ops.sigmoid_binary_cross_entropy: _sigmoid_binary_cross_entropy,
-    ops.multiclass_hinge: lambda margin: _multiclass_hinge(),
-    ops.huber: _huber,
-    ops.gaussian_nll: _gaussian_nll,
+    ops.squared_error.rule: _squared_error,
+    ops.softmax_cross_entropy.rule: lambda label_smoothing: _softmax_cross_entropy(),
+    ops.sigmoid_binary_cross_entropy.rule: _sigmoid_binary_cross_entropy,
+    ops.multiclass_hinge.rule: lambda margin: _multiclass_hinge(),
+    ops.huber.rule: _huber,
+    ops.gaussian_nll.rule: _gaussian_nll,
 }
 # These give a number for each position (..., classes); the others add up all entries.
-_BY_POSITION = (ops.softmax_cross_entropy, ops.multiclass_hinge)
+_BY_POSITION = (ops.softmax_cross_entropy.rule, ops.multiclass_hinge.rule)
 
 
 class OutputHessian:
@@ -374,13 +374,13 @@ class _Composition(OutputHessian):
 
     @property
     def core(self) -> Known:
-        return _KNOWN[self.call.operation](**dict(self.call.static))
+        return _KNOWN[self.call.rule](**dict(self.call.static))
 
     @property
     def positions(self) -> tuple[int, ...]:
         """The axes over which there is one value of the operation each."""
         shape = self._u.shape
-        by_position = self.call.operation in _BY_POSITION
+        by_position = self.call.rule in _BY_POSITION
         return shape[:-1] if by_position else shape[: self.mapped]
 
     @property
@@ -392,7 +392,7 @@ class _Composition(OutputHessian):
     def soft_labels(self) -> bool:
         """Are the labels distributions, which needn't add up to one?"""
         label = self.flat.avals[self._equation.ins[1]]
-        return self.call.operation == ops.softmax_cross_entropy and jnp.issubdtype(
+        return self.call.rule is ops.softmax_cross_entropy.rule and jnp.issubdtype(
             label.dtype, jnp.floating
         )
 
@@ -524,7 +524,7 @@ def _composition(loss: Callable, z, target) -> _Composition | None:
     for k, equation in enumerate(flat.equations):
         called = call_of(equation)
         of_z = [i in depends for i in equation.ins]
-        if called is None or called.operation not in _KNOWN or not of_z[0] or any(of_z[1:]):
+        if called is None or called.rule not in _KNOWN or not of_z[0] or any(of_z[1:]):
             continue
         mapped = 0
         while isinstance(called, MappedCall):

@@ -112,7 +112,7 @@ def _parameters_of(flat, given, *, own_rules: bool = True) -> list[frozenset] | 
         if not union or name in _NOT_DIFFERENTIATED:
             outs = [frozenset()] * len(equation.outs)
         elif call is not None:
-            if call.operation.name not in _PIECEWISE_LINEAR_OPERATIONS:
+            if call.rule.name not in _PIECEWISE_LINEAR_OPERATIONS:
                 return None
             # maxout multiplies its weights with its input.
             if sum(len(i) for i in ins) != len(union):

@@ -197,7 +197,7 @@ def _where_they_meet(tape, visit, upstream, side) -> list:
 
 def _why(equation: Equation) -> str:
     call = call_of(equation)
-    name = equation.name if call is None else call.operation.name
+    name = equation.name if call is None else call.rule.name
     return f"used in {name}{_at_line(equation)}"
 
 

@@ -163,13 +163,13 @@ def _classes_and_labels(equation: Equation, flat: Program) -> tuple[int | None, 
     call = call_of(equation)
     if call is None:
         return None
-    arguments = call.operation.argument_names(len(equation.ins))
+    arguments = call.rule.argument_names(len(equation.ins))
     logits = next((i for i, n in enumerate(arguments) if n in ("logits", "scores")), None)
     if logits is None or "labels" not in arguments or len(arguments) != len(equation.ins):
         return None
     labels = equation.ins[arguments.index("labels")]
-    if call.operation == sigmoid_binary_cross_entropy:
-        return None, labels, call.operation.name
+    if call.rule is sigmoid_binary_cross_entropy.rule:
+        return None, labels, call.rule.name
     if not jnp.issubdtype(flat.avals[labels].dtype, jnp.integer):
         return None
     shape = list(flat.avals[equation.ins[logits]].shape)
@@ -178,4 +178,4 @@ def _classes_and_labels(equation: Equation, flat: Program) -> tuple[int | None, 
         if axis is not None:
             del shape[axis]
         call = call.call
-    return (shape[-1], labels, call.operation.name) if shape else None
+    return (shape[-1], labels, call.rule.name) if shape else None
