@@ -139,7 +139,7 @@ class Graph:
         Args:
             seed: the upstream gradient of the function's result, of the same structure and
                 shapes; None in the place of an output means zero. May be left out for a
-                result that's a single real scalar, whose gradient by itself is 1.
+                result that's a single real scalar, whose gradient with respect to itself is 1.
 
         The gradients are those of Σ seed · result. Where JAX's `vjp` would conjugate nothing
         for complex numbers, neither does this.

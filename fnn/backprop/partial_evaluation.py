@@ -1,11 +1,11 @@
-"""A function's gradient, cut into a forward half and a backward half.
+"""Partial evaluation: a function's gradient, cut into a forward half and a backward half.
 
 A loop can't keep a tape of Python objects; it has to say beforehand, as arrays, what its
-forward pass keeps for its backward pass: the residuals. To find them, run the forward and
-the reverse sweep once on types alone, which gives one program of both, and cut it: what
-depends on an upstream gradient is the backward half, all else the forward half, and the
-values that cross the cut are the residuals. `scan`, `cond`, `checkpoint` and `fnn.vjp`
-are built on it.
+forward pass keeps for its backward pass: the residuals. To find them, the forward pass and the
+reverse sweep are traced together, on types alone, to one program, and this is cut: what depends
+on an upstream gradient is the backward half, all else the forward half, and the values that
+cross the cut are the residuals. JAX's `jax.linearize` does the same with tangents. The rules of
+`scan`, `cond` and `checkpoint` and `fnn.vjp` are built on it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from fnn.backprop import sweep
 from fnn.eager import apply
 from fnn.jaxpr import Equation, Program, is_inexact, program, trace
 
-# Made again in the backward pass rather than kept: it costs nothing, and is larger than
-# what it is made from.
+# Made again in the backward pass rather than kept: they are larger than what they are made from,
+# and cost no arithmetic.
 _CHEAP = ("broadcast_in_dim", "iota")
 
 
 @dataclasses.dataclass(eq=False)
 class PartialEvaluation:
-    """The two halves of a function's gradient.
+    """A function's gradient in two halves, and what the first keeps for the second.
 
-    joint: the program `(ins, cotangents of the inexact outputs) -> (outs, gradients)`.
+    joint: the program `(ins, cotangents) -> (outs, gradients)` that was cut; the lists of these
+        names hold the numbers of its values. There is a cotangent (an upstream gradient) for
+        each output that gets one, and a gradient for each needed input.
     forward, backward: the equations of each half.
     residuals: the numbers of the values that cross from one to the other.
     """

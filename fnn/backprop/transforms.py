@@ -37,8 +37,8 @@ def value_and_grad(
     Args:
         fun: a function of pytrees of arrays with a scalar output, `()` in shape; with
             `has_aux`, a pair of that and any pytree.
-        argnums: which positional arguments to differentiate by: a number, counted from the end
-            if negative, or several different ones.
+        argnums: which positional arguments to differentiate with respect to: a number, counted
+            from the end if negative, or several different ones.
         has_aux: whether `fun` returns `(value, auxiliary data)`.
         holomorphic: whether `fun` is a holomorphic function of complex arguments.
         allow_int: whether integer arguments are allowed (their gradient has dtype float0).
@@ -156,20 +156,13 @@ def vjp(fun: Callable, *primals, has_aux: bool = False) -> Any:
     cut = partially_evaluate(closed, needed, rule_of, has_cotangent)
     outs, residuals = cut.run_forward(leaves)
     out_avals = tuple(closed.out_avals[: traced.num_values()])
-    static = (_Fixed(cut), tree, traced.value_tree(), out_avals, tuple(closed.in_avals))
+    static = (cut, tree, traced.value_tree(), out_avals, tuple(closed.in_avals))
     pullback = jax.tree_util.Partial(functools.partial(_pull_back, *static), residuals)
     value, aux = traced.outputs(outs)
     return (value, pullback, aux) if has_aux else (value, pullback)
 
 
-class _Fixed:
-    """A wrapper that makes two halves comparable, by identity, as a pytree's static part is."""
-
-    def __init__(self, cut: PartialEvaluation):
-        self.cut = cut
-
-
-def _pull_back(fixed, in_tree, out_tree, out_avals, in_avals, residuals, *cotangents):
+def _pull_back(cut: PartialEvaluation, in_tree, out_tree, out_avals, in_avals, residuals, *cotangents):
     if len(cotangents) != 1:
         raise TypeError(
             f"The pullback takes one cotangent, of the structure {out_tree} of the value, but got "
@@ -199,7 +192,7 @@ def _pull_back(fixed, in_tree, out_tree, out_avals, in_avals, residuals, *cotang
                 f"dtype {aval.dtype}; convert it with `ct.astype('{aval.dtype}')`."
             )
         given.append(ct)
-    found = iter(fixed.cut.run_backward(residuals, given))
+    found = iter(cut.run_backward(residuals, given))
     gradients = [next(found) if is_inexact(a) else _float0(a) for a in in_avals]
     return tuple(jax.tree.unflatten(in_tree, gradients))
 
@@ -287,7 +280,7 @@ def _numbers(argnums) -> tuple[tuple[int, ...], bool]:
         except TypeError:
             raise TypeError(f"{wanted}it holds {arguments.show(number)}.") from None
     if not numbers:
-        raise ValueError("grad: argnums is empty: there is nothing to differentiate by.")
+        raise ValueError("grad: argnums is empty: there is nothing to differentiate with respect to.")
     return tuple(numbers), False
 
 
@@ -375,7 +368,7 @@ def _check_output(traced, flat, holomorphic):
 
 
 def _seed(aval):
-    """The gradient of the output by itself: one, of the output's type, weak if that is."""
+    """The gradient of the output with respect to itself: one, of the output's type, weak if that is."""
     one = jnp.asarray(1.0)
     is_weak = aval.weak_type and aval.dtype == one.dtype
     return as_varying(one if is_weak else jnp.ones((), aval.dtype), aval)
