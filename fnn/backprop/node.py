@@ -119,7 +119,10 @@ def scope_name(raw: str) -> str:
 
 
 def is_value(leaf: Any) -> bool:
-    """Can it be the value of a node: an array, a number, or the type of an array?"""
+    """Can it be the value of a node: an array, a number, or the type of an array?
+
+    A bool can't: a function takes it as a switch.
+    """
     if isinstance(leaf, (bool, numpy.bool_)):
         return False
     arrays = (jax.Array, numpy.ndarray, numpy.generic, jax.ShapeDtypeStruct)
