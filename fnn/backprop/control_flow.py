@@ -1,7 +1,9 @@
-"""Backward rules of what holds whole functions: scan, cond, while, checkpoint, custom rules.
+"""Backward rules of the equations that hold functions: scan, cond, while, checkpoint, custom rules.
 
-A loop's gradient is a loop that runs the other way; a conditional's gradient is a
-conditional with the same index; a checkpoint computes its inside again before it goes back.
+A loop's gradient is a loop that runs the other way. A conditional's gradient is a conditional
+with the same index. A checkpoint computes its inside again before it goes back. Each cuts the
+gradient of the function that it holds in two (`partial_evaluation`): its forward runs the first
+half and keeps the residuals, its backward runs the second.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from fnn.operation import call_of, linearize
 
 
 def _scan_forward(rule_of, equation, needed, ins, opaque):
-    """Run the loop; keep, stacked over the steps, what each step's backward needs."""
+    """Run cₜ, yₜ = f(w, cₜ₋₁, xₜ) over the steps t; keep what each step's backward needs."""
     body = equation.params["jaxpr"]
     num_consts, num_carry = scan_layout(equation.params)
     active = active_in_loop(body, needed, num_consts, num_carry)
@@ -47,29 +49,28 @@ def _scan_forward(rule_of, equation, needed, ins, opaque):
 
 
 def run_loop(equation, cut, ins) -> tuple[list, tuple[dict, dict]]:
-    """The loop's outputs, and what its body's backward half needs: once, and for each step.
+    """The loop's outputs, and the residuals of its body, by number: kept once, and for each step.
 
-    What doesn't depend on the step (on constants of the loop alone) is kept once.
+    Kept once is what is the same in all steps, since it depends on constants of the loop alone.
     """
     params = equation.params
     num_consts, num_carry = scan_layout(params)
     consts, init, xs = _cut(ins, num_consts, num_carry)
     const_ids, carry_ids, xs_ids = _cut(cut.ins, num_consts, num_carry)
-    fixed = set(const_ids) | set(cut.joint.constants)
-    constant: list[Equation] = []
-    each_step: list[Equation] = []
-    for eqn in cut.forward:
-        is_fixed = not eqn.has_effects and all(i in fixed for i in eqn.ins)
-        (constant if is_fixed else each_step).append(eqn)
-        if is_fixed:
-            fixed.update(eqn.outs)
+    effects = [i for eqn in cut.forward if eqn.has_effects for i in eqn.outs]
+    varies = cut.joint.dependents([*carry_ids, *xs_ids, *effects])
+
+    def is_same(eqn: Equation) -> bool:
+        return not eqn.has_effects and varies.isdisjoint(eqn.ins)
+
+    each_step = [eqn for eqn in cut.forward if not is_same(eqn)]
     values = dict(cut.joint.constants)
     values.update(zip(const_ids, consts, strict=True))
-    run(constant, values)
+    run(filter(is_same, cut.forward), values)
 
-    kept_once = [i for i in cut.residuals if i in fixed]
-    kept_xs = [i for i in cut.residuals if i in xs_ids and i not in fixed]
-    stacked = [i for i in cut.residuals if i not in fixed and i not in xs_ids]
+    kept_once = [i for i in cut.residuals if i not in varies]
+    kept_xs = [i for i in cut.residuals if i in xs_ids]
+    stacked = [i for i in cut.residuals if i in varies and i not in xs_ids]
 
     def step(carry, x):
         here = values | dict(zip(carry_ids, carry, strict=True)) | dict(zip(xs_ids, x, strict=True))
@@ -85,16 +86,19 @@ def run_loop(equation, cut, ins) -> tuple[list, tuple[dict, dict]]:
     )
 
 
-def _scan_backward(equation, needed, saved, cotangents, opaque):
-    """The loop backwards: the carry is the gradient of the carry, and each constant's sum."""
+def _scan_backward(equation, needed, saved, g, opaque):
+    """From the last step to the first, with dv for ∂L/∂v, and dw summed over the steps:
+
+    dw, dcₜ₋₁, dxₜ = (∂f/∂(w, cₜ₋₁, xₜ))ᵀ (dcₜ, dyₜ)
+    """
     cut, active, kept = saved
     num_consts, _ = scan_layout(equation.params)
-    found = run_loop_back(equation, cut, active, kept, cotangents, sum(active[:num_consts]))
+    found = run_loop_back(equation, cut, active, kept, g, sum(active[:num_consts]))
     flat = iter(found)
     return [next(flat) if a else None for a in active]
 
 
-def run_loop_back(equation, cut, active, kept, cotangents, num_sums) -> list:
+def run_loop_back(equation, cut, active, kept, g, num_sums) -> list:
     """The gradients that the body's backward half finds, over all steps.
 
     The first `num_sums` of them are summed over the steps, the next are those of the carry,
@@ -106,8 +110,8 @@ def run_loop_back(equation, cut, active, kept, cotangents, num_sums) -> list:
     outs_active = cotangents_of_loop(params["jaxpr"], active, num_consts, num_carry)
     joint_avals = cut.joint.avals
     full = [
-        g if g is not None else _zero_cotangent(joint_avals[i], n >= num_carry, params["length"])
-        for n, (i, g) in enumerate(zip(cut.outs, cotangents, strict=True))
+        _zero(joint_avals[i], n >= num_carry, params["length"]) if of_out is None else of_out
+        for n, (i, of_out) in enumerate(zip(cut.outs, g, strict=True))
         if outs_active[n]
     ]
     num_active_carry = sum(outs_active[:num_carry])
@@ -174,7 +178,7 @@ def _reached(flat, active) -> list[bool]:
     return [i in reached for i in flat.outputs]
 
 
-def _zero_cotangent(aval, is_stacked, length):
+def _zero(aval, is_stacked, length):
     return zeros(aval.update(shape=(length, *aval.shape))) if is_stacked else zeros(aval)
 
 
@@ -220,11 +224,12 @@ def _cond_forward(rule_of, equation, needed, ins, opaque):
     return outs, (index, operands, cuts, places, filled, cotangents)
 
 
-def _cond_backward(equation, needed, saved, cotangents, opaque):
+def _cond_backward(equation, needed, saved, g, opaque):
+    """Of y = fᵢ(x): (∂fᵢ/∂x)ᵀ g, by the backward half of the branch that was taken."""
     index, operands, cuts, places, filled, has_cotangent = saved
     given = [
-        zeros(cuts[0].joint.avals[i]) if g is None else g
-        for i, g, has in zip(cuts[0].outs, cotangents, has_cotangent, strict=True)
+        zeros(cuts[0].joint.avals[i]) if of_out is None else of_out
+        for i, of_out, has in zip(cuts[0].outs, g, has_cotangent, strict=True)
         if has
     ]
 
@@ -304,7 +309,6 @@ def _while_forward(rule_of, equation, needed, ins, opaque):
             "steps and stop early with lax.cond inside a scan."
         )
     body = close(params["body_jaxpr"])
-    num_init = len(init)
 
     def loop(*args):
         consts, init = args[:num_body], args[num_body:]
@@ -318,7 +322,7 @@ def _while_forward(rule_of, equation, needed, ins, opaque):
     wanted = needed[num_cond:]
     scan = program(trace(loop, [jax.typeof(a) for a in args]))
     tape = sweep.forward(scan, args, wanted, rule_of, opaque=opaque)
-    return tape.outputs, (tape, num_cond, num_init)
+    return tape.outputs, (tape, num_cond)
 
 
 def counts_its_steps(equation, flat) -> bool:
@@ -329,9 +333,9 @@ def counts_its_steps(equation, flat) -> bool:
     return _trip_count(params, cond_consts, init) is not None
 
 
-def _while_backward(equation, needed, saved, cotangents, opaque):
-    tape, num_cond, _ = saved
-    gradients = sweep.backward(tape, cotangents)
+def _while_backward(equation, needed, saved, g, opaque):
+    tape, num_cond = saved
+    gradients = sweep.backward(tape, g)
     return [None] * num_cond + [gradients[i] for i in tape.program.inputs]
 
 
@@ -427,15 +431,15 @@ def cut_checkpoint(equation, needed, rule_of, gradients_of=sweep.gradients_of):
     )
 
 
-def _checkpoint_backward(equation, needed, saved, cotangents, opaque):
-    found = iter(run_checkpoint_back(equation, saved, cotangents, opaque))
+def _checkpoint_backward(equation, needed, saved, g, opaque):
+    found = iter(run_checkpoint_back(equation, saved, g, opaque))
     return [next(found) if n else None for n in needed]
 
 
-def run_checkpoint_back(equation, saved, cotangents, opaque) -> list:
+def run_checkpoint_back(equation, saved, g, opaque) -> list:
     """The gradients that the backward half finds, its inside computed again."""
     cut, residuals = saved
-    given = _given([cut.joint.avals[i] for i in cut.outs], cotangents)
+    given = _given([cut.joint.avals[i] for i in cut.outs], g)
 
     def again(residuals, given):
         if equation.params["prevent_cse"]:
@@ -448,11 +452,11 @@ def run_checkpoint_back(equation, saved, cotangents, opaque) -> list:
     return once(call)(residuals, given)
 
 
-def _given(avals, cotangents):
-    """The cotangents of the inexact outputs, zeros where nothing flows."""
+def _given(avals, g):
+    """The upstream gradients of the inexact outputs, zeros where nothing flows."""
     return [
-        zeros(a) if g is None else as_varying(g, a)
-        for a, g in zip(avals, cotangents, strict=True)
+        zeros(a) if of_out is None else as_varying(of_out, a)
+        for a, of_out in zip(avals, g, strict=True)
         if is_inexact(a)
     ]
 
@@ -465,7 +469,7 @@ def _solve_forward(equation, needed, ins, opaque):
     return outs, (ins, outs)
 
 
-def _solve_backward(rule_of, equation, needed, saved, cotangents, opaque):
+def _solve_backward(rule_of, equation, needed, saved, g, opaque):
     """x = A⁻¹ b: the gradient of b is A⁻ᵀ g, that of A's own variables comes from −A⁻ᵀ g xᵀ.
 
     A is a function, x ↦ A x; so its gradient is the gradient of −⟨A⁻ᵀ g, A x⟩ at fixed x.
@@ -475,7 +479,7 @@ def _solve_backward(rule_of, equation, needed, saved, cotangents, opaque):
     matvec_consts, vecmat_consts, solve_consts, back_consts, b = _cut(ins, *lengths)
     if jaxprs.transpose_solve is None:
         raise TypeError("lax.custom_linear_solve without a transpose_solve has no gradient.")
-    g = _given([jax.typeof(x) for x in outs], cotangents)
+    g = _given([jax.typeof(x) for x in outs], g)
 
     def vecmat(x):
         return jax.core.eval_jaxpr(jaxprs.vecmat.jaxpr, jaxprs.vecmat.consts, *vecmat_consts, *x)
@@ -523,7 +527,7 @@ def _through_jax_forward(equation, needed, ins, opaque):
     return outs, (pullback, [jax.typeof(y) for y in outs])
 
 
-def _through_jax_backward(equation, needed, saved, cotangents, opaque):
+def _through_jax_backward(equation, needed, saved, g, opaque):
     pullback, avals = saved
 
     def back(pullback, real):
@@ -535,7 +539,7 @@ def _through_jax_backward(equation, needed, saved, cotangents, opaque):
             ]
         )
 
-    found = iter(hidden(back, opaque)(pullback, _given(avals, cotangents)))
+    found = iter(hidden(back, opaque)(pullback, _given(avals, g)))
     return [next(found) if n else None for n in needed]
 
 
@@ -559,12 +563,12 @@ def _operation_forward(equation, needed, ins, opaque):
     return outs, (linear, jax.tree.leaves(residuals), gets, [jax.typeof(y) for y in outs])
 
 
-def _operation_backward(equation, needed, saved, cotangents, opaque):
+def _operation_backward(equation, needed, saved, g, opaque):
     linear, residuals, gets, avals = saved
-    dys = _given(avals, cotangents)
-    if not dys or not any(gets):
+    given = _given(avals, g)
+    if not given or not any(gets):
         return [None] * len(needed)
-    found = iter(hidden(linear.full_backward, opaque)(residuals, dys))
+    found = iter(hidden(linear.full_backward, opaque)(residuals, given))
     return [next(found) if g else None for g in gets]
 
 

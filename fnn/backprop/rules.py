@@ -23,8 +23,8 @@ from fnn.jaxpr import Equation
 class LocalRule(NamedTuple):
     """How one primitive passes a gradient from its output to its inputs.
 
-    pullback: `(needed, g, y, args, params) -> cotangents`, one for each argument, None for
-        zero. `needed` says which arguments' gradients anybody wants.
+    pullback: `(needed, g, y, args, params) -> gradients`, one for each argument, None for zero.
+        `needed` says which of them will be used.
     local_gradient: for each argument, the local gradient in words, e.g. ("b", "a") for `a * b`.
     elementwise: the output's entry i depends on the inputs' entries i alone, so that the
         local gradient is an array of the output's shape and not a matrix.
@@ -39,7 +39,8 @@ class ControlRule(NamedTuple):
     """A rule with a forward of its own: to keep what the backward needs, or to run functions.
 
     forward: `(equation, needed, ins, opaque) -> (outs, saved)`.
-    backward: `(equation, needed, saved, cotangents, opaque) -> cotangents of the inputs`.
+    backward: `(equation, needed, saved, g, opaque) -> gradients`, one for each input. `g` holds the
+        upstream gradient of each output. None stands for zero.
     local_gradient: for each argument, the local gradient in words; the last one for all further
         arguments. Empty where it is whatever the functions inside make of it.
     """

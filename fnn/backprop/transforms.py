@@ -162,7 +162,9 @@ def vjp(fun: Callable, *primals, has_aux: bool = False) -> Any:
     return (value, pullback, aux) if has_aux else (value, pullback)
 
 
-def _pull_back(cut: PartialEvaluation, in_tree, out_tree, out_avals, in_avals, residuals, *cotangents):
+def _pull_back(
+    cut: PartialEvaluation, in_tree, out_tree, out_avals, in_avals, residuals, *cotangents
+):
     if len(cotangents) != 1:
         raise TypeError(
             f"The pullback takes one cotangent, of the structure {out_tree} of the value, but got "
@@ -280,7 +282,7 @@ def _numbers(argnums) -> tuple[tuple[int, ...], bool]:
         except TypeError:
             raise TypeError(f"{wanted}it holds {arguments.show(number)}.") from None
     if not numbers:
-        raise ValueError("grad: argnums is empty: there is nothing to differentiate with respect to.")
+        raise ValueError("grad: argnums is empty, so there is no argument to differentiate.")
     return tuple(numbers), False
 
 
@@ -368,7 +370,7 @@ def _check_output(traced, flat, holomorphic):
 
 
 def _seed(aval):
-    """The gradient of the output with respect to itself: one, of the output's type, weak if that is."""
+    """The gradient of the output with respect to itself: one, of its type, weak if that is."""
     one = jnp.asarray(1.0)
     is_weak = aval.weak_type and aval.dtype == one.dtype
     return as_varying(one if is_weak else jnp.ones((), aval.dtype), aval)
