@@ -27,7 +27,7 @@ Everything else follows from these two:
 * `vmap` of an operation is the same operation over the vmapped forward and backward. A
   residual that doesn't depend on the batch (a weight, say) stays unbatched.
 
-The modules, each of which imports only from those above it:
+Each module imports only from those above it:
 
     form            the functions that a person writes (`Rule`), and what each must take
     call            a call of an operation (`Call`), and a call under vmap (`MappedCall`)
