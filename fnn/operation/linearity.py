@@ -20,10 +20,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fnn.jaxpr import scan_layout
+from fnn.jaxpr import Equation, Program, close, is_inexact, program, scan_layout
 
 ZERO, CONSTANT, LINEAR = "is zero", "is constant", "is linear"
 _KNOWN = (ZERO, CONSTANT, LINEAR)
@@ -79,33 +78,29 @@ def kinds(closed_jaxpr: Any, ins: Sequence[str], strict: bool = False) -> list[s
         strict: whether to look for what isn't linear at all, such as a sine. Without it only
             constant terms are found; JAX's transposition finds the rest.
     """
-    jaxpr = closed_jaxpr.jaxpr
-    consts = [_of_constant(c) for c in closed_jaxpr.consts]
-    return _Reader(strict).outputs(jaxpr, [*consts, *ins])
+    return _Reader(program(closed_jaxpr), strict).outputs(ins)
 
 
 class _Reader:
-    def __init__(self, strict: bool):
-        self.strict = strict
+    def __init__(self, flat: Program, strict: bool):
+        self.flat, self.strict = flat, strict
 
-    def outputs(self, jaxpr, ins: Sequence[str]) -> list[str]:
-        """The kinds of a jaxpr's outputs; `ins` those of its constants, then of its inputs."""
-        known = dict(zip([*jaxpr.constvars, *jaxpr.invars], ins, strict=True))
-        read = lambda v: _of_constant(v.val) if hasattr(v, "val") else known[v]
-        for eqn in jaxpr.eqns:
-            known.update(zip(eqn.outvars, self.equation(eqn, list(map(read, eqn.invars)))))
-        return list(map(read, jaxpr.outvars))
+    def outputs(self, ins: Sequence[str]) -> list[str]:
+        known = {i: _of_constant(value) for i, value in self.flat.constants.items()}
+        known.update(zip(self.flat.inputs, ins, strict=True))
+        for equation in self.flat.equations:
+            outs = self.equation(equation, [known[i] for i in equation.ins])
+            known.update(zip(equation.outs, outs, strict=True))
+        return [known[i] for i in self.flat.outputs]
 
-    def body(self, closed, ins: Sequence[str]) -> list[str]:
-        """The outputs of a jaxpr in an equation's parameters, with its constants or without."""
-        if not hasattr(closed, "consts"):
-            return self.outputs(closed, ins)
-        return self.outputs(closed.jaxpr, [*map(_of_constant, closed.consts), *ins])
+    def body(self, jaxpr, ins: Sequence[str]) -> list[str]:
+        """The kinds of the outputs of a jaxpr in an equation's parameters."""
+        return _Reader(program(close(jaxpr)), self.strict).outputs(ins)
 
-    def equation(self, eqn, ins: list[str]) -> list[str]:
+    def equation(self, equation: Equation, ins: list[str]) -> list[str]:
         if all(kind == CONSTANT for kind in ins):
-            return [CONSTANT] * len(eqn.outvars)
-        name, params = eqn.primitive.name, eqn.params
+            return [CONSTANT] * len(equation.outs)
+        name, params = equation.name, equation.params
         if name == "cond":
             branches = [self.body(branch, ins[1:]) for branch in params["branches"]]
             outs = [_either(of_branch) for of_branch in zip(*branches, strict=True)]
@@ -121,8 +116,8 @@ class _Reader:
                 return self.body(inner, ins)
         bad = [kind for kind in ins if kind not in _KNOWN]
         if bad:
-            return bad[:1] * len(eqn.outvars)
-        return self.primitive(eqn, ins)
+            return bad[:1] * len(equation.outs)
+        return self.primitive(equation, ins)
 
     def decided(self, by: str, what: str, outs: list[str]) -> list[str]:
         if by in (ZERO, CONSTANT):
@@ -144,72 +139,81 @@ class _Reader:
         carry = _settled(carry, lambda c: step(c)[:m])
         return [*carry, *step(carry)[m:]]
 
-    def primitive(self, eqn, ins: list[str]) -> list[str]:
-        name, count = eqn.primitive.name, len(eqn.outvars)
+    def primitive(self, equation: Equation, ins: list[str]) -> list[str]:
+        name, count = equation.name, len(equation.outs)
         if name in _SUMS:
             place = _SUMS[name] or slice(None)
             if count > 1 and count == len(ins):
                 return ins
-            kind = self.summed(eqn, ins, list(range(len(ins)))[place])
+            kind = self.summed(equation, ins, list(range(len(ins)))[place])
         elif name in _PRODUCTS:
-            kind = self.multiplied(eqn, ins, list(range(len(ins)))[_PRODUCTS[name] or slice(None)])
+            factors = list(range(len(ins)))[_PRODUCTS[name] or slice(None)]
+            kind = self.multiplied(equation, ins, factors)
         elif all(kind == ZERO for kind in ins) and name in _ZERO_AT_ZERO:
             kind = ZERO
         else:
-            return self.unknown(eqn, ins)
+            return self.unknown(equation, ins)
         return [kind] * count
 
-    def summed(self, eqn, ins, terms) -> str:
+    def summed(self, equation: Equation, ins: list[str], terms: Sequence[int]) -> str:
         others = [k for i, k in enumerate(ins) if i not in terms]
         of_terms = [ins[i] for i in terms]
         if LINEAR in others and self.strict:
-            return _nonlinear(eqn)
+            return _nonlinear(equation)
         if LINEAR in of_terms and CONSTANT in of_terms:
-            constant = eqn.invars[terms[of_terms.index(CONSTANT)]]
-            return _constant_term(getattr(constant, "val", None), constant.aval)
+            return self.constant_term(equation.ins[terms[of_terms.index(CONSTANT)]])
         if LINEAR in ins:
-            return self.still_a_number(eqn, 0)
+            return self.still_a_number(equation, 0)
         return ZERO if all(k == ZERO for k in of_terms) else CONSTANT
 
-    def multiplied(self, eqn, ins, factors) -> str:
+    def multiplied(self, equation: Equation, ins: list[str], factors: Sequence[int]) -> str:
         if LINEAR in ins:
             moving = [i for i, kind in enumerate(ins) if kind == LINEAR]
             is_linear = len(moving) == 1 and moving[0] in factors
-            return LINEAR if is_linear or not self.strict else _nonlinear(eqn)
+            return LINEAR if is_linear or not self.strict else _nonlinear(equation)
         return ZERO if any(ins[i] == ZERO for i in factors) else CONSTANT
 
-    def unknown(self, eqn, ins) -> list[str]:
+    def unknown(self, equation: Equation, ins: list[str]) -> list[str]:
         """By the derivative: each result on its own."""
-        floats = [i for i, v in enumerate(eqn.invars) if _is_inexact(v.aval)]
+        floats = [k for k, i in enumerate(equation.ins) if self.is_inexact(i)]
         flows = [i for i in floats if ins[i] in (ZERO, LINEAR)]
-        together = _linear_in(eqn, floats) if flows else None
-        alone = together if flows == floats else _linear_in(eqn, flows) if flows else None
+        avals = [self.flat.avals[i] for i in equation.ins]
+        together = _linear_in(equation, avals, floats) if flows else None
+        alone = together
+        if flows and flows != floats:
+            alone = _linear_in(equation, avals, flows)
         outs = []
-        for k in range(len(eqn.outvars)):
+        for k in range(len(equation.outs)):
             terms = together[k] if together else None
             if terms:
-                outs.append(self.summed(eqn, [ins[i] for i in terms], range(len(terms))))
+                of_terms = [kind if i in terms else CONSTANT for i, kind in enumerate(ins)]
+                outs.append(self.summed(equation, of_terms, terms))
             elif LINEAR not in ins:
                 outs.append(ZERO if alone and alone[k] else CONSTANT)
             elif alone and alone[k] is None and self.strict:
-                outs.append(_nonlinear(eqn))
+                outs.append(_nonlinear(equation))
             else:  # linear, or there is no telling
-                outs.append(self.still_a_number(eqn, k))
+                outs.append(self.still_a_number(equation, k))
         return outs
 
-    def still_a_number(self, eqn, k) -> str:
+    def still_a_number(self, equation: Equation, k: int) -> str:
         """Linear, unless it is a comparison or is rounded to integers."""
-        if not self.strict or _is_inexact(eqn.outvars[k].aval):
+        if not self.strict or self.is_inexact(equation.outs[k]):
             return LINEAR
-        return _nonlinear(eqn)
+        return _nonlinear(equation)
+
+    def is_inexact(self, i: int) -> bool:
+        aval = self.flat.avals[i]
+        return hasattr(aval, "dtype") and is_inexact(aval)
+
+    def constant_term(self, i: int) -> str:
+        shape, value = self.flat.avals[i].shape, self.flat.constants.get(i)
+        is_number = shape == () and value is not None and not isinstance(value, jax.core.Tracer)
+        return f"has a constant term ({value if is_number else f'of shape {shape}'})"
 
 
-def _nonlinear(eqn) -> str:
-    return f"goes through '{eqn.primitive.name}', which isn't linear there"
-
-
-def _constant_term(value, aval) -> str:
-    return f"has a constant term ({f'of shape {aval.shape}' if value is None else value})"
+def _nonlinear(equation: Equation) -> str:
+    return f"goes through '{equation.name}', which isn't linear there"
 
 
 def _either(kinds_: Sequence[str]) -> str:
@@ -230,11 +234,17 @@ def _settled(carry: list[str], step) -> list[str]:
     return carry
 
 
-def _linear_in(eqn, moving: Sequence[int]) -> list[list[int] | None] | None:
+def _linear_in(
+    equation: Equation, avals: list, moving: Sequence[int]
+) -> list[list[int] | None] | None:
     """For each result, in which inputs it is linear; None where it isn't. None: can't be told.
 
     Linear (up to a constant) is what has the same derivative everywhere, and one that isn't
     zero. (A floor's is zero everywhere.)
+
+    Args:
+        avals: the types of the inputs.
+        moving: the inputs in question.
     """
 
     def derivative(xs, dxs, others):
@@ -242,36 +252,23 @@ def _linear_in(eqn, moving: Sequence[int]) -> list[list[int] | None] | None:
             values = list(others)
             for i, x in zip(moving, xs, strict=True):
                 values[i] = x
-            with eqn.ctx.manager:
-                params = eqn.primitive.get_bind_params(eqn.params)
-                outs = eqn.primitive.bind(*values, **params)
-            return outs if eqn.primitive.multiple_results else [outs]
+            return equation.bind(values)
 
         return jax.jvp(at, xs, dxs)[1]
 
-    avals = [v.aval for v in eqn.invars]
     some = [avals[i] for i in moving]
     try:
-        jaxpr = jax.make_jaxpr(derivative)(some, some, avals).jaxpr
+        flat = program(jax.make_jaxpr(derivative)(some, some, avals))
     except Exception:
         return None
     n = len(moving)
-    points, directions = jaxpr.invars[:n], jaxpr.invars[n : 2 * n]
+    points, directions = flat.inputs[:n], flat.inputs[n : 2 * n]
     results: list[list[int] | None] = []
-    for out in jaxpr.outvars:
-        needed = _needed(jaxpr, out)
-        along = [i for i, v in zip(moving, directions, strict=True) if v in needed]
-        is_linear = along and not any(v in needed for v in points)
-        results.append(along if is_linear else None)
+    for out in flat.outputs:
+        _, needed = flat.needed_for([out])
+        along = [i for i, direction in zip(moving, directions, strict=True) if direction in needed]
+        results.append(along if along and needed.isdisjoint(points) else None)
     return results
-
-
-def _needed(jaxpr, out) -> set:
-    needed = set() if hasattr(out, "val") else {out}
-    for eqn in reversed(jaxpr.eqns):
-        if any(v in needed for v in eqn.outvars):
-            needed.update(v for v in eqn.invars if not hasattr(v, "val"))
-    return needed
 
 
 def _of_constant(value) -> str:
@@ -279,7 +276,3 @@ def _of_constant(value) -> str:
         return CONSTANT
     is_key = jax.dtypes.issubdtype(jax.typeof(value).dtype, jax.dtypes.extended)
     return CONSTANT if is_key or np.any(np.asarray(value)) else ZERO
-
-
-def _is_inexact(aval) -> bool:
-    return hasattr(aval, "dtype") and jax.dtypes.issubdtype(aval.dtype, jnp.inexact)

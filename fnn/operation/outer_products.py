@@ -12,11 +12,14 @@ for this pattern and puts a `dot_general` in its place:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+
+from fnn.jaxpr import Equation, Program, program, sharding_of
 
 
 def with_matrix_products(function: Callable) -> Callable:
@@ -31,53 +34,38 @@ def with_matrix_products(function: Callable) -> Callable:
 
     def rewritten(*args):
         closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
-        return jax.tree.unflatten(jax.tree.structure(out), _run(closed, jax.tree.leaves(args)))
+        outs = _run(program(closed, inline=False), jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(out), outs)
 
     return rewritten
 
 
-def _run(closed, args: Sequence) -> list:
-    jaxpr = closed.jaxpr
-    maker = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+def _run(flat: Program, args: Sequence) -> list:
+    maker = {i: equation for equation in flat.equations for i in equation.outs}
     products = {}
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "reduce_sum":
-            product = _sum_of_outer_products(eqn, maker)
-            if product is not None:
-                products[eqn.outvars[0]] = product
-    # What only such a sum needed, its large operand above all, isn't computed.
-    needed, chosen = set(_variables(jaxpr.outvars)), []
-    for eqn in reversed(jaxpr.eqns):
-        if eqn.effects or any(v in needed for v in eqn.outvars):
-            chosen.append(eqn)
-            product = products.get(eqn.outvars[0]) if eqn.outvars else None
-            needed.update(_variables(eqn.invars if product is None else (product.a, product.b)))
-    values = dict(zip(jaxpr.invars, args, strict=True))
-    values.update(zip(jaxpr.constvars, closed.consts, strict=True))
-    read = lambda v: v.val if hasattr(v, "val") else values[v]
-    for eqn in reversed(chosen):
-        product = products.get(eqn.outvars[0]) if eqn.outvars else None
+    for equation in flat.equations:
+        product = _sum_of_outer_products(equation, maker, flat)
         if product is not None:
-            values[eqn.outvars[0]] = product(read(product.a), read(product.b))
-            continue
-        with eqn.ctx.manager:
-            params = eqn.primitive.get_bind_params(eqn.params)
-            outs = eqn.primitive.bind(*map(read, eqn.invars), **params)
-        values.update(
-            zip(eqn.outvars, outs if eqn.primitive.multiple_results else [outs], strict=True)
-        )
-    return [read(v) for v in jaxpr.outvars]
-
-
-def _variables(atoms) -> list:
-    return [v for v in atoms if not hasattr(v, "val")]
+            products[equation.outs] = product
+    # Each such sum is made from the two factors: its large operand may not be needed any more.
+    flat.equations = [
+        dataclasses.replace(e, ins=products[e.outs].factors) if e.outs in products else e
+        for e in flat.equations
+    ]
+    needed, _ = flat.needed_for(flat.outputs, effects=True)
+    values = flat.values(args)
+    for equation in needed:
+        run = products.get(equation.outs, equation.bind)
+        outs = run([values[i] for i in equation.ins])
+        for i, out in zip(equation.outs, outs, strict=True):
+            values[i] = out
+    return [values[i] for i in flat.outputs]
 
 
 class _Product(NamedTuple):
     """A sum of outer products as `dot_general`, and then its axes put in order."""
 
-    a: Any
-    b: Any
+    factors: tuple[int, int]
     contract: tuple[list[int], list[int]]
     batch: tuple[list[int], list[int]]
     shapes: tuple[list[int], list[int]]
@@ -85,33 +73,37 @@ class _Product(NamedTuple):
     shape: tuple[int, ...]
     dtype: Any
 
-    def __call__(self, a, b):
-        a, b = (lax.reshape(x, s) for x, s in zip((a, b), self.shapes, strict=True))
+    def __call__(self, factors: Sequence) -> list:
+        a, b = (lax.reshape(x, s) for x, s in zip(factors, self.shapes, strict=True))
         numbers = self.contract, self.batch
         y = lax.dot_general(a, b, numbers, preferred_element_type=self.dtype)
-        return lax.reshape(lax.transpose(y, self.order), self.shape)
+        return [lax.reshape(lax.transpose(y, self.order), self.shape)]
 
 
-def _sum_of_outer_products(eqn, maker) -> _Product | None:
-    """The sum as a matrix product, if it is one."""
-    total = eqn.outvars[0].aval.dtype
-    mul = maker.get(eqn.invars[0])
-    if mul is not None and mul.primitive.name == "convert_element_type":  # summed more precisely
-        mul = maker.get(mul.invars[0])
-    if mul is None or mul.primitive.name != "mul" or eqn.params.get("out_sharding") is not None:
+def _sum_of_outer_products(equation: Equation, maker: dict, flat: Program) -> _Product | None:
+    """The equation as a matrix product, if it is such a sum.
+
+    maker: the equation that made each value.
+    """
+    if equation.name != "reduce_sum" or equation.params.get("out_sharding") is not None:
         return None
-    out = mul.outvars[0].aval
+    total = flat.avals[equation.outs[0]].dtype
+    mul = maker.get(equation.ins[0])
+    if mul is not None and mul.name == "convert_element_type":  # summed more precisely
+        mul = maker.get(mul.ins[0])
+    if mul is None or mul.name != "mul":
+        return None
+    out = flat.avals[mul.outs[0]]
     if not all(jax.numpy.issubdtype(d, jax.numpy.inexact) for d in (out.dtype, total)):
         return None
-    a, b = (_unbroadcast(v, out.shape, maker) for v in mul.invars)
+    a, b = (_unbroadcast(i, out.shape, maker, flat) for i in mul.ins)
     if a is None or b is None:
         return None
     factors = a, b
-    if any(f.variable.aval.dtype != out.dtype for f in factors):
+    avals = [flat.avals[f.value] for f in factors]
+    if any(aval.dtype != out.dtype or sharding_of(aval) is not None for aval in avals):
         return None
-    if any(not f.variable.aval.sharding.mesh.empty for f in factors):
-        return None
-    summed, axes = set(eqn.params["axes"]), range(out.ndim)
+    summed, axes = set(equation.params["axes"]), range(out.ndim)
     both = [d for d in axes if d in a.axes and d in b.axes]
     contract = [d for d in both if d in summed]
     batch = [d for d in both if d not in summed]
@@ -126,8 +118,7 @@ def _sum_of_outer_products(eqn, maker) -> _Product | None:
     if any(d not in found and out.shape[d] != 1 for d in kept):
         return None
     return _Product(
-        a.variable,
-        b.variable,
+        (a.value, b.value),
         ([place_a[d] for d in contract], [place_b[d] for d in contract]),
         ([place_a[d] for d in batch], [place_b[d] for d in batch]),
         ([out.shape[d] for d in a.axes], [out.shape[d] for d in b.axes]),
@@ -143,43 +134,40 @@ class _Factor(NamedTuple):
     Axes of size 1 aren't counted.
     """
 
-    variable: Any
+    value: int
     axes: list[int]
 
 
-def _unbroadcast(variable, shape, maker) -> _Factor | None:
+def _unbroadcast(value: int, shape: Sequence[int], maker: dict, flat: Program) -> _Factor | None:
     """Follow broadcasts and reshapes that only add axes back to the array they started from."""
-    if hasattr(variable, "val"):
-        return None
     # For each axis of the product, the axis of the current array that it is, if it is any.
-    size = variable.aval.shape
+    size = flat.avals[value].shape
     if len(size) != len(shape):
         return None
     axis = {d: d for d in range(len(shape)) if size[d] == shape[d] and shape[d] != 1}
-    while (eqn := maker.get(variable)) is not None:
-        source = eqn.invars[0] if eqn.invars else None
-        if source is None or hasattr(source, "val"):
-            break
-        name, before, after = eqn.primitive.name, source.aval.shape, eqn.outvars[0].aval.shape
-        if name == "broadcast_in_dim" and len(eqn.invars) == 1:
-            where = {int(d): k for k, d in enumerate(eqn.params["broadcast_dimensions"])}
+    while (equation := maker.get(value)) is not None and equation.ins:
+        source, name = equation.ins[0], equation.name
+        before, after = flat.avals[source].shape, flat.avals[equation.outs[0]].shape
+        if name == "broadcast_in_dim" and len(equation.ins) == 1:
+            where = {int(d): k for k, d in enumerate(equation.params["broadcast_dimensions"])}
             same = {d: k for d, k in where.items() if before[k] == after[d]}
-        elif name in ("reshape", "squeeze", "expand_dims") and _without_ones(
-            before
-        ) == _without_ones(after):
+        elif name in _RESHAPES and _without_ones(before) == _without_ones(after):
             places = [k for k, n in enumerate(before) if n != 1]
             same = dict(zip([d for d, n in enumerate(after) if n != 1], places, strict=True))
-        elif name == "reduce_sum" and not eqn.params["axes"]:
+        elif name == "reduce_sum" and not equation.params["axes"]:
             same = {d: d for d in range(len(before))}
         else:
             break
         axis = {d: same[c] for d, c in axis.items() if c in same}
-        variable = source
-    size = variable.aval.shape
+        value = source
+    size = flat.avals[value].shape
     order = sorted(axis, key=lambda d: axis[d])
     if [axis[d] for d in order] != [k for k, n in enumerate(size) if n != 1]:
         return None
-    return _Factor(variable, order)
+    return _Factor(value, order)
+
+
+_RESHAPES = ("reshape", "squeeze", "expand_dims")
 
 
 def _without_ones(shape) -> list[int]:
