@@ -141,8 +141,8 @@ class Graph:
                 shapes; None in the place of an output means zero. May be left out for a
                 result that's a single real scalar, whose gradient with respect to itself is 1.
 
-        The gradients are those of Σ seed · result. Where JAX's `vjp` would conjugate nothing
-        for complex numbers, neither does this.
+        The gradients are those of Σ seed · result. As in JAX's `vjp`, no complex number is
+        conjugated.
 
         Raises:
             ValueError: the seed's structure or a shape isn't the result's, or there is none

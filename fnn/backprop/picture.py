@@ -16,8 +16,8 @@ from fnn.backprop.grouping import Group, Unit
 from fnn.backprop.node import Node
 from fnn.jaxpr import Equation
 
-# Both stand out against white by more than 5 : 1 and differ in lightness, and above and below
-# tells them apart too, for readers who don't see the colours.
+# Green and red have a contrast with white of more than 5 : 1 and differ in lightness, and their
+# places tell them apart too, for readers who don't see the colours.
 GREEN, RED, INK, GREY = "#1a7a36", "#b3202c", "#20242c", "#6b7280"
 
 # What stands in the circle; anything else by its own name.

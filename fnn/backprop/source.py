@@ -15,8 +15,8 @@ from typing import Any
 from fnn.jaxpr import Equation, Frame, stack, user_frames
 
 
-def call_users(fun: Callable, args: tuple, kwargs: dict) -> Any:
-    """Call the user's function: the stacks of what it computes are read down to this frame."""
+def call_user(fun: Callable, args: tuple, kwargs: dict) -> Any:
+    """Call the user's function; the stack of what it computes is read down to this frame."""
     return fun(*args, **kwargs)
 
 

@@ -23,7 +23,7 @@ from fnn import arguments
 from fnn.backprop.computational_graph import Graph
 from fnn.backprop.labels import argument_labels
 from fnn.backprop.node import as_value, is_value
-from fnn.backprop.source import call_users
+from fnn.backprop.source import call_user
 from fnn.jaxpr import program, trace
 
 
@@ -73,7 +73,7 @@ def graph(fun: Callable) -> Callable[..., Graph]:
             rest = iter(arrays)
             filled = [next(rest) if i else x for i, x in zip(is_input, leaves, strict=True)]
             args, kwargs = jax.tree.unflatten(tree, filled)
-            outs, out_tree = jax.tree_util.tree_flatten_with_path(call_users(fun, args, kwargs))
+            outs, out_tree = jax.tree_util.tree_flatten_with_path(call_user(fun, args, kwargs))
             out_paths[:] = [path for path, _ in outs]
             return [_checked_output(name + jax.tree_util.keystr(path), y) for path, y in outs]
 
