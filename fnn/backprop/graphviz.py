@@ -164,7 +164,7 @@ def _operation(unit: Unit) -> str:
     has_gradient = any(n.differentiable for n in unit.results)
     colour = INK if has_gradient else GREY
     style = f'color="{colour}", fontcolor="{colour}", tooltip={_quoted(tooltip(unit))}'
-    if unit.results and unit.results[0].bodies is not None:
+    if unit.results[0].bodies is not None:
         return f'[shape=box, peripheries=2, style="rounded", label={_quoted(symbol)}, {style}]'
     size = symbol_size(symbol)
     if size is not None:

@@ -31,13 +31,22 @@ Choice = str | Iterable[str] | Callable[["Group"], bool] | None
 
 @dataclasses.dataclass(eq=False)
 class Unit:
-    """One operation with the nodes that it makes and reads."""
+    """One operation: its equation, and the nodes that it makes."""
 
-    name: str
     equation: Equation
     results: list[Node]
-    inputs: tuple[Node, ...]
-    inlined: Sequence[Inlined]
+
+    @property
+    def name(self) -> str:
+        return self.results[0].operation
+
+    @property
+    def inputs(self) -> tuple[Node, ...]:
+        return self.results[0].inputs
+
+    @property
+    def inlined(self) -> Sequence[Inlined]:
+        return self.results[0].inlined
 
     def units(self) -> list[Unit]:
         return [self]
@@ -75,7 +84,7 @@ def groups(
     """The operations of a graph, in groups if there are more than `max_boxes` of them.
 
     Args:
-        nodes: a graph.
+        nodes: a graph, or its nodes.
         max_boxes: how many boxes to draw at most, if `open` doesn't want more.
         open, closed: the groups to open and to keep closed; see `Graph.to_dot`.
         where: what to call the function in errors.
@@ -84,10 +93,8 @@ def groups(
     units: dict[int, Unit] = {}
     for node in nodes:
         if node.equation is not None:
-            key = id(node.equation)
-            if key not in units:
-                units[key] = Unit(node.operation, node.equation, [], node.inputs, node.inlined)
-            units[key].results.append(node)
+            unit = units.setdefault(id(node.equation), Unit(node.equation, []))
+            unit.results.append(node)
     order = list(units.values())
     is_small = len(order) <= max_boxes
     if is_small and open is None and closed is None:

@@ -238,8 +238,7 @@ _OBVIOUS = ("broadcast_in_dim", "pad", "gather", "scatter-add", "dynamic_slice",
 
 
 def tooltip(unit: Unit) -> str:
-    node = unit.results[0] if unit.results else None
-    return f"{unit.name}  {node.source}" if node else unit.name
+    return f"{unit.name}  {unit.results[0].source}"
 
 
 class Text(NamedTuple):
