@@ -146,11 +146,14 @@ def _swap_features(spec: Sequence[int]) -> tuple[int, ...]:
 
 def _dilated(x, spec: Sequence[int], dilation: Sequence[int]) -> list[int]:
     """The spatial sizes of x once `dilation - 1` zeros stand between its entries."""
-    sizes = [x.shape[axis] for axis in spec[2:]]
-    return [
-        n if d == 1 or (isinstance(n, int) and n == 0) else 1 + d * (n - 1)
-        for n, d in zip(sizes, dilation, strict=True)
-    ]
+    return [dilated(x.shape[axis], d) for axis, d in zip(spec[2:], dilation, strict=True)]
+
+
+def dilated(size: int, dilation: int) -> int:
+    """A size once `dilation - 1` holes stand between the entries."""
+    if dilation == 1 or (isinstance(size, int) and size == 0):
+        return size
+    return 1 + dilation * (size - 1)
 
 
 def _split_axis(x, axis: int, groups: int):

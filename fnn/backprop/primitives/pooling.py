@@ -1,8 +1,10 @@
-"""Windows that slide over an array: sums (average pooling) and extrema (max pooling).
+"""Pooling: windows that slide over an array, their sums (average pooling) and maxima (max pooling).
 
-A sum hands its upstream gradient to every entry of the window. A maximum hands it to the
-window's largest entry alone (the first one, where several are equal), like the `max` gate of
-CS231n, lecture 4: a router of gradients. Where windows overlap, an entry collects from all.
+    y = Σ x over each window       g is handed to every entry of the window
+    y = max x over each window     g is handed to the window's largest entry, the first one if
+                                   several are equal: the `max` gate of CS231n, lecture 4
+
+Where windows overlap, an entry collects the gradients from all windows that contain it.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fnn.backprop.primitives.convolution import dilated
 from fnn.backprop.rules import LocalRule, each
 
-# ----------------------------------------------------------------------------------- sums
+# ------------------------------------------------------------------------ average pooling
+#
+#     y[o] = Σₖ x[o·stride + k]        ∂L/∂x[i] = Σ g[o] over the windows o that contain i
 #
 # A window sum is a convolution with a kernel of ones, and its gradient is one too: put zeros
 # between the entries of g where the forward pass strode over entries, pad so that the sizes
@@ -35,7 +40,6 @@ def _window_sum(
     window_dilation,
     **params,
 ):
-    """∂L/∂x[i]: the sum of g over all windows that contain i."""
     spread = []
     for size, window, out, stride, (low, _), base, dilation in zip(
         x.shape,
@@ -47,9 +51,9 @@ def _window_sum(
         window_dilation,
         strict=True,
     ):
-        window = _dilated(window, dilation)
+        window = dilated(window, dilation)
         before = window - 1 - low
-        after = _dilated(size, base) + window - 1 - _dilated(out, stride) - before
+        after = dilated(size, base) + window - 1 - dilated(out, stride) - before
         spread.append((before, after, stride - 1))
     return lax.reduce_window_sum_p.bind(
         lax.pad(g, _scalar(0, g), spread),
@@ -62,11 +66,18 @@ def _window_sum(
     )
 
 
-# -------------------------------------------------------------------------------- extrema
+# ---------------------------------------------------------------------------- max pooling
+#
+#     y[o] = max over the places k of window o of x        argmax[o] = the first k that attains it
+#     ∂L/∂x = zeros, with g[o] added at place argmax[o] of each window o
+#
+# This is computed in one of two ways. Place by place: find argmax, then for each place k add the
+# g of those windows whose argmax is k. Or as JAX does it: one primitive searches each window
+# again and adds g where it finds the maximum.
 
 
-def _window_extremum(select_prim, worst):
-    """max with (≥, -∞), min with (≤, ∞)."""
+def _max_pool(select_prim, worst):
+    """The rule of max pooling with (≥, −∞), of min pooling with (≤, ∞)."""
 
     def gradient(g, y, x, *, base_dilation, window_dilation, **window):
         if 0 in y.shape:
@@ -76,22 +87,22 @@ def _window_extremum(select_prim, worst):
         # Place by place is several times as fast on a CPU and takes a tenth of the memory, but
         # the more often a large window overlaps, the more sums of zeros it adds up.
         few = 1 < places <= 25 and (apart or math.prod(window["window_strides"]) <= 6)
-        if few or any(d != 1 for d in window_dilation):
+        if few or any(d != 1 for d in window_dilation):  # JAX's way knows no dilated windows
             return _place_by_place(g, y, x, worst, base_dilation, window_dilation, **window)
-        return _select_and_scatter(g, x, select_prim, worst, base_dilation, **window)
+        return _search_and_add(g, x, select_prim, worst, base_dilation, **window)
 
     return gradient
 
 
 def _are_apart(*, window_dimensions, window_strides, window_dilation, **_) -> bool:
     """Does no window reach into the next one?"""
-    extents = map(_dilated, window_dimensions, window_dilation)
+    extents = map(dilated, window_dimensions, window_dilation)
     return all(n <= stride for n, stride in zip(extents, window_strides, strict=True))
 
 
-def _select_and_scatter(g, x, select_prim, worst, base_dilation, **window):
-    """JAX's way: the machine searches each window again, and adds g at the place it finds."""
-    # With zeros' counterpart for comparisons between the entries, a dilated x is a plain one.
+def _search_and_add(g, x, select_prim, worst, base_dilation, **window):
+    """JAX's way: select_and_scatter_add searches each window, and adds g at the place it finds."""
+    # Where x is dilated, `worst` stands between its entries: no window selects that.
     dilated = any(d != 1 for d in base_dilation)
     if dilated:
         x = lax.pad(x, _scalar(worst, x), [(0, 0, d - 1) for d in base_dilation])
@@ -113,71 +124,72 @@ def _place_by_place(
     window_strides,
     padding,
 ):
-    """Note which place attains each window's extremum; then each place takes its gradients.
-
-    Unlike JAX's way it also knows windows with holes.
-    """
+    """argmax[o] = the first place of window o where x = y[o]; then g[o] is added there."""
     to_padded = [(lo, hi, d - 1) for (lo, hi), d in zip(padding, base_dilation, strict=True)]
     padded = lax.pad(x, _scalar(worst, x), to_padded)
-    # Where in the padded x the first window's places are; the other windows' are strides away.
+    # Where the places of the first window are; those of the other windows are strides away.
     starts = [
         [i * d for i, d in zip(place, window_dilation, strict=True)]
         for place in itertools.product(*map(range, window_dimensions))
     ]
-    reach = [stride * (out - 1) + 1 for stride, out in zip(window_strides, y.shape, strict=True)]
-    stops = [[lo + n for lo, n in zip(start, reach, strict=True)] for start in starts]
-
-    first = lax.full_like(y, 0, dtype=jnp.uint8 if len(starts) < 256 else jnp.int32)
-    for k in reversed(range(len(starts))):
-        there = lax.slice(padded, starts[k], stops[k], window_strides)
-        first = lax.select(lax.eq(there, y), lax.full_like(first, k), first)
+    argmax = _argmax(padded, y, starts, window_strides)
     # Without a barrier the compiler may compute both anew for each place.
-    first, g = lax.optimization_barrier((first, g))
-
-    nothing = lax.full_like(g, 0)
-    if _are_apart(
+    argmax, g = lax.optimization_barrier((argmax, g))
+    apart = _are_apart(
         window_dimensions=window_dimensions,
         window_strides=window_strides,
         window_dilation=window_dilation,
-    ):
-        gradient = _tiles(g, first, starts, window_strides, padded.shape)
-    else:
-        gradient = None
-        for k, (start, stop) in enumerate(zip(starts, stops, strict=True)):
-            chosen = lax.select(lax.eq(first, lax.full_like(first, k)), g, nothing)
-            back = [
-                (lo, size - hi, stride - 1)
-                for lo, hi, size, stride in zip(
-                    start, stop, padded.shape, window_strides, strict=True
-                )
-            ]
-            share = lax.pad(chosen, _scalar(0, g), back)
-            gradient = share if gradient is None else lax.add(gradient, share)
+    )
+    add = _add_in_tiles if apart else _add_for_each_place
+    gradient = add(g, argmax, starts, window_strides, padded.shape)
     unpadded = lax.pad(gradient, _scalar(0, g), [(-lo, -hi, 0) for lo, hi in padding])
     return lax.slice(unpadded, (0,) * x.ndim, unpadded.shape, base_dilation)
 
 
-def _tiles(g, first, starts, strides, shape):
-    """Each window's g at its place `first`, zeros elsewhere, for windows that don't overlap.
+def _argmax(padded, y, starts, strides):
+    """For each window, the number of the first place whose entry equals the window's extremum y."""
+    argmax = lax.full_like(y, 0, dtype=jnp.uint8 if len(starts) < 256 else jnp.int32)
+    for k in reversed(range(len(starts))):
+        at_place = lax.slice(padded, starts[k], _stops(starts[k], y.shape, strides), strides)
+        argmax = lax.select(lax.eq(at_place, y), lax.full_like(argmax, k), argmax)
+    return argmax
 
-    A window and what is left free up to the next is a tile; `number` says which place of the
-    window stands where in the tile.
+
+def _add_for_each_place(g, argmax, starts, strides, shape):
+    """Σₖ (g where argmax = k, else 0), each term moved to where place k of the windows is."""
+    nothing, gradient = lax.full_like(g, 0), None
+    for k, start in enumerate(starts):
+        chosen = lax.select(lax.eq(argmax, lax.full_like(argmax, k)), g, nothing)
+        stop = _stops(start, g.shape, strides)
+        around = [
+            (lo, size - hi, stride - 1)
+            for lo, hi, size, stride in zip(start, stop, shape, strides, strict=True)
+        ]
+        share = lax.pad(chosen, _scalar(0, g), around)
+        gradient = share if gradient is None else lax.add(gradient, share)
+    return gradient
+
+
+def _stops(start, sizes, strides):
+    """Where the windows' entries end that begin at `start`, `sizes` of them, strides apart."""
+    return [lo + stride * (n - 1) + 1 for lo, n, stride in zip(start, sizes, strides, strict=True)]
+
+
+def _add_in_tiles(g, argmax, starts, strides, shape):
+    """The same for windows that don't overlap: no sums, each entry belongs to one window at most.
+
+    A window and what is left free up to the next is a tile. `number` holds, for each entry of
+    the tile, which place of the window it is. Then gradient = g where number = argmax, else 0.
     """
-    number = np.full(strides, len(starts), first.dtype)
+    number = np.full(strides, len(starts), argmax.dtype)
     for k, start in enumerate(starts):
         number[tuple(start)] = k
-    cut = [n for n, stride in enumerate(strides) if stride > 1]
-    tiled, of_g, of_tile = [], [], []
-    for n, (size, stride) in enumerate(zip(g.shape, strides, strict=True)):
-        of_g.append(len(tiled))
-        tiled.append(size)
-        if n in cut:
-            of_tile.append(len(tiled))
-            tiled.append(stride)
-    spread = lambda a: lax.broadcast_in_dim(a, tiled, of_g)
-    is_first = lax.eq(spread(first), lax.broadcast_in_dim(number.squeeze(), tiled, of_tile))
-    spread_g = spread(g)
-    chosen = lax.select(is_first, spread_g, lax.full_like(spread_g, 0))
+    # As an array of tiles, the gradient has two axes for each of x: tiles, and entries of a tile.
+    tiles = [n for pair in zip(g.shape, strides, strict=True) for n in pair]
+    in_tile = lambda a: lax.broadcast_in_dim(a, tiles, range(0, 2 * g.ndim, 2))
+    number = lax.broadcast_in_dim(number, tiles, range(1, 2 * g.ndim, 2))
+    g_in_tile = in_tile(g)
+    chosen = lax.select(lax.eq(in_tile(argmax), number), g_in_tile, lax.full_like(g_in_tile, 0))
     gradient = lax.reshape(chosen, [n * stride for n, stride in zip(g.shape, strides, strict=True)])
     rest = [(0, n - m, 0) for n, m in zip(shape, gradient.shape, strict=True)]
     return lax.pad(gradient, _scalar(0, g), rest)
@@ -201,29 +213,20 @@ def _scatter_source(g, y, source, operand, *, select_prim, **window):
 def _gather_source(g, y, tangents, operand, *, select_prim, **window):
     worst = -jnp.inf if select_prim is lax.ge_p else jnp.inf
     window.pop("window_dilation")  # all 1, as JAX has no gradient for others
-    return _select_and_scatter(g, operand, select_prim, worst, **window)
+    return _search_and_add(g, operand, select_prim, worst, **window)
 
 
 def _scalar(value, like):
     return lax.full((), value, like.dtype)
 
 
-def _dilated(size: int, dilation: int) -> int:
-    """The size once `dilation - 1` holes stand between the entries."""
-    return (
-        size
-        if dilation == 1 or (isinstance(size, int) and size == 0)
-        else 1 + dilation * (size - 1)
-    )
-
-
 RULES: dict[str, LocalRule] = {
     "reduce_window_sum": each(_window_sum, local_gradient=("sum of g over the windows of x",)),
     "reduce_window_max": each(
-        _window_extremum(lax.ge_p, -jnp.inf), local_gradient=("1 where x is its window's maximum",)
+        _max_pool(lax.ge_p, -jnp.inf), local_gradient=("1 where x is its window's maximum",)
     ),
     "reduce_window_min": each(
-        _window_extremum(lax.le_p, jnp.inf), local_gradient=("1 where x is its window's minimum",)
+        _max_pool(lax.le_p, jnp.inf), local_gradient=("1 where x is its window's minimum",)
     ),
     "select_and_scatter_add": each(
         _scatter_source, None, local_gradient=("g at the selected place", "0")

@@ -75,17 +75,24 @@ def _(logits, labels, *, label_smoothing):
 
 @softmax_cross_entropy.backward
 def _(residuals, g, *, label_smoothing):
-    p, labels, *more = residuals
-    dtype, p, g = p.dtype, wide(p), wide(g)[..., None]
-    smooth = label_smoothing / p.shape[-1]
+    """g (p Σq − q) for the logits, −(1 − ε) g log p for a distribution's labels."""
+    p, labels, *log_p = residuals
+    q = _target(labels, wide(p), label_smoothing)
+    total = 1 if is_integer(labels) else jnp.sum(q, axis=-1, keepdims=True)
+    g, dtype = wide(g)[..., None], p.dtype
+    d_logits = (g * (wide(p) * total - q)).astype(dtype)
     if is_integer(labels):
-        g = g * jnp.where(_is_class(labels, p), 1, jnp.nan)[..., None].astype(g.dtype)
-        right = jnp.where(_one_hot(labels, p), (1 - label_smoothing) * g, 0)
-        return ((g * (p - smooth) if smooth else g * p) - right).astype(dtype), None
-    q = (1 - label_smoothing) * labels.astype(p.dtype) + smooth
-    d_logits = g * (p * jnp.sum(q, axis=-1, keepdims=True) - q)
-    d_labels = (label_smoothing - 1) * g * wide(more[0])
-    return d_logits.astype(dtype), d_labels.astype(labels.dtype)
+        return d_logits, None
+    return d_logits, ((label_smoothing - 1) * g * wide(log_p[0])).astype(labels.dtype)
+
+
+def _target(labels, p, smoothing):
+    """q: the distribution over classes that the labels mean, NaN where they name no class."""
+    rest = smoothing / p.shape[-1]
+    if not is_integer(labels):
+        return (1 - smoothing) * labels.astype(p.dtype) + rest
+    rest = jnp.where(_is_class(labels, p), rest, jnp.nan)[..., None].astype(p.dtype)
+    return jnp.where(_one_hot(labels, p), 1 - smoothing + rest, rest)
 
 
 @rule
