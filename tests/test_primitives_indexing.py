@@ -308,7 +308,7 @@ def test_scatter_of_complex_numbers_and_dtypes():
 
 
 def test_scattered_product_of_colliding_updates():
-    """As in JAX there is no gradient by the updates, but by x there is."""
+    """As in JAX, the updates have no gradient, but x has one."""
     u = numbers(6, 4, 3, seed=1)
     check_primitive(lambda x: x.at[REPEATED].multiply(u), A, primitive="scatter-mul")
     with pytest.raises(NotImplementedError, match="unique_indices=True"):

@@ -29,7 +29,8 @@ from collections.abc import Sequence
 
 from jax import lax
 
-from fnn.backprop.primitives.matmul import as_dtype, gradient_sharding
+from fnn.backprop.primitives.elementwise import in_dtype_of
+from fnn.backprop.primitives.matmul import gradient_sharding
 from fnn.backprop.rules import LocalRule, each
 
 
@@ -49,31 +50,24 @@ def _conv_x(
     out_sharding=None,
     **params,
 ):
-    """∂L/∂x: the upstream gradient, spread out by the stride, convolved with the flipped kernel."""
+    """∂L/∂x[i] = Σₖ g[i - k + p] w[k]: g, spread out by the stride, with the flipped kernel."""
     x_spec, w_spec, y_spec = dimension_numbers
     groups = max(feature_group_count, batch_group_count)
-    if (
-        groups > 1
-    ):  # the kernel's output features (groups × out) become its inputs: move groups over
+    if groups > 1:  # the kernel's output features (groups × out) become its inputs
         w = _split_axis(w, w_spec[0], groups)
         w = _merge_axis(w, w_spec[0], into=w_spec[1])
-    before = [
-        size - 1 - low
-        for size, (low, _) in zip(_dilated(w, w_spec, rhs_dilation), padding, strict=True)
-    ]
-    after = [
-        x_size + w_size - 1 - y_size - low
-        for x_size, w_size, y_size, low in zip(
-            _dilated(x, x_spec, lhs_dilation),
-            _dilated(w, w_spec, rhs_dilation),
-            _dilated(g, y_spec, window_strides),
-            before,
-            strict=True,
-        )
+    x_sizes = _dilated(x, x_spec, lhs_dilation)
+    w_sizes = _dilated(w, w_spec, rhs_dilation)
+    g_sizes = _dilated(g, y_spec, window_strides)
+    # Entry m = n - 1 - k of the flipped kernel meets g[i - k + p] = g[i + m - (n - 1 - p)].
+    before = [n - 1 - low for n, (low, _) in zip(w_sizes, padding, strict=True)]
+    after = [  # as many zeros as make the result as long as x
+        n_x + n_w - 1 - n_g - low
+        for n_x, n_w, n_g, low in zip(x_sizes, w_sizes, g_sizes, before, strict=True)
     ]
     gradient = lax.conv_general_dilated_p.bind(
         g,
-        as_dtype(g.dtype, lax.rev(w, w_spec[2:])),
+        in_dtype_of(g, lax.rev(w, w_spec[2:])),
         window_strides=lhs_dilation,
         padding=tuple(zip(before, after, strict=True)),
         lhs_dilation=window_strides,
@@ -84,7 +78,7 @@ def _conv_x(
         out_sharding=gradient_sharding(x),
         **params,
     )
-    gradient = as_dtype(x.dtype, gradient)
+    gradient = in_dtype_of(x, gradient)
     if batch_group_count > 1:  # the groups come back as features; they were groups of the batch
         gradient = _split_axis(gradient, x_spec[1], batch_group_count)
         gradient = _merge_axis(gradient, x_spec[1], into=x_spec[0])
@@ -107,25 +101,23 @@ def _conv_w(
     out_sharding=None,
     **params,
 ):
-    """∂L/∂w: the input convolved with the upstream gradient, which plays the kernel."""
+    """∂L/∂w[k] = Σₒ x[o + k - p] g[o]: x, with g in the kernel's place."""
     if g.size == 0:
         return None  # no output, no gradient (and no convolution with a kernel of size 0)
     x_spec, w_spec, y_spec = dimension_numbers
-    after = [
-        y_size - x_size + w_size - low - 1
-        for x_size, w_size, y_size, (low, _) in zip(
-            _dilated(x, x_spec, lhs_dilation),
-            _dilated(w, w_spec, rhs_dilation),
-            _dilated(g, y_spec, window_strides),
-            padding,
-            strict=True,
-        )
+    x_sizes = _dilated(x, x_spec, lhs_dilation)
+    w_sizes = _dilated(w, w_spec, rhs_dilation)
+    g_sizes = _dilated(g, y_spec, window_strides)
+    before = [low for low, _ in padding]
+    after = [  # as many zeros as make the result as long as w
+        n_g - n_x + n_w - low - 1
+        for n_x, n_w, n_g, low in zip(x_sizes, w_sizes, g_sizes, before, strict=True)
     ]
     gradient = lax.conv_general_dilated_p.bind(
-        as_dtype(g.dtype, x),
+        in_dtype_of(g, x),
         g,
         window_strides=rhs_dilation,
-        padding=tuple((low, high) for (low, _), high in zip(padding, after, strict=True)),
+        padding=tuple(zip(before, after, strict=True)),
         lhs_dilation=lhs_dilation,
         rhs_dilation=window_strides,
         dimension_numbers=lax.ConvDimensionNumbers(
@@ -136,7 +128,7 @@ def _conv_w(
         out_sharding=gradient_sharding(w),
         **params,
     )
-    return as_dtype(w.dtype, gradient)
+    return in_dtype_of(w, gradient)
 
 
 def _swap_features(spec: Sequence[int]) -> tuple[int, ...]:

@@ -87,6 +87,15 @@ def summed_to(x, g):
     return jax.sharding.reshard(g, sharding)
 
 
+def in_dtype_of(x, g):
+    """The gradient of an x that was converted to g's dtype: converted back, real for a real x."""
+    if g.dtype == x.dtype:
+        return g
+    if is_complex(g) and not is_complex(x):
+        g = lax.real(g)
+    return lax.convert_element_type(g, x.dtype)
+
+
 def number(value: complex, like) -> Any:
     """A constant in the dtype of `like`, as weak a type as that."""
     if jax.typeof(like).weak_type:
@@ -284,11 +293,11 @@ def _random_gamma(g, y, key, a, *, log_space):
     return mul(g, div(lax.random_gamma_grad(a, sample), sample))
 
 
-def _no_gradient(of: str, by: str) -> Callable:
+def _no_gradient(of: str, argument: str) -> Callable:
     def refuse(*_, **__):
         raise ValueError(
-            f"{of} has no gradient by {by}: no closed form is known to JAX or fnn. "
-            f"Wrap {by} in jax.lax.stop_gradient if it is a constant."
+            f"{of} has no gradient with respect to {argument}: no closed form is known to JAX or "
+            f"fnn. Wrap {argument} in jax.lax.stop_gradient if it is a constant."
         )
 
     return refuse
@@ -466,16 +475,8 @@ SPECIAL = {
 
 # -------------------------------------------------- the same number in another form or place
 
-
-def _convert(g, y, x, **_):
-    """Back to the dtype that x came in; a real x has no use for an imaginary part."""
-    if is_complex(g) and not is_complex(x):
-        g = lax.real(g)
-    return lax.convert_element_type(g, x.dtype)
-
-
 SAME = {
-    "convert_element_type": each(_convert, local_gradient=("1",), elementwise=True),
+    "convert_element_type": unary(lambda g, y, x: in_dtype_of(x, g), "1"),
     "reduce_precision": each(
         lambda g, y, x, **bits: lax.reduce_precision(g, **bits),
         local_gradient=("1",),
@@ -488,12 +489,14 @@ SAME = {
 
 # -------------------------------------------------- nothing to pass on: steps and whole numbers
 
-STEPS = ("floor", "ceil", "round", "is_finite", "eq", "ne", "ge", "gt", "le", "lt")
-STEPS += ("eq_to", "le_to", "lt_to", "bitcast_convert_type", "clz", "population_count")
-STEPS += ("and", "or", "xor", "not", "mulhi")
-STEPS += ("shift_left", "shift_right_arithmetic", "shift_right_logical")
-STEPS += ("random_bits", "random_seed", "random_wrap", "random_unwrap", "random_split")
-STEPS += ("random_fold_in", "random_clone", "threefry2x32", "rng_bit_generator")
+STEPS: tuple[str, ...] = (
+    *("floor", "ceil", "round", "is_finite", "eq", "ne", "ge", "gt", "le", "lt"),
+    *("eq_to", "le_to", "lt_to", "bitcast_convert_type", "clz", "population_count"),
+    *("and", "or", "xor", "not", "mulhi"),
+    *("shift_left", "shift_right_arithmetic", "shift_right_logical"),
+    *("random_bits", "random_seed", "random_wrap", "random_unwrap", "random_split"),
+    *("random_fold_in", "random_clone", "threefry2x32", "rng_bit_generator"),
+)
 
 RULES: dict[str, LocalRule] = {
     **ARITHMETIC,

@@ -100,9 +100,9 @@ def _scatter_mul(needed, g, y, x, indices, updates, **params):
     if needed[2]:
         if not params["unique_indices"]:
             raise NotImplementedError(
-                "scatter-mul has a gradient by its updates only where no two updates meet: pass "
-                "unique_indices=True, as in x.at[i].multiply(u, unique_indices=True), if that "
-                "is so."
+                "scatter-mul has a gradient with respect to its updates only where no two updates "
+                "meet: pass unique_indices=True, as in x.at[i].multiply(u, unique_indices=True), "
+                "if that is so."
             )
         of_updates = _read_back(lax.mul(g, x), indices, updates, **params)
     return of_x, None, of_updates

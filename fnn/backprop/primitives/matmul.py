@@ -1,10 +1,15 @@
-"""Matrix multiplication in all its forms: products summed over the axes that both arguments share.
+"""Matrix multiplication in all its forms: products, summed over axes that both arguments have.
 
 A product is *bilinear*: with one argument held fixed, the output is a linear map of the other.
 So the local gradient for `a` is `b`, and the local gradient for `b` is `a`; all that is left to
 find is over which axes the upstream gradient `g` is summed with them.
 
     Y = A B     ∂L/∂A = G Bᵀ     ∂L/∂B = Aᵀ G
+
+With any number of axes (n: batch axes, i: a's own, j: b's own, k: summed over) this reads
+
+    y[n,i,j] = Σₖ a[n,i,k] b[n,j,k]
+    ∂L/∂a[n,i,k] = Σⱼ g[n,i,j] b[n,j,k]     ∂L/∂b[n,j,k] = Σᵢ g[n,i,j] a[n,i,k]
 
 The shapes alone fix the answer (CS231n, "Derivatives, Backpropagation, and Vectorization"):
 G Bᵀ is the only product of G and B with the shape of A. What follows keeps the order of axes
@@ -19,46 +24,24 @@ import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, get_abstract_mesh
 
+from fnn.backprop.primitives.elementwise import in_dtype_of
 from fnn.backprop.rules import LocalRule, each
 
-
-@functools.cache
-def _product_for_a(dimension_numbers, a_ndim: int, b_ndim: int, a_is_second: bool):
-    """How to multiply g and b so that the gradient of a comes out.
-
-    The output's axes are the batch axes, then a's own ("kept") axes, then b's; the contracted
-    axes were summed away. The gradient of a therefore sums g with b over the axes that b
-    brought in, and gets back the contracted axes from b.
-
-    Returns the dimension numbers of dot_general(g, b), the axes of `a` in the order in which
-    that product delivers them, and the permutation that sorts them.
-    """
-    (a_contract, b_contract), (a_batch, b_batch) = dimension_numbers
-    a_kept = [i for i in range(a_ndim) if i not in a_contract and i not in a_batch]
-    b_kept = [i for i in range(b_ndim) if i not in b_contract and i not in b_batch]
-    y_batch = tuple(range(len(a_batch)))
-    start = len(y_batch) + (0 if a_is_second else len(a_kept))
-    y_from_b = tuple(range(start, start + len(b_kept)))
-    product = ((y_from_b, tuple(b_kept)), (y_batch, tuple(b_batch)))
-    # dot_general leaves b's remaining axes in ascending order, so a's follow that order.
-    in_order_of_b = sorted(range(len(b_contract)), key=lambda i: b_contract[i])
-    axes = (*a_batch, *a_kept, *(a_contract[i] for i in in_order_of_b))
-    return product, axes, tuple(sorted(range(a_ndim), key=lambda i: axes[i]))
+# ------------------------------------------------------------------------- products of arrays
 
 
 def _dot_general_a(
     g, y, a, b, *, dimension_numbers, out_sharding=None, a_is_second=False, **params
 ):
-    """∂L/∂a of y = a·b is g·b, summed over the axes that came from b: G Bᵀ for matrices."""
+    """∂L/∂a[n,i,k] = Σⱼ g[n,i,j] b[n,j,k]: G Bᵀ for matrices."""
     product, axes, permutation = _product_for_a(dimension_numbers, a.ndim, b.ndim, a_is_second)
     gradient = lax.dot_general_p.bind(
         g, b, dimension_numbers=product, out_sharding=gradient_sharding(a, axes), **params
     )
-    return as_dtype(a.dtype, lax.transpose(gradient, permutation))
+    return in_dtype_of(a, lax.transpose(gradient, permutation))
 
 
 def _dot_general_b(g, y, a, b, *, dimension_numbers, **params):
@@ -68,53 +51,84 @@ def _dot_general_b(g, y, a, b, *, dimension_numbers, **params):
     return _dot_general_a(g, y, b, a, dimension_numbers=swapped, a_is_second=True, **params)
 
 
+@functools.cache
+def _product_for_a(dimension_numbers, a_ndim: int, b_ndim: int, a_is_second: bool):
+    """Which axes of g and b are summed over, and where the axes of the result belong in a.
+
+    Returns the dimension numbers of dot_general(g, b), the axes of `a` in the order in which
+    that product delivers them, and the permutation that sorts them.
+    """
+    (a_k, b_k), (a_n, b_n) = dimension_numbers
+    a_i = _others(a_ndim, a_n, a_k)
+    b_j = _others(b_ndim, b_n, b_k)
+    g_n = tuple(range(len(a_n)))  # g's axes are n, i, j, or n, j, i where a is the second argument
+    start = len(g_n) + (0 if a_is_second else len(a_i))
+    g_j = tuple(range(start, start + len(b_j)))
+    axes = (*a_n, *a_i, *_in_order_of(b_k, a_k))
+    return ((g_j, b_j), (g_n, tuple(b_n))), axes, _inverse(axes)
+
+
+def _others(ndim: int, *axes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(i for i in range(ndim) if not any(i in group for group in axes))
+
+
+def _in_order_of(k: Sequence[int], axes: Sequence[int]) -> list[int]:
+    """The axes, each paired with one of k, as a product delivers them: by ascending k."""
+    return [axis for _, axis in sorted(zip(k, axes, strict=True))]
+
+
+def _inverse(axes: Sequence[int]) -> list[int]:
+    """The permutation that sorts axes."""
+    return sorted(range(len(axes)), key=lambda i: axes[i])
+
+
+# ------------------------------------------------------------------------- products in groups
+
+
 def _ragged_dot_general(
     a_is_second, g, y, a, b, sizes, *, ragged_dot_dimension_numbers, group_offset=None, **params
 ):
-    """Rows of `a` come in groups, and each group has its own matrix (a mixture of experts).
+    """Rows of `a` come in groups, and each group e has its own matrix (a mixture of experts).
 
-    With one axis of each kind, and row m (or k, or b) belonging to group e:
+    With the axes named as above, and the batch axes n left out:
 
-        rows in groups       y[m,n] = Σₖ a[m,k] b[e,k,n]
-                             ∂a[m,k] = Σₙ g[m,n] b[e,k,n]      rows in groups again
-                             ∂b[e,k,n] = Σ_{m in e} a[m,k] g[m,n]      sums in groups
-        sums in groups       y[e,m,n] = Σ_{k in e} a[m,k] b[k,n]
-                             ∂a[m,k] = Σₙ b[k,n] g[e,m,n]      rows in groups
-        batches in groups    as the plain product, batch by batch
+        i in groups     y[i,j] = Σₖ a[i,k] b[e,k,j]        with the group e that i belongs to
+                        ∂L/∂a[i,k] = Σⱼ g[i,j] b[e,k,j]    i in groups again
+                        ∂L/∂b[e,k,j] = Σᵢ a[i,k] g[i,j]    over the i in e: sums in groups
+        k in groups     y[e,i,j] = Σₖ a[i,k] b[k,j]        over the k in e: sums in groups
+                        ∂L/∂a[i,k] = Σⱼ b[k,j] g[e,i,j]    with the group e that k belongs to
+                        ∂L/∂b[k,j] = Σᵢ a[i,k] g[e,i,j]
+        n in groups     as the plain product, batch by batch
 
     JAX itself differentiates the first kind only (so not twice).
     """
     if group_offset is not None:
         raise NotImplementedError("ragged_dot_general with group_offset has no gradient.")
     numbers = ragged_dot_dimension_numbers
-    (a_contract, b_contract), (a_batch, b_batch) = numbers.dot_dimension_numbers
-    (ragged,), group = numbers.lhs_ragged_dimensions, tuple(numbers.rhs_group_dimensions)
-    a_kept = [i for i in range(a.ndim) if i not in a_contract and i not in a_batch]
-    b_kept = [i for i in range(b.ndim) if i not in (*b_contract, *b_batch, *group)]
-    k_sorted_by = lambda axes, key: [axes[i] for i in sorted(range(len(key)), key=lambda i: key[i])]
-    first = int(ragged in a_contract)  # sums in groups put the group axis first in y
-    y_batch = list(range(first, first + len(a_batch)))
-    y_a = list(range(first + len(a_batch), first + len(a_batch) + len(a_kept)))
-    y_b = list(range(first + len(a_batch) + len(a_kept), y.ndim))
+    (a_k, b_k), (a_n, b_n) = numbers.dot_dimension_numbers
+    (ragged,), b_e = numbers.lhs_ragged_dimensions, tuple(numbers.rhs_group_dimensions)
+    a_i = _others(a.ndim, a_n, a_k)
+    b_j = _others(b.ndim, b_n, b_k, b_e)
+    k_in_groups = ragged in a_k
+    places = iter(range(y.ndim))
+    g_e = [next(places) for _ in range(int(k_in_groups))]
+    g_n = [next(places) for _ in a_n]
+    g_i = [next(places) for _ in a_i]
+    g_j = [next(places) for _ in b_j]
 
-    if ragged in a_contract and a_is_second:
-        lhs, rhs, contract, batch = a, g, (a_kept, y_a), (a_batch, y_batch)
-        ragged_axis, group_axis = ragged, [0]
-        axes = [*b_batch, *k_sorted_by(b_contract, a_contract), *b_kept]
-    elif ragged in a_contract:
-        lhs, rhs, contract, batch = b, g, (b_kept, y_b), (b_batch, y_batch)
-        ragged_axis, group_axis = b_contract[list(a_contract).index(ragged)], [0]
-        axes = [*a_batch, *k_sorted_by(a_contract, b_contract), *a_kept]
-    elif a_is_second:
-        lhs, rhs, contract, batch = a, g, (a_kept, y_a), (a_batch, y_batch)
-        ragged_axis, group_axis = ragged, []
-        axes = [*group, *b_batch, *k_sorted_by(b_contract, a_contract), *b_kept]
+    if a_is_second:
+        target, lhs, rhs, contract, batch = b, a, g, (a_i, g_i), (a_n, g_n)
+        ragged_axis, group_axes = ragged, g_e
+        axes = [*b_e, *b_n, *_in_order_of(a_k, b_k), *b_j]
+    elif k_in_groups:
+        target, lhs, rhs, contract, batch = a, b, g, (b_j, g_j), (b_n, g_n)
+        ragged_axis, group_axes = b_k[list(a_k).index(ragged)], g_e
+        axes = [*a_n, *_in_order_of(b_k, a_k), *a_i]
     else:
-        lhs, rhs, contract, batch = g, b, (y_b, b_kept), (y_batch, b_batch)
-        ragged_axis, group_axis = [*a_batch, *a_kept].index(ragged), group
-        axes = [*a_batch, *a_kept, *k_sorted_by(a_contract, b_contract)]
+        target, lhs, rhs, contract, batch = a, g, b, (g_j, b_j), (g_n, b_n)
+        ragged_axis, group_axes = [*a_n, *a_i].index(ragged), b_e
+        axes = [*a_n, *a_i, *_in_order_of(b_k, a_k)]
 
-    target = b if a_is_second else a
     gradient = lax.ragged_dot_general(
         lhs,
         rhs,
@@ -122,28 +136,14 @@ def _ragged_dot_general(
         lax.RaggedDotDimensionNumbers(
             dot_dimension_numbers=(contract, batch),
             lhs_ragged_dimensions=[ragged_axis],
-            rhs_group_dimensions=group_axis,
+            rhs_group_dimensions=group_axes,
         ),
         **params | {"out_sharding": gradient_sharding(target, axes)},
     )
-    permutation = sorted(range(target.ndim), key=lambda i: axes[i])
-    return as_dtype(target.dtype, lax.transpose(gradient, permutation))
+    return in_dtype_of(target, lax.transpose(gradient, _inverse(axes)))
 
 
-# ------------------------------------------------------------------- dtypes and meshes
-
-
-def as_dtype(dtype, x):
-    """x in the dtype of the argument it is the gradient of.
-
-    They differ where `preferred_element_type` or a mixed product made the output wider. A real
-    argument of a complex product gets the real part.
-    """
-    if x.dtype == dtype:
-        return x
-    if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
-        x = lax.real(x)
-    return lax.convert_element_type(x, dtype)
+# ------------------------------------------------------------------------------------- meshes
 
 
 def gradient_sharding(x, axes: Sequence[int] | None = None) -> NamedSharding | None:
