@@ -10,20 +10,16 @@ JAX version spells a jaxpr stands in this file (and, for primitives of our own, 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import os
-import re
-import sysconfig
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Literal
 from jax.interpreters.partial_eval import DynamicJaxprTracer, dce_jaxpr
-from jax.sharding import NamedSharding
+
+from fnn.frames import is_of_library
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -201,7 +197,7 @@ def program(closed_jaxpr, inline: bool = True) -> Program:
             if inner is not None:
                 name = eqn.params.get("name", "")
                 # JAX traces its own functions once: the lines noted inside are the first user's.
-                here = source or (eqn.source_info if _is_of_library(inner.jaxpr) else None)
+                here = source or (eqn.source_info if is_of_library(inner.jaxpr) else None)
                 deeper = (*within, name) if name else within
                 start = len(flat.equations)
                 inside: list[Inlined] = []
@@ -214,7 +210,7 @@ def program(closed_jaxpr, inline: bool = True) -> Program:
                         len(flat.equations),
                         tuple(outs),
                         result_paths(inner),
-                        _is_of_library(inner.jaxpr),
+                        is_of_library(inner.jaxpr),
                         deeper,
                         source or eqn.source_info,
                         inside,
@@ -297,112 +293,6 @@ def called_function(equation: Equation) -> str:
     return equation.params["call_jaxpr"].jaxpr.debug_info.func_name or ""
 
 
-def source_line(source_info) -> str:
-    """`file.py:12 (function)`, the user's line that made an equation, or an empty string."""
-    for frame in user_frames(source_info):
-        return f"{os.path.basename(frame.file_name)}:{frame.line_num} ({frame.function_name})"
-    return ""
-
-
-def user_frames(source_info, outermost: str = "") -> Iterator[Any]:
-    """The frames of the stack that made an equation that are the user's, from the inside out.
-
-    Not JAX's, not fnn's, and not those of installed packages, unless there are no others.
-
-    outermost: the file to stop at.
-    """
-    traceback = source_info.traceback
-    frames = []
-    for frame in traceback.frames if traceback is not None else ():
-        if frame.file_name == outermost:
-            break
-        if not frame.file_name.startswith(_LIBRARIES):
-            frames.append(frame)
-    own = [frame for frame in frames if not frame.file_name.startswith(_INSTALLED)]
-    return iter(own or frames)
-
-
-_LIBRARIES = (
-    os.path.dirname(os.path.abspath(__file__)) + os.sep,
-    os.path.dirname(os.path.abspath(jax.__file__)) + os.sep,
-    "<frozen",
-)
-_INSTALLED = tuple(sysconfig.get_paths()[p] + os.sep for p in ("stdlib", "purelib", "platlib"))
-
-
-class Frame(NamedTuple):
-    """One of the user's functions on the stack that made an equation, and where it stood.
-
-    instruction: the place in the code, in bytes.
-    called: how it called what is inside: "directly"; through "vmap"; through an installed
-        "package", or fnn's layers; or "otherwise", such as through jit or a derivative.
-    """
-
-    code: Any
-    instruction: int
-    called: str
-
-
-class Stack(NamedTuple):
-    """The stack that made an equation, from the inside out.
-
-    frames: the user's.
-    inside: those of JAX, fnn and other packages that the innermost of them called, as
-        (code, instruction).
-    reached: whether it goes down to the file that `stack` was to stop at.
-    """
-
-    frames: tuple[Frame, ...]
-    inside: tuple[tuple[Any, int], ...]
-    reached: bool
-
-
-def stack(source_info, outermost: str = "") -> Stack:
-    """The stack, with the instructions, so that the source's expressions can be found.
-
-    outermost: the file to stop at.
-    """
-    if source_info.traceback is None:
-        return Stack((), (), False)
-    frames: list[Frame] = []
-    inside: list[tuple[Any, int]] = []
-    between: list[Any] = []
-    for code, instruction in zip(*source_info.traceback.raw_frames(), strict=True):
-        if code.co_filename == outermost:
-            return Stack(tuple(frames), tuple(inside), True)
-        if _kind(code.co_filename) == "user":
-            frames.append(Frame(code, instruction, _how_called(between)))
-            between = []
-        else:
-            between.append(code)
-            if not frames:
-                inside.append((code, instruction))
-    return Stack(tuple(frames), tuple(inside), False)
-
-
-def _how_called(between: list) -> str:
-    """How a function calls another, by the library's frames between them."""
-    kinds = {_kind(code.co_filename) for code in between}
-    if not kinds:
-        return "directly"
-    if kinds == {"package"}:
-        return "package"
-    if kinds == {"library"} and any(code.co_name == "vmap_f" for code in between):
-        plain = all(not re.search("jit|grad|vjp|jvp|cache_miss", c.co_name) for c in between)
-        return "vmap" if plain else "otherwise"
-    return "otherwise"
-
-
-@functools.lru_cache(maxsize=4096)
-def _kind(file_name: str) -> str:
-    """Whose code is in a file: the "user"'s, an installed "package"'s, or of JAX and fnn."""
-    if file_name.startswith(os.path.join(_LIBRARIES[0], "layers")):
-        return "package"
-    if file_name.startswith(_LIBRARIES):
-        return "library"
-    return "package" if file_name.startswith(_INSTALLED) else "user"
-
-
 def result_paths(closed_jaxpr) -> tuple[str, ...]:
     """Where in the tree that a traced function returned each of its results stands.
 
@@ -414,83 +304,6 @@ def result_paths(closed_jaxpr) -> tuple[str, ...]:
     return tuple(p.removeprefix("result") if p.startswith("result") else "?" for p in paths)
 
 
-def _is_of_library(jaxpr) -> bool:
-    """Was it made from one of JAX's or fnn's own functions?"""
-    return (jaxpr.debug_info.func_filename or "").startswith(_LIBRARIES)
-
-
 def is_inexact(aval) -> bool:
     """Is it a real or complex array, so that it can have a gradient?"""
     return jax.dtypes.issubdtype(aval.dtype, jnp.inexact)
-
-
-def sharding_of(x) -> NamedSharding | None:
-    """The sharding of an array or type on a mesh with explicit axes; elsewhere the compiler's."""
-    aval: Any = x if isinstance(x, jax.core.AbstractValue) else jax.typeof(x)
-    return None if aval.sharding.mesh.empty else aval.sharding
-
-
-def zeros(aval) -> jax.Array:
-    """Zeros of a type: sharded alike, and under shard_map varying over the same devices."""
-    zero = numpy.zeros((), aval.dtype)
-    return as_varying(broadcast(zero, aval, ()), aval)
-
-
-def broadcast(x, like, axes: Sequence[int]):
-    """x copied to the shape and sharding of `like`, of whose axes its own are `axes`.
-
-    On explicit axes the mesh is set: JAX 0.12 ignores the sharding of a result made from arrays
-    that are on no mesh where none is set.
-    """
-    sharding = sharding_of(like)
-    if sharding is None:
-        return lax.broadcast_in_dim(x, like.shape, axes)
-    mesh: Any = sharding.mesh  # that of a type is abstract
-    with jax.sharding.use_abstract_mesh(mesh):
-        return lax.broadcast_in_dim(x, like.shape, axes, out_sharding=sharding)
-
-
-def varying_axes(aval) -> frozenset:
-    """The axes of the mesh over whose devices a value varies, under shard_map."""
-    kind = getattr(aval, "manual_axis_type", None)
-    return getattr(kind, "varying", frozenset())
-
-
-def as_varying(x, aval):
-    """x, marked under shard_map as varying over the devices that `aval` varies over."""
-    return _vary_over(x, varying_axes(aval))
-
-
-def _vary_over(x, axes: frozenset):
-    """x, marked as varying over these axes of the mesh too."""
-    missing = axes - varying_axes(jax.typeof(x))
-    return jax.lax.pcast(x, tuple(sorted(missing, key=str)), to="varying") if missing else x
-
-
-def same_varying_axes(arrays):
-    """Under shard_map, mark what is equal on all devices as varying where its partners vary.
-
-    JAX's own operations do the same. Its transpose is the sum over the devices, which is how
-    a replicated weight gets the gradient of the whole batch.
-    """
-    axes = [varying_axes(jax.typeof(x)) for x in arrays]
-    union = frozenset().union(*axes)
-    if not union or all(a == union for a in axes):
-        return arrays
-    return [_vary_over(x, union) for x in arrays]
-
-
-def barrier(tree):
-    """The arrays, none of which the compiler may use before all are there.
-
-    Under shard_map, those that vary over the same devices are held together: JAX's barrier
-    would make all of them vary.
-    """
-    leaves, structure = jax.tree.flatten(tree)
-    kinds = [varying_axes(jax.typeof(x)) for x in leaves]
-    for kind in set(kinds):
-        places = [i for i, k in enumerate(kinds) if k == kind]
-        held = lax.optimization_barrier([leaves[i] for i in places])
-        for i, x in zip(places, held, strict=True):
-            leaves[i] = x
-    return jax.tree.unflatten(structure, leaves)

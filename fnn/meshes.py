@@ -1,18 +1,22 @@
-"""Arrays on a mesh with explicit axes (`jax.make_mesh`'s default), where types hold shardings.
+"""Arrays on meshes of devices: what their types say, and functions that leave layouts to JAX.
 
-There an operation that could be divided over the devices in several ways is an error, unless it
-says how: looking up rows by a sharded index, or joining a sharded axis with another. What fnn
-does with a batch is of that kind at many places, and so may be a loss, which is written for one
-example. `with_auto_axes` leaves such choices to the compiler, inside one function; what comes out
-has types again.
+On a mesh with explicit axes (`jax.make_mesh`'s default) types hold shardings. There an operation
+that could be divided over the devices in several ways is an error, unless it says how: looking up
+rows by a sharded index, or joining a sharded axis with another. What fnn does with a batch is of
+that kind at many places, and so may be a loss, which is written for one example. `with_auto_axes`
+leaves such choices to the compiler, inside one function; what comes out has types again.
+
+Under shard_map, types say over which devices a value varies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy
+from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 EVERYWHERE = PartitionSpec()
@@ -87,3 +91,75 @@ def _sharding(leaf: Any) -> Any:
         return getattr(jax.typeof(leaf), "sharding", None)
     except TypeError:
         return None
+
+
+def sharding_of(x) -> NamedSharding | None:
+    """The sharding of an array or type on a mesh with explicit axes; elsewhere the compiler's."""
+    aval: Any = x if isinstance(x, jax.core.AbstractValue) else jax.typeof(x)
+    return None if aval.sharding.mesh.empty else aval.sharding
+
+
+def zeros(aval) -> jax.Array:
+    """Zeros of a type: sharded alike, and under shard_map varying over the same devices."""
+    zero = numpy.zeros((), aval.dtype)
+    return as_varying(broadcast(zero, aval, ()), aval)
+
+
+def broadcast(x, like, axes: Sequence[int]):
+    """x copied to the shape and sharding of `like`, of whose axes its own are `axes`.
+
+    On explicit axes the mesh is set: JAX 0.12 ignores the sharding of a result made from arrays
+    that are on no mesh where none is set.
+    """
+    sharding = sharding_of(like)
+    if sharding is None:
+        return lax.broadcast_in_dim(x, like.shape, axes)
+    mesh: Any = sharding.mesh  # that of a type is abstract
+    with jax.sharding.use_abstract_mesh(mesh):
+        return lax.broadcast_in_dim(x, like.shape, axes, out_sharding=sharding)
+
+
+def varying_axes(aval) -> frozenset:
+    """The axes of the mesh over whose devices a value varies, under shard_map."""
+    kind = getattr(aval, "manual_axis_type", None)
+    return getattr(kind, "varying", frozenset())
+
+
+def as_varying(x, aval):
+    """x, marked under shard_map as varying over the devices that `aval` varies over."""
+    return _vary_over(x, varying_axes(aval))
+
+
+def _vary_over(x, axes: frozenset):
+    """x, marked as varying over these axes of the mesh too."""
+    missing = axes - varying_axes(jax.typeof(x))
+    return jax.lax.pcast(x, tuple(sorted(missing, key=str)), to="varying") if missing else x
+
+
+def same_varying_axes(arrays):
+    """Under shard_map, mark what is equal on all devices as varying where its partners vary.
+
+    JAX's own operations do the same. Its transpose is the sum over the devices, which is how
+    a replicated weight gets the gradient of the whole batch.
+    """
+    axes = [varying_axes(jax.typeof(x)) for x in arrays]
+    union = frozenset().union(*axes)
+    if not union or all(a == union for a in axes):
+        return arrays
+    return [_vary_over(x, union) for x in arrays]
+
+
+def barrier(tree):
+    """The arrays, none of which the compiler may use before all are there.
+
+    Under shard_map, those that vary over the same devices are held together: JAX's barrier
+    would make all of them vary.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    kinds = [varying_axes(jax.typeof(x)) for x in leaves]
+    for kind in set(kinds):
+        places = [i for i, k in enumerate(kinds) if k == kind]
+        held = lax.optimization_barrier([leaves[i] for i in places])
+        for i, x in zip(places, held, strict=True):
+            leaves[i] = x
+    return jax.tree.unflatten(structure, leaves)

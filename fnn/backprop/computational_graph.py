@@ -18,7 +18,8 @@ from fnn.backprop.names import names_in_source
 from fnn.backprop.node import Node, as_value, is_value, operation_name
 from fnn.backprop.picture import Picture
 from fnn.backprop.primitives import rule_of
-from fnn.jaxpr import Equation, Inlined, Program, inner_jaxprs, is_inexact, program, zeros
+from fnn.jaxpr import Equation, Inlined, Program, inner_jaxprs, is_inexact, program
+from fnn.meshes import zeros
 
 
 class Graph:

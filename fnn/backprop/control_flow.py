@@ -20,17 +20,8 @@ from fnn.backprop import sweep
 from fnn.backprop.partial_evaluation import partially_evaluate, run
 from fnn.backprop.rules import ControlRule, hidden
 from fnn.eager import apply, once, take_branch
-from fnn.jaxpr import (
-    Equation,
-    as_varying,
-    barrier,
-    close,
-    is_inexact,
-    program,
-    scan_layout,
-    trace,
-    zeros,
-)
+from fnn.jaxpr import Equation, close, is_inexact, program, scan_layout, trace
+from fnn.meshes import as_varying, barrier, zeros
 from fnn.operation import call_of, linearize
 
 # ------------------------------------------------------------------------------------------ scan

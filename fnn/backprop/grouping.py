@@ -23,7 +23,8 @@ from typing import Any
 from fnn import arguments
 from fnn.backprop.node import Node, scope_name
 from fnn.backprop.source import Source, frames_of
-from fnn.jaxpr import Equation, Frame, Inlined
+from fnn.frames import Frame
+from fnn.jaxpr import Equation, Inlined
 
 # Which groups: a name or path, several of them, or a function of the group.
 Choice = str | Iterable[str] | Callable[["Group"], bool] | None

@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 from fnn.backprop.node import operation_name
 from fnn.backprop.source import Source
-from fnn.jaxpr import Equation, Inlined, Program, Stack, inner_jaxprs, result_paths, stack
+from fnn.frames import Stack, stack
+from fnn.jaxpr import Equation, Inlined, Program, inner_jaxprs, result_paths
 
 # They call what they are given, or gather what was made: their last operation isn't their value.
 _GATHERING_FUNCTIONS = {*dir(builtins), "reduce"} - {"abs", "pow", "round", "sum"}

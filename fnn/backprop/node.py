@@ -13,7 +13,8 @@ import numpy
 
 from fnn import text
 from fnn.backprop.source import user_calls
-from fnn.jaxpr import Equation, Inlined, called_function, inner_jaxprs, source_line
+from fnn.frames import source_line
+from fnn.jaxpr import Equation, Inlined, called_function, inner_jaxprs
 from fnn.operation import call_of
 
 

@@ -12,7 +12,8 @@ import linecache
 from collections.abc import Callable
 from typing import Any
 
-from fnn.jaxpr import Equation, Frame, stack, user_frames
+from fnn.frames import Frame, stack, user_frames
+from fnn.jaxpr import Equation
 
 
 def call_user(fun: Callable, args: tuple, kwargs: dict) -> Any:

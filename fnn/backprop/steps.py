@@ -25,7 +25,8 @@ from fnn.backprop import sweep
 from fnn.backprop.node import Node
 from fnn.backprop.primitives import is_ruled
 from fnn.backprop.rules import LocalRule
-from fnn.jaxpr import is_inexact, zeros
+from fnn.jaxpr import is_inexact
+from fnn.meshes import zeros
 from fnn.operation import call_of
 
 LARGEST_JACOBIAN = 4096

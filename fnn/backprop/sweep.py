@@ -18,7 +18,8 @@ from jax import lax
 
 from fnn.backprop.rules import ControlRule, LocalRule, zero
 from fnn.eager import apply
-from fnn.jaxpr import Equation, Program, is_inexact, zeros
+from fnn.jaxpr import Equation, Program, is_inexact
+from fnn.meshes import zeros
 
 # Tells the rule of an equation; `fnn.backprop.primitives.rule_of` knows the hand-written ones.
 RuleOf = Callable[[Equation], LocalRule | ControlRule]

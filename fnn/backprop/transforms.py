@@ -19,7 +19,8 @@ from fnn import arguments
 from fnn.backprop import sweep
 from fnn.backprop.partial_evaluation import PartialEvaluation, partially_evaluate
 from fnn.backprop.primitives import rule_of
-from fnn.jaxpr import as_varying, is_inexact, program, trace
+from fnn.jaxpr import is_inexact, program, trace
+from fnn.meshes import as_varying
 
 
 def value_and_grad(

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from fnn import arguments
-from fnn.jaxpr import same_varying_axes
+from fnn.meshes import same_varying_axes
 from fnn.operation import well_formed
 from fnn.operation.call import Call
 from fnn.operation.form import Rule, name_of

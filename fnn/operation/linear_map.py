@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn.jaxpr import Equation, is_inexact, same_varying_axes, trace, zeros
+from fnn.jaxpr import Equation, is_inexact, trace
+from fnn.meshes import same_varying_axes, zeros
 from fnn.operation import well_formed
 from fnn.operation.call import Axis, Call, MappedCall, mapped_results
 from fnn.operation.form import Rule, remembered

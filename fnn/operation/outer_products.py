@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 
-from fnn.jaxpr import Equation, Program, program, sharding_of
+from fnn.jaxpr import Equation, Program, program
+from fnn.meshes import sharding_of
 
 
 def with_matrix_products(function: Callable) -> Callable:

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from fnn.jaxpr import is_inexact, same_varying_axes
+from fnn.jaxpr import is_inexact
+from fnn.meshes import same_varying_axes
 from fnn.operation.call import Axis, MappedCall
 from fnn.operation.experimental import register_experimental
 from fnn.operation.form import remembered

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn.jaxpr import as_varying, is_inexact, zeros
+from fnn.jaxpr import is_inexact
+from fnn.meshes import as_varying, zeros
 from fnn.operation import linearity
 from fnn.operation.call import Call
 from fnn.operation.form import Rule, RuleError, remembered

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from fnn import arguments
 from fnn.batch import batch_size
-from fnn.jaxpr import Program, as_varying, inner_jaxprs, is_inexact, program, trace, zeros
-from fnn.meshes import batch_spec, with_auto_axes
+from fnn.jaxpr import Program, inner_jaxprs, is_inexact, program, trace
+from fnn.meshes import as_varying, batch_spec, with_auto_axes, zeros
 from fnn.per_example.factors import (
     CONSTANT,
     EXAMPLE,

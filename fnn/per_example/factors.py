@@ -29,13 +29,8 @@ from fnn.backprop import control_flow, sweep
 from fnn.backprop.partial_evaluation import PartialEvaluation, partially_evaluate
 from fnn.backprop.primitives import rule_of
 from fnn.backprop.rules import ControlRule
-from fnn.jaxpr import (
-    Equation,
-    Program,
-    is_inexact,
-    scan_layout,
-    source_line,
-)
+from fnn.frames import source_line
+from fnn.jaxpr import Equation, Program, is_inexact, scan_layout
 from fnn.operation import call_of
 from fnn.per_example.terms import (
     Convolution,

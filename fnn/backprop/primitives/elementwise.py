@@ -50,7 +50,7 @@ from jax.lax import (
 )
 
 from fnn.backprop.rules import LocalRule, each, joint, zero
-from fnn.jaxpr import sharding_of
+from fnn.meshes import sharding_of
 
 # Some formulas are each JAX's own: the compiler fits them best, and they cost alike.
 _SINCE_0_12 = hasattr(lax, "one_minus_square")

@@ -29,7 +29,7 @@ from jax.lax import ScatterDimensionNumbers, add, div, eq, mul, select
 from fnn.backprop.primitives.elementwise import CHOICES, is_complex, number
 from fnn.backprop.rules import ControlRule, LocalRule, each, zero
 from fnn.eager import apply
-from fnn.jaxpr import as_varying, broadcast, sharding_of
+from fnn.meshes import as_varying, broadcast, sharding_of
 
 # ----------------------------------------------------------------------- sum, max, product
 

@@ -18,7 +18,7 @@ from jax import lax
 
 from fnn.backprop.rules import ControlRule, LocalRule, each, joint, zero
 from fnn.eager import apply
-from fnn.jaxpr import sharding_of
+from fnn.meshes import sharding_of
 
 
 def _reshape(g, y, x, *, dimensions=None, **_):
