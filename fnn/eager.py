@@ -1,8 +1,8 @@
 """Evaluating a program outside jit: what was compiled once isn't compiled again.
 
-JAX compiles a loop once for each jaxpr *object*. A program that is traced again at each call
-has new ones each time, though they say the same; what they were compiled to must be found by
-what they say. Nor may that cache keep a user's function or arrays alive. So, outside jit:
+JAX compiles a loop once for each jaxpr *object*. A function that is traced at each call makes
+new objects each time, with the same content. Here the compiled loop is found by that content, and
+the cache keeps no function and no array of the user's alive. Outside jit:
 
 * a call (jit, checkpoint, a custom rule) is evaluated equation by equation, as JAX does;
 * a conditional takes its branch now;
@@ -82,7 +82,7 @@ def once(function: Callable) -> Callable:
 
 
 def as_one_call(function: Callable) -> Callable:
-    """The function of pytrees of arrays, as one call in a program, not to be taken apart."""
+    """The function of pytrees of arrays, as one call of a jitted function in a program."""
 
     def call(*args):
         leaves, tree = jax.tree.flatten(args)
@@ -168,7 +168,10 @@ def _called(equation: Equation, values: Sequence):
 
 
 class _Description:
-    """What an equation says, to find what it was compiled to; and until then the equation."""
+    """The content of an equation, the cache key of what it was compiled to.
+
+    It holds the equation itself only until that is compiled.
+    """
 
     __slots__ = ("_arrays", "_equation", "_hash", "_what")
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import checkify, jet
 
-from fnn.jaxpr import is_inexact
+from fnn.jaxpr import is_inexact, program
 
 
 def register_experimental(primitive: Any, definition: Callable) -> None:
@@ -25,15 +25,14 @@ def register_experimental(primitive: Any, definition: Callable) -> None:
         # (A context in newer JAX,) the errors so far, those to look for, and the arrays.
         start = next(i for i, a in enumerate(args) if isinstance(a, checkify.Error)) + 2
         inside = jax.jit(functools.partial(definition, **params))
-        closed = jax.make_jaxpr(inside)(*args[start:])
-        known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-        known.update(zip(closed.jaxpr.invars, args[start:], strict=True))
-        read = lambda v: v.val if hasattr(v, "val") else known[v]
-        (eqn,) = closed.jaxpr.eqns
-        check = checks[eqn.primitive]
-        error, outs = check(*args[:start], *map(read, eqn.invars), **eqn.params)
-        known.update(zip(eqn.outvars, outs, strict=True))
-        return error, list(map(read, closed.jaxpr.outvars))
+        flat = program(jax.make_jaxpr(inside)(*args[start:]), inline=False)
+        (call,) = flat.equations
+        values = flat.values(args[start:])
+        check = checks[call.primitive]
+        error, outs = check(*args[:start], *[values[i] for i in call.ins], **call.params)
+        for i, out in zip(call.outs, outs, strict=True):
+            values[i] = out
+        return error, [values[i] for i in flat.outputs]
 
     rules: dict = jet.jet_rules
     rules[primitive] = series

@@ -10,8 +10,9 @@ the jaxpr is given one of these kinds, in order, from the inputs to the outputs:
     another    the reason why it is neither, in words
 
 What JAX's usual primitives do stands in the tables below. Of any other primitive its derivative
-tells: a function is linear in `x`, up to a constant, where its derivative by `x` doesn't depend
-on `x`; and if that holds for x and c together, then f(x, c) = A x + B c, and c is a constant term.
+tells: a function is linear in `x`, up to a constant, where its derivative with respect to `x`
+doesn't depend on `x`; and if that holds for x and c together, then f(x, c) = A x + B c, and c is a
+constant term.
 """
 
 from __future__ import annotations
@@ -111,8 +112,7 @@ class _Reader:
             return self.scan(params, ins)
         for key in _BODIES:
             inner = params.get(key)
-            open_jaxpr = getattr(inner, "jaxpr", inner)
-            if len(getattr(open_jaxpr, "invars", ())) == len(ins) and hasattr(open_jaxpr, "eqns"):
+            if hasattr(inner, "eqns") and len(close(inner).in_avals) == len(ins):
                 return self.body(inner, ins)
         bad = [kind for kind in ins if kind not in _KNOWN]
         if bad:
