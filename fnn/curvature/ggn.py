@@ -22,7 +22,7 @@ from fnn.curvature.checks import (
 )
 from fnn.curvature.sqrt_ggn import SqrtGGN, sqrt_ggn
 from fnn.meshes import specs_of, with_auto_axes
-from fnn.per_example.gradient import _as
+from fnn.per_example.precision import as_dtype
 
 
 def ggn_diagonal(
@@ -59,7 +59,7 @@ def ggn_diagonal(
 
         def of_parameter(own):
             total = functools.reduce(jnp.add, [sign * c.sum_of_squares() for sign, c in own])
-            return _as(total / size, own[0][1].dtype)
+            return as_dtype(total / size, own[0][1].dtype)
 
         def diagonal(params, batch):
             found, tree = _signed(model, loss, params, batch, key, samples, part)

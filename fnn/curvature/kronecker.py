@@ -29,10 +29,9 @@ from fnn.batch import batch_size
 from fnn.curvature.checks import check_loss, check_model, check_samples, checked
 from fnn.curvature.sqrt_ggn import SqrtGGN, sqrt_ggn
 from fnn.meshes import with_auto_axes
-from fnn.per_example import terms as algebra
-from fnn.per_example.terms import Convolution, Layout, Product, Rows
-
-_wide = algebra._wide
+from fnn.per_example.layout import Layout
+from fnn.per_example.precision import wide
+from fnn.per_example.terms import Convolution, Product, Rows, materialized
 
 
 @functools.partial(
@@ -55,7 +54,7 @@ class Kronecker:
 
     def times(self, w: jax.Array) -> jax.Array:
         """The block times a tensor of the parameter's shape."""
-        G, A, w = _wide(self.G, self.A, w)
+        G, A, w = wide(self.G, self.A, w)
         x = jnp.einsum("sop,spi->soi", G, self.layout.from_parameter(w))
         x = x * A[:, None] if A.ndim == 2 else jnp.einsum("soi,sij->soj", x, A)
         return self.layout.to_parameter(x)
@@ -77,7 +76,7 @@ class Block:
     shape: tuple[int, ...]
 
     def times(self, w: jax.Array) -> jax.Array:
-        matrix, w = _wide(self.matrix, w)
+        matrix, w = wide(self.matrix, w)
         return (matrix @ w.reshape(-1)).reshape(self.shape)
 
     def to_dense(self) -> jax.Array:
@@ -95,7 +94,7 @@ class Diagonal:
     shape: tuple[int, ...]
 
     def times(self, w: jax.Array) -> jax.Array:
-        diagonal, w = _wide(self.diagonal, w)
+        diagonal, w = wide(self.diagonal, w)
         return diagonal * w
 
     def to_dense(self) -> jax.Array:
@@ -182,14 +181,14 @@ def factors_of(own: SqrtGGN, size: int, kind: str, largest_block: int) -> Factor
         term, axes = _as_product(term, axes)
     if isinstance(term, Product):
         by_column = axes.g == 0
-        a, g = _wide(term.a, term.g if by_column else term.g[:, None])
+        a, g = wide(term.a, term.g if by_column else term.g[:, None])
         g = g * (1 if by_column else math.sqrt(own.count))
         if axes.a is None:
             return _kronecker(a, g, term.layout, own.shape, size, kind)
     if isinstance(term, Rows) and axes.index is None and kind == "expand":
         positions = term.index.shape[-1]
         _, rows, _ = term.layout.sizes
-        (g,) = _wide(term.g)
+        (g,) = wide(term.g)
         counts = jnp.zeros(rows, g.dtype).at[term.index.reshape(-1)].add(1, mode="drop")
         g = jnp.einsum("ncspo,ncspq->soq", g, g) / size
         # The factor that stands first in the layout is the table's rows: theirs is diagonal.
@@ -202,7 +201,7 @@ def factors_of(own: SqrtGGN, size: int, kind: str, largest_block: int) -> Factor
         return Kronecker(counts[None] / (size * positions), g, swapped, own.shape)
     numbers = math.prod(own.shape)
     if numbers <= largest_block:
-        (flat,) = _wide(own.each(algebra.materialized).reshape(-1, numbers))
+        (flat,) = wide(own.each(materialized).reshape(-1, numbers))
         return Block(flat.T @ flat / size, own.shape)
     return Diagonal(own.sum_of_squares() / size, own.shape)
 

@@ -32,7 +32,7 @@ from fnn.curvature.linearize import calls_custom_vjp, linearized
 from fnn.curvature.sqrt_ggn import one_array, sqrt_ggn
 from fnn.eager import once
 from fnn.meshes import batch_spec, specs_of, with_auto_axes
-from fnn.per_example.terms import norm_of
+from fnn.per_example.precision import norm_of
 
 
 @dataclasses.dataclass(eq=False)

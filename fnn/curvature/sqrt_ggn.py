@@ -21,14 +21,17 @@ from fnn.backprop.partial_evaluation import run
 from fnn.batch import batch_size
 from fnn.curvature import output_hessian
 from fnn.curvature.checks import pair
-from fnn.per_example import terms as algebra
 from fnn.per_example.differentiate import (
     halves_of_example,
     leaf_gradient,
     parameters,
 )
+from fnn.per_example.exact_norms import measured, sums_products
 from fnn.per_example.gradient import FactoredGradient
-from fnn.per_example.terms import Dense, Product, Term
+from fnn.per_example.moments import sum_over_parts
+from fnn.per_example.precision import square, wide
+from fnn.per_example.sums import weighted_sum
+from fnn.per_example.terms import Dense, Product, Term, materialized, one_of
 
 
 @dataclasses.dataclass(eq=False)
@@ -69,26 +72,26 @@ class SqrtGGN:
         if len(self.terms) == 1:
             (term,), (axes,) = self.terms, self.axes
             if isinstance(term, Dense):
-                return jnp.sum(algebra._square(algebra._wide(term.value)[0]), axis=(0, 1))
+                return jnp.sum(square(wide(term.value)[0]), axis=(0, 1))
             one_position = isinstance(term, Product) and term.positions == 1
             if one_position and axes.a is None and axes.g == 0:
-                a, g = algebra._wide(term.a, term.g)
-                squares = Product(algebra._square(a), _sum_squares(g, 1), term.layout)
-                return algebra.weighted_sum(squares, None)
+                a, g = wide(term.a, term.g)
+                squares = Product(square(a), _sum_squares(g, 1), term.layout)
+                return weighted_sum(squares, None)
         size = self.count * math.prod(self.shape)
 
         def squares(terms):
             part = dataclasses.replace(self, terms=terms)
-            formed = part.each(algebra.materialized)
-            return jnp.sum(algebra._square(algebra._wide(formed)[0]), axis=(0, 1))
+            formed = part.each(materialized)
+            return jnp.sum(square(wide(formed)[0]), axis=(0, 1))
 
-        return algebra._accumulate(squares, self.terms, self.batch_size, size)
+        return sum_over_parts(squares, self.terms, self.batch_size, size)
 
     def squared_norms(self) -> jax.Array:
         """|Jᵀ s|² for each example's each column, (batch, columns)."""
-        found = self.each(algebra.measured)
+        found = self.each(measured)
         one = jax.eval_shape(self.as_batch).terms
-        if not algebra.sums_products([algebra._one_of(t) for t in one]):
+        if not sums_products([one_of(t) for t in one]):
             return lax.square(found.norm)
         doubts = jnp.any(~found.is_in_range | found.cancels)
 
@@ -101,7 +104,7 @@ class SqrtGGN:
 
 
 def _sum_squares(x, axis):
-    return jnp.sum(algebra._square(x), axis=axis)
+    return jnp.sum(square(x), axis=axis)
 
 
 def sqrt_ggn(

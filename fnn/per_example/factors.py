@@ -32,16 +32,8 @@ from fnn.backprop.rules import ControlRule
 from fnn.frames import source_line
 from fnn.jaxpr import Equation, Program, is_inexact, scan_layout
 from fnn.operation import call_of
-from fnn.per_example.terms import (
-    Convolution,
-    Dense,
-    Layout,
-    Product,
-    Rows,
-    Term,
-    as_one,
-    kernel_layout,
-)
+from fnn.per_example.layout import Layout, Pad, Reshape, Reverse, Transpose, View
+from fnn.per_example.terms import Convolution, Dense, Product, Rows, Term
 
 # What a value depends on. The larger of its inputs' decides an equation's outputs.
 CONSTANT, PARAMETERS, EXAMPLE = range(3)
@@ -231,25 +223,7 @@ def _convolution(k, g, ins, params) -> Term | None:
     x, w = ins
     if k == 0 or params["batch_group_count"] != 1 or g.size == 0:
         return None
-    static = {
-        name: value
-        for name, value in params.items()
-        if name
-        in (
-            "window_strides",
-            "padding",
-            "lhs_dilation",
-            "rhs_dilation",
-            "feature_group_count",
-            "batch_group_count",
-            "precision",
-            "preferred_element_type",
-        )
-    }
-    static["dimension_numbers"] = tuple(tuple(s) for s in params["dimension_numbers"])
-    static["kernel_shape"] = w.shape
-    layout = kernel_layout(w.shape, static["dimension_numbers"], static["feature_group_count"])
-    return Convolution(x, g, tuple(sorted(static.items())), layout)
+    return Convolution.of(x, g, w.shape, params)
 
 
 def _gather(k, g, ins, params) -> Term | None:
@@ -360,16 +334,16 @@ def _among_parameters(tape, visit, upstream, side) -> list:
     return products
 
 
-def _viewed(term, kind, argument) -> Term:
-    return dataclasses.replace(term, layout=term.layout.viewed(kind, argument))
+def _viewed(term, view: View) -> Term:
+    return dataclasses.replace(term, layout=term.layout.viewed(view))
 
 
 def _pass_transpose(k, term, ins, equation, flat):
-    return _viewed(term, "transpose", numpy.argsort(equation.params["permutation"]).tolist())
+    return _viewed(term, Transpose(tuple(numpy.argsort(equation.params["permutation"]).tolist())))
 
 
 def _pass_reshape(k, term, ins, equation, flat):
-    return _viewed(term, "reshape", ins[0].shape)
+    return _viewed(term, Reshape(tuple(ins[0].shape)))
 
 
 def _pass_slice(k, term, ins, equation, flat):
@@ -380,11 +354,11 @@ def _pass_slice(k, term, ins, equation, flat):
         (low, full - (low + (n - 1) * step + 1) if n else full - low, step - 1)
         for full, low, n, step in zip(ins[0].shape, p["start_indices"], out, steps)
     ]
-    return _viewed(term, "pad", pads)
+    return _viewed(term, Pad(tuple(pads)))
 
 
 def _pass_rev(k, term, ins, equation, flat):
-    return _viewed(term, "rev", equation.params["dimensions"])
+    return _viewed(term, Reverse(tuple(equation.params["dimensions"])))
 
 
 def _pass_same(k, term, ins, equation, flat):
@@ -701,29 +675,13 @@ def _over_steps(term: Term, is_constant: bool) -> Term:
     if isinstance(term, Dense):
         return term
     if is_constant:
-        return as_one(term)
+        return term.as_one()
     if isinstance(term, Product):
         steps, stack, positions, _ = term.a.shape
         flat = lambda x: x.reshape(steps * stack, positions, x.shape[-1])
-        return Product(flat(term.a), flat(term.g), _stacked(term.layout, steps))
+        return Product(flat(term.a), flat(term.g), term.layout.stacked(steps))
     if isinstance(term, Rows):
         value = jax.vmap(Rows.materialize)(term)
         return Dense(value, "a loop's steps look up rows of tables of their own")
     product = jax.vmap(Convolution.as_product)(term)
     return _over_steps(product, is_constant)
-
-
-def _stacked(layout: Layout, steps: int) -> Layout:
-    """The layout of a weight with one more axis in front, which the factors share."""
-    order = (0, *(i + 1 for i in layout.order))
-    views = []
-    for view in layout.views:
-        if view.kind == "transpose":
-            views.append(dataclasses.replace(view, argument=(0, *(d + 1 for d in view.argument))))
-        elif view.kind == "reshape":
-            views.append(dataclasses.replace(view, argument=(steps, *view.argument)))
-        elif view.kind == "rev":
-            views.append(dataclasses.replace(view, argument=tuple(d + 1 for d in view.argument)))
-        else:
-            views.append(dataclasses.replace(view, argument=((0, 0, 0), *view.argument)))
-    return Layout((steps, *layout.stack), layout.out, layout.ins, order, tuple(views))

@@ -14,8 +14,10 @@ from jax import lax
 from fnn import arguments
 from fnn.eager import once
 from fnn.meshes import batch_spec, with_auto_axes
-from fnn.per_example import terms as algebra
-from fnn.per_example.terms import Convolution, Dense, Product, Rows, Term
+from fnn.per_example import exact_norms, inner_products, moments, pairs, sums
+from fnn.per_example.measured import Measured
+from fnn.per_example.precision import as_dtype
+from fnn.per_example.terms import Term, materialized, merged, one_of
 
 
 def exactly(method: Callable) -> Callable:
@@ -107,8 +109,8 @@ class FactoredGradient:
 
     @_of_batch
     def _weighted_sum(self, weights: jax.Array | None) -> jax.Array:
-        added = functools.reduce(jnp.add, [algebra.weighted_sum(t, weights) for t in self.terms])
-        return _as(added, self.dtype)
+        added = functools.reduce(jnp.add, [sums.weighted_sum(t, weights) for t in self.terms])
+        return as_dtype(added, self.dtype)
 
     @_of_examples
     def norms(self) -> jax.Array:
@@ -120,14 +122,14 @@ class FactoredGradient:
         return lax.square(self.norms())
 
     @exactly
-    def measured(self) -> algebra.Measured:
+    def measured(self) -> Measured:
         """The norms, and what bounds their rounding errors."""
-        return algebra.norms(self.terms)
+        return exact_norms.norms(self.terms)
 
-    def rounding(self, measured: algebra.Measured) -> jax.Array:
+    def rounding(self, measured: Measured) -> jax.Array:
         """By how much |gₙ| may be larger, (batch,), in a sum of the products: rounding errors,
         where the products cancel; 0 where they don't."""
-        positions = [algebra._one_of(t).positions for t in self.terms]
+        positions = [one_of(t).positions for t in self.terms]
         return measured.rounding(sum(positions))
 
     def scale(self, factor: Any) -> FactoredGradient:
@@ -158,13 +160,13 @@ class FactoredGradient:
     @_of_examples
     def _scale(self, factor: jax.Array) -> FactoredGradient:
         factors = jnp.broadcast_to(factor, (self.batch_size,))
-        terms = [algebra.scaled(t, factors) for t in self.terms]
+        terms = [sums.scaled(t, factors) for t in self.terms]
         return FactoredGradient(terms, self.path, self.shape, self.dtype)
 
     @_of_examples
     def keep(self, which: jax.Array) -> FactoredGradient:
         """gₙ where (batch,) is True, and 0 elsewhere, whatever is there."""
-        terms = [algebra.kept(t, which) for t in self.terms]
+        terms = [sums.kept(t, which) for t in self.terms]
         return FactoredGradient(terms, self.path, self.shape, self.dtype)
 
     def add(self, other: FactoredGradient) -> FactoredGradient:
@@ -182,7 +184,7 @@ class FactoredGradient:
     @_of_examples
     def _add(self, other: FactoredGradient) -> FactoredGradient:
         dtype = jnp.promote_types(self.dtype, other.dtype)
-        terms = jax.vmap(algebra.merged)([*self.terms, *other.terms])
+        terms = jax.vmap(merged)([*self.terms, *other.terms])
         return FactoredGradient(terms, self.path, self.shape, dtype)
 
     def __mul__(self, factor: Any) -> FactoredGradient:
@@ -206,8 +208,8 @@ class FactoredGradient:
     @exactly
     def _gram(self, other: FactoredGradient | None) -> jax.Array:
         if other is not None:
-            return algebra.gram(self.terms, other.terms)
-        products = algebra.gram(self.terms, self.terms)
+            return pairs.gram(self.terms, other.terms)
+        products = pairs.gram(self.terms, self.terms)
         # So that it is never negative: a pair's product is a sum that may round below zero.
         is_diagonal = jnp.eye(self.batch_size, dtype=bool)
         return jnp.where(is_diagonal, self.squared_norms()[:, None], products)
@@ -225,13 +227,13 @@ class FactoredGradient:
     @_of_examples
     @exactly
     def _dot(self, tensor: jax.Array) -> jax.Array:
-        return jax.vmap(algebra.dot, in_axes=(0, None))(self.terms, tensor)
+        return jax.vmap(inner_products.dot, in_axes=(0, None))(self.terms, tensor)
 
     @_of_batch
     @exactly
     def second_moment(self) -> jax.Array:
         """The mean over the examples of |gₙ|², entry by entry, of the parameter's shape."""
-        return algebra.sum_of_squares(self.terms) / self.batch_size
+        return moments.sum_of_squares(self.terms) / self.batch_size
 
     @_of_batch
     @exactly
@@ -241,13 +243,13 @@ class FactoredGradient:
         It is the second moment less |mean|² where no entry's variance is much smaller than both;
         else the gradients are formed, a few at a time, and their deviations squared.
         """
-        variance = algebra.sum_of_squared_deviations(self.terms) / self.batch_size
+        variance = moments.sum_of_squared_deviations(self.terms) / self.batch_size
         return lax.max(variance, jnp.zeros_like(variance))
 
     @_of_examples
     def materialize(self) -> jax.Array:
         """The gradients themselves, (batch, *shape), in the parameter's dtype."""
-        return _as(jax.vmap(algebra.materialized)(self.terms), self.dtype)
+        return as_dtype(jax.vmap(materialized)(self.terms), self.dtype)
 
     def explain(self) -> list[dict[str, Any]]:
         """How each term is kept, why, and how many numbers that takes: a dict for each.
@@ -258,39 +260,10 @@ class FactoredGradient:
             {
                 "path": self.path or "params",
                 "shape": self.shape,
-                "kept": _kept(t),
-                "why": _why(t),
+                "kept": t.kept(),
+                "why": t.why,
                 "numbers": sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(t)),
                 "dense": math.prod(self.shape),
             }
             for t in self.terms
         ]
-
-
-def _as(x, dtype):
-    if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
-        x = x.real
-    return x.astype(dtype)
-
-
-def _kept(term: Term) -> str:
-    if isinstance(term, Product):
-        stack, p, ins = term.a.shape[-3:]
-        out = term.g.shape[-1]
-        times = f"{stack} × " if stack > 1 else ""
-        return f"{times}A ({p} × {ins}), G ({p} × {out})"
-    if isinstance(term, Convolution):
-        return f"x {list(term.x.shape[1:])}, G {list(term.g.shape[1:])}"
-    if isinstance(term, Rows):
-        return f"indices ({term.index.shape[-1]}), G ({term.g.shape[-2]} × {term.g.shape[-1]})"
-    return "dense"
-
-
-def _why(term: Term) -> str:
-    if isinstance(term, Product):
-        return "gradient is Gᵀ A"
-    if isinstance(term, Convolution):
-        return "gradient is x convolved with G"
-    if isinstance(term, Rows):
-        return "gradient is G added to the rows"
-    return term.why if isinstance(term, Dense) else ""

@@ -16,8 +16,10 @@ from jax import lax
 
 from fnn import arguments, text
 from fnn.meshes import batch_spec, with_auto_axes
-from fnn.per_example import terms as algebra
 from fnn.per_example.gradient import FactoredGradient, exactly
+from fnn.per_example.measured import LONGEST
+from fnn.per_example.precision import divided, nonzero, norm_of, power_of_two
+from fnn.per_example.sums import weighted_sums
 
 By = str | Callable[[str], str] | Mapping[str, Sequence[str]] | None
 
@@ -95,7 +97,7 @@ def together(norms: Sequence[jax.Array]) -> jax.Array:
     if len(norms) == 1:
         return norms[0]
     dtype = functools.reduce(jnp.promote_types, [n.dtype for n in norms])
-    return algebra.norm_of(jnp.stack([n.astype(dtype) for n in norms]), (0,))
+    return norm_of(jnp.stack([n.astype(dtype) for n in norms]), (0,))
 
 
 def groups_of(paths: Sequence[str], groups: By, name: str = "groups") -> list[str]:
@@ -222,14 +224,14 @@ def _noise(grads: Any) -> tuple[Noise, jax.Array]:
     if size < 2:
         raise ValueError("the noise needs at least 2 examples, but the batch has 1.")
     norms = together([g.norms() for g in leaves])
-    unit = algebra.power_of_two(jnp.max(norms))
-    squares = jnp.mean(lax.square(algebra._divided(norms, unit)))
-    means = [algebra.norm_of(algebra.weighted_sums(g.terms, None)) / size for g in leaves]
-    mean = lax.square(algebra._divided(together(means), unit))
-    cancels = ~(squares - mean > squares / algebra.LONGEST**2)
+    unit = power_of_two(jnp.max(norms))
+    squares = jnp.mean(lax.square(divided(norms, unit)))
+    means = [norm_of(weighted_sums(g.terms, None)) / size for g in leaves]
+    mean = lax.square(divided(together(means), unit))
+    cancels = ~(squares - mean > squares / LONGEST**2)
 
     def from_deviations(leaves):
-        own = [g.scale(1 / algebra._nonzero(unit)) for g in leaves]
+        own = [g.scale(1 / nonzero(unit)) for g in leaves]
         return functools.reduce(jnp.add, [jnp.sum(g.variance()) for g in own]).astype(mean.dtype)
 
     # The mean of the squares less the square of the mean, where that keeps enough digits.
