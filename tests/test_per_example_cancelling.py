@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import fnn.per_example as pe
-from fnn.per_example import terms
+from fnn.per_example import exact_norms
 from fnn.per_example.gradient import FactoredGradient
 from fnn.per_example.terms import Product, Rows
 
@@ -278,7 +278,7 @@ def test_nothing_is_formed_where_nothing_cancels():
     loss, p, _ = products()
     x, c = cast((R(0, N, 3, 12), R(1, N, 3, 10)), "float32")
     g = jax.jit(lambda p, e: factored(loss, p, e))(cast(p, "float32"), (x, c))
-    found = jax.vmap(terms.measured)(list(g.terms))
+    found = jax.vmap(exact_norms.measured)(list(g.terms))
     assert not (found.cancels | ~found.is_in_range).any()
 
 
