@@ -398,13 +398,13 @@ def _concrete(value) -> int | None:
 # ------------------------------------------------------------------------------------ checkpoint
 
 
-def _checkpoint_forward(rule_of, equation, needed, ins, opaque):
-    cut = cut_checkpoint(equation, needed, rule_of)
-    outs, residuals = cut.run_forward(ins)
-    return outs, (cut, residuals)
+def checkpoint(rule_of: sweep.RuleOf, gradients_of: Callable = sweep.gradients_of) -> ControlRule:
+    """The rule of a checkpoint; `rule_of` and `gradients_of` as for `partially_evaluate`."""
+    forward = functools.partial(_checkpoint_forward, rule_of, gradients_of)
+    return ControlRule(forward, _checkpoint_backward)
 
 
-def cut_checkpoint(equation, needed, rule_of, gradients_of=sweep.gradients_of):
+def _checkpoint_forward(rule_of, gradients_of, equation, needed, ins, opaque):
     """Keep the inputs, and what the policy says is worth keeping; forget the rest."""
     params = equation.params
     policy = params["policy"]
@@ -417,17 +417,14 @@ def cut_checkpoint(equation, needed, rule_of, gradients_of=sweep.gradients_of):
             return not verdict
         return type(verdict).__name__ == "RecomputeType"
 
-    return partially_evaluate(
+    cut = partially_evaluate(
         close(params["jaxpr"]), needed, rule_of, recompute=recompute, gradients_of=gradients_of
     )
+    outs, residuals = cut.run_forward(ins)
+    return outs, (cut, residuals)
 
 
 def _checkpoint_backward(equation, needed, saved, g, opaque):
-    found = iter(run_checkpoint_back(equation, saved, g, opaque))
-    return [next(found) if n else None for n in needed]
-
-
-def run_checkpoint_back(equation, saved, g, opaque) -> list:
     """The gradients that the backward half finds, its inside computed again."""
     cut, residuals = saved
     given = _given([cut.joint.avals[i] for i in cut.outs], g)
@@ -440,7 +437,8 @@ def run_checkpoint_back(equation, saved, g, opaque) -> list:
 
     # As one call: taken apart, a loop around it would keep what it is here to forget.
     call = jax.checkpoint(again, prevent_cse=False) if opaque else again
-    return once(call)(residuals, given)
+    found = iter(once(call)(residuals, given))
+    return [next(found) if n else None for n in needed]
 
 
 def _given(avals, g):
@@ -573,13 +571,12 @@ def rules(rule_of: sweep.RuleOf) -> dict[str, ControlRule]:
     def with_rules(function: Callable) -> Callable:
         return functools.partial(function, rule_of)
 
-    checkpoint = ControlRule(with_rules(_checkpoint_forward), _checkpoint_backward)
     return {
         "scan": ControlRule(with_rules(_scan_forward), _scan_backward),
         "cond": ControlRule(with_rules(_cond_forward), _cond_backward),
         "while": ControlRule(with_rules(_while_forward), _while_backward),
-        "remat2": checkpoint,
-        "checkpoint": checkpoint,
+        "remat2": checkpoint(rule_of),
+        "checkpoint": checkpoint(rule_of),
         "custom_linear_solve": ControlRule(
             _solve_forward,
             with_rules(_solve_backward),

@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
 
 from fnn.backprop import sweep
 from fnn.eager import apply
@@ -29,6 +32,8 @@ class PartialEvaluation:
     joint: the program `(ins, cotangents) -> (outs, gradients)` that was cut; the lists of these
         names hold the numbers of its values. There is a cotangent (an upstream gradient) for
         each output that gets one, and a gradient for each needed input.
+    tree: how the arrays of `gradients` make up the gradients, which are arrays unless a rule keeps
+        them factored (see `fnn/per_example/factors.py`).
     forward, backward: the equations of each half.
     residuals: the numbers of the values that cross from one to the other.
     """
@@ -38,6 +43,7 @@ class PartialEvaluation:
     cotangents: list[int]
     outs: list[int]
     gradients: list[int]
+    tree: Any
     forward: list[Equation]
     backward: list[Equation]
     residuals: list[int]
@@ -49,13 +55,13 @@ class PartialEvaluation:
         run(self.forward, values)
         return [values[i] for i in self.outs], [values[i] for i in self.residuals]
 
-    def run_backward(self, residuals: Sequence, cotangents: Sequence) -> list:
+    def run_backward(self, residuals: Sequence, cotangents: Sequence) -> Any:
         """The gradients of the needed inputs, from residuals and upstream gradients."""
         values = dict(self.joint.constants)
         values.update(zip(self.residuals, residuals, strict=True))
         values.update(zip(self.cotangents, cotangents, strict=True))
         run(self.backward, values)
-        return [values[i] for i in self.gradients]
+        return jax.tree.unflatten(self.tree, [values[i] for i in self.gradients])
 
 
 def run(equations: Iterable[Equation], values: dict) -> None:
@@ -71,7 +77,7 @@ def partially_evaluate(
     rule_of: sweep.RuleOf,
     has_cotangent: Sequence[bool] | None = None,
     recompute: Callable[[Equation, Program], bool] | None = None,
-    gradients_of: Callable[..., tuple[list, list]] = sweep.gradients_of,
+    gradients_of: Callable[..., tuple[list, Any]] = sweep.gradients_of,
 ) -> PartialEvaluation:
     """Cut the gradient of a jaxpr in two.
 
@@ -93,11 +99,15 @@ def partially_evaluate(
         has_cotangent = [is_inexact(a) for a in out_avals]
     ct_avals = [a for a, has in zip(out_avals, has_cotangent, strict=True) if has]
 
+    trees: list[Any] = []
+
     def both(*args):
         ins, given = args[: len(in_avals)], iter(args[len(in_avals) :])
         cotangents = [next(given) if has else None for has in has_cotangent]
         outs, gradients = gradients_of(flat, ins, needed, cotangents, rule_of, opaque=True)
-        return [*outs, *gradients]
+        arrays, tree = jax.tree.flatten(gradients)
+        trees.append(tree)
+        return [*outs, *arrays]
 
     joint = program(trace(both, [*in_avals, *ct_avals]), inline=False)
     ins, cotangents = joint.inputs[: len(in_avals)], joint.inputs[len(in_avals) :]
@@ -123,4 +133,7 @@ def partially_evaluate(
         if i not in made and i not in joint.constants and i not in cotangents
     ]
     forward, _ = joint.needed_for([*outs, *residuals], through=is_forward, effects=True)
-    return PartialEvaluation(joint, ins, cotangents, outs, gradients, forward, backward, residuals)
+    (tree,) = trees
+    return PartialEvaluation(
+        joint, ins, cotangents, outs, gradients, tree, forward, backward, residuals
+    )

@@ -16,8 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from fnn.eager import as_one_call, once
-from fnn.jaxpr import Equation
+import jax
+
+from fnn.eager import apply, as_one_call, once
+from fnn.jaxpr import Equation, is_inexact
+from fnn.meshes import zeros
 
 
 class LocalRule(NamedTuple):
@@ -34,6 +37,27 @@ class LocalRule(NamedTuple):
     local_gradient: tuple[str, ...] = ()
     elementwise: bool = False
 
+    def forward(
+        self, equation: Equation, needed: Sequence[bool], ins: Sequence, opaque: bool
+    ) -> tuple[list, Any]:
+        """The outputs; for the backward pass inputs and outputs are kept."""
+        outs = apply(equation, ins)
+        return outs, (ins, outs)
+
+    def backward(
+        self, equation: Equation, needed: Sequence[bool], saved: Any, g: Sequence, opaque: bool
+    ) -> Sequence:
+        """The gradients of the inputs, from that of the output; of several outputs, from all."""
+        ins, outs = saved
+        if not equation.primitive.multiple_results:
+            return self.pullback(needed, g[0], outs[0], ins, equation.params)
+        avals = [jax.typeof(y) for y in outs]
+        filled = [
+            zeros(a) if of_output is None and is_inexact(a) else of_output
+            for of_output, a in zip(g, avals, strict=True)
+        ]
+        return self.pullback(needed, filled, outs, ins, equation.params)
+
 
 class ControlRule(NamedTuple):
     """A rule with a forward of its own: to keep what the backward needs, or to run functions.
@@ -48,6 +72,9 @@ class ControlRule(NamedTuple):
     forward: Callable[[Equation, Sequence[bool], Sequence, bool], tuple[list, Any]]
     backward: Callable[[Equation, Sequence[bool], Any, Sequence, bool], Sequence]
     local_gradient: tuple[str, ...] = ()
+
+
+Rule = LocalRule | ControlRule
 
 
 def each(

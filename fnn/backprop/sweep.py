@@ -14,22 +14,23 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax import lax
 
-from fnn.backprop.rules import ControlRule, LocalRule, zero
+from fnn.backprop.rules import Rule, zero
 from fnn.eager import apply
 from fnn.jaxpr import Equation, Program, is_inexact
 from fnn.meshes import zeros
 
 # Tells the rule of an equation; `fnn.backprop.primitives.rule_of` knows the hand-written ones.
-RuleOf = Callable[[Equation], LocalRule | ControlRule]
+RuleOf = Callable[[Equation], Rule]
 
 
 class Visit(NamedTuple):
     """What the forward pass notes of an equation whose gradient will be wanted."""
 
     equation: Equation
-    rule: LocalRule | ControlRule
+    rule: Rule
     needed: tuple[bool, ...]
     saved: Any
 
@@ -82,12 +83,8 @@ def forward(
             outs = apply(equation, ins)
         else:
             rule = rule_of(equation)
-            if isinstance(rule, LocalRule):
-                outs = apply(equation, ins)
-                saved = None
-            else:
-                with equation.context.manager:
-                    outs, saved = rule.forward(equation, wanted, ins, opaque)
+            with equation.context.manager:
+                outs, saved = rule.forward(equation, wanted, ins, opaque)
             visits.append(Visit(equation, rule, wanted, saved))
             for i in equation.outs:
                 active[i] = rule is not zero and is_inexact(program.avals[i])
@@ -111,7 +108,7 @@ def backward(
     gradients: list = [None] * len(tape.values)
 
     def accumulate(i: int, product) -> None:
-        gradients[i] = product if gradients[i] is None else lax.add(gradients[i], product)
+        gradients[i] = product if gradients[i] is None else add(gradients[i], product)
 
     for i, ct in zip(tape.program.outputs, cotangents, strict=True):
         if ct is not None:
@@ -134,20 +131,17 @@ def pull_back(tape: Tape, visit: Visit, g: Sequence) -> Sequence:
 
     g: the upstream gradient of each of the equation's outputs, None for zero.
     """
-    equation, rule = visit.equation, visit.rule
+    equation = visit.equation
     with equation.context.manager:
-        if not isinstance(rule, LocalRule):
-            return rule.backward(equation, visit.needed, visit.saved, g, tape.opaque)
-        ins = [tape.values[i] for i in equation.ins]
-        outs = [tape.values[i] for i in equation.outs]
-        if not equation.primitive.multiple_results:
-            return rule.pullback(visit.needed, g[0], outs[0], ins, equation.params)
-        avals = [tape.program.avals[i] for i in equation.outs]
-        filled = [
-            zeros(a) if of_output is None and is_inexact(a) else of_output
-            for of_output, a in zip(g, avals, strict=True)
-        ]
-        return rule.pullback(visit.needed, filled, outs, ins, equation.params)
+        return visit.rule.backward(equation, visit.needed, visit.saved, g, tape.opaque)
+
+
+def add(g, h):
+    """The sum of two gradients of one value.
+
+    Those that rules keep factored (see `fnn/per_example/factors.py`) add themselves up.
+    """
+    return lax.add(g, h) if isinstance(g, jax.Array) else g + h
 
 
 def gradients_of(

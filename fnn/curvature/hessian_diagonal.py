@@ -36,7 +36,8 @@ from fnn.eager import once
 from fnn.jaxpr import Program, program, trace
 from fnn.meshes import specs_of, with_auto_axes
 from fnn.per_example.differentiate import parameters
-from fnn.per_example.factors import MEETINGS, PASSAGES
+from fnn.per_example.meetings import MEETINGS
+from fnn.per_example.passages import PASSAGES
 from fnn.per_example.terms import Convolution, Product
 
 

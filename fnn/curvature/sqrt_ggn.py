@@ -17,21 +17,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fnn.backprop.partial_evaluation import run
+from fnn.backprop.partial_evaluation import PartialEvaluation, run
 from fnn.batch import batch_size
 from fnn.curvature import output_hessian
 from fnn.curvature.checks import pair
 from fnn.per_example.differentiate import (
-    halves_of_example,
     leaf_gradient,
     parameters,
+    partial_evaluation_of_example,
 )
 from fnn.per_example.exact_norms import measured, sums_products
 from fnn.per_example.gradient import FactoredGradient
 from fnn.per_example.moments import sum_over_parts
 from fnn.per_example.precision import square, wide
 from fnn.per_example.sums import weighted_sum
-from fnn.per_example.terms import Dense, Product, Term, materialized, one_of
+from fnn.per_example.terms import Dense, Product, Term, Terms, materialized, one_of
 
 
 @dataclasses.dataclass(eq=False)
@@ -145,37 +145,16 @@ def sqrt_ggn(
             out = model(here, jax.tree.unflatten(example_tree, args[len(leaves) :]))
             return [one_array(out)]
 
-        found = halves_of_example(flat, leaves, example)
-        (z,), residuals = found.cut.run_forward([*leaves, *example])
+        cut = partial_evaluation_of_example(flat, leaves, example)
+        (z,), residuals = cut.run_forward([*leaves, *example])
         if seeds is not None:
             s = seeds(z, target)
         else:
             s = output_hessian.sqrt_columns(loss, z, target, key, samples, part)
-        # What doesn't depend on the column, the inputs A above all, is made and kept once.
-        cut = found.cut
-        once = dict(cut.joint.constants)
-        once.update(zip(cut.ins, [*leaves, *example], strict=True))
-        once.update(zip(cut.residuals, residuals, strict=True))
-        by_column, depends = [], cut.joint.dependents(cut.cotangents)
-        for equation in cut.backward:
-            if not depends.isdisjoint(equation.ins):
-                by_column.append(equation)
-            else:
-                run([equation], once)
-        differing = list(dict.fromkeys(i for i in cut.gradients if i in depends))
-
-        def back(s):
-            values = once | dict(zip(cut.cotangents, [s], strict=True))
-            run(by_column, values)
-            return [values[i] for i in differing]
-
-        made = dict(zip(differing, jax.vmap(back)(s), strict=True))
-        arrays = [made[i] if i in depends else once[i] for i in cut.gradients]
-        axes = [0 if i in depends else None for i in cut.gradients]
-        per_leaf = found.terms(arrays), jax.tree.unflatten(found.terms_tree, axes)
+        terms, axes = _swept_back(cut, [*leaves, *example], residuals, s)
         joined = [
-            _joined(t, a, path, leaf, thrifty, s.shape[0])
-            for t, a, path, leaf in zip(*per_leaf, paths, leaves, strict=True)
+            _joined(t.terms, a.terms, path, leaf, thrifty, s.shape[0])
+            for t, a, path, leaf in zip(terms, axes, paths, leaves, strict=True)
         ]
         seen["axes"] = [a for _, a in joined]
         seen["count"] = s.shape[0]
@@ -189,14 +168,47 @@ def sqrt_ggn(
     return found, tree, z
 
 
+def _swept_back(
+    cut: PartialEvaluation, ins: list, residuals: list, s
+) -> tuple[list[Terms], list[Terms]]:
+    """The gradients Jᵀ s of each parameter for all columns s, and by column which arrays differ.
+
+    What doesn't depend on the column, the inputs A above all, is made and kept once.
+
+    Returns:
+        The terms, and the same structure with 0 for an array whose first axis are the columns,
+        None for one that all columns share.
+    """
+    once = dict(cut.joint.constants)
+    once.update(zip(cut.ins, ins, strict=True))
+    once.update(zip(cut.residuals, residuals, strict=True))
+    by_column, depends = [], cut.joint.dependents(cut.cotangents)
+    for equation in cut.backward:
+        if depends.isdisjoint(equation.ins):
+            run([equation], once)
+        else:
+            by_column.append(equation)
+    differing = list(dict.fromkeys(i for i in cut.gradients if i in depends))
+
+    def back(s):
+        values = once | dict(zip(cut.cotangents, [s], strict=True))
+        run(by_column, values)
+        return [values[i] for i in differing]
+
+    made = dict(zip(differing, jax.vmap(back)(s), strict=True))
+    arrays = [made[i] if i in depends else once[i] for i in cut.gradients]
+    axes = [0 if i in depends else None for i in cut.gradients]
+    return jax.tree.unflatten(cut.tree, arrays), jax.tree.unflatten(cut.tree, axes)
+
+
 def _joined(terms, axes, path, leaf, thrifty, count):
     """One parameter's terms, joined column by column where there is something to join."""
     if len(terms) == 1 and not (thrifty and _pays_to_form(terms[0], leaf, count)):
-        return tuple(terms), tuple(axes)
-    join = lambda ts: leaf_gradient(list(ts), path, leaf, thrifty).terms
+        return terms, axes
+    join = lambda ts: leaf_gradient(Terms(ts), path, leaf, thrifty).terms
     if not terms:
-        terms = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), list(join([])))
-        return tuple(terms), jax.tree.map(lambda x: 0, tuple(terms))
+        terms = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), join(()))
+        return terms, jax.tree.map(lambda x: 0, terms)
     joined = jax.vmap(join, in_axes=(axes,), axis_size=count)(terms)
     return joined, jax.tree.map(lambda x: 0, joined)
 

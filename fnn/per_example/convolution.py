@@ -181,6 +181,10 @@ class Convolution:
         x, g = merge(self.x, x_spec[0]), merge(self.g, y_spec[0])
         return dataclasses.replace(self, x=x, g=g)
 
+    def real_part(self) -> None:
+        """None: of a real kernel in complex convolutions there are no such factors."""
+        return None
+
     def joined(self, other) -> None:
         """None: two convolutions stay two terms."""
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,19 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from fnn import arguments
+from fnn.backprop.partial_evaluation import PartialEvaluation, partially_evaluate
+from fnn.backprop.primitives import rule_of
 from fnn.batch import batch_size
 from fnn.jaxpr import Program, inner_jaxprs, is_inexact, program, trace
 from fnn.meshes import as_varying, batch_spec, with_auto_axes, zeros
-from fnn.per_example.factors import (
-    CONSTANT,
-    EXAMPLE,
-    PARAMETERS,
-    FactoredHalves,
-    factored_halves,
-    sides,
-)
+from fnn.per_example.factors import factored_gradients
 from fnn.per_example.gradient import FactoredGradient
-from fnn.per_example.terms import Dense, Term, economical, merged
+from fnn.per_example.sides import CONSTANT, EXAMPLE, PARAMETERS, sides
+from fnn.per_example.terms import Dense, Term, Terms, economical, merged
 
 # What makes one device's, or one example's, value depend on others'.
 COLLECTIVES = (
@@ -126,10 +123,10 @@ def factored(
         aux_leaves, seen["aux"] = jax.tree.flatten(aux)
         return [_scalar(value), *aux_leaves]
 
-    found = halves_of_example(flat, leaves, example)
-    outs, residuals = found.cut.run_forward([*leaves, *example])
+    cut = partial_evaluation_of_example(flat, leaves, example)
+    outs, residuals = cut.run_forward([*leaves, *example])
     seed = as_varying(jnp.ones((), outs[0].dtype), jax.typeof(outs[0]))
-    terms = found.terms(found.cut.run_backward(residuals, [seed]))
+    terms = cut.run_backward(residuals, [seed])
     gradients = [
         leaf_gradient(t, path, leaf, thrifty)
         for t, path, leaf in zip(terms, paths, leaves, strict=True)
@@ -143,18 +140,23 @@ def factored(
     return value, jax.tree.unflatten(tree, gradients)
 
 
-def halves_of_example(flat: Callable, leaves: list, example: list) -> FactoredHalves:
-    """The two halves of the gradient of flat(*leaves, *example)'s first result, by the leaves."""
+def partial_evaluation_of_example(flat: Callable, leaves: list, example: list) -> PartialEvaluation:
+    """Forward and backward half of the gradient of flat(*leaves, *example)'s first result.
+
+    The backward half gives the gradients with respect to the leaves, as `Terms`.
+    """
     closed = traced(flat, [*leaves, *example])
     kinds = [PARAMETERS] * len(leaves) + [EXAMPLE] * len(example)
     check_independent(program(closed), kinds)
     has_cotangent = [True] + [False] * (len(closed.out_avals) - 1)
-    return factored_halves(closed, [k == PARAMETERS for k in kinds], kinds, has_cotangent)
+    needed = [k == PARAMETERS for k in kinds]
+    gradients_of = functools.partial(factored_gradients, inputs=kinds)
+    return partially_evaluate(closed, needed, rule_of, has_cotangent, gradients_of=gradients_of)
 
 
-def leaf_gradient(terms: list[Term], path: str, leaf, thrifty: bool) -> FactoredGradient:
+def leaf_gradient(gradient: Terms, path: str, leaf, thrifty: bool) -> FactoredGradient:
     """A parameter's terms, joined, and each formed where its factors don't pay."""
-    joined = merged(terms)
+    joined = merged(gradient.terms)
     if thrifty:
         joined = merged([economical(t) for t in joined])
     if any(isinstance(t, Dense) for t in joined) and len(joined) > 1 and thrifty:

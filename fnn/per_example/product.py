@@ -102,6 +102,12 @@ class Product:
             flat = lambda x: jnp.moveaxis(x, 0, 1).reshape(s, n * p, x.shape[-1])
         return Product(flat(self.a), flat(self.g), self.layout)
 
+    def real_part(self) -> Product:
+        """Of a real weight in complex products: Re(Gᵀ A) = (Re G)ᵀ Re A - (Im G)ᵀ Im A."""
+        a = jnp.concatenate([jnp.real(self.a), jnp.imag(self.a)], axis=-2)
+        g = jnp.concatenate([jnp.real(self.g), -jnp.imag(self.g)], axis=-2)
+        return Product(a, g, self.layout)
+
     def joined(self, other) -> Product | None:
         """The sum with another product of the same layout, with the positions of both."""
         if not isinstance(other, Product) or self.layout != other.layout:

@@ -88,6 +88,10 @@ class Rows:
         n, _, p, row = self.g.shape
         return Rows(self.index.reshape(-1), self.g.reshape(1, n * p, row), self.layout)
 
+    def real_part(self) -> Rows:
+        """Of a real table in complex arithmetic."""
+        return dataclasses.replace(self, g=jnp.real(self.g))
+
     def joined(self, other) -> Rows | None:
         """The sum with rows of another look-up in the same table, the positions of both."""
         if not isinstance(other, Rows) or self.layout != other.layout:

@@ -1,0 +1,111 @@
+"""Where a parameter meets the example: the term that its gradient is, with its factors.
+
+A table of rules, one for each primitive in which the gradient has factors:
+
+    meet(k, g, ins, params) -> term, or None where it has no factors after all
+
+k is the number of the argument that is the parameter, g the upstream gradient, ins the arguments,
+params the equation's parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import lax
+
+from fnn.per_example.layout import Layout
+from fnn.per_example.terms import Convolution, Factored, Product, Rows
+
+
+def _matrix_product(k, g, ins, params) -> Factored | None:
+    """∂L/∂w of y = x·w is gᵀx: keep x and g, as (stack, positions, in) and (…, out)."""
+    (contract, batch) = params["dimension_numbers"]
+    w, x = ins[k], ins[1 - k]
+    w_contract, x_contract = contract[k], contract[1 - k]
+    w_batch, x_batch = batch[k], batch[1 - k]
+    w_kept = [d for d in range(w.ndim) if d not in w_contract and d not in w_batch]
+    x_kept = [d for d in range(x.ndim) if d not in x_contract and d not in x_batch]
+    y_batch = list(range(len(w_batch)))
+    first, second = (w_kept, x_kept) if k == 0 else (x_kept, w_kept)
+    y_first = [len(y_batch) + d for d in range(len(first))]
+    y_second = [len(y_batch) + len(first) + d for d in range(len(second))]
+    y_w, y_x = (y_first, y_second) if k == 0 else (y_second, y_first)
+    size = lambda array, axes: tuple(array.shape[d] for d in axes)
+    stack, positions = math.prod(size(x, x_batch)), math.prod(size(x, x_kept))
+    a = lax.transpose(x, (*x_batch, *x_kept, *x_contract))
+    a = lax.reshape(a, (stack, positions, math.prod(size(x, x_contract))))
+    g = lax.transpose(g, (*y_batch, *y_x, *y_w))
+    g = lax.reshape(g, (stack, positions, math.prod(size(w, w_kept))))
+    axes = [*w_batch, *w_kept, *w_contract]
+    order = tuple(axes.index(d) for d in range(w.ndim))
+    term = Product(a, g, Layout(size(w, w_batch), size(w, w_kept), size(w, w_contract), order))
+    is_complex = jnp.iscomplexobj(a) or jnp.iscomplexobj(g)
+    return term.real_part() if is_complex and not jnp.iscomplexobj(w) else term
+
+
+def _convolution(k, g, ins, params) -> Factored | None:
+    x, w = ins
+    if k == 0 or params["batch_group_count"] != 1 or g.size == 0:
+        return None
+    return Convolution.of(x, g, w.shape, params)
+
+
+def _gather(k, g, ins, params) -> Factored | None:
+    """Whole rows looked up along one axis: an embedding."""
+    table, index = ins
+    numbers = params["dimension_numbers"]
+    sizes = params["slice_sizes"]
+    if k != 0 or numbers.operand_batching_dims or len(numbers.start_index_map) != 1:
+        return None
+    (axis,) = numbers.start_index_map
+    whole = all(s == n for d, (s, n) in enumerate(zip(sizes, table.shape)) if d != axis)
+    if tuple(numbers.collapsed_slice_dims) != (axis,) or sizes[axis] != 1 or not whole:
+        return None
+    # The result's axes: the row's at offset_dims, the index's elsewhere.
+    row = numbers.offset_dims
+    positions = [d for d in range(g.ndim) if d not in row]
+    g = lax.transpose(g, (*positions, *row))
+    index = lax.reshape(index[..., 0], (math.prod(index.shape[:-1]),))
+    mode = str(params["mode"])
+    if "CLIP" in mode:
+        index = lax.clamp(
+            jnp.zeros((), index.dtype), index, jnp.asarray(table.shape[axis] - 1, index.dtype)
+        )
+    return _rows(table, axis, index, g)
+
+
+def _dynamic_slice(k, g, ins, params) -> Factored | None:
+    """One row at a place that the example says."""
+    table, *starts = ins
+    sizes = params["slice_sizes"]
+    axes = [d for d, (s, n) in enumerate(zip(sizes, table.shape)) if s != n]
+    if k != 0 or len(axes) != 1 or sizes[axes[0]] != 1:
+        return None
+    (axis,) = axes
+    index = starts[axis]
+    index = lax.clamp(
+        jnp.zeros((), index.dtype), index, jnp.asarray(table.shape[axis] - 1, index.dtype)
+    )
+    return _rows(table, axis, lax.reshape(index, (1,)), g)
+
+
+def _rows(table, axis: int, index, g) -> Rows:
+    size = table.shape[axis]
+    rest = tuple(n for d, n in enumerate(table.shape) if d != axis)
+    order = list(range(1, table.ndim))
+    order.insert(axis, 0)
+    index = index.astype(jnp.int32)
+    index = jnp.where((index < 0) | (index >= size), size, index)  # out of bounds: dropped
+    g = lax.reshape(g, (1, index.shape[0], math.prod(rest)))
+    return Rows(index, g, Layout((), (size,), rest, tuple(order)))
+
+
+MEETINGS: dict[str, Callable[..., Factored | None]] = {
+    "dot_general": _matrix_product,
+    "conv_general_dilated": _convolution,
+    "gather": _gather,
+    "dynamic_slice": _dynamic_slice,
+}
