@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 import fnn
 from fnn import curvature, ops
 from fnn.curvature import output_hessian
-from fnn.curvature.hessian_diagonal import _layers
+from fnn.curvature.exact_diagonal import _layers
 from fnn.curvature.piecewise_linear import piecewise_linear
 from fnn.jaxpr import program, trace
 

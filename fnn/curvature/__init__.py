@@ -30,9 +30,9 @@ kronecker_factors                             KFAC's and KFLR's factors
 kfac, natural_gradient                        optimisers
 """
 
+from fnn.curvature.exact_diagonal import hessian_diagonal
 from fnn.curvature.ggn import ggn_diagonal, ggn_gram, ggn_trace, ntk
-from fnn.curvature.hessian_diagonal import hessian_diagonal
-from fnn.curvature.kfac import KFACState, kfac
+from fnn.curvature.kfac_optimizer import KFACState, kfac
 from fnn.curvature.kronecker import Block, Diagonal, Kronecker, kronecker_factors
 from fnn.curvature.operators import (
     LinearOperator,
