@@ -40,20 +40,18 @@ Each module imports only from those above it:
     decorator       `rule`, and the `Operation` that it makes
 """
 
-from fnn.operation.call import Axis, Call, MappedCall, call_of, mapped_results
+from fnn.operation.call import Call, MappedCall, call_of, mapped_results
 from fnn.operation.decorator import Operation, compiled_rule, rule
-from fnn.operation.form import Rule, RuleError
+from fnn.operation.form import RuleError
 from fnn.operation.linear_map import LinearMap, MappedLinearMap, linear_map_of, linearize
 from fnn.operation.primitive import new_primitive
 
 __all__ = [
-    "Axis",
     "Call",
     "LinearMap",
     "MappedCall",
     "MappedLinearMap",
     "Operation",
-    "Rule",
     "RuleError",
     "call_of",
     "compiled_rule",
