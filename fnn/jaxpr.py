@@ -262,6 +262,14 @@ def close(jaxpr, consts=()) -> Any:
     return jaxpr if hasattr(jaxpr, "consts") else ClosedJaxpr(jaxpr, consts)
 
 
+def empty_jaxpr() -> Any:
+    """A jaxpr that computes nothing: a new object each time."""
+    return ClosedJaxpr(_NOTHING.jaxpr, [])
+
+
+_NOTHING = jax.make_jaxpr(lambda: ())()
+
+
 def inner_jaxprs(equation: Equation) -> dict[str, Any]:
     """The jaxprs that a control-flow equation holds, by their role."""
     found: dict[str, Any] = {}

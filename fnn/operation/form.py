@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from fnn import arguments
-from fnn.jaxpr import close
+from fnn.jaxpr import empty_jaxpr
 
 
 class RuleError(TypeError):
@@ -102,13 +102,12 @@ class Rule:
         """
         keeper = self._keeper()
         if keeper is None:
-            keeper = close(_NOTHING.jaxpr)
+            keeper = empty_jaxpr()
             _KEPT[keeper] = self
             self._keeper = weakref.ref(keeper)
         return keeper
 
 
-_NOTHING = jax.make_jaxpr(lambda: ())()
 _KEPT: weakref.WeakKeyDictionary[Any, Rule] = weakref.WeakKeyDictionary()
 
 
