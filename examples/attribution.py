@@ -71,7 +71,7 @@ def loss_of(net: Layer):
 
     def loss(params, example):
         image, label = example
-        return ops.softmax_cross_entropy(net.apply(params, image), label)
+        return ops.softmax_cross_entropy(net(params, image), label)
 
     return loss
 
@@ -112,7 +112,7 @@ def influence(net: Layer, checkpoints: list, train, test) -> jax.Array:
 def confidently_wrong(net: Layer, params, digits: Digits, count: int):
     """Test digits whose wrong class has the highest probability; all digits' predictions."""
     images, labels = digits.test
-    p = jax.nn.softmax(jax.vmap(lambda x: net.apply(params, x))(images))
+    p = jax.nn.softmax(jax.vmap(lambda x: net(params, x))(images))
     predicted = jnp.argmax(p, axis=1)
     confidence = jnp.where(predicted == labels, -1.0, jnp.max(p, axis=1))
     worst = np.asarray(jnp.argsort(-confidence))[: min(count, int(jnp.sum(predicted != labels)))]

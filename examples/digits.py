@@ -97,7 +97,7 @@ ACTIVATIONS: dict[fnn.Operation, Initializer] = {
 
 def networks() -> dict[str, Layer]:
     """W x + b; W2 f(W1 x + b1) + b2; W3 f(W2 f(W1 x + b1) + b2) + b3."""
-    nets = {"linear": chain(output=Linear(10))}
+    nets: dict[str, Layer] = {"linear": chain(output=Linear(10))}
     for f, init in ACTIVATIONS.items():
         nets[f"2 layers, {f.name}"] = chain(
             hidden=Linear(128, weight_init=init), f=f, output=Linear(10)
@@ -120,7 +120,7 @@ def loss_of(net: Layer):
 
     def loss(params, example):
         image, label = example
-        scores = net.apply(params, image)
+        scores = net(params, image)
         return ops.softmax_cross_entropy(scores, label, label_smoothing=SMOOTHING)
 
     return loss
@@ -128,7 +128,7 @@ def loss_of(net: Layer):
 
 def accuracy(net: Layer, params, images, labels):
     """The fraction of the images whose largest score is their label's."""
-    scores = jax.vmap(net.apply, (None, 0))(params, images)
+    scores = jax.vmap(net, (None, 0))(params, images)
     return jnp.mean(jnp.argmax(scores, axis=-1) == labels)
 
 

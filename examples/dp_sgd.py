@@ -80,7 +80,7 @@ def train(
 
     def loss(params, example):
         image, label = example
-        return ops.softmax_cross_entropy(net.apply(params, image), label)
+        return ops.softmax_cross_entropy(net(params, image), label)
 
     clipped = per_example.clipped_grad(loss, clip, noise_multiplier=noise)
 
@@ -100,7 +100,7 @@ def train(
         state = params, optimizer.init(params)
         (params, _), _ = jax.lax.scan(step, state, jax.random.split(key, steps))
         test_images, test_labels = digits.test
-        logits = jax.vmap(lambda x: net.apply(params, x))(test_images)
+        logits = jax.vmap(lambda x: net(params, x))(test_images)
         return jnp.mean(jnp.argmax(logits, axis=1) == test_labels)
 
     return float(run(jax.random.key(seed)))

@@ -71,7 +71,7 @@ def optimizer_of(kind: str, net: Layer, images: jax.Array, rate: jax.Array | flo
     """The optimiser of a kind with a learning rate; KFAC has none."""
     if kind == "KFAC":
         example = (images[:BATCH], images[:BATCH])
-        return curvature.kfac(net.apply, ops.squared_error, example)
+        return curvature.kfac(net, ops.squared_error, example)
     made = optax.adam(rate) if kind == "Adam" else optax.sgd(rate, momentum=MOMENTUM)
     return optax.with_extra_args_support(made)
 
@@ -80,7 +80,7 @@ def trainer(kind: str, net: Layer, images: jax.Array):
     """Three functions: the first state, a step with each key, and the loss over all digits."""
 
     def mean_loss(params, batch):
-        return jnp.mean(jax.vmap(lambda x: ops.squared_error(net.apply(params, x), x))(batch))
+        return jnp.mean(jax.vmap(lambda x: ops.squared_error(net(params, x), x))(batch))
 
     def begin(rate):
         params = net.init(jax.random.key(0), images[0])

@@ -61,7 +61,7 @@ def loss_of(net: Layer):
 
     def loss(params, example):
         image, label = example
-        return ops.softmax_cross_entropy(net.apply(params, image), label)
+        return ops.softmax_cross_entropy(net(params, image), label)
 
     return loss
 

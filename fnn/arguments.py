@@ -114,6 +114,13 @@ def function(where: str, name: str, value: Any, form: str = "a function") -> Cal
     return value
 
 
+def name_of(function: Any) -> str:
+    """What to call a function: its name, or that of the function it is a partial of."""
+    if isinstance(function, functools.partial):
+        return name_of(function.func)
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
 def positional(function: Callable) -> list[inspect.Parameter] | None:
     """The arguments that a function takes by position; None if Python can't tell."""
     found = parameters(function)
@@ -195,8 +202,8 @@ def one_example(loss: Callable, example: Any) -> Iterator[None]:
         yield
     except Exception as error:
         error.add_note(
-            f"{_name(loss)} was called with ONE example, {shapes(example)}: a loss is written for "
-            "one example, loss(params, example), and is mapped over the batch for you."
+            f"{name_of(loss)} was called with ONE example, {shapes(example)}: a loss is written "
+            "for one example, loss(params, example), and is mapped over the batch for you."
         )
         raise
 
@@ -246,10 +253,6 @@ def _wrong(where: str, name: str, wanted: str, value: Any) -> str:
 def _raw_key_shape(implementation: str) -> tuple[int, ...]:
     """The shape of `jax.random.PRNGKey`'s arrays, by the name of JAX's setting."""
     return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=implementation))).shape
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__name__", None) or type(function).__name__
 
 
 def _shape(x: Any) -> str:

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "per_example": "arguments text batch meshes frames jaxpr operation eager backprop",
     "curvature": "arguments text batch meshes jaxpr operation eager ops backprop per_example",
     "initializers": "arguments",
-    "layers": "arguments text jaxpr ops initializers",
+    "layers": "arguments text jaxpr eager ops initializers",
     "models": "arguments ops initializers layers",
     "train": "arguments text batch meshes jaxpr operation eager ops backprop layers",
     "plot": "arguments",
@@ -43,7 +43,7 @@ MAY_IMPORT = {
 # What a place may import of another, where that isn't all of it.
 ONLY = {
     # Training knows no particular layer.
-    ("train", "layers"): {"fnn.layers.layer"},
+    ("train", "layers"): {"fnn.layers.layer", "fnn.layers.mode"},
     # Curvature knows the losses by name.
     ("curvature", "ops"): {"fnn.ops"},
 }

@@ -1,5 +1,6 @@
 """The picture of a graph: its DOT text, its SVG, and how a large graph is grouped."""
 
+import dataclasses
 import re
 import sys
 import time
@@ -191,7 +192,7 @@ def test_the_unnamed_parts_of_a_network_are_groups_with_their_layers_names():
         lambda x: jnp.exp(x) / jnp.exp(x).sum(),
     )
     params = net.init(jax.random.key(0), jnp.ones(3))
-    graph = fnn.graph(lambda params, x: net.apply(params, x).sum())(params, jnp.ones(3))
+    graph = fnn.graph(lambda params, x: net(params, x).sum())(params, jnp.ones(3))
     scopes = list(dict.fromkeys(node.scope[0] for node in graph if node.scope))
     assert scopes == ["Linear 0", "residual 1", "part 2", "Linear 3", "part 4"]
     assert any(node.scope == ("residual 1", "Linear 2") for node in graph)
@@ -244,16 +245,15 @@ def test_without_pygraphviz_the_error_says_what_to_install(monkeypatch):
     assert "digraph" in graph.to_dot()
 
 
-def scale():
+@dataclasses.dataclass(frozen=True)
+class Scale(fnn.layers.Layer):
     """A layer of the user's own."""
 
-    def init(key, x):
+    def init(self, key, x):
         return {"s": jnp.ones(x.shape), "b": jnp.zeros(x.shape)}
 
-    def apply(p, x):
+    def __call__(self, p, x):
         return jnp.tanh(p["s"] * x + p["b"])
-
-    return fnn.layers.Layer(init, apply)
 
 
 def labels_of(items):
@@ -261,12 +261,12 @@ def labels_of(items):
 
 
 def test_neighbouring_layers_of_ones_own_are_boxes_of_their_own():
-    net = fnn.layers.chain(scale(), scale(), fnn.layers.Linear(3), scale(), scale())
+    net = fnn.layers.chain(Scale(), Scale(), fnn.layers.Linear(3), Scale(), Scale())
     params = net.init(jax.random.key(0), jnp.ones(3))
-    graph = fnn.graph(lambda params, x: net.apply(params, x).sum())(params, jnp.ones(3))
+    graph = fnn.graph(lambda params, x: net(params, x).sum())(params, jnp.ones(3))
     top = groups(graph, 6)
     assert [label for label, _ in labels_of(top)] == [
-        *["part 0", "part 1", "Linear 2", "part 3", "part 4"]
+        *["Scale 0", "Scale 1", "Linear 2", "Scale 3", "Scale 4"]
     ]
     for group in top[:-1]:
         assert {u.equation.scope[0] for u in group.units()} == {group.label}

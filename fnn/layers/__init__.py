@@ -1,20 +1,42 @@
-"""Layers: networks as pairs of pure functions, for one example."""
+"""Layers: networks of pure functions, for one example.
 
-from fnn.layers.combinators import chain, parallel, residual
-from fnn.layers.layer import Layer, as_layer, constructor
+Layer                                     the protocol, to derive one's own from
+network, chain, parallel, residual        networks made of layers
+repeat                                    the same block many times, in one loop
+Linear, Maxout, Dropout                   layers
+LayerNorm, BatchNorm                      normalisation
+Mode, EVALUATE, training                  whether a call trains
+summary                                   a network as a table
+"""
+
+from fnn.layers.combinators import chain, parallel, repeat, residual
+from fnn.layers.dropout import Dropout
+from fnn.layers.layer import Layer, LayerError
 from fnn.layers.linear import Linear
 from fnn.layers.maxout import Maxout
+from fnn.layers.mode import EVALUATE, Mode, training
+from fnn.layers.net import Net, Network, network
+from fnn.layers.normalization import BatchNorm, LayerNorm
 from fnn.layers.table import Summary, summary
 
 __all__ = [
+    "EVALUATE",
+    "BatchNorm",
+    "Dropout",
     "Layer",
+    "LayerError",
+    "LayerNorm",
     "Linear",
     "Maxout",
+    "Mode",
+    "Net",
+    "Network",
     "Summary",
-    "as_layer",
     "chain",
-    "constructor",
+    "network",
     "parallel",
+    "repeat",
     "residual",
     "summary",
+    "training",
 ]

@@ -1,128 +1,66 @@
-"""Layers made of layers: `chain`, `parallel`, `residual`.
+"""Networks of a few lines: `chain`, `parallel`, `residual`, and `repeat`.
 
 The parts may be given by position or by name, and are layers or plain functions:
 
-    chain(Linear(100), relu, Linear(10))                                 parameters: a tuple
-    chain(hidden=Linear(100), activation=relu, output=Linear(10))        parameters: a dict
+    chain(Linear(100), relu, Linear(10))                              parameters {"0", "2"}
+    chain(hidden=Linear(100), activation=relu, output=Linear(10))     {"hidden", "output"}
 
-A tuple of parameters has an entry for each part (`()` for one without parameters). A dict
-has one for each part that has parameters, so that `params["hidden"]["W"]` reads well and a
-checkpoint holds nothing empty.
+A part without parameters leaves no trace in the tree.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fnn import arguments
-from fnn.layers.layer import Construction, Layer, as_layer, constructor
+from fnn.layers.layer import Layer, LayerError, as_layer, run
+from fnn.layers.mode import EVALUATE, Mode
+from fnn.layers.net import Net, Network, evaluated, in_loop
 
 Part = Layer | Callable
 
 
-def combinator(make: Callable[..., Layer]) -> Callable[..., Layer]:
-    """Decorate a function of layers that makes a layer: plain functions become layers first."""
-    name, record = make.__name__, constructor(make)
-
-    @functools.wraps(make)
-    def combine(*layers: Part, **named: Part) -> Layer:
-        if layers and named:
-            raise TypeError(
-                f"{name}: got {len(layers)} layers by position and {sorted(named)} by name. "
-                "Name all of them or none."
-            )
-        layer = record(
-            *[as_layer(part, f"{name}, part {i}") for i, part in enumerate(layers)],
-            **{key: as_layer(part, f"{name}, part '{key}'") for key, part in named.items()},
-        )
-        # What a reader calls, and what pickle finds under the name.
-        assert isinstance(layer.made_by, Construction)
-        layer.made_by = dataclasses.replace(layer.made_by, constructor=combine)
-        return layer
-
-    combine.is_constructor = True  # type: ignore[attr-defined]
-    return combine
-
-
-@combinator
-def chain(*layers: Part, **named: Part) -> Layer:
+def chain(*layers: Part, **named: Part) -> Network:
     """One layer after the other: the output of each is the input of the next.
 
     Args:
         *layers: layers or functions of one array, in order; or
-        **named: the same by name. Not both.
+        **named: the same by name. Not both. (The first may take several inputs.)
 
     Returns:
-        A Layer; its parameters are a tuple, or a dict if the parts are named. An empty chain
-        is the identity.
+        A Network; its parameters are a dict with an entry for each part that has some, under
+        its name, or "0", "1", ... An empty chain is the identity.
 
     Raises:
         TypeError: a part is neither a layer nor a function, or some are named and some not.
-
-    An error inside a part says in a note which part it was.
 
     >>> net = chain(hidden=Linear(100), activation=relu, output=Linear(10))
     >>> params = net.init(jax.random.key(0), jnp.zeros(784))
     >>> params["hidden"]["W"].shape
     (100, 784)
     """
-    parts = _parts(layers, named)
-
-    def init(key, x):
-        params = {}
-        for k, (name, part) in zip(_keys("chain", key, parts), parts.items(), strict=True):
-            with _naming(name, part):
-                params[name] = part.init(k, x)
-                x = jax.eval_shape(lambda p, x, f=part.apply: f(p, x), params[name], x)
-        return _gather(params)
-
-    def apply(params, x):
-        for name, part, own in _each("chain", parts, params):
-            with _naming(name, part):
-                x = part.apply(own, x)
-        return x
-
-    return Layer(init, apply)
+    return Network(_chain, _parts("chain", layers, named))
 
 
-@combinator
-def parallel(*layers: Part, **named: Part) -> Layer:
-    """The same input to every part; the outputs side by side.
+def parallel(*layers: Part, **named: Part) -> Network:
+    """The same inputs to every part; the outputs side by side.
 
     Returns:
-        A Layer whose output is a tuple of the parts' outputs, or a dict if they are named.
+        A Network whose output is a tuple of the parts' outputs, or a dict if they are named.
         What to do with them is for the next layer:
         `chain(parallel(f, g), lambda ys: ys[0] + ys[1])`.
 
     Arguments, parameters and errors are as in `chain`.
     """
-    parts = _parts(layers, named)
-
-    def init(key, x):
-        params = {}
-        for k, (name, part) in zip(_keys("parallel", key, parts), parts.items(), strict=True):
-            with _naming(name, part):
-                params[name] = part.init(k, x)
-        return _gather(params)
-
-    def apply(params, x):
-        outs = {}
-        for name, part, own in _each("parallel", parts, params):
-            with _naming(name, part):
-                outs[name] = part.apply(own, x)
-        return outs if named else tuple(outs.values())
-
-    return Layer(init, apply)
+    return Network(_parallel, _parts("parallel", layers, named))
 
 
-@combinator
-def residual(*layers: Part, **named: Part) -> Layer:
+def residual(*layers: Part, **named: Part) -> Network:
     """y = x + chain(...)(x): the gradient reaches x undiminished through the sum.
 
     Arguments and parameters are as in `chain`.
@@ -131,75 +69,143 @@ def residual(*layers: Part, **named: Part) -> Layer:
     equation 2, a projection beside the branch: `chain(parallel(branch, projection), add)`.
 
     Raises:
-        ValueError: the chain changes the shape of x.
+        LayerError: the chain changes the shape of x.
     """
-    inner = chain(*layers, **named)
+    return Network(_residual, _parts("residual", layers, named))
 
-    def apply(params, x):
-        y = inner.apply(params, x)
-        if getattr(y, "shape", None) != x.shape:
-            got = f"has shape {y.shape}" if hasattr(y, "shape") else f"is a {type(y).__name__}"
-            raise ValueError(
-                f"residual: x + f(x) wants f(x) of the shape of x, {x.shape}, but f(x) {got}, with "
-                f"f = {inner}."
+
+def _chain(net: Net, *xs: Any) -> Any:
+    for part in net:
+        xs = (part(*xs),)
+    return xs[0] if len(xs) == 1 else xs
+
+
+def _parallel(net: Net, *xs: Any) -> Any:
+    ys = [part(*xs) for part in net]
+    names = list(net._parts)
+    return tuple(ys) if all(map(str.isdigit, names)) else dict(zip(names, ys, strict=True))
+
+
+def _residual(net: Net, x: Any) -> Any:
+    y = _chain(net, x)
+    if getattr(y, "shape", None) != x.shape:
+        got = f"has shape {y.shape}" if hasattr(y, "shape") else f"is a {type(y).__name__}"
+        raise LayerError(
+            f"residual: x + f(x) wants f(x) of the shape of x, {x.shape}, but f(x) {got}, in "
+            f"{net._layer}."
+        )
+    return x + y
+
+
+def _parts(where: str, layers: tuple, named: dict) -> dict[str, Any]:
+    if layers and named:
+        raise TypeError(
+            f"{where}: got {len(layers)} layers by position and {sorted(named)} by name. "
+            "Name all of them or none."
+        )
+    return named or {str(i): part for i, part in enumerate(layers)}
+
+
+def repeat(block: Part, n: int, *, remat: bool | Callable | None = None) -> Repeat:
+    """The same block n times, each time with weights of its own: y = blockₙ(… block₁(x)).
+
+    The weights of all blocks are stacked, and one program goes over them (`jax.lax.scan`): it
+    takes no longer to compile for a hundred blocks than for one.
+
+    Args:
+        block: a layer whose output has the shape and dtype of its first input. Further inputs
+            go to all blocks alike: `repeat(block, 12)(params, x, mask)`.
+        n: how many.
+        remat: whether the backward pass computes a block's insides again from its input, rather
+            than keep them (`jax.checkpoint`); or a policy of `jax.checkpoint_policies`, which
+            says what is kept.
+
+    Returns:
+        A Layer. Its parameters and its state are those of a block, each array with an axis of
+        length n in front.
+
+    Raises:
+        TypeError, ValueError: block is no layer, n no positive integer, remat no such option.
+        LayerError: the block changes its input's shape or dtype.
+    """
+    return Repeat(as_layer(block, "repeat, block"), n, remat=remat)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Repeat(Layer):
+    """See `repeat`, which makes it."""
+
+    block: Layer
+    n: int
+    remat: bool | Callable | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "n", arguments.integer("repeat", "n", self.n, least=1))
+        if not callable(self.remat) and self.remat is not None:
+            arguments.flag("repeat", "remat", self.remat)
+
+    def init(self, key: Any, *xs: Any) -> dict:
+        arguments.key("repeat.init", "key", key)
+        return evaluated(lambda key, *xs: self._make(key, None, *xs)[0], key, *xs)
+
+    def init_state(self, *xs: Any) -> dict:
+        return self._stacked(self.block.init_state(*xs))
+
+    def init_cache(self, length: int, *xs: Any) -> dict:
+        return self._stacked(self.block.init_cache(length, *xs))
+
+    def __call__(self, params: Any, *xs: Any, mode: Mode = EVALUATE) -> Any:
+        return self.apply(params, {}, *xs, mode=mode)[0]
+
+    def apply(
+        self, params: Any, state: Any, x: Any, *others: Any, mode: Mode = EVALUATE
+    ) -> tuple[Any, dict]:
+        for path, leaf in jax.tree_util.tree_leaves_with_path((params, state)):
+            if jnp.shape(leaf)[:1] != (self.n,):
+                place = jax.tree_util.keystr(path[1:])
+                raise LayerError(
+                    f"{self} wants each array of its parameters and its state with an axis of "
+                    f"length {self.n} in front, but {place} has shape {jnp.shape(leaf)}."
+                )
+        keys = None if mode.key is None else self._keys(mode.key)
+
+        def step(x, own):
+            params, state, key = own
+            here = dataclasses.replace(mode, key=key)
+            with in_loop(self.block, self.n) as note:
+                y, new = run(self.block, params, state, (x, *others), here)
+                note(params, state, (x, *others), y)
+            self._must_keep_type(x, y)
+            return y, new
+
+        if self.remat:
+            policy = self.remat if callable(self.remat) else None
+            step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+        return jax.lax.scan(step, x, (params, state, keys), length=self.n)
+
+    def _make(self, key: Any, length: int | None, *xs: Any) -> tuple[dict, dict, Any]:
+        make = jax.vmap(lambda key: self.block._make(key, length, *xs), out_axes=(0, None, 0))
+        params, state, ys = make(self._keys(key))
+        y = jax.tree.map(lambda y: y[0], ys)
+        self._must_keep_type(xs[0], y)
+        return params, self._stacked(state), y
+
+    def _keys(self, key: Any) -> Any:
+        """Each block's: of the first n the same for any number of blocks."""
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(self.n))
+
+    def _stacked(self, state: dict) -> dict:
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (self.n, *jnp.shape(a))), state)
+
+    def _must_keep_type(self, x: Any, y: Any) -> None:
+        wanted, got = (
+            jax.tree.map(lambda a: (jnp.shape(a), jnp.result_type(a)), t) for t in (x, y)
+        )
+        if wanted != got:
+            raise LayerError(
+                f"{self} wants a block whose output has its input's shape and dtype, "
+                f"{arguments.shapes(x)}, but got {arguments.shapes(y)}."
             )
-        return x + y
 
-    return Layer(inner.init, apply)
-
-
-def _parts(layers: tuple, named: dict) -> dict[str | int, Any]:
-    return named if named else dict(enumerate(layers))
-
-
-def _keys(where: str, key, parts) -> list:
-    return list(jax.random.split(arguments.key(where, "key", key), len(parts))) if parts else []
-
-
-def _gather(params: dict[str | int, Any]) -> Any:
-    if all(isinstance(name, int) for name in params):
-        return tuple(params.values())
-    return {name: own for name, own in params.items() if jax.tree.leaves(own)}
-
-
-def _each(combinator: str, parts: dict, params: Any) -> Iterator[tuple[str | int, Layer, Any]]:
-    """Each part with its own parameters."""
-    if isinstance(params, tuple) and not params:
-        own = {}  # no parameters: a chain by name left them out
-    elif all(isinstance(name, int) for name in parts):
-        if not isinstance(params, (tuple, list)) or len(params) != len(parts):
-            size = f" of {len(params)}" if isinstance(params, (tuple, list)) else ""
-            raise ValueError(
-                f"{combinator}: wants its parameters as a tuple with an entry for each of its "
-                f"{len(parts)} parts, but got a {type(params).__name__}{size}."
-            )
-        own = dict(enumerate(params))
-    else:
-        if not isinstance(params, dict) or set(params) - set(parts):
-            got = sorted(params) if isinstance(params, dict) else f"a {type(params).__name__}"
-            raise ValueError(
-                f"{combinator}: wants its parameters as a dict with keys among {list(parts)}, "
-                f"but got {got}."
-            )
-        own = params
-    for name, part in parts.items():
-        yield name, part, own.get(name, ())
-
-
-@contextlib.contextmanager
-def _naming(name: str | int, part: Layer):
-    """Name the part in the profiler, in the graph, and in a note to any error from inside."""
-    try:
-        with jax.named_scope(_title(name, part)):
-            yield
-    except Exception as error:
-        error.add_note(f"in part {name!r}, {part}")
-        raise
-
-
-def _title(name: str | int, part: Layer) -> str:
-    """The part's name; "Linear 0" for the first of several without one."""
-    if isinstance(name, str):
-        return name
-    kind = part.made_by.name if part.made_by else "<layer>"
-    return f"part {name}" if kind.startswith("<") else f"{kind} {name}"
+    def __repr__(self) -> str:
+        return super().__repr__().replace("Repeat(", "repeat(", 1)

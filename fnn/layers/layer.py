@@ -1,23 +1,31 @@
-"""A layer: a pair of pure functions.
+"""A layer: hyperparameters, and pure functions of parameters and one example.
 
-    init(key, x) -> params        parameters for inputs of the shape and dtype of x
-    apply(params, x) -> y         the layer's output for one example x
+This is all there is to the protocol. A layer is a frozen dataclass of hyperparameters that
+derives from `Layer` and never holds an array:
 
-`x` may be an array or a `jax.ShapeDtypeStruct` in `init`: only its shape and dtype matter.
-A batch is `jax.vmap(net.apply, (None, 0))(params, batch)`.
+    init(key, *xs) -> params                            a dict of arrays; {} unless defined
+    init_state(*xs) -> state                            {} unless there are running statistics
+    init_cache(length, *xs) -> state                    {} unless it generates step by step
+    __call__(params, *xs, mode=EVALUATE) -> y           what a layer without state defines
+    apply(params, state, *xs, mode=EVALUATE) -> (y, state)    what a layer with state defines
 
-A layer of your own is two functions and `Layer(init, apply)`. Under `@constructor` it also
-has a name to print and to appear under in `fnn.summary`:
+`xs` are one example's inputs. In the functions `init...` only their shapes and dtypes matter:
+`jax.ShapeDtypeStruct`s will do. A batch is `jax.vmap(net, (None, 0))(params, batch)`.
 
-    @constructor
-    def Scale(start=1.0):
-        def init(key, x):
-            return jnp.full(x.shape, start, x.dtype)
+A layer of your own:
 
-        def apply(params, x):
-            return params * x
+    @dataclasses.dataclass(frozen=True)
+    class Scale(Layer):
+        start: float = 1.0
 
-        return Layer(init, apply)
+        def init(self, key, x):
+            return {"scale": jnp.full(x.shape, self.start)}
+
+        def __call__(self, params, x):       # may name mode as well, and is then given it
+            return params["scale"] * x
+
+A state is a dict keyed by kind, since kinds batch differently: `{"statistics": ...}` belongs to
+the batch, `{"cache": ...}` to each example.
 """
 
 from __future__ import annotations
@@ -26,145 +34,253 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from fnn import arguments
-
-Params = Any
-P = ParamSpec("P")
+from fnn.layers.mode import EVALUATE
 
 
-class _Pair(NamedTuple):
-    init: Callable[[jax.Array, Any], Params]
-    apply: Callable[[Params, jax.Array], Any]
+class Layer:
+    """The base of all layers; see the head of this file."""
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Layer:
+        if inspect.get_annotations(cls) and "__dataclass_fields__" not in cls.__dict__:
+            raise TypeError(
+                f"{cls.__name__} has fields, but isn't a dataclass: write "
+                f"@dataclasses.dataclass(frozen=True) above `class {cls.__name__}(Layer)`."
+            )
+        fields = [f.name for f in getattr(cls, "__dataclass_fields__", {}).values() if f.init]
+        for name, value in (*zip(fields, args, strict=False), *kwargs.items()):
+            if isinstance(value, (jax.Array, np.ndarray)) and value.ndim:
+                raise TypeError(
+                    f"{cls.__name__}: {name} is {arguments.show(value)}, but a layer holds "
+                    "hyperparameters and never arrays. What is trained is made by init."
+                )
+        return super().__new__(cls)
 
-class Layer(_Pair):
-    """A pair `(init, apply)`; see the head of this file.
+    def init(self, key: Any, *xs: Any) -> dict:
+        """The parameters for inputs of these shapes: a dict, nested perhaps, of arrays."""
+        return {}
 
-    Fields:
-        init: `init(key, x) -> params`.
-        apply: `apply(params, x) -> y`, pure.
+    def init_state(self, *xs: Any) -> dict:
+        """The state to start from, `{"statistics": ...}`; {} for a layer without one."""
+        return {}
 
-    `made_by` records the constructor's call that made the layer, for printing only.
-    """
+    def init_cache(self, length: int, *xs: Any) -> dict:
+        """The cache to generate `length` steps with, `{"cache": ...}`; {} for a layer without.
 
-    made_by: Construction | PlainFunction | None = None
+        A layer that finds a cache in its state continues from it.
+        """
+        return {}
 
-    def __new__(cls, init: Callable, apply: Callable) -> Layer:
-        arguments.function("Layer", "init", init, "a function init(key, x)")
-        arguments.function("Layer", "apply", apply, "a function apply(params, x)")
-        return super().__new__(cls, init, apply)
+    def __call__(self, params, *args: Any, **mode: Any) -> Any:
+        """The output for one example. A layer with state refuses this: use `apply`."""
+        if type(self).apply is Layer.apply:
+            raise TypeError(
+                f"{type(self).__name__} must define __call__(self, params, x), or, if it has a "
+                "state, apply(self, params, state, x)."
+            )
+        must_have_state(self, {}, args)
+        return self.apply(params, {}, *args, **mode)[0]
 
-    def __repr__(self):
-        return str(self.made_by) if self.made_by else f"Layer({name_of(self.apply)})"
+    def apply(self, params, state, *args: Any, **mode: Any) -> tuple[Any, dict]:
+        """The output and the new state for one example."""
+        if type(self).__call__ is Layer.__call__:
+            return self(params, *args)  # says what is missing
+        if "mode" in mode and not takes_mode(type(self).__call__):
+            mode = {}
+        return self(params, *args, **mode), state
 
-    def __reduce__(self):
-        """Pickled as the call that made it: its functions stand inside that call's."""
-        if isinstance(self.made_by, Construction):
-            return _construct, (self.made_by.constructor, self.made_by.args, self.made_by.kwargs)
-        if isinstance(self.made_by, PlainFunction):
-            return as_layer, (self.made_by.function,)
-        return Layer, tuple(self)
+    def _make(self, key: Any, length: int | None, *xs: Any) -> tuple[dict, dict, Any]:
+        """Parameters, state and output at once: a layer made of layers does it in one pass.
+
+        Args:
+            key: to draw parameters from.
+            length: of a cache to make in the place of the state, or None.
+        """
+        params = self.init(key, *xs)
+        state = self.init_state(*xs) if length is None else self.init_cache(length, *xs)
+        if length is not None and not state:
+            state = self.init_state(*xs)
+        return params, state, run(self, params, state, xs, EVALUATE)[0]
 
     def __copy__(self) -> Layer:
-        return self  # a pair of pure functions: nothing in it changes
-
-    def __deepcopy__(self, memo: dict) -> Layer:
         return self
 
+    def __deepcopy__(self, memo: dict) -> Layer:
+        return self  # it is frozen, and the functions that it may hold have no copies
 
-@dataclasses.dataclass(frozen=True)
-class Construction:
-    """The call that made a layer: `constructor(*args, **kwargs)`."""
-
-    constructor: Callable[..., Layer]
-    args: tuple
-    kwargs: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        return name_of(self.constructor)
-
-    def __str__(self):
-        args = [_show(a) for a in self.args]
-        kwargs = [f"{k}={_show(v)}" for k, v in self.kwargs.items()]
-        return f"{self.name}({', '.join(args + kwargs)})"
+    def __repr__(self) -> str:
+        """`Linear(100, use_bias=False)`: as it is written, without what has its default."""
+        fields = [f for f in dataclasses.fields(self) if f.repr]  # type: ignore[arg-type]
+        shown, positional = [], True
+        for field in fields:
+            value = getattr(self, field.name)
+            if field.default is not dataclasses.MISSING and _same(value, field.default):
+                positional = False
+                continue
+            positional = positional and not field.kw_only
+            shown.append(_show(value) if positional else f"{field.name}={_show(value)}")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
-def _construct(make: Callable[..., Layer], args: tuple, kwargs: Mapping[str, Any]) -> Layer:
-    return make(*args, **kwargs)
-
-
-def constructor(make: Callable[P, Layer]) -> Callable[P, Layer]:
-    """Decorate a function that makes a layer, so that the layer knows how it was made."""
-
-    arguments.function("constructor", "make", make, "a function that makes a Layer")
-
-    @functools.wraps(make)
-    def construct(*args: P.args, **kwargs: P.kwargs) -> Layer:
-        layer = Layer(*make(*args, **kwargs))
-        layer.made_by = Construction(construct, args, kwargs)
-        return layer
-
-    construct.is_constructor = True  # type: ignore[attr-defined]
-    return construct
-
-
-def as_layer(function: Any, where: str = "as_layer") -> Layer:
-    """The layer of a plain function of one array: no parameters (`()`), and the function.
-
-    Raises:
-        TypeError: it is neither a layer nor a function; the message begins with `where`.
-    """
-    if isinstance(function, Layer):
-        return function
-    if isinstance(function, tuple) and len(function) == 2 and all(map(callable, function)):
-        return Layer(*function)
-    if getattr(function, "is_constructor", False):
-        name = name_of(function)
-        raise TypeError(f"{where}: {name} makes a layer and isn't one: write {name}(...).")
-    if inspect.isclass(function) or not callable(function):
-        raise TypeError(
-            f"{where}: a layer is a Layer(init, apply) or a function of one array, but got "
-            f"{arguments.show(function)}."
-        )
-
-    def init(key, x):
-        del key, x
-        return ()
-
-    def apply(params, x):
-        del params
-        return function(x)
-
-    layer = Layer(init, apply)
-    layer.made_by = PlainFunction(function)
-    return layer
-
-
-@dataclasses.dataclass(frozen=True)
-class PlainFunction:
-    """In the place of a Construction: the plain function that became a layer."""
+@dataclasses.dataclass(frozen=True, repr=False)
+class Function(Layer):
+    """A plain function of arrays as a layer without parameters."""
 
     function: Callable
 
-    @property
-    def name(self) -> str:
-        return name_of(self.function)
+    def __call__(self, params, *xs: Any, **mode: Any) -> Any:
+        check_params(self, params, {})
+        return self.function(*xs)
 
-    def __str__(self):
-        return self.name
+    def __repr__(self) -> str:
+        return arguments.name_of(self.function)
 
 
-def name_of(function: Any) -> str:
-    """What to call a function: its name, or that of the function it is a partial of."""
-    if isinstance(function, functools.partial):
-        return name_of(function.func)
-    return getattr(function, "__name__", None) or type(function).__name__
+class LayerError(ValueError):
+    """An input, a parameter or a state doesn't fit a layer; the message begins with its path.
+
+    Attributes:
+        path: where in the network the layer stands, "encoder.hidden"; "" if it stands alone.
+        problem: what is wrong.
+    """
+
+    def __init__(self, problem: str, path: str = ""):
+        super().__init__(problem)
+        self.problem, self.path = problem, path
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}" if self.path else self.problem
+
+    def __reduce__(self):
+        return type(self), (self.problem, self.path), self.__dict__
+
+
+def as_layer(part: Any, where: str = "as_layer") -> Layer:
+    """A layer as it is; a plain function of arrays as a layer without parameters.
+
+    Raises:
+        TypeError: it is neither; the message begins with `where`.
+    """
+    if isinstance(part, Layer):
+        return part
+    name = arguments.name_of(part)
+    ours = (getattr(part, "__module__", None) or "").startswith("fnn.layers")
+    if inspect.isclass(part) and issubclass(part, Layer) or (callable(part) and ours):
+        raise TypeError(f"{where}: {name} makes a layer and isn't one: write {name}(...).")
+    if inspect.isclass(part) or not callable(part):
+        raise TypeError(
+            f"{where}: a part is a Layer or a function of one array, but got "
+            f"{arguments.show(part)}."
+        )
+    return Function(part)
+
+
+def run(layer: Layer, params: Any, state: dict, xs: tuple, mode: Any) -> tuple[Any, dict]:
+    """A layer's output and new state, by whichever of its two functions it defines."""
+    if type(layer).apply is Layer.apply:
+        given = {"mode": mode} if takes_mode(type(layer).__call__) else {}
+        return layer(params, *xs, **given), state
+    must_have_state(layer, state, xs)
+    given = {"mode": mode} if takes_mode(type(layer).apply) else {}
+    return layer.apply(params, state, *xs, **given)
+
+
+@functools.lru_cache(maxsize=1024)
+def takes_mode(method: Callable) -> bool:
+    """Whether a layer's function names `mode` as an argument."""
+    parameters = arguments.parameters(method) or []
+    return any(p.name == "mode" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def must_have_state(layer: Layer, state: dict, xs: tuple) -> None:
+    """Raise a LayerError if a layer has a state and isn't given it.
+
+    One that is made of layers leaves that to them.
+    """
+    made_of_layers = type(layer)._make is not Layer._make
+    if state or made_of_layers or type(layer).init_state is Layer.init_state:
+        return
+    if jax.eval_shape(lambda *xs: layer.init_state(*xs), *xs):
+        raise state_is_missing(layer)
+
+
+def state_is_missing(layer: Layer) -> LayerError:
+    return LayerError(
+        f"{layer} has a state, which it wasn't given: call net.apply(params, state, x), which "
+        "returns the output and the new state, and begin with state = net.init_state(x). (In "
+        "training: fnn.fit(..., model_state=net.init_state(x)), or step.init(params, that).)"
+    )
+
+
+def check_params(layer: Layer, params: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise a LayerError unless a layer's parameters are arrays of these names and shapes.
+
+    What has no shape to compare, as a Python number, is refused as well: all else would be
+    broadcast in silence.
+    """
+    names = sorted(shapes)
+    if not isinstance(params, dict) or set(params) != set(shapes):
+        got = keys_of(params)
+        wanted = f"wants parameters with the keys {names}" if names else "has no parameters"
+        raise LayerError(f"{layer} {wanted}, but got {got}.")
+    for name, shape in shapes.items():
+        found = getattr(params[name], "shape", None)
+        if found != shape:
+            shown = f"one of shape {found}" if found is not None else arguments.show(params[name])
+            raise LayerError(f"{layer} wants {name} of shape {shape}, but got {shown}.")
+
+
+def set_number(layer: Layer, name: str, **bounds: Any) -> None:
+    """Check a number among a layer's hyperparameters, and make it Python's."""
+    value = arguments.number(type(layer).__name__, name, getattr(layer, name), **bounds)
+    object.__setattr__(layer, name, float(value))
+
+
+def set_count(layer: Layer, name: str) -> None:
+    """Check a count of at least 1 among a layer's hyperparameters, and make it Python's."""
+    value = arguments.integer(type(layer).__name__, name, getattr(layer, name), least=1)
+    object.__setattr__(layer, name, value)
+
+
+def keys_of(params: Any) -> str:
+    """What there is in the place of a dict of parameters, in a few words."""
+    if isinstance(params, dict):
+        return str(sorted(map(str, params)))
+    return "None" if params is None else f"a {type(params).__name__}"
+
+
+def initial(layer: Layer, initializer: Callable, key: Any, shape: tuple[int, ...]) -> jax.Array:
+    """What an initialiser makes in the parameters' dtype, checked: float32 (float64 under x64).
+
+    A wrong shape would be broadcast in silence.
+    """
+    made = initializer(key, shape, jnp.result_type(float))
+    if getattr(made, "shape", None) != shape:
+        raise LayerError(
+            f"{layer}: the initialiser {arguments.name_of(initializer)} must make an array of "
+            f"shape {shape}, but made {arguments.show(made)}."
+        )
+    return made
+
+
+def last_axis(layer: Layer, x: Any) -> int:
+    """The length of the last axis of a layer's input."""
+    if not hasattr(x, "shape") or len(x.shape) == 0:
+        got = f"shape {x.shape}" if hasattr(x, "shape") else arguments.show(x)
+        raise LayerError(f"{layer} wants an array of shape (in,) as its input, but got {got}.")
+    return x.shape[-1]
 
 
 def _show(value: Any) -> str:
-    return name_of(value) if callable(value) and not isinstance(value, Layer) else repr(value)
+    is_function = callable(value) and not isinstance(value, Layer)
+    return arguments.name_of(value) if is_function else repr(value)
+
+
+def _same(value: Any, default: Any) -> bool:
+    return value is default or (type(value) is type(default) and value == default)

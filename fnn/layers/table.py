@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fnn import arguments
-from fnn.layers.layer import Construction, Layer, as_layer
+from fnn import arguments, text
+from fnn.layers.layer import Layer, as_layer, run
+from fnn.layers.mode import EVALUATE
+from fnn.layers.net import watching
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,34 +63,27 @@ class Summary:
             lines.append((name, what, _shapes(row.output), count, _count(row.flops)))
         whole = self.rows[0]
         total = ("total", "", _shapes(whole.output), f"{whole.parameters:,}", _count(whole.flops))
-        widths = [max(map(len, column)) for column in zip(head, *lines, total, strict=True)]
-        rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
-
-        def line(cells):
-            left = [c.ljust(w) for c, w in zip(cells[:3], widths[:3], strict=True)]
-            right = [c.rjust(w) for c, w in zip(cells[3:], widths[3:], strict=True)]
-            return "  ".join(left + right).rstrip()
-
-        return "\n".join([line(head), rule, *map(line, lines), rule, line(total)])
+        return text.table(head, lines, right=(3, 4), total=total)
 
     __repr__ = __str__
 
 
-def summary(net: Layer, x: Any) -> Summary:
+def summary(net: Layer | Callable, *xs: Any) -> Summary:
     """A table of a network's layers, their output shapes, parameters and FLOPs.
 
     Nothing is computed and no parameter is made: layers are traced by shape and compiled to
-    count their FLOPs. The parts of `chain`, `parallel` and `residual` are indented.
+    count their FLOPs. The parts of a network inside a network are indented. A part that is called
+    twice has two rows, the first with its parameters. Rows inside a `repeat` count all its blocks.
 
     Args:
         net: a layer, made of layers.
-        x: one example, an array or a `jax.ShapeDtypeStruct` (or a tree of them).
+        *xs: one example's inputs: arrays, `jax.ShapeDtypeStruct`s, or trees of them.
 
     Returns:
         A `Summary`: `print(it)`, or read `it.rows`, `it.parameters`, `it.flops`.
 
     Raises:
-        TypeError: net is no layer, or x no array.
+        TypeError: net is no layer, or xs hold no arrays.
 
     The FLOPs are those of the forward pass on one example, as XLA counts them in the
     compiled program: an addition and a multiplication are one each, so a `Linear` takes about
@@ -96,70 +92,90 @@ def summary(net: Layer, x: Any) -> Summary:
 
     >>> print(summary(chain(hidden=Linear(100), activation=relu, output=Linear(10)), x))
     layer                    output        parameters    FLOPs
-    ──────────────────────────────────────────────────────────
+    ──────────  ───────────  ────────────  ──────────  ───────
     hidden      Linear(100)  float32[100]      78,500  156,900
     activation  relu         float32[100]                  100
     output      Linear(10)   float32[10]        1,010    2,010
-    ──────────────────────────────────────────────────────────
+    ──────────  ───────────  ────────────  ──────────  ───────
     total                    float32[10]       79,510  159,010
     """
     net = as_layer(net, "summary")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(x):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(xs):
         if not isinstance(leaf, jax.ShapeDtypeStruct):
-            arguments.array("summary", f"x{jax.tree_util.keystr(path)}", leaf)
-    if not jax.tree.leaves(x):
-        raise TypeError(f"summary: x must be one example, an array, but got {arguments.show(x)}.")
+            arguments.array("summary", f"xs{jax.tree_util.keystr(path)}", leaf)
+    if not jax.tree.leaves(xs):
+        raise TypeError(f"summary: xs must be one example, an array, but got {arguments.show(xs)}.")
+    return Summary(tuple(_rows(net, jax.tree.map(_type_of, xs))))
+
+
+class _Call(NamedTuple):
+    """A call of a part; `types` are those of its parameters, state, inputs, and of its output."""
+
+    path: tuple[str, ...]
+    layer: Layer
+    times: int
+    types: list
+
+
+def _calls(layer: Layer, params: Any, state: Any, xs: tuple) -> list[_Call]:
+    """The call of a layer, and those of its parts in order; bodies of loops are called ""."""
+    seen: list[_Call] = []
+
+    def watch(path: tuple[str, ...], layer: Layer, times: int) -> Callable:
+        call = _Call(path, layer, times, [])
+        seen.append(call)
+        return lambda *trees: call.types.extend(jax.tree.map(_type_of, trees))
+
+    def call(params, state, *xs):
+        note = watch((), layer, 1)
+        with watching(watch):
+            y = run(layer, params, state, xs, EVALUATE)[0]
+        note(params, state, xs, y)
+        return y
+
+    jax.eval_shape(call, params, state, *xs)
+    return seen
+
+
+def _rows(net: Layer, xs: tuple) -> list[Row]:
+    """The network's own row, and those of its parts in the order in which they are called."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), x)
-    return Summary(tuple(_rows(net, key, x, ())))
+    params, state = jax.eval_shape(net.init, key, *xs), jax.eval_shape(net.init_state, *xs)
+    calls = [c for c in _calls(net, params, state, xs) if c.path[-1:] != ("",)]
+    rows: list[Row] = []
+    for path, layer, times, (params, state, xs, y) in calls:
+        count = sum(leaf.size for leaf in jax.tree.leaves(params))
+        flops = _flops(layer, params, state, xs)
+        place = tuple(name for name in path if name)
+        rows.append(
+            Row(
+                place,
+                repr(layer),
+                y,
+                0 if any(row.path == place for row in rows) else times * count,
+                flops if flops is None else times * flops,
+                any(c.path[: len(path)] == path != c.path for c in calls),
+            )
+        )
+    return rows
 
 
-def _rows(layer: Layer, key, x, path) -> list[Row]:
-    """The layer's own row, and those of its parts."""
-    seen: list[tuple[Any, Layer, Any]] = []
-    watched = _watch_parts(layer, seen)
-    params = jax.eval_shape(layer.init, key, x)
-    output = jax.eval_shape((watched or layer).apply, params, x)
-    row = Row(
-        path,
-        str(layer),
-        output,
-        sum(leaf.size for leaf in jax.tree.leaves(params)),
-        _flops(layer.apply, params, x),
-        bool(seen),
-    )
-    parts = [_rows(part, key, own_x, (*path, str(name))) for name, part, own_x in seen]
-    return [row, *(r for rows in parts for r in rows)]
+def _type_of(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
-def _watch_parts(layer: Layer, seen: list) -> Layer | None:
-    """The same layer, made anew of parts that note down their input when they are applied."""
-    made_by = layer.made_by
-    if not isinstance(made_by, Construction):
-        return None
+def _flops(layer: Layer, params: Any, state: Any, xs: tuple) -> int | None:
+    """As XLA counts them, but for loops, of which it counts one round."""
 
-    def watch(name, part):
-        if not isinstance(part, Layer):
-            return part
+    def call(params, state, xs):
+        return run(layer, params, state, xs, EVALUATE)[0]
 
-        def apply(params, x):
-            seen.append((name, part, jax.tree.map(_type_of, x)))
-            return part.apply(params, x)
-
-        return Layer(part.init, apply)
-
-    args = [watch(i, a) for i, a in enumerate(made_by.args)]
-    kwargs = {k: watch(k, a) for k, a in made_by.kwargs.items()}
-    return made_by.constructor(*args, **kwargs)
-
-
-def _type_of(x) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _flops(apply, params, x) -> int | None:
-    cost = jax.jit(apply).lower(params, x).compile().cost_analysis()
-    return None if cost is None else int(cost.get("flops", 0))
+    cost = jax.jit(call).lower(params, state, xs).compile().cost_analysis()
+    total = None if cost is None else int(cost.get("flops", 0))
+    for path, block, times, types in _calls(layer, params, state, xs):
+        if path.count("") == 1 and path[-1] == "" and total is not None:
+            total += (times - 1) * (_flops(block, *types[:3]) or 0)
+    return total
 
 
 def _shapes(output) -> str:
