@@ -5,7 +5,7 @@ graph                       a function as its computational graph
 grad, value_and_grad, vjp   backpropagation by the hand-written rules
 check_rule, check_grads     rules against autodiff against finite differences
 ops                         activations and losses
-layers, initializers        networks, as pairs of pure functions
+layers, initializers        networks, as pure functions of their parameters
 train_step, fit             training
 per_example                 per-example gradients, kept factored
 curvature                   Gauss-Newton, Hessian, Fisher, KFAC
@@ -17,7 +17,16 @@ from fnn.backprop import Graph, grad, graph, value_and_grad, vjp
 from fnn.check import GradientError, check_grads, check_rule
 from fnn.layers import summary
 from fnn.operation import Operation, RuleError, rule
-from fnn.train import FitResult, NonFiniteError, State, TrainStep, evaluate, fit, train_step
+from fnn.train import (
+    FitResult,
+    NonFiniteError,
+    State,
+    TrainStep,
+    evaluate,
+    fit,
+    supervised,
+    train_step,
+)
 
 __version__ = "0.1.0"
 
@@ -44,6 +53,7 @@ __all__ = [
     "plot",
     "rule",
     "summary",
+    "supervised",
     "train_step",
     "value_and_grad",
     "vjp",

@@ -14,8 +14,8 @@ import pytest
 import fnn
 from fnn import evaluate, fit, train_step
 from fnn.layers import chain
-from fnn.train.history import Log
-from fnn.train.readings import readings
+from fnn.train.evaluation import readings
+from fnn.train.result import Log
 
 PARAMS = {"w": jnp.ones(2)}
 X = np.ones((4, 2))  # w·x is 2
@@ -99,7 +99,7 @@ def losses_that_change():
         "global of a helper": (lambda p, x: helper(p["w"] @ x), change_global),
         "list": (lambda p, x: of_nested(p["w"] @ x), lambda new: in_list.__setitem__(0, new)),
         "layer": (
-            lambda p, x: network.apply((), p["w"] @ x),
+            lambda p, x: network({}, p["w"] @ x),
             lambda new: in_dict["a"].__setitem__("b", new),
         ),
         "numpy array": (
@@ -305,7 +305,7 @@ HOLDERS = {
         progress=False,
     ),
     "train_step": step_and_run,
-    "find_labels": lambda loss: fnn.train.labels.find_labels(loss, PARAMS, X[0]),
+    "find_labels": lambda loss: fnn.train.checks.find_labels(loss, PARAMS, X[0]),
     "grad": lambda loss: fnn.grad(loss)(PARAMS, X[0]),
     "graph": lambda loss: str(fnn.graph(loss)(PARAMS, X[0])),
     "summary": lambda loss: fnn.summary(chain(lambda x: loss(PARAMS, x)), X[0]),

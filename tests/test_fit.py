@@ -17,7 +17,7 @@ from fnn import ops
 from fnn.layers import Linear
 from fnn.train import FitResult, NonFiniteError, TrainStep, evaluate, train_step
 from fnn.train import fit as fit_with_progress
-from fnn.train.batches import batches_of
+from fnn.train.data import batches_of
 from fnn.train.progress import Lines, format_record
 
 KEY = jax.random.key(0)
@@ -438,7 +438,7 @@ PARAMS = LAYER.init(KEY, jnp.zeros(3))
 
 
 def classify(params, example):
-    return ops.softmax_cross_entropy(LAYER.apply(params, example[0]), example[1])
+    return ops.softmax_cross_entropy(LAYER(params, example[0]), example[1])
 
 
 NAN = A.copy()

@@ -11,7 +11,20 @@ import pytest
 
 import fnn
 from fnn import initializers, plot
-from fnn.layers import Layer, Linear, Maxout, chain, constructor, parallel, residual, summary
+from fnn.layers import (
+    BatchNorm,
+    Dropout,
+    LayerNorm,
+    Linear,
+    Maxout,
+    chain,
+    network,
+    parallel,
+    repeat,
+    residual,
+    summary,
+    training,
+)
 from fnn.train.progress import Lines
 
 KEY = jax.random.key(0)
@@ -98,18 +111,24 @@ OPTIONS = [
     (functools.partial(Linear, 2), "use_bias", BAD["flag"]),
     (functools.partial(Linear, 2), "weight_init", BAD["function"]),
     (functools.partial(Linear, 2), "bias_init", BAD["function"]),
-    (functools.partial(Linear, 2), "dtype", (3, "int32", "floats", jnp.int8, bool, NAN, Linear)),
     (Maxout, "features", [*BAD["integer"], -1, 0]),
     (functools.partial(Maxout, 2), "pieces", [*BAD["integer"], -1, 0]),
     (functools.partial(Maxout, 2), "use_bias", BAD["flag"]),
-    (functools.partial(Maxout, 2), "dtype", (3, "int32", "floats")),
+    (Dropout, "rate", [None, "0.5", NAN, -0.1, 1.5, True, jnp.ones(2)]),
+    (LayerNorm, "epsilon", [None, "0", NAN, -1e-5, float("inf")]),
+    (LayerNorm, "use_scale", BAD["flag"]),
+    (BatchNorm, "decay", [None, "0.9", NAN, -0.1, 1.5]),
+    (BatchNorm, "use_bias", BAD["flag"]),
+    (training, "key", BAD["optional key"]),
+    (functools.partial(training, None), "axis", (3, ["batch"], ("batch", 3), NAN)),
+    (functools.partial(repeat, Linear(2)), "n", [*BAD["integer"], -1, 0]),
+    (functools.partial(repeat, Linear(2), 2), "remat", ("yes", 1, NAN)),
+    (lambda part: network(part=part), "part", (None, 3, "relu", Linear)),
+    (lambda body: network()(body), "body", (None, 3, "relu")),
     (lambda part: chain(part), "part", (None, 3, "relu", [Linear(2)], Linear, KEY)),
     (lambda part: parallel(a=part), "part", (None, 3, "relu", Maxout)),
     (lambda part: residual(part), "part", (None, NAN, {})),
-    (lambda init: Layer(init, squares), "init", (None, 3)),
-    (lambda apply: Layer(squares, apply), "apply", (None, "x")),
-    (constructor, "make", (None, 3)),
-    (functools.partial(summary, Linear(2)), "x", (None, "x", {}, [Linear])),
+    (functools.partial(summary, Linear(2)), "xs", (None, "x", {}, [Linear])),
     (lambda key: Linear(2).init(key, jnp.ones(3)), "key", (None, 0, *BAD["optional key"])),
     (lambda key: chain(Linear(2)).init(key, jnp.ones(3)), "key", (None, 0, jnp.ones(2))),
     (functools.partial(plot.curves, {"loss": [1.0]}), "log", BAD["flag"]),
@@ -172,8 +191,9 @@ def test_what_is_of_its_kind_is_taken():
     fit(epochs=np.int64(1), batch_size=np.int32(2), shuffle=np.bool_(False), key=None)
     fit(data=[DATA], steps_per_epoch=np.int64(1), key=jax.random.PRNGKey(0))
     assert evaluate(batch_size=jnp.int32(3)) == evaluate()
-    assert Linear(np.int64(2), dtype="bfloat16").init(KEY, jnp.ones(3))["W"].dtype == jnp.bfloat16
-    assert Linear(2, dtype=np.float16).init(jax.random.PRNGKey(0), jnp.ones(3))["W"].shape == (2, 3)
+    assert Linear(np.int64(2)) == Linear(2)
+    assert Linear(2).init(jax.random.PRNGKey(0), jnp.ones(3))["W"].shape == (2, 3)
+    assert hash(Dropout(np.float32(0.5))) == hash(Dropout(0.5))
     zero = initializers.variance_scaling(KEY, (2, 2), scale=0.0)
     np.testing.assert_array_equal(zero, np.zeros((2, 2)))
     jax.jit(lambda s: initializers.normal(KEY, (2,), stddev=s))(0.5)

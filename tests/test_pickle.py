@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import copy
+import dataclasses
 import importlib
 import multiprocessing
 import pickle
@@ -15,10 +16,28 @@ import pytest
 
 import fnn
 from fnn import ops
-from fnn.layers import Layer, Linear, Maxout, chain, parallel, residual
+from fnn.layers import (
+    BatchNorm,
+    Dropout,
+    LayerNorm,
+    Linear,
+    Maxout,
+    chain,
+    network,
+    parallel,
+    repeat,
+    residual,
+)
 from fnn.train import NonFiniteError, TrainStep, fit, train_step
 
 A = np.random.default_rng(0).normal(size=(8, 3))
+
+
+@network(hidden=Linear(4), output=Linear(2))
+def BY_NAME(net, x):
+    return net.output(ops.relu(net.hidden(x)))
+
+
 NET = chain(a=Linear(4), b=ops.relu, out=residual(Linear(4)), last=Linear(1))
 
 
@@ -127,20 +146,22 @@ def test_an_error_comes_out_of_a_pool():
         NET,
         parallel(a=Linear(2), b=ops.tanh),
         Linear(3, weight_init=fnn.initializers.he_uniform, use_bias=False),
-        Layer(squares, squares),
+        BY_NAME,
+        dataclasses.replace(BY_NAME, parts={"hidden": Linear(5), "output": Linear(2)}),
+        chain(repeat(residual(LayerNorm(), Linear(4), Dropout(0.5)), 3), BatchNorm()),
     ],
     ids=str,
 )
 def test_layers(layer):
     again = pickle.loads(pickle.dumps(layer))
-    assert repr(again) == repr(layer)
-    assert copy.deepcopy(layer) is layer and copy.copy(layer) is layer
-    if layer.init is not squares:
-        x = jnp.ones(4)
-        params = layer.init(jax.random.key(0), x)
-        same = again.init(jax.random.key(0), x)
-        jax.tree.map(np.testing.assert_array_equal, params, same)
-        jax.tree.map(np.testing.assert_array_equal, layer.apply(params, x), again.apply(same, x))
+    for other in (again, copy.deepcopy(layer), copy.copy(layer)):
+        assert other == layer and hash(other) == hash(layer) and repr(other) == repr(layer)
+    x = jnp.ones(4)
+    params, state = layer.init(jax.random.key(0), x), layer.init_state(x)
+    same = again.init(jax.random.key(0), x)
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+    outputs = layer.apply(params, state, x), again.apply(same, state, x)
+    jax.tree.map(np.testing.assert_array_equal, *outputs)
 
 
 def test_what_has_no_name_says_so():

@@ -170,7 +170,7 @@ def test_a_network_with_our_operations_equals_plain_jax():
     params = net.init(KEY, jnp.zeros(5))
 
     def loss(params, example):
-        return ops.softmax_cross_entropy(net.apply(params, example[0]), example[1])
+        return ops.softmax_cross_entropy(net(params, example[0]), example[1])
 
     def plain(params):
         h = jnp.tanh(x @ params["hidden"]["W"].T + params["hidden"]["b"])
@@ -434,11 +434,11 @@ X = RNG.normal(size=(6, 2))
 
 
 def cross_entropy(params, example):
-    return ops.softmax_cross_entropy(NET.apply(params, example["x"]), example["y"])
+    return ops.softmax_cross_entropy(NET(params, example["x"]), example["y"])
 
 
 def hinge(params, example):
-    return ops.multiclass_hinge(NET.apply(params, example["x"]), example["y"])
+    return ops.multiclass_hinge(NET(params, example["x"]), example["y"])
 
 
 @pytest.mark.parametrize("loss", [cross_entropy, hinge])
@@ -468,7 +468,7 @@ def test_labels_of_later_batches():
 
 def test_labels_at_each_position_and_after_a_change_of_shape():
     def loss(params, example):
-        logits = jax.vmap(lambda x: NET.apply(params, x))(example["x"])
+        logits = jax.vmap(lambda x: NET(params, x))(example["x"])
         each = jax.vmap(ops.softmax_cross_entropy)(logits, example["y"][:, 0].astype(jnp.int32))
         return each.mean()
 
@@ -483,7 +483,7 @@ def test_labels_at_each_position_and_after_a_change_of_shape():
 def test_masked_labels_are_not_mistaken_for_bad_ones():
     def loss(params, example):
         y = jnp.where(example["y"] < 0, 0, example["y"])
-        return (example["y"] >= 0) * ops.softmax_cross_entropy(NET.apply(params, example["x"]), y)
+        return (example["y"] >= 0) * ops.softmax_cross_entropy(NET(params, example["x"]), y)
 
     step_on({"x": X, "y": np.array([0, 1, 2, 0, -1, 1])}, loss, NET_PARAMS)
 

@@ -11,8 +11,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fnn import ops
-from fnn.layers import Linear, chain
-from fnn.train import evaluate, fit, train_step
+from fnn.layers import BatchNorm, Dropout, Linear, chain
+from fnn.train import evaluate, fit, supervised, train_step
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -27,7 +27,7 @@ SPECS = {
 
 def loss(params, example, key):
     x, label = example
-    logits = NET.apply(params, x + 0.1 * jax.random.normal(key, x.shape))
+    logits = NET(params, x + 0.1 * jax.random.normal(key, x.shape))
     return ops.softmax_cross_entropy(logits, label), {"right": jnp.argmax(logits) == label}
 
 
@@ -38,7 +38,9 @@ def train(params, data, **options):
 
 
 def close(a, b):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), b, rtol=2e-5), a, b)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(np.asarray(a), b, rtol=2e-5, atol=1e-12), a, b
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,23 @@ def test_a_mesh_gives_the_same_numbers(kind, in_context, alone):
         else:
             params = PARAMS if in_context else jax.tree.map(lambda p: put(p, P()), PARAMS)
         close(train(params, data), alone)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
+def test_batch_statistics_are_those_of_the_whole_batch(kind):
+    net = chain(hidden=Linear(8), norm=BatchNorm(), drop=Dropout(0.25), out=Linear(3))
+    loss = supervised(net, ops.softmax_cross_entropy)
+    step = train_step(loss, optax.sgd(0.1))
+    found = []
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+    for place in (jnp.asarray, lambda x: jax.device_put(x, NamedSharding(mesh, P("data")))):
+        state = step.init(net.init(KEY, X[0]), net.init_state(X[0]))
+        batch = place(X), place(Y)
+        for i in range(2):
+            state, metrics = step(state, batch, jax.random.key(i))
+        found.append((state.params, state.model_state, metrics["loss"]))
+        found[-1] += (evaluate(loss, state, batch)["loss"],)
+    close(found[1], found[0])
 
 
 def test_batches_that_cannot_be_dealt_out_evenly():

@@ -31,7 +31,6 @@ the batch, `{"cache": ...}` to each example.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -191,7 +190,6 @@ def run(layer: Layer, params: Any, state: dict, xs: tuple, mode: Any) -> tuple[A
     return layer.apply(params, state, *xs, **given)
 
 
-@functools.lru_cache(maxsize=1024)
 def takes_mode(method: Callable) -> bool:
     """Whether a layer's function names `mode` as an argument."""
     parameters = arguments.parameters(method) or []

@@ -152,7 +152,9 @@ class Net:
         self._calls: collections.Counter[str] = collections.Counter()
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name.startswith("_") or name not in self._parts:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name not in self._parts:
             raise AttributeError(
                 f"{self._layer._name} has no part {name!r}; its parts are {list(self._parts)}."
             )

@@ -1,8 +1,8 @@
 """Training: one compiled step, and epochs of them."""
 
-from fnn.train.batch_loss import Loss
 from fnn.train.evaluation import evaluate
 from fnn.train.loop import fit
+from fnn.train.loss import Loss, Supervised, supervised
 from fnn.train.nonfinite import NonFiniteError
 from fnn.train.result import FitResult
 from fnn.train.state import State
@@ -13,8 +13,10 @@ __all__ = [
     "Loss",
     "NonFiniteError",
     "State",
+    "Supervised",
     "TrainStep",
     "evaluate",
     "fit",
+    "supervised",
     "train_step",
 ]

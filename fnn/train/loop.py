@@ -1,10 +1,14 @@
-"""`fit`: training steps over epochs."""
+"""`fit`: training steps over epochs, which Ctrl-C ends between two steps."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,17 +16,79 @@ import optax
 
 from fnn import arguments
 from fnn.batch import batch_size as size_of
-from fnn.train.batch_checks import check_values
-from fnn.train.batch_loss import Loss, check_loss, takes_key
-from fnn.train.batches import Arrays, batches_of, is_tree_of_arrays
+from fnn.batch import example_types
+from fnn.train.checks import check_values, find_labels
+from fnn.train.data import Arrays, Stream, batches_of, is_tree_of_arrays
 from fnn.train.evaluation import Evaluation, fold_in
-from fnn.train.interrupt import Interrupts
-from fnn.train.labels import find_labels
+from fnn.train.loss import Extras, Loss, check_loss, extras
 from fnn.train.nonfinite import NonFiniteError
 from fnn.train.progress import progress_for
 from fnn.train.result import FitResult, Work, attach
 from fnn.train.state import State, own
 from fnn.train.step import NonFinite, TrainStep, check_optimizer
+
+# ------------------------------------------------------------------------------------------- Ctrl-C
+# Ctrl-C between steps, never inside one.
+#
+# A step donates the state. A KeyboardInterrupt that struck after the step has run and before
+# its result has a name would lose both.
+
+GRACE = 1.0
+
+
+class Interrupts:
+    """While entered, Ctrl-C waits for the end of a block `with interrupts.held():`.
+
+    Elsewhere it raises a KeyboardInterrupt as always (so does a second Ctrl-C inside the
+    block: the step may hang). For a second after it was raised, others are let pass: a hurried
+    or bouncing key must not strike what saves the work. Outside the main thread, or where the
+    program has a handler of its own for the signal, nothing changes.
+    """
+
+    def __init__(self):
+        self._holding = False
+        self._pending = False
+        self._installed = False
+        self._raised = -math.inf
+
+    def __enter__(self) -> Interrupts:
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._handle)
+            self._installed = True
+        return self
+
+    def __exit__(self, *_):
+        if self._installed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._installed = False
+
+    def _handle(self, signum, frame):
+        if time.monotonic() - self._raised < GRACE:
+            return
+        if self._holding and not self._pending:
+            self._pending = True
+        else:
+            self._raise()
+
+    def _raise(self):
+        self._pending = False
+        self._raised = time.monotonic()
+        raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Let the block end before a Ctrl-C inside it is raised."""
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+        if self._pending:
+            self._raise()
+
+
+# ---------------------------------------------------------------------------------------------- fit
 
 
 def fit(
@@ -42,16 +108,17 @@ def fit(
     progress: bool = True,
     nonfinite: NonFinite = "raise",
     check: bool = True,
+    model_state: Any = None,
 ) -> FitResult:
     """Train: `epochs` times over the data, a batch at a time.
 
         result = fnn.fit(loss, params, (X, y), optax.adam(1e-3), epochs=20, key=jax.random.key(0))
 
     Args:
-        loss: for ONE example: `loss(params, example)` or, to draw random numbers,
-            `loss(params, example, key)`; returns a scalar, or a scalar and a dict of metrics
-            (not called `loss`, `grad_norm`, `skipped`, `seconds` or `validation_...`). It must
-            depend on a parameter.
+        loss: for ONE example: `loss(params, example)`, which returns a scalar, or a scalar and a
+            dict of metrics (not called `loss`, `grad_norm`, `skipped`, `seconds` or
+            `validation_...`). It is given what else it names of `key`, `mode` and `state`; see
+            `train_step`, and `supervised`, which writes it. It must depend on a parameter.
         params: the parameters to start from (they stay yours), or the `state` of a FitResult
             to go on from. With the same data, batch size and key, 2 epochs and 2 more are the
             same as 4, to the last bit: the state knows its place in the data, also in the midst
@@ -83,6 +150,8 @@ def fit(
         nonfinite: what to do about inf and nan; see `train_step`.
         check: look at the values of the data before the first step (of an iterable's batches as
             they come, see `TrainStep`): nan, and labels out of range. Shapes are always checked.
+        model_state: the network's state to start from, `net.init_state(x)`, for a loss that takes
+            one; a loss made by `supervised` makes it itself. It is trained in `state.model_state`.
 
     Returns:
         A `FitResult`. Ctrl-C ends training early and returns what was trained so far, with
@@ -117,9 +186,11 @@ def fit(
     if after_epoch is not None:
         form = "a function after_epoch(epoch, state, record)"
         arguments.function("fit", "after_epoch", after_epoch, form)
-    takes = takes_key(loss)
-    if takes and key is None:
+    found = extras(loss)
+    if found.needs_key and key is None:
         raise TypeError("the loss takes a key, loss(params, example, key): pass key=... to fit.")
+    if isinstance(params, State) and model_state is not None:
+        raise TypeError("fit: params is a training State, which has a model_state: give only one.")
     training = batches_of(
         "fit", data, batch_size=batch_size, shuffle=shuffle, epochs=epochs, steps=steps_per_epoch
     )
@@ -129,22 +200,25 @@ def fit(
             "shuffling needs a key: pass key=jax.random.key(0), say, or shuffle=False."
         )
     step = TrainStep(loss, optimizer, nonfinite=nonfinite, check=check and whole is None)
-    state = own(params) if isinstance(params, State) else step.init(params)
+    if not isinstance(params, State):
+        model_state = _initial_model_state(loss, found, training, model_state)
+    start = functools.partial(_start, step, params, model_state)
+    state = start()
     order_key, loss_key, validation_key = (None,) * 3 if key is None else jax.random.split(key, 3)
     if whole is not None and check:
         check_values(
             functools.partial(find_labels, loss, trained=True),
             state.params,
             whole,
-            key if takes else None,
+            key if found.may_draw else None,
+            state.model_state,
             "data",
         )
     validate = _validation(
-        validation, validation_loss or loss, state.params, batch_size, epochs, validation_key, check
+        validation, validation_loss or loss, state, batch_size, epochs, validation_key, check
     )
 
-    origin = (lambda: params) if isinstance(params, State) else (lambda: step.init(params))
-    work = Work(step, state, origin, training.steps)
+    work = Work(step, state, start, training.steps)
     first = work.epoch
     last = first + epochs - 1
     display = progress_for(progress, last, training.steps, first)
@@ -154,7 +228,7 @@ def fit(
                 began, keys = time.perf_counter(), fold_in(order_key, epoch)
                 for batch in training.epoch(keys, work.batch):
                     with interrupts.held():
-                        own_key = fold_in(loss_key, work.seen) if takes else None
+                        own_key = fold_in(loss_key, work.seen) if found.may_draw else None
                         work.size = size_of(batch)
                         state, metrics = step(state, batch, key=own_key)
                         work.log.add(metrics, work.size)
@@ -166,7 +240,7 @@ def fit(
                     step.finish(state)
                     record = work.log.epoch_means() if work.log.epoch_has_begun else {}
                     state = work.epoch_over(state)
-                record |= validate(state.params)
+                record |= validate(state)
                 record["seconds"] = time.perf_counter() - began
                 with interrupts.held():
                     work.log.end_epoch(record)
@@ -186,14 +260,39 @@ def fit(
     return result
 
 
+def _start(step: TrainStep, params: Any, model_state: Any) -> State:
+    """The state to start from, in arrays of its own."""
+    return own(params) if isinstance(params, State) else step.init(params, model_state)
+
+
+def _initial_model_state(loss: Loss, found: Extras, training: Arrays | Stream, given: Any) -> Any:
+    """The network's state to start from: the one given, or what `supervised` knows to make."""
+    if given is not None or found.state is None:
+        return given
+    make = getattr(loss, "init_state", None)
+    if make is None and found.needs_state:
+        raise TypeError(
+            "the loss takes a state: pass model_state=net.init_state(x) to fit, for an example x."
+        )
+    if make is None or not isinstance(training, Arrays):
+        return None  # batches of an iterable are looked at once only
+    return make(example_types(training.data))
+
+
 def _validation(
-    data: Any, loss: Loss, params: Any, batch_size: int | None, epochs: int, key: Any, check: bool
-) -> Callable[[Any], dict[str, Any]]:
-    """A function from parameters to the validation's part of an epoch's record."""
+    data: Any,
+    loss: Loss,
+    state: State,
+    batch_size: int | None,
+    epochs: int,
+    key: Any,
+    check: bool,
+) -> Callable[[State], dict[str, Any]]:
+    """A function from the state to the validation's part of an epoch's record."""
     if data is None:
-        return lambda params: {}
-    takes = takes_key(loss)
-    if takes and key is None:
+        return lambda state: {}
+    draws = extras(loss).needs_key
+    if draws and key is None:
         raise TypeError("the validation loss takes a key: pass key=... to fit.")
     size = batch_size if is_tree_of_arrays(data) else None
     source = batches_of(
@@ -202,12 +301,17 @@ def _validation(
     evaluation = Evaluation(lambda: loss)
     if check and isinstance(source, Arrays):  # before training begins, and no more
         check_values(
-            evaluation.find_labels, params, source.data, key if takes else None, "validation"
+            evaluation.find_labels,
+            state.params,
+            source.data,
+            key if draws else None,
+            state.model_state,
+            "validation",
         )
         check = False
 
-    def validate(params):
-        means = evaluation.means(params, source, key, check, "validation")
+    def validate(state):
+        means = evaluation.means(state.params, state.model_state, source, key, check, "validation")
         return {f"validation_{name}": value for name, value in means.items()}
 
     return validate

@@ -22,16 +22,20 @@ class State(NamedTuple):
         step: how many steps were applied, an int32 scalar.
         position: where `fit` stands in its data, so that it can go on from there: int32,
             `[epochs that are over, batches of the epoch under way, batches in all]`.
+        model_state: the network's state, running statistics for one; {} if it has none.
     """
 
     params: Any
     opt_state: Any
     step: jax.Array
     position: Any = np.zeros(3, np.int32)
+    model_state: Any = {}
 
     def __repr__(self) -> str:
         """What there is, in a line; the numbers stay out of it."""
         shown = {"params": self.params, "opt_state": self.opt_state, "step": self.step}
+        if jax.tree.leaves(self.model_state):
+            shown["model_state"] = self.model_state
         parts = (f"{name}: {size_of_tree(part)}" for name, part in shown.items())
         return f"State({', '.join(parts)})"
 
@@ -45,7 +49,7 @@ def size_of_tree(tree: Any) -> str:
     return f"{len(leaves)} array{'s' if len(leaves) != 1 else ''}, {numbers} numbers"
 
 
-def initial_state(params: Any, optimizer: optax.GradientTransformation) -> State:
+def initial_state(params: Any, optimizer: optax.GradientTransformation, model_state: Any) -> State:
     """The state before the first step, in buffers of its own.
 
     A step donates its state's buffers; copies keep the caller's `params` alive.
@@ -55,7 +59,8 @@ def initial_state(params: Any, optimizer: optax.GradientTransformation) -> State
         ValueError: there are no parameters.
     """
     check_params(params)
-    return own(State(params, optimizer.init(params), jnp.zeros((), jnp.int32)))
+    start = State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    return own(start._replace(model_state=model_state))
 
 
 def own(state: Any) -> Any:

@@ -13,20 +13,20 @@ from jax.core import Tracer
 from fnn import arguments
 from fnn.backprop import value_and_grad
 from fnn.batch import batch_size, example_types
-from fnn.train.bad_input import describe_nonfinite
-from fnn.train.batch_checks import BatchChecks
-from fnn.train.batch_loss import Loss, check_loss, mean_loss, mean_metrics, takes_key
-from fnn.train.conversion import as_arrays
-from fnn.train.labels import describe_bad_labels, find_labels
-from fnn.train.meshes import beside
+from fnn.meshes import beside
+from fnn.train.checks import BatchChecks, describe_bad_labels, describe_nonfinite, find_labels
+from fnn.train.data import as_arrays
+from fnn.train.loss import Extras, Loss, check_loss, extras, mean_loss, mean_metrics
 from fnn.train.nonfinite import (
     Run,
     Runs,
+    holds_nonfinite,
+    propose,
     report,
     square_norms,
+    square_sums,
 )
 from fnn.train.state import State, check_params, initial_state
-from fnn.train.update import holds_nonfinite, propose, square_sums
 
 NonFinite = Literal["raise", "skip", "ignore"]
 
@@ -50,9 +50,12 @@ def train_step(
     again. `step.init` copies, so `params` stay yours.
 
     Args:
-        loss: for ONE example: `loss(params, example)`, or `loss(params, example, key)` for a
-            loss that draws random numbers. It returns a scalar, or a pair of a scalar and a
-            dict of metrics. The step maps it over the batch.
+        loss: for ONE example: `loss(params, example)`, which returns a scalar, or a pair of a
+            scalar and a dict of metrics. The step maps it over the batch. Whatever it also names
+            of these as arguments, it is given: `key`, a key to draw random numbers from; `mode`,
+            the `fnn.layers.Mode` of training, with a key and the axis over the batch; `state`,
+            the network's state, of which it returns the new one, last: `(scalar, state)` or
+            `(scalar, metrics, state)`. `fnn.supervised(net, ...)` writes such a loss.
         optimizer: any optax transformation. Those that want more than the gradient
             (`optax.lbfgs`, `polyak_sgd`, `reduce_on_plateau`, ...) get `value`, `grad` and
             `value_fn` of the batch's mean loss, and `batch` (for `fnn.curvature.kfac`). Complex
@@ -120,7 +123,7 @@ class TrainStep:
         self.loss = loss
         self.optimizer = optax.with_extra_args_support(optimizer)
         self._nonfinite = nonfinite
-        self._takes_key = takes_key(loss)
+        self._extras = extras(loss)
         self._runs = Runs()
         self._made: list | None = None  # `fit` has its step note here what it made
         self._checks = BatchChecks(functools.partial(find_labels, loss, trained=True), check)
@@ -133,14 +136,27 @@ class TrainStep:
     def __deepcopy__(self, memo: dict) -> TrainStep:
         return _made_again(*self._made_of)
 
-    def init(self, params: Any) -> State:
+    def init(self, params: Any, model_state: Any = None) -> State:
         """The state to start from: a copy of `params`, the optimiser's state, step 0.
+
+        Args:
+            params: a tree of arrays of floats.
+            model_state: the network's state, `net.init_state(x)`, for a loss that takes one.
 
         Raises:
             TypeError: a parameter isn't an array of floats; the message names it.
             ValueError: there are no parameters.
         """
-        return initial_state(as_arrays(params, "params", only_arrays=True), self.optimizer)
+        if model_state is None:
+            if self._extras.needs_state:
+                raise TypeError(
+                    "the loss takes a state: step.init(params, model_state), with "
+                    "model_state = net.init_state(x), say."
+                )
+            model_state = {}
+        params = as_arrays(params, "params", only_arrays=True)
+        model_state = as_arrays(model_state, "model_state", only_arrays=True)
+        return initial_state(params, self.optimizer, model_state)
 
     def __call__(self, state: State, batch: Any, key: Any = None) -> tuple[State, dict]:
         """One step.
@@ -149,8 +165,8 @@ class TrainStep:
             state: from `init` or from the step before. It is donated.
             batch: a tree of arrays; the first axis of each runs over the examples. Those of
                 other libraries, and lists of numbers, are converted as by `fit`.
-            key: for a loss that takes one; split into one for each example. Pass a new one
-                at each step.
+            key: for a loss that takes a key, or a mode; split into one for each example. Pass a
+                new one at each step.
 
         Returns:
             `(state, metrics)`, both on the device.
@@ -220,14 +236,17 @@ class TrainStep:
         size = batch_size(batch)
 
         def mean(params):
-            return mean_loss(self.loss, params, batch, size, key)
+            return mean_loss(self.loss, params, batch, size, key, state.model_state)
 
-        (value, (losses, metrics)), gradient = value_and_grad(mean, has_aux=True)(state.params)
+        (value, (losses, metrics, model_state)), gradient = value_and_grad(mean, has_aux=True)(
+            state.params
+        )
+        model_state = _checked_state(model_state, state.model_state)
         gradient = jax.tree.map(_steepest, gradient)
         metrics = {"loss": value, **mean_metrics(metrics)}
 
         def value_of(params, batch=batch):  # a line search passes on what else update was given
-            return mean_loss(self.loss, params, batch, size, key)[0]
+            return mean_loss(self.loss, params, batch, size, key, state.model_state)[0]
 
         def apply():
             updates, opt_state = self.optimizer.update(
@@ -240,7 +259,9 @@ class TrainStep:
                 batch=batch,
             )
             params = optax.apply_updates(state.params, updates)
-            new = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
+            new = state._replace(
+                params=params, opt_state=opt_state, step=state.step + 1, model_state=model_state
+            )
             return _typed_like(new, state)
 
         if self._nonfinite == "ignore":
@@ -284,34 +305,40 @@ class TrainStep:
     def _look_at(self, state: State, batch: Any, key: Any) -> None:
         """Check what goes in: quickly, as it is done at every step, but new shapes thoroughly."""
         self._checks.look_at(
-            state.params, batch, key, first=functools.partial(self._meet, state, key)
+            state.params,
+            batch,
+            key,
+            state.model_state,
+            first=functools.partial(self._meet, state, key),
         )
 
     def _meet(self, state: State, key: Any) -> None:
-        check_key(self.loss, self._takes_key, key)
+        check_key(self._extras, key)
         check_params(state.params)
         _check_opt_state(self.optimizer, state)
 
-    def _what_is_wrong_with(self, batch: Any, params: Any, key: Any) -> str:
-        """What is wrong with the batch of a bad step, if that can be seen; params are types."""
+    def _what_is_wrong_with(self, batch: Any, types: tuple[Any, Any], key: Any) -> str:
+        """What is wrong with the batch of a bad step, if that can be seen; see `Run.types`."""
+        params, state = types
         data = describe_nonfinite(batch)
         if not data:
-            labels = find_labels(self.loss, params, example_types(batch), key)
+            labels = find_labels(self.loss, params, example_types(batch), key, state)
             data = describe_bad_labels(batch, labels)
         return data
 
 
-def check_key(loss: Loss, takes: bool, key: Any) -> None:
-    """Raise a TypeError unless a key is there exactly if the loss takes one."""
-    if takes and key is None:
+def check_key(found: Extras, key: Any) -> None:
+    """Raise a TypeError unless a key is there if the loss needs one, and not if it has no use."""
+    if found.needs_key and key is None:
         raise TypeError(
             "the loss takes a key, loss(params, example, key): pass key=... to the step."
         )
-    if key is not None and not takes:
+    if key is not None and not found.may_draw:
         raise TypeError(
-            "a key was passed, but the loss takes none: it must be loss(params, example, key)."
+            "a key was passed, but the loss takes none: it must be loss(params, example, key), or "
+            "loss(params, example, mode)."
         )
-    if takes:
+    if key is not None:
         arguments.key("train_step", "key", key)
 
 
@@ -351,6 +378,19 @@ def _check_opt_state(optimizer, state: State) -> None:
             "shapes differ. Start again with step.init(params), which makes both.\n"
             f"  wanted: {_structure(wanted)}\n  got:    {_structure(state.opt_state)}"
         )
+
+
+def _checked_state(new: Any, old: Any) -> Any:
+    """The network's new state, which must be built as the old one was; the old one for None."""
+    if new is None:
+        return old
+    trees = [(jax.tree.structure(t), list(map(jnp.shape, jax.tree.leaves(t)))) for t in (new, old)]
+    if trees[0] != trees[1]:
+        raise ValueError(
+            "the loss must return a state of the structure and the shapes of the one that it gets, "
+            f"{arguments.shapes(old)}, but it returned {arguments.shapes(new)}."
+        )
+    return jax.tree.map(jnp.asarray, new)
 
 
 def _structure(tree: Any) -> str:

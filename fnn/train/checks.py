@@ -1,26 +1,76 @@
-"""Labels: found in the loss, and checked against what the loss can take.
-
-An index out of range is no error on a device: a gather clamps it or gives nan, a one-hot
-vector comes out as zeros. But a loss knows its classes. In its trace, an fnn operation with
-an argument `labels` beside `logits` (or `scores`) of shape `(classes,)` says which entry of
-the example are labels, and how many classes there are. The labels of
-`fnn.ops.sigmoid_binary_cross_entropy` are probabilities, from 0 to 1.
-"""
+"""Looking at data before it is trained on or evaluated: nan, and labels that can't be."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
+from fnn.arguments import name_of
+from fnn.batch import batch_size, example_types
 from fnn.jaxpr import Equation, Program, program, trace
-from fnn.layers.layer import name_of
 from fnn.operation import MappedCall, call_of
 from fnn.ops import sigmoid_binary_cross_entropy
-from fnn.train.batch_loss import Loss, call, scalar_and_metrics
+from fnn.train.loss import Loss, call
 from fnn.train.state import path_name
+
+# ---------------------------------------------------------------------------------- nan in the data
+
+
+def check_no_nan(data: Any, name: str) -> None:
+    """Look at every number of the data.
+
+    Raises:
+        ValueError: there is a nan; the message says where the first one is.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(data):
+        if _is_float(leaf) and _any_nan(leaf):
+            where = tuple(int(i) for i in np.argwhere(np.isnan(np.asarray(leaf)))[0])
+            raise ValueError(
+                f"{path_name(name, path)} (shape {leaf.shape}, {leaf.dtype}) holds nan, first at "
+                f"index {where}. (check=False turns this check off.)"
+            )
+
+
+def describe_nonfinite(data: Any, name: str = "batch") -> str:
+    """Where the data holds inf or nan, in words; empty if nowhere."""
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(data):
+        if _is_float(leaf) and not getattr(leaf, "is_deleted", bool)():
+            values = np.asarray(leaf)
+            bad = np.argwhere(~np.isfinite(values))
+            if len(bad):
+                where = tuple(int(i) for i in bad[0])
+                found.append(f"{path_name(name, path)} holds {values[where]} at index {where}")
+    return ", ".join(found)
+
+
+def _is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _any_nan(leaf: Any) -> bool:
+    # The maximum carries a nan through, and needs no array of flags as large as the data.
+    if leaf.size == 0:
+        return False
+    if isinstance(leaf, jax.Array):
+        return bool(jnp.isnan(leaf).any())
+    return bool(np.isnan(leaf.max()))
+
+
+# ------------------------------------------------------------------------------------------- labels
+# Labels: found in the loss, and checked against what the loss can take.
+#
+# An index out of range is no error on a device: a gather clamps it or gives nan, a one-hot
+# vector comes out as zeros. But a loss knows its classes. In its trace, an fnn operation with
+# an argument `labels` beside `logits` (or `scores`) of shape `(classes,)` says which entry of
+# the example are labels, and how many classes there are. The labels of
+# `fnn.ops.sigmoid_binary_cross_entropy` are probabilities, from 0 to 1.
 
 # What leaves the numbers of an array as they are.
 _UNCHANGING = {
@@ -71,26 +121,32 @@ _WITHOUT_GRADIENT = {"ceil", "floor", "round", "sign", "stop_gradient"}
 
 
 def find_labels(
-    loss: Loss, params: Any, example: Any, key: Any = None, *, trained: bool = False
+    loss: Loss,
+    params: Any,
+    example: Any,
+    key: Any = None,
+    state: Any = None,
+    *,
+    trained: bool = False,
 ) -> tuple[Labels, ...]:
     """The labels in an example that a loss hands to an operation as they are.
 
     Args:
-        loss: `loss(params, example)` or `loss(params, example, key)`.
-        params, example, key: arrays or their types; nothing is computed.
+        loss: as for `fnn.train_step`. It is looked at as it evaluates.
+        params, example, key, state: arrays or their types; nothing is computed.
         trained: whether the loss is one to be trained, by its gradient.
 
     Raises:
         ValueError: the loss is to be trained, and no parameter can change it.
     """
     leaves, tree = jax.tree.flatten(example)
-    keys = () if key is None else (key,)
 
-    def of_leaves(params, keys, *leaves):
-        out = call(loss, params, jax.tree.unflatten(tree, leaves), *keys)
-        return jax.tree.leaves(scalar_and_metrics(loss, out))
+    def of_leaves(params, key, state, *leaves):
+        example = jax.tree.unflatten(tree, leaves)
+        value, metrics, _ = call(loss, params, example, key, state=state)
+        return [value, *jax.tree.leaves(metrics)]
 
-    flat = program(trace(of_leaves, (params, keys, *leaves)))
+    flat = program(trace(of_leaves, (params, key, state, *leaves)))
     if trained and not _has_gradient(flat, flat.inputs[: len(jax.tree.leaves(params))]):
         raise ValueError(
             f"the loss {name_of(loss)} doesn't depend on the parameters that it is given (or only "
@@ -179,3 +235,75 @@ def _classes_and_labels(equation: Equation, flat: Program) -> tuple[int | None, 
             del shape[axis]
         call = call.call
     return (shape[-1], labels, call.rule.name) if shape else None
+
+
+# -------------------------------------------------------------------------------- batch after batch
+
+# Of the parameters, an example's types, a key and the network's state.
+FindLabels = Callable[[Any, Any, Any, Any], tuple[Labels, ...]]
+
+
+class BatchChecks:
+    """Look at batch after batch: at each new kind of batch thoroughly, at the others quickly.
+
+    Args:
+        find: the labels that a loss reads: `find_labels` of the loss.
+        values: look at values too, not only at shapes: nan in the first batch of each kind
+            (structure, shapes and dtypes), labels there and in every batch of numpy arrays.
+    """
+
+    def __init__(self, find: FindLabels, values: bool):
+        self._find = find
+        self._values = values
+        self._known: dict[Any, tuple[Labels, ...]] = {}
+
+    def look_at(
+        self,
+        params: Any,
+        batch: Any,
+        key: Any,
+        state: Any,
+        first: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Check a batch of arrays.
+
+        Args:
+            params, key, state: the loss's.
+            batch: a tree of arrays.
+            first: called before the thorough look at a new kind of batch.
+
+        Raises:
+            TypeError, ValueError: as `batch_size` and `check_values` do.
+        """
+        leaves, tree = jax.tree.flatten(batch)
+        types = [(getattr(x, "shape", None), _dtype(x)) for x in (key, *leaves)]
+        kind = (tree, type(key), *types)
+        if kind not in self._known:
+            if first is not None:
+                first()
+            batch_size(batch)
+            find = functools.partial(check_values, self._find, params, batch, key, state, "batch")
+            self._known[kind] = find() if self._values else ()
+            return
+        on_host = [lb for lb in self._known[kind] if isinstance(leaves[lb.leaf], np.ndarray)]
+        if on_host:
+            check_labels(batch, tuple(on_host))
+
+
+def check_values(
+    find: FindLabels, params: Any, data: Any, key: Any, state: Any, name: str
+) -> tuple[Labels, ...]:
+    """Look at all of the data, if its values are there to be seen; return its labels.
+
+    Raises:
+        ValueError: it holds nan, or a label that can't be one.
+    """
+    labels = find(params, example_types(data), key, state)
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(data)):
+        check_no_nan(data, name)
+        check_labels(data, labels, name)
+    return labels
+
+
+def _dtype(x: Any) -> Any:
+    return getattr(x, "dtype", None)
