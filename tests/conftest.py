@@ -4,6 +4,7 @@ Most of the suite's time goes to compiling small programs: LLVM is asked not to 
 XLA's own passes, which decide on FLOPs and memory, run as ever.
 """
 
+import gc
 import os
 
 os.environ["XLA_FLAGS"] = (
@@ -12,5 +13,13 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax  # after the flags, which JAX reads when it starts
+import pytest
 
 jax.config.update("jax_enable_x64", True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_there_is_not_looked_through_again():
+    """Tests of what is kept collect garbage, and checks for leaks look through all objects."""
+    gc.collect()
+    gc.freeze()

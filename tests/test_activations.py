@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from sweeps import sweep
 
 from fnn import ops
 
@@ -121,9 +122,17 @@ ALL = ELEMENTWISE | WHOLE
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 every = pytest.mark.parametrize("name", ALL)
-# One name for each operation; the others differ in a number or an axis.
-each_operation = pytest.mark.parametrize("name", [n for n in ALL if " " not in n or "exact" in n])
-elementwise = pytest.mark.parametrize("name", ELEMENTWISE)
+# One name for each operation; the others differ in a number or an axis. Quickly, one of each kind:
+# smooth, with kinks, with a tail that needs care, and along an axis.
+QUICK = ["sigmoid", "leaky_relu", "selu", "relu6", "softplus", "mish", "gelu exact"]
+each_operation = pytest.mark.parametrize(
+    "name",
+    sweep(
+        [n for n in ALL if " " not in n or "exact" in n],
+        [*QUICK, "swiglu", "maxout", "softmax", "logsumexp"],
+    ),
+)
+elementwise = pytest.mark.parametrize("name", sweep(ELEMENTWISE, QUICK))
 with_kinks = pytest.mark.parametrize("name", [n for n, c in ELEMENTWISE.items() if c.kinks])
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas
+from sweeps import sweep
 
 import fnn
 
@@ -213,7 +214,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# One of each kind; and of loops, one that starts with zero steps and one that holds constants.
+QUICK = ["scan of weight norm", "scan without steps", "scan with a counter", "switch", "fori"]
+QUICK += ["cond in scan", "checkpoint, names", "checkpoint in scan", "custom_vjp in scan"]
+QUICK += ["custom_jvp", "operation in scan", "operation under vmap", "linear solve"]
+QUICK_TWICE = ["lstm", "cond with a key", "checkpoint in scan", "operation in scan", "fori"]
+
+
+@pytest.mark.parametrize("name", sweep(CASES, QUICK))
 def test_gradient_is_jaxs(name):
     f, *args = CASES[name]
     argnums = tuple(range(len(args)))
@@ -223,7 +231,7 @@ def test_gradient_is_jaxs(name):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-10, 1e-12), got, want)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sweep(CASES, QUICK_TWICE))
 def test_second_order_in_every_nesting(name):
     f, *args = CASES[name]
     argnums = tuple(range(len(args)))

@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax import lax
 from jax.flatten_util import ravel_pytree
+from sweeps import exhaustive, sweep
 
 import fnn
 from fnn import curvature, ops
@@ -137,20 +138,35 @@ SOME = [
     ("relu", ops.multiclass_hinge),
     *((n, ops.softmax_cross_entropy) for n in list(NETWORKS)[2:]),
 ]
-IDS = [f"{n}, {getattr(f, 'name', None) or f.__name__}" for n, f in SOME]
+
+
+def _some():
+    """Quickly: a smooth network, and one that is linear in pieces, with a loop, and with rows."""
+    quick = (
+        "tanh, softmax_cross_entropy",
+        "relu, squared_error",
+        "embedding, softmax_cross_entropy",
+    )
+    for network, loss in SOME:
+        name = f"{network}, {getattr(loss, 'name', None) or loss.__name__}"
+        marks = () if name in quick else exhaustive
+        yield pytest.param(network, loss, id=name, marks=marks)
+
 
 # ---------------------------------------------------------------------------------- the matrices
 
 
-@pytest.mark.parametrize(("name", "loss"), SOME, ids=IDS)
+@pytest.mark.parametrize(("name", "loss"), list(_some()))
 def test_products_diagonals_traces_and_grams(name, loss):
     model, params, xs = NETWORKS[name]()
     batch = xs, targets_of(loss)
     G, H, J = dense(name, loss)
     v = jax.tree.map(lambda p: normal(11, *p.shape), params)
+    has_gram = loss is not ops.multiclass_hinge
 
     @jax.jit
     def ours(params, batch):
+        gram = curvature.ggn_gram(model, loss) if has_gram else lambda *_: None
         ggn = curvature.ggn_vector_product(model, loss)(params, batch)
         hessian = curvature.hessian_vector_product(model, loss)(params, batch)
         return {
@@ -162,6 +178,8 @@ def test_products_diagonals_traces_and_grams(name, loss):
             "trace": curvature.ggn_trace(model, loss)(params, batch),
             "ntk": curvature.ntk(model)(params, xs),
             "ntk of two": curvature.ntk(model)(params, xs, xs[:2]),
+            "gram": gram(params, batch),
+            "gram of two": gram(params, batch, jax.tree.map(lambda x: x[:2], batch)),
         }
 
     w = flat(v)
@@ -179,12 +197,9 @@ def test_products_diagonals_traces_and_grams(name, loss):
     got = ours(params, batch)
     for key, value in want.items():
         np.testing.assert_allclose(got[key], value, rtol=1e-8, atol=1e-10, err_msg=key)
-    if loss is not ops.multiclass_hinge:
-        gram = jax.jit(curvature.ggn_gram(model, loss))(params, batch)
+    if has_gram:
+        gram, two = got["gram"], got["gram of two"]
         k = min(len(gram), len(G))
-        two = jax.jit(curvature.ggn_gram(model, loss))(
-            params, batch, jax.tree.map(lambda x: x[:2], batch)
-        )
         close(two, gram[:, : len(gram) * 2 // N] * N / np.sqrt(2 * N))
         close(jnp.linalg.eigvalsh(gram)[::-1][:k], jnp.linalg.eigvalsh(G)[::-1][:k])
 
@@ -254,8 +269,11 @@ def by_layers(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["dense", "shared bias", "tied", "views", "words", "convolution", "groups", "matrices"]
-    + ["low rank", "itself"],
+    sweep(
+        ["dense", "shared bias", "tied", "views", "words", "convolution", "groups", "matrices"]
+        + ["low rank", "itself"],
+        quick=["shared bias", "tied", "convolution"],
+    ),
 )
 def test_the_hessian_diagonal_through_layers(name):
     model, p, xs, layers = by_layers(name)
@@ -265,8 +283,9 @@ def test_the_hessian_diagonal_through_layers(name):
     found = _layers(program(trace(of_leaves, [*(p[k] for k in names), xs[0]])), len(p))
     numbers = {i for layer in found for i in (layer.weight, layer.bias) if i is not None}
     assert {names[i] for i in numbers} == layers
-    H = curvature.hessian_vector_product(model, loss)(p, (xs, LABELS)).to_dense()
-    diagonal = jax.jit(curvature.hessian_diagonal(model, loss, chunk=5))(p, (xs, LABELS))
+    of_diagonal = curvature.hessian_diagonal(model, loss, chunk=5)
+    H = curvature.hessian_vector_product(model, loss)(p, (xs, LABELS))
+    H, diagonal = jax.jit(lambda: (H.to_dense(), of_diagonal(p, (xs, LABELS))))()
     close(flat(diagonal), jnp.diag(H))
 
 
@@ -418,18 +437,25 @@ def outputs_of(name):
 @pytest.mark.parametrize("name", [*KNOWN, *UNKNOWN])
 def test_the_root_of_the_output_hessian(name):
     (loss, target), z = (KNOWN | UNKNOWN)[name], outputs_of(name)
-    H = jax.hessian(loss)(z, target).reshape(z.size, z.size)
     assert (output_hessian._composition(loss, z, target) is not None) == (name in KNOWN)
     known = output_hessian.of(loss, z, target)
-    S = known.root().reshape(-1, z.size)
-    close(S.T @ S, H)
-    directions = jnp.eye(z.size).reshape(-1, *z.shape)
-    products = jax.vmap(known.product)(directions)
-    close(products.reshape(z.size, z.size), H)
-    if known.has_labels("positive"):
-        s = jax.vmap(known.sample)(jax.random.split(jax.random.key(0), 20_000))
-        s = s.reshape(-1, z.size)
-        close(s.T @ s / len(s), H, atol=0.05 * jnp.abs(H).max())
+    samples = 20_000 if known.has_labels("positive") else 0
+
+    @jax.jit
+    def found():
+        S = known.root().reshape(-1, z.size)
+        rows = jnp.eye(z.size).reshape(-1, *z.shape)
+        s = jnp.zeros((1, z.size))
+        if samples:
+            s = jax.vmap(known.sample)(jax.random.split(jax.random.key(0), samples))
+            s = s.reshape(-1, z.size)
+        hessian = jax.hessian(loss)(z, target)
+        return hessian, S.T @ S, jax.vmap(known.product)(rows), s.T @ s / len(s)
+
+    H, *others = (x.reshape(z.size, z.size) for x in found())
+    close(others[:2], [H, H])
+    if samples:
+        close(others[2], H, atol=0.05 * jnp.abs(H).max())
 
 
 def test_a_language_model_has_a_fisher_matrix_and_samples():
@@ -662,6 +688,7 @@ def test_kfac_in_a_training_step():
         assert losses[-1] < losses[0], options
 
 
+@exhaustive
 def test_kfac_trust_region_and_damping():
     model, params, xs = mlp(jnp.tanh)
     batch, loss = (xs, LABELS), ops.softmax_cross_entropy
@@ -709,6 +736,7 @@ def test_kfac_refuses_what_is_wrong():
 # -------------------------------------------------------------------- models of other libraries
 
 
+@exhaustive
 def test_models_of_other_libraries():
     import equinox as eqx
     import flax.linen as nn

@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax import lax
 from jax.flatten_util import ravel_pytree
+from sweeps import exhaustive, sweep
 
 import fnn
 from fnn import curvature, ops
@@ -109,7 +110,12 @@ def in_float64():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [("bfloat16", 0.1), ("float16", 0.02), ("float32", 2e-4)]
+    ("dtype", "tolerance"),
+    [
+        ("bfloat16", 0.1),
+        pytest.param("float16", 0.02, marks=exhaustive),
+        pytest.param("float32", 2e-4, marks=exhaustive),
+    ],
 )
 def test_every_function_in_every_dtype(dtype, tolerance):
     """Under x64, where constants of Python's would widen to float64."""
@@ -173,7 +179,10 @@ LOSSES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LOSSES)
+QUICK = ["softmax", "hinge", "Gaussian, mapped", "a weight below zero", "custom_vjp"]
+
+
+@pytest.mark.parametrize("name", sweep(LOSSES, QUICK))
 def test_one_meaning_for_every_loss(name):
     """Products, diagonals, traces, Gram matrices and factors of one matrix: the positive part's,
     or with part="all" the Hessian's. The network is linear: its Jacobian is the input."""
@@ -186,24 +195,24 @@ def test_one_meaning_for_every_loss(name):
         values, vectors = jnp.linalg.eigh(H)
         return H, vectors * jnp.maximum(values, 0) @ vectors.T
 
-    H, positive = (m.mean(0) for m in jax.vmap(of_example)(xs, targets))
-
     @jax.jit
-    def ours(p, batch):
+    def both(p, batch):
         found = []
         for part in ("positive", "all"):
             make = lambda f, part=part: f(model, loss, part=part)(p, batch)
             found.append(make(curvature.ggn_vector_product).to_dense())
             found += [make(curvature.ggn_diagonal), make(curvature.ggn_trace)]
         gram = curvature.ggn_gram(model, loss)(p, batch)
-        return found, jnp.trace(gram), curvature.kronecker_factors(model, loss)(p, batch)
+        factors = curvature.kronecker_factors(model, loss)(p, batch)
+        return jax.vmap(of_example)(*batch), found, jnp.trace(gram), factors.to_dense()
 
-    (product, diagonal, trace, *of_all), gram, factors = ours(p, (xs, targets))
+    matrices, (product, diagonal, trace, *of_all), gram, factors = both(p, (xs, targets))
+    H, positive = (m.mean(0) for m in matrices)
     for wanted, found in ((positive, (product, diagonal, trace)), (H, of_all)):
         for w, f in zip((wanted, jnp.diag(wanted), jnp.trace(wanted)), found, strict=True):
             close(f, w)
     close(gram, jnp.trace(positive))
-    close(factors.to_dense(), positive)
+    close(factors, positive)
 
 
 def test_the_fisher_matrix_of_the_gaussian_with_a_variance():
@@ -252,7 +261,10 @@ UNSEEN = {
 }
 
 
-@pytest.mark.parametrize("name", [*SEEN, *UNSEEN])
+QUICK = ["one hot", "squared hinge", "two", "minus", "a product", "a Gaussian"]
+
+
+@pytest.mark.parametrize("name", sweep(SEEN | UNSEEN, QUICK))
 def test_which_losses_are_seen_to_be_convex(name):
     loss = (SEEN | UNSEEN)[name]
     target = jnp.array([-1.0, 0.3, 2.0, 0.5])
@@ -321,7 +333,7 @@ ACTIVATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", sweep(ACTIVATIONS, ["custom_vjp in a loop", "a rule"]))
 def test_a_network_with_a_derivative_rule_of_its_own(name):
     """All of these are tanh, so all that is known of it holds: Hessians too."""
     model, params, xs = mlp(ACTIVATIONS[name])

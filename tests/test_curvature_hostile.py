@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from sweeps import sweep
 
 from fnn import curvature, ops
 
@@ -32,19 +33,17 @@ def stepped(optimizer, gradient, p, batch):
 # --------------------------------------------------------------------------------- sizes of numbers
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1.0, 1e6, 1e12])
+@pytest.mark.parametrize("scale", sweep([1e-12, 1e-6, 1.0, 1e6, 1e12], quick=[1e-12, 1e6]))
 def test_kfac_solves_a_linear_problem_in_any_units(scale):
     """Inputs times c, and weights by c smaller: one step to the least squares' solution."""
     X = normal(0, 20, 3)
     Y = X @ normal(1, 3, 2)
     model, W, batch = lambda W, x: W @ x, jnp.zeros((2, 3), "float32"), (X * scale, Y)
     loss = ops.squared_error
-    gradient = jax.grad(
-        lambda W: jnp.mean(jax.vmap(lambda x, t: loss(model(W, x), t))(*batch))
-    )(W)  # fmt: skip
+    mean = lambda W: jnp.mean(jax.vmap(lambda x, t: loss(model(W, x), t))(*batch))
     damping = {"damping": 1e-10 * scale**2, "min_damping": 0.0}
     optimizer = curvature.kfac(model, loss, batch, samples=0, **damping)
-    update, state = stepped(optimizer, gradient, W, batch)
+    update, state = jax.jit(lambda W: stepped(optimizer, jax.grad(mean)(W), W, batch))(W)
     close(update * scale, np.linalg.lstsq(X, Y, rcond=None)[0].T, 1e-3)
     close(state.ratio, 1.0)
 
@@ -89,7 +88,7 @@ def test_kfac_on_unscaled_pixels():
     assert losses[0] > 10 and losses.max() < 2 * losses[0] and losses[-1] < 1.5
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e12])
+@pytest.mark.parametrize("scale", sweep([1e-12, 1e12], quick=[1e12]))
 def test_eigenvalues_and_natural_gradients_in_any_units(scale):
     """A squared norm of such numbers is out of float32's range."""
     X, targets = normal(0, 20, 3), normal(1, 20, 2)
@@ -154,7 +153,7 @@ def together(p, batch):
     return {name: f(model, loss, p, batch) for name, f in FUNCTIONS.items()}
 
 
-@pytest.mark.parametrize("in_context", [True, False])
+@pytest.mark.parametrize("in_context", sweep([True, False], quick=[False]))
 def test_a_batch_spread_over_a_mesh_with_explicit_axes(in_context):
     """The numbers of one device, laid out as the parameters are."""
     _, p, batch = network()
@@ -178,7 +177,9 @@ STRICT = {
 }
 
 
-@pytest.mark.parametrize("name", [*STRICT, "jax_debug_nans"])
+@pytest.mark.parametrize(
+    "name", sweep([*STRICT, "jax_debug_nans"], ["jax_numpy_dtype_promotion", "jax_debug_nans"])
+)
 def test_jaxs_strict_modes(name):
     """Traced, and for nans run, under x64 in float32."""
     _, p, batch = network()

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from sweeps import exhaustive, sweep
 
 import fnn
 from fnn import curvature, ops, per_example
@@ -98,8 +99,17 @@ def counted(call):
     return compilations - before
 
 
-@pytest.mark.parametrize("make", [plain, operations, loops, solve])
-@pytest.mark.parametrize("name", CALLS)
+def _calls():
+    """Quickly: each call of one function, and each function by one call."""
+    for name in CALLS:
+        for make in (plain, operations, loops, solve):
+            quick = make is operations or name == "value_and_grad"
+            yield pytest.param(
+                name, make, id=f"{name}-{make.__name__}", marks=() if quick else exhaustive
+            )
+
+
+@pytest.mark.parametrize(("name", "make"), list(_calls()))
 def test_a_second_call_compiles_nothing(name, make):
     """Even if the function, and all functions in it, are made anew for each call."""
     call = lambda: CALLS[name](make(jnp.arange(1.0, 4.0)))
@@ -140,7 +150,7 @@ CURVATURE = {
 }
 
 
-@pytest.mark.parametrize("name", CURVATURE)
+@pytest.mark.parametrize("name", sweep(CURVATURE, ["ggn_diagonal", "hessian_vector_product"]))
 def test_a_second_call_for_curvature_compiles_nothing(name):
     call = lambda: CURVATURE[name](_model(jnp.ones(3)))
     call()
@@ -219,7 +229,11 @@ def _holding(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ["closure", "custom_vjp", "scan", "scan of custom_vjp", "cond", "checkpoint", "jit"]
+    "kind",
+    sweep(
+        ["closure", "custom_vjp", "scan", "scan of custom_vjp", "cond", "checkpoint", "jit"],
+        quick=["closure", "scan of custom_vjp", "jit"],
+    ),
 )
 @pytest.mark.parametrize(
     "call",

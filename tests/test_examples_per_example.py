@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sweeps import exhaustive
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,6 +27,7 @@ def run(script: str, *arguments: str, folder: Path) -> str:
     return done.stdout
 
 
+@exhaustive
 def test_dp_sgd(tmp_path):
     printed = run("dp_sgd.py", "--steps", "60", folder=tmp_path)
     rows = re.findall(r"^(.+?) +([\d.]+) +(inf|[\d.]+|\?) +([\d.]+)%$", printed, re.MULTILINE)
@@ -57,6 +59,7 @@ def test_poisson_sampling_draws_each_image_with_the_same_chance(monkeypatch):
     assert abs(np.asarray(mask).sum(1).std() / (size * q * (1 - q)) ** 0.5 - 1) < 0.1
 
 
+@exhaustive
 def test_kfac(tmp_path):
     printed = run("kfac.py", "--quick", "--out", "pictures", folder=tmp_path)
     final = {
@@ -71,6 +74,7 @@ def test_kfac(tmp_path):
     assert (tmp_path / "pictures" / "kfac.png").stat().st_size > 10_000
 
 
+@exhaustive
 def test_attribution(tmp_path):
     printed = run("attribution.py", "--quick", "--out", "pictures", folder=tmp_path)
     rows = re.findall(

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from sweeps import sweep
 
 from fnn import ops
 
@@ -96,7 +97,9 @@ CASES = {
     "huber, delta 2": Case(ops.huber, lambda f, t: huber(f, t, 2.0), TARGET, {"delta": 2.0}),
     "huber, integers": Case(ops.huber, huber, jnp.asarray([1, 0, 2, -1, 3])),
 }
-every = pytest.mark.parametrize("name", CASES)
+QUICK = ["cross entropy, smoothed", "cross entropy of any weights", "hinge, margin 2.5", "binary"]
+QUICK += ["squared error", "huber, delta 2"]
+every = pytest.mark.parametrize("name", sweep(CASES, QUICK))
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 

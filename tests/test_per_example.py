@@ -10,6 +10,7 @@ import pytest
 import zoo
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from sweeps import sweep
 
 import fnn.per_example as pe
 from fnn.per_example.differentiate import factored, keys_of
@@ -487,7 +488,12 @@ def kinds(leaf):
     return " ".join(sorted({type(t).__name__ for t in leaf.terms}))
 
 
-@pytest.mark.parametrize("name", CASES)
+# A term of each kind, in loops, conditionals and checkpoints, real, complex and half precision.
+QUICK = ["perceptron", "batched_weights", "tied", "recurrent", "normalisations", "convolutions"]
+QUICK += ["complex_at_positions", "checkpoints", "branches_and_loops", "cast", "unused", "keyed"]
+
+
+@pytest.mark.parametrize("name", sweep(CASES, QUICK))
 def test_every_quantity_is_exact(name):
     loss, params, batch, about = CASES[name]()
     options = {k: about[k] for k in ("key", "static") if k in about}
@@ -548,7 +554,7 @@ MODELS = ["nnx_cnn", "nnx_attention", "linen_cnn", "linen_lstm", "equinox_cnn"]
 MODELS += ["equinox_attention", "haiku_attention", "haiku_lstm"]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sweep(MODELS, ["nnx_attention", "equinox_cnn"]))
 def test_models_of_other_libraries(name):
     loss, params, data = zoo.ZOO[name]("float64", 3)
     one = lambda p, e: loss(p, *[x[None] for x in e])
@@ -581,7 +587,9 @@ def groups_for(params):
     }
 
 
-@pytest.mark.parametrize("name", ["perceptron", "tied", "recurrent", "keyed"])
+@pytest.mark.parametrize(
+    "name", sweep(["perceptron", "tied", "recurrent", "keyed"], ["tied", "keyed"])
+)
 def test_clipped_gradients(name):
     loss, params, batch, about = CASES[name]()
     key, static = about.get("key"), about.get("static", {})

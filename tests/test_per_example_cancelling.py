@@ -210,7 +210,15 @@ SOME = [("float64", "products"), ("float16", "used_twice"), ("bfloat16", "tied")
 SOME += [("bfloat16", "convolution"), ("float16", "products")]
 
 
-@pytest.mark.parametrize("dtype, name", [("float32", name) for name in CASES] + SOME)
+ALL = [("float32", name) for name in CASES] + SOME
+QUICK = [("float32", "products"), ("float32", "convolution"), ("float64", "products")]
+QUICK += [("bfloat16", "tied")]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [pytest.param(*c, marks=() if c in QUICK else pytest.mark.exhaustive) for c in ALL],
+)
 def test_norms_and_products(dtype, name):
     loss, p, batch = CASES[name]()
     direction = cast(1 + np.sin(1 + np.arange(p.size)).reshape(p.shape) + 0 * p, "float32")

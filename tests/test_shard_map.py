@@ -8,6 +8,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ops_table import CASES
+from sweeps import sweep
 
 import fnn
 
@@ -71,7 +72,10 @@ def must_agree(case, mesh, dtype=jnp.float32, **options):
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ["gelu", "huber", "l2", "logsumexp", "mish", "sigmoid", "softmax", "softmax_cross_entropy"]
+
+
+@pytest.mark.parametrize("name", sweep(CASES, QUICK))
 def test_operations(name):
     must_agree(CASES[name], a_mesh())
 
@@ -86,7 +90,7 @@ MASKED = [
 ]
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", sweep(MASKED, ["relu", "softmax_cross_entropy"]))
 def test_operations_on_an_explicit_mesh(name):
     must_agree(CASES[name], a_mesh(AxisType.Explicit))
 
@@ -114,7 +118,7 @@ def test_operations_without_jit(name, kind):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-@pytest.mark.parametrize("name", ["relu6", "softmax_cross_entropy"])
+@pytest.mark.parametrize("name", sweep(["relu6", "softmax_cross_entropy"], ["relu6"]))
 def test_operations_in_half_precision(name, dtype):
     must_agree(CASES[name], a_mesh(), dtype)
 
@@ -198,7 +202,11 @@ GATES = {
 }
 
 
-@pytest.mark.parametrize("how", GATES)
+QUICK_GATES = ["where", "select", "mask", "custom_jvp", "checkpoint", "add at", "set to zero at"]
+QUICK_GATES += ["update slice", "padded", "cond", "scan", "our relu's derivative"]
+
+
+@pytest.mark.parametrize("how", sweep(GATES, QUICK_GATES))
 def test_ways_to_write_a_mask(how):
     @fnn.rule
     def gate(x):

@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from sweeps import exhaustive, sweep
 
 import fnn
 
@@ -140,7 +141,9 @@ def outside(grad, functions, mesh):
     return lambda w, x: {name: grad(over(f), (0, 1))(w, x) for name, f in functions.items()}
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    "kind", sweep([AxisType.Auto, AxisType.Explicit], [AxisType.Auto]), ids=str
+)
 @pytest.mark.parametrize("family", SHARD_MAP)
 def test_under_the_checks_of_shard_map(family, kind):
     mesh, w, x = on_devices(kind)
@@ -151,7 +154,9 @@ def test_under_the_checks_of_shard_map(family, kind):
     close(ours, theirs)
 
 
-@pytest.mark.parametrize("family", ["elementwise", "control flow", "collectives"])
+@pytest.mark.parametrize(
+    "family", sweep(["elementwise", "control flow", "collectives"], ["collectives"])
+)
 def test_through_a_shard_map(family):
     mesh, w, x = on_devices(AxisType.Auto)
     theirs, ours = (
@@ -160,6 +165,7 @@ def test_through_a_shard_map(family):
     close(ours, theirs)
 
 
+@exhaustive
 def test_under_shard_map_without_jit():
     mesh, w, x = on_devices(AxisType.Auto)
     some = {
@@ -322,7 +328,7 @@ def explicit():
     return mesh, args
 
 
-@pytest.mark.parametrize("family", EXPLICIT)
+@pytest.mark.parametrize("family", sweep(EXPLICIT, ["products", "reductions", "control flow"]))
 def test_on_explicit_meshes(family):
     mesh, args = explicit()
     with jax.set_mesh(mesh):
