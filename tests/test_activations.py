@@ -6,6 +6,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,10 +155,6 @@ def slopes(f, x):
     return jax.vjp(f, x)[1](jnp.ones_like(x))[0]
 
 
-def all_finite(*arrays):
-    return all(bool(jnp.all(jnp.isfinite(a))) for a in arrays)
-
-
 # ------------------------------------------------------------------------- values and gradients
 
 X, DX, BATCH, H = numbers(2, 4), numbers(2, 4, seed=2), numbers(3, 2, 4), 1e-6
@@ -271,7 +268,7 @@ def test_finite_for_every_finite_input(name):
     for x, results in zip(inputs, found, strict=True):
         assert all(r.dtype == x.dtype for r in results)
         for result, what in zip(results, ("value", "gradient", "second", "second"), strict=True):
-            assert all_finite(result), (x.dtype, what, x[~jnp.isfinite(result)])
+            assert jnp.all(jnp.isfinite(result)), (x.dtype, what, x[~jnp.isfinite(result)])
 
 
 FLAT = (ops.sigmoid, ops.tanh, ops.relu6, ops.hard_tanh, ops.hard_sigmoid, ops.softsign)
@@ -327,7 +324,8 @@ def test_the_others_are_finite_too(name):
         quickly(jax.tree_util.Partial(jax.tree.map, value_and_gradient))(batches),
         strict=True,
     ):
-        assert all_finite(*found) and all(r.dtype == x.dtype for r in found), x.dtype
+        chex.assert_tree_all_finite(found)
+        assert all(r.dtype == x.dtype for r in found), x.dtype
 
 
 @dtypes
@@ -343,8 +341,8 @@ def test_softmax_over_all_the_numbers_of_a_dtype(dtype):
         return found
 
     # The second derivative of a square of 1e38 may well be large; the others are near 1.
-    assert all_finite(*all_of(jnp.where(jnp.abs(x) < 1e4, x, -jnp.abs(x))))
-    assert all_finite(ops.softmax(x), ops.logsumexp(x), jax.grad(ops.logsumexp)(x))
+    chex.assert_tree_all_finite(all_of(jnp.where(jnp.abs(x) < 1e4, x, -jnp.abs(x))))
+    chex.assert_tree_all_finite((ops.softmax(x), jax.value_and_grad(ops.logsumexp)(x)))
 
 
 def test_excluded_entries_of_a_softmax():
@@ -375,7 +373,7 @@ def test_gradient_at_the_kinks_is_the_documented_one_and_jax_nns(name):
     firsts, second = all_of(x)
     for slope in firsts:
         close(slope, case.at_kink)
-    assert all_finite(second)
+    chex.assert_tree_all_finite(second)
 
 
 def test_slope_at_zero_where_there_is_no_kink():

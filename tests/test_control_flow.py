@@ -1,5 +1,6 @@
 """The rules of loops, branches, checkpoints and custom derivatives, against JAX's own."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -228,7 +229,7 @@ def test_gradient_is_jaxs(name):
     want = jax.value_and_grad(f, argnums)(*args)
     for transform in (lambda g: g, jax.jit):
         got = transform(fnn.value_and_grad(f, argnums))(*args)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-10, 1e-12), got, want)
+        chex.assert_trees_all_close(got, want, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", sweep(CASES, QUICK_TWICE))
@@ -245,7 +246,7 @@ def test_second_order_in_every_nesting(name):
     want = twice(jax.grad, jax.grad)
     for outer, inner in ((fnn.grad, fnn.grad), (jax.grad, fnn.grad), (fnn.grad, jax.grad)):
         got = twice(outer, inner)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-9, 1e-11), got, want)
+        chex.assert_trees_all_close(got, want, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ["scan", "lstm", "cond", "checkpoint in scan", "switch"])

@@ -4,6 +4,7 @@ import functools
 import gc
 import weakref
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,10 +162,10 @@ def test_a_second_call_for_curvature_compiles_nothing(name):
 def test_gradients_outside_jit_are_those_inside(make):
     f = make(jnp.arange(1.0, 4.0))
     ours, theirs = fnn.grad(f, (0, 1))(W, X), jax.jit(jax.grad(f, (0, 1)))(W, X)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), ours, theirs)
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-12)
     by_vmap = jax.vmap(fnn.grad(f, (0, 1)), (None, 0))(W, BATCH)
     theirs = jax.jit(jax.vmap(jax.grad(f, (0, 1)), (None, 0)))(W, BATCH)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), by_vmap, theirs)
+    chex.assert_trees_all_close(by_vmap, theirs, rtol=1e-12)
 
 
 def test_jax_differentiates_a_gradient_outside_jit():

@@ -6,6 +6,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,10 +107,6 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES)
 def close(a, b, tolerance=1e-9):
     a, b = np.asarray(a, "float64"), np.asarray(b, "float64")
     np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
-
-
-def all_finite(*arrays):
-    return all(bool(jnp.all(jnp.isfinite(a))) for a in jax.tree.leaves(arrays))
 
 
 # ------------------------------------------------------------------------- values and gradients
@@ -308,9 +305,10 @@ def test_stable_for_logits_of_ten_thousand(dtype):
     for name, (value, gradient) in wanted.items():
         close(found[name][0], value, 2 * eps)
         close(found[name][1], gradient, 2 * eps)
-    assert all(v.dtype == x.dtype for v in jax.tree.leaves(found)) and all_finite(found)
+    assert all(v.dtype == x.dtype for v in jax.tree.leaves(found))
+    chex.assert_tree_all_finite(found)
     smoothed = functools.partial(ops.softmax_cross_entropy, label_smoothing=0.1)
-    assert all_finite(jax.value_and_grad(smoothed)(x, 0))
+    chex.assert_tree_all_finite(jax.value_and_grad(smoothed)(x, 0))
 
 
 @dtypes
@@ -332,7 +330,7 @@ def test_finite_up_to_a_quarter_of_the_dtypes_largest(dtype):
             found += [loss(x, other), gradient(x), jax.jvp(gradient, (x,), (jnp.ones_like(x),))[1]]
         return found
 
-    assert all_finite(all_of(x))
+    chex.assert_tree_all_finite(all_of(x))
 
 
 @dtypes
@@ -368,7 +366,7 @@ def test_labels_out_of_range_give_nan(op, label):
     y = jnp.asarray([label, 1], "int32")
     value, gradient = quickly(jax.vmap(jax.value_and_grad(op), (None, 0)))(LOGITS, y)
     assert jnp.isnan(value[0]) and jnp.all(jnp.isnan(gradient[0]))
-    assert all_finite(value[1], gradient[1])
+    chex.assert_tree_all_finite((value[1], gradient[1]))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int64", "uint32"])

@@ -4,6 +4,7 @@ import copy
 import functools
 import pickle
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,13 +124,10 @@ def normal(seed, *shape, dtype="float64"):
 
 
 def close(ours, plain, rtol=1e-9, atol=1e-9):
-    a, b = jax.tree.flatten(ours), jax.tree.flatten(plain)
-    assert a[1] == b[1]
-    for x, y in zip(a[0], b[0], strict=True):
+    chex.assert_trees_all_equal_shapes_and_dtypes(ours, plain)
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
         if x.dtype == jax.dtypes.float0:
-            assert y.dtype == x.dtype and x.shape == y.shape
             continue
-        assert (x.shape, x.dtype) == (y.shape, y.dtype)
         if jnp.issubdtype(x.dtype, jnp.inexact):
             wide = "complex128" if jnp.iscomplexobj(x) else "float64"
             x, y = np.asarray(x).astype(wide), np.asarray(y).astype(wide)

@@ -1,5 +1,6 @@
 """Operations inside `jax.shard_map`, with its checks: as the same plain functions without it."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,7 +105,7 @@ def test_operations_without_checks(name):
         jax.jit(sharded(f, mesh, len(args) - 1, check_vma=False))(*args)
         for f in (case.op, case.reference)
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, plain)
+    chex.assert_trees_all_close(ours, plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name, kind", [("relu", AxisType.Auto), ("maxout", AxisType.Explicit)])

@@ -1,5 +1,6 @@
 """Operations under JAX's strict modes: as without them."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,8 +48,7 @@ def test_operations(mode, wanted):
         everything = lambda xs: {n: derivatives(CASES[n].op)(*x) for n, x in xs.items()}
         if mode == "debug_nans":  # looks at what is computed; the others at what is traced
             found = jax.jit(everything)(EXAMPLES)
-            close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-            jax.tree.map(close, found, wanted)
+            chex.assert_trees_all_close(found, wanted, rtol=1e-4, atol=1e-5)
         jax.eval_shape(everything, EXAMPLES)
         for case in CASES.values():
             jax.eval_shape(jax.vmap(derivatives(case.op)), *case.example(batch=(2,)))
@@ -59,7 +59,7 @@ def test_operations_without_jit(mode):
     with MODES[mode]():
         for name in ("relu", "softmax_cross_entropy", "huber"):
             y, gradient, _ = derivatives(CASES[name].op)(*EXAMPLES[name])
-            assert jnp.all(jnp.isfinite(y)) and jnp.all(jnp.isfinite(gradient))
+            chex.assert_tree_all_finite((y, gradient))
 
 
 def test_debug_nans_finds_an_operation_s_nan():
@@ -113,12 +113,10 @@ def test_jet_follows_the_rule():
         (jax.grad(log), jax.grad(jnp.log)),
     ):
         found, wanted = jet.jet(ours, (2.0,), series), jet.jet(plain, (2.0,), series)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9), found, wanted
-        )
+        chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-9)
     x = EXAMPLES["softmax"][0]
     dx = jnp.ones_like(x)
     f = lambda x: fnn.ops.softmax_cross_entropy(x * x, jnp.asarray(1))
     plain = lambda x: jnp.log(jnp.sum(jnp.exp(x * x))) - (x * x)[1]
     found, wanted = (jet.jet(g, (x,), ((dx, dx),)) for g in (f, plain))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found, wanted)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-4)

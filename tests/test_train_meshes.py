@@ -2,6 +2,7 @@
 
 import contextlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,9 +39,7 @@ def train(params, data, **options):
 
 
 def close(a, b):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(np.asarray(a), b, rtol=2e-5, atol=1e-12), a, b
-    )
+    chex.assert_trees_all_close(jax.device_get(a), jax.device_get(b), rtol=2e-5, atol=1e-12)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """fnn.grad, fnn.value_and_grad and fnn.vjp: JAX's signatures, results and errors."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,9 +25,8 @@ X = normal(3)
 
 
 def same(got, want, rtol=1e-12):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
         if a.dtype != jax.dtypes.float0:
             np.testing.assert_allclose(a, b, rtol, 1e-12)
 
@@ -114,6 +114,14 @@ def test_under_every_transform():
         jax.grad(lambda x: jnp.sum(jax.grad(lambda x: jnp.sum(jax.grad(f)(x) ** 2))(x)))(X),
         1e-9,
     )
+
+
+@pytest.mark.parametrize("transform", [fnn.grad, fnn.value_and_grad])
+def test_a_jitted_gradient_traces_its_function_once(transform):
+    chex.clear_trace_counter()
+    gradient = jax.jit(transform(chex.assert_max_traces(mlp, n=1)))
+    for scale in range(3):
+        gradient(jax.tree.map(lambda p, s=scale: s * p, PARAMS), X + scale)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
