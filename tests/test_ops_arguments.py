@@ -166,12 +166,12 @@ def test_compiled_labels_cannot_raise():
 
 def test_what_jax_would_change_silently():
     """The high bits of an integer (2³² + 1 would be class 1), and a mask."""
-    labels = np.asarray([1, 2**32 + 1])
+    labels, scores = np.asarray([1, 2**32 + 1]), np.asarray(SCORES, "float32")
     with jax.enable_x64(False):
         for wrong in (labels, labels[1], -labels, labels.astype(np.uint64)):
             with pytest.raises(ValueError, match="softmax_cross_entropy: .* which u?int32 can't"):
-                ops.softmax_cross_entropy(SCORES[: wrong.size], wrong)
-        ops.softmax_cross_entropy(SCORES, np.asarray([1, 2]))
+                ops.softmax_cross_entropy(scores[: wrong.size], wrong)
+        ops.softmax_cross_entropy(scores, np.asarray([1, 2]))
     masked = np.ma.masked_array(np.ones(3), [True, False, False])
     with pytest.raises(TypeError, match="relu: .* masked array"):
         ops.relu(masked)

@@ -53,6 +53,7 @@ def test_matmul_precision(program):
         assert found == {(precision or "default").upper()}
 
 
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64")
 def test_dtypes_and_promotion():
     """64-bit mode and strict promotion, on and off again."""
 

@@ -836,7 +836,8 @@ def linen_cnn(dtype, batch):
 def linen_attention(dtype, batch):
     from flax import linen as nn
 
-    model = nn.Sequential([nn.RMSNorm(), nn.SelfAttention(4), nn.Dense(64), nn.silu, nn.Dense(32)])
+    attention = nn.MultiHeadDotProductAttention(4)
+    model = nn.Sequential([nn.RMSNorm(), attention, nn.Dense(64), nn.silu, nn.Dense(32)])
     return _linen(model, _sequences(dtype, batch), lambda out, y: jnp.mean((out - y) ** 2))
 
 
@@ -962,9 +963,9 @@ def haiku_cnn(dtype, batch):
     import haiku as hk
 
     def forward(x):
-        x = hk.max_pool(jax.nn.relu(hk.Conv2D(8, 3)(x)), 2, 2, "SAME")
+        x = hk.max_pool(jax.nn.relu(hk.Conv2D(8, 3)(x)), (2, 2, 1), (2, 2, 1), "SAME")
         x = hk.BatchNorm(True, True, 0.9)(x, is_training=True)
-        x = hk.avg_pool(jax.nn.relu(hk.DepthwiseConv2D(2, 3)(x)), 2, 2, "SAME")
+        x = hk.avg_pool(jax.nn.relu(hk.DepthwiseConv2D(2, 3)(x)), (2, 2, 1), (2, 2, 1), "SAME")
         return hk.Linear(10)(hk.Flatten()(x))
 
     return _haiku(forward, _images(dtype, batch), cross_entropy)
