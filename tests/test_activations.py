@@ -305,7 +305,10 @@ def test_the_tails_keep_their_digits(dtype):
     close(ops.squareplus(far) * (1000 + math.sqrt(1e6 + 4)) / 2, 1, 8 * eps)
 
 
-@pytest.mark.parametrize("name", ["glu", "swiglu", "geglu", "geglu exact", "maxout", "softmax"])
+@pytest.mark.parametrize(
+    "name",
+    sweep(["glu", "swiglu", "geglu", "geglu exact", "maxout", "softmax"], ["swiglu", "maxout"]),
+)
 def test_the_others_are_finite_too(name):
     """Pairs of a large number and 1 (a product of two large ones lies beyond the dtype)."""
     case = WHOLE[name]

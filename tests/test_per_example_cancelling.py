@@ -250,6 +250,7 @@ def test_norms_and_products(dtype, name):
         assert (abs(dot - d @ w) <= 2 * error * np.linalg.norm(w) + 1e-37).all()
 
 
+@pytest.mark.exhaustive
 def test_the_example_of_the_issue():
     """42 of its 100 norms were nan. Jitted, eager, mapped, in a loop, under shard_map."""
     x, c = same(R(0, 100, 8), 3), R(1, 100, 3, 8)
@@ -294,7 +295,9 @@ def quadratic(p, e):
     return jnp.sum(p * e)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("float64", marks=pytest.mark.exhaustive)]
+)
 def test_variances_beside_a_large_mean(dtype):
     """Of one position, several, rows, and what is dense; a true 0.9 at a mean of 1e4."""
     x = 1e4 + R(0, 20, 6)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 from primitive_checks import check_cost, compare, jax_vjp, our_vjp, random_like
+from sweeps import sweep
 
 import fnn.backprop
 from fnn.backprop.primitives import RULES, convolution, fourier, linear_algebra, matmul, pooling
@@ -476,7 +477,9 @@ def test_pooling_second_order_dtype_and_cost():
 # ----------------------------------------------------------------------------- Fourier transform
 
 
-@pytest.mark.parametrize("lengths", [(8,), (7,), (1,), (2,), (3, 6), (2, 3, 5)])
+@pytest.mark.parametrize(
+    "lengths", sweep([(8,), (7,), (1,), (2,), (3, 6), (2, 3, 5)], quick=[(8,), (2, 3, 5)])
+)
 @pytest.mark.parametrize("kind", list(lax.FftType))
 def test_fft(kind, lengths):
     if kind == lax.FftType.RFFT:
@@ -504,7 +507,7 @@ def positive(*shape, dtype=jnp.float64):
 
 
 @real_and_complex
-@pytest.mark.parametrize("shape", [(4, 4), (2, 3, 3), (1, 1), (0, 0)])
+@pytest.mark.parametrize("shape", sweep([(4, 4), (2, 3, 3), (1, 1), (0, 0)], quick=[(2, 3, 3)]))
 def test_cholesky(shape, dtype):
     check(lax.linalg.cholesky, positive(*shape, dtype=dtype), primitive="cholesky")
 
@@ -521,7 +524,7 @@ def test_cholesky_gives_its_gradient_to_the_triangle_it_reads(dtype):
 
 @real_and_complex
 @pytest.mark.parametrize("left_side", [True, False])
-@pytest.mark.parametrize("columns", [2, 6])
+@pytest.mark.parametrize("columns", sweep([2, 6], quick=[2]))
 def test_triangular_solve(dtype, left_side, columns):
     """All flags at once: one program is quicker than sixteen."""
     a = normal(2, 4, 4, dtype=dtype) + 3 * jnp.eye(4)
@@ -547,7 +550,9 @@ def test_tridiagonal_solve(dtype):
 
 
 @real_and_complex
-@pytest.mark.parametrize("shape", [(2, 2, 4, 4), (5, 3), (2, 3, 5)])
+@pytest.mark.parametrize(
+    "shape", sweep([(2, 2, 4, 4), (5, 3), (2, 3, 5)], quick=[(5, 3), (2, 3, 5)])
+)
 def test_lu(shape, dtype):
     check(lambda a: lax.linalg.lu(a)[0], normal(*shape, dtype=dtype), primitive="lu")
 
@@ -561,14 +566,14 @@ def test_lu_pivots():
 
 
 @real_and_complex
-@pytest.mark.parametrize("shape", [(4, 4), (5, 3), (2, 3, 5)])
+@pytest.mark.parametrize("shape", sweep([(4, 4), (5, 3), (2, 3, 5)], quick=[(5, 3), (2, 3, 5)]))
 def test_qr(shape, dtype):
     decompose = lambda a: [lax.linalg.qr(a, full_matrices=full) for full in (True, False)]
     check(decompose, normal(*shape, dtype=dtype), primitive="qr", tol=1e-8)
 
 
 @real_and_complex
-@pytest.mark.parametrize("shape", [(5, 3), (2, 5, 3), (2, 3, 5)])
+@pytest.mark.parametrize("shape", sweep([(5, 3), (2, 5, 3), (2, 3, 5)], quick=[(2, 3, 5)]))
 def test_qr_with_pivoting(shape, dtype):
     """Also wide matrices and batches, where JAX's own derivative is wrong or fails."""
     decompose = lambda a: [
@@ -581,7 +586,7 @@ def test_qr_with_pivoting(shape, dtype):
 
 
 @real_and_complex
-@pytest.mark.parametrize("shape", [(4, 4), (2, 3, 3), (1, 1)])
+@pytest.mark.parametrize("shape", sweep([(4, 4), (2, 3, 3), (1, 1)], quick=[(2, 3, 3)]))
 def test_eigh(shape, dtype):
     decompose = lambda a: [
         lax.linalg.eigh(a, symmetrize_input=True),
@@ -592,7 +597,7 @@ def test_eigh(shape, dtype):
 
 
 @real_and_complex
-@pytest.mark.parametrize("shape", [(4, 4), (5, 3), (2, 3, 5)])
+@pytest.mark.parametrize("shape", sweep([(4, 4), (5, 3), (2, 3, 5)], quick=[(4, 4), (2, 3, 5)]))
 def test_svd(shape, dtype):
     decompose = lambda a: [
         lax.linalg.svd(a, full_matrices=a.shape[-1] == a.shape[-2]),
@@ -657,7 +662,7 @@ def test_linear_algebra_second_order_and_dtype(function):
     check(function, positive(3, 3).astype(jnp.float32), tol=1e-2)
 
 
-@pytest.mark.parametrize("shape", [(4, 4), (5, 3), (3, 5)])
+@pytest.mark.parametrize("shape", sweep([(4, 4), (5, 3), (3, 5)], quick=[(4, 4)]))
 def test_each_factor_alone(shape):
     """Where one factor gets an upstream gradient, the others' part is left out."""
     decompositions = [
