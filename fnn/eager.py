@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -62,6 +62,13 @@ def apply(equation: Equation, values: Sequence) -> list:
             return list(_held.bind(*values, equation=equation))
         return _evaluated(equation, values)
     return equation.bind(values)
+
+
+def apply_all(equations: Iterable[Equation], values: dict[int, Any]) -> None:
+    """Apply equations in order: `values` holds their inputs by number, and gets their outputs."""
+    for equation in equations:
+        outs = apply(equation, [values[i] for i in equation.ins])
+        values.update(zip(equation.outs, outs, strict=True))
 
 
 def once(function: Callable) -> Callable:

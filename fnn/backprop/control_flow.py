@@ -17,9 +17,9 @@ import numpy
 from jax import lax
 
 from fnn.backprop import sweep
-from fnn.backprop.partial_evaluation import partially_evaluate, run
+from fnn.backprop.partial_evaluation import partially_evaluate
 from fnn.backprop.rules import ControlRule, hidden
-from fnn.eager import apply, once, take_branch
+from fnn.eager import apply, apply_all, once, take_branch
 from fnn.jaxpr import Equation, close, is_inexact, program, scan_layout, trace
 from fnn.meshes import as_varying, barrier, zeros
 from fnn.operation import call_of, linearize
@@ -57,7 +57,7 @@ def run_loop(equation, cut, ins) -> tuple[list, tuple[dict, dict]]:
     each_step = [eqn for eqn in cut.forward if not is_same(eqn)]
     values = dict(cut.joint.constants)
     values.update(zip(const_ids, consts, strict=True))
-    run(filter(is_same, cut.forward), values)
+    apply_all(filter(is_same, cut.forward), values)
 
     kept_once = [i for i in cut.residuals if i not in varies]
     kept_xs = [i for i in cut.residuals if i in xs_ids]
@@ -65,7 +65,7 @@ def run_loop(equation, cut, ins) -> tuple[list, tuple[dict, dict]]:
 
     def step(carry, x):
         here = values | dict(zip(carry_ids, carry, strict=True)) | dict(zip(xs_ids, x, strict=True))
-        run(each_step, here)
+        apply_all(each_step, here)
         outs = [here[i] for i in cut.outs]
         return outs[:num_carry], (outs[num_carry:], [here[i] for i in stacked])
 

@@ -11,13 +11,13 @@ cross the cut are the residuals. JAX's `jax.linearize` does the same with tangen
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from fnn.backprop import sweep
-from fnn.eager import apply
+from fnn.eager import apply_all
 from fnn.jaxpr import Equation, Program, is_inexact, program, trace
 
 # Made again in the backward pass rather than kept: they are larger than what they are made from,
@@ -52,7 +52,7 @@ class PartialEvaluation:
         """The outputs and the residuals."""
         values = dict(self.joint.constants)
         values.update(zip(self.ins, args, strict=True))
-        run(self.forward, values)
+        apply_all(self.forward, values)
         return [values[i] for i in self.outs], [values[i] for i in self.residuals]
 
     def run_backward(self, residuals: Sequence, cotangents: Sequence) -> Any:
@@ -60,15 +60,8 @@ class PartialEvaluation:
         values = dict(self.joint.constants)
         values.update(zip(self.residuals, residuals, strict=True))
         values.update(zip(self.cotangents, cotangents, strict=True))
-        run(self.backward, values)
+        apply_all(self.backward, values)
         return jax.tree.unflatten(self.tree, [values[i] for i in self.gradients])
-
-
-def run(equations: Iterable[Equation], values: dict) -> None:
-    """Apply equations in order; `values` is filled by number."""
-    for equation in equations:
-        outs = apply(equation, [values[i] for i in equation.ins])
-        values.update(zip(equation.outs, outs, strict=True))
 
 
 def partially_evaluate(

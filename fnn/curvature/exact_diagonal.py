@@ -23,7 +23,6 @@ from jax import lax
 
 from fnn import arguments
 from fnn.backprop import grad
-from fnn.backprop.partial_evaluation import run
 from fnn.batch import example_types
 from fnn.curvature import output_hessian
 from fnn.curvature.checks import check_loss, check_model, checked
@@ -32,7 +31,7 @@ from fnn.curvature.linearize import second_derivative
 from fnn.curvature.operators import mean_loss
 from fnn.curvature.piecewise_linear import piecewise_linear
 from fnn.curvature.sqrt_ggn import one_array
-from fnn.eager import once
+from fnn.eager import apply_all, once
 from fnn.jaxpr import Program, program, trace
 from fnn.meshes import specs_of, with_auto_axes
 from fnn.per_example.differentiate import parameters
@@ -204,7 +203,7 @@ def _through(
     def term(g, *example) -> Product:
         """What W's gradient would be for an upstream gradient g of y."""
         values = start(example)
-        run(flat.equations[: layer.at], values)
+        apply_all(flat.equations[: layer.at], values)
         ins = [values[i] for i in equation.ins]
         found = MEETINGS[equation.name](layer.argument, g, ins, equation.params)
         for at in reversed(layer.views):
@@ -214,9 +213,9 @@ def _through(
 
     def moved(eps, *example):
         values = start(example)
-        run(flat.equations[: layer.at + 1], values)
+        apply_all(flat.equations[: layer.at + 1], values)
         values[y] = values[y] + eps
-        run(flat.equations[layer.at + 1 :], values)
+        apply_all(flat.equations[layer.at + 1 :], values)
         return values[flat.outputs[0]]
 
     zero = jnp.zeros((size, *flat.avals[y].shape), flat.avals[y].dtype)

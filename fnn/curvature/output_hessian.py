@@ -41,10 +41,10 @@ import jax.numpy as jnp
 import numpy
 
 from fnn import ops
-from fnn.backprop.partial_evaluation import run
 from fnn.batch import example_types
 from fnn.curvature.convex import is_convex as is_seen_to_be_convex
 from fnn.curvature.linearize import linearized, second_derivative
+from fnn.eager import apply_all
 from fnn.jaxpr import Program, program, trace
 from fnn.operation import Call, MappedCall, call_of
 
@@ -404,7 +404,7 @@ class _Composition(OutputHessian):
         """The loss, by the operation's values; and by z, of which it may be affine besides."""
         values = self._until_operation(z)
         values[self._equation.outs[0]] = value
-        run(self.flat.equations[self.at + 1 :], values)
+        apply_all(self.flat.equations[self.at + 1 :], values)
         return values[self.flat.outputs[0]]
 
     def weights(self) -> jax.Array:
@@ -426,7 +426,7 @@ class _Composition(OutputHessian):
         with jax.ensure_compile_time_eval():
             unused = [jnp.zeros(a.shape, a.dtype) for a in shapes]
             values = dict(enumerate(traced.values(unused)))
-            run(traced.equations, values)
+            apply_all(traced.equations, values)
             found = values[traced.outputs[0]]
             return not isinstance(found, jax.core.Tracer) and bool(jnp.all(found >= 0))
 
@@ -461,7 +461,7 @@ class _Composition(OutputHessian):
         """The program's values before the operation is called."""
         inputs = [self.z if z is None else z, *self.targets]
         values = dict(enumerate(self.flat.values(inputs)))
-        run(self.flat.equations[: self.at], values)
+        apply_all(self.flat.equations[: self.at], values)
         return values
 
     @property

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fnn.backprop.partial_evaluation import PartialEvaluation, run
+from fnn.backprop.partial_evaluation import PartialEvaluation
 from fnn.batch import batch_size
 from fnn.curvature import output_hessian
 from fnn.curvature.checks import pair
+from fnn.eager import apply_all
 from fnn.per_example.differentiate import (
     leaf_gradient,
     parameters,
@@ -185,14 +186,14 @@ def _swept_back(
     by_column, depends = [], cut.joint.dependents(cut.cotangents)
     for equation in cut.backward:
         if depends.isdisjoint(equation.ins):
-            run([equation], once)
+            apply_all([equation], once)
         else:
             by_column.append(equation)
     differing = list(dict.fromkeys(i for i in cut.gradients if i in depends))
 
     def back(s):
         values = once | dict(zip(cut.cotangents, [s], strict=True))
-        run(by_column, values)
+        apply_all(by_column, values)
         return [values[i] for i in differing]
 
     made = dict(zip(differing, jax.vmap(back)(s), strict=True))

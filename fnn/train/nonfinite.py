@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn.backprop.partial_evaluation import run
+from fnn.eager import apply_all
 from fnn.jaxpr import Equation, Program, program, trace
 from fnn.train.state import State, path_name
 
@@ -52,12 +52,12 @@ def propose(update: Callable[[], Any]) -> tuple[Any, Callable[[], Any]]:
 
     flat = program(trace(leaves, ()))
     values = dict(enumerate(flat.values(())))
-    run(flat.equations, values)
+    apply_all(flat.equations, values)
     entrywise = _entrywise_end(flat)
 
     def again():
         anew = dict(values)
-        run(entrywise, anew)
+        apply_all(entrywise, anew)
         return jax.tree.unflatten(trees[0], [anew[i] for i in flat.outputs])
 
     return jax.tree.unflatten(trees[0], [values[i] for i in flat.outputs]), again
