@@ -71,10 +71,11 @@ def check_like(where: str, what: str, tree: Any, params: Any) -> Any:
             raise ValueError(
                 f"{where}: {what} must be a tree like the parameters, but {problem} {show(path)}."
             )
-    if jax.tree.structure(tree) != jax.tree.structure(params):
+    like: Any = jax.tree.structure(params)
+    if jax.tree.structure(tree) != like:
         raise ValueError(
-            f"{where}: {what} must be a tree like the parameters, "
-            f"{jax.tree.structure(params)}, but is {jax.tree.structure(tree)}."
+            f"{where}: {what} must be a tree like the parameters, {like}, but is "
+            f"{jax.tree.structure(tree)}."
         )
     found = []
     for path, x in got.items():
@@ -92,4 +93,4 @@ def check_like(where: str, what: str, tree: Any, params: Any) -> Any:
                 f"dtype {p.dtype}: convert it with astype."
             )
         found.append(x.astype(p.dtype))
-    return jax.tree.unflatten(jax.tree.structure(params), found)
+    return jax.tree.unflatten(like, found)

@@ -209,7 +209,9 @@ def _through(
         for at in reversed(layer.views):
             view = flat.equations[at]
             found = PASSAGES[view.name](0, found, [values[i] for i in view.ins], view, flat)
-        return found.as_product() if isinstance(found, Convolution) else found
+        product = found.as_product() if isinstance(found, Convolution) else found
+        assert isinstance(product, Product), "a layer's weight keeps its factors"
+        return product
 
     def moved(eps, *example):
         values = start(example)

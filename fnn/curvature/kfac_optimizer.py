@@ -37,7 +37,7 @@ class KFACState(NamedTuple):
     weight, damping and ratio are in the widest of the parameters' dtypes, float32 at least.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # a tuple has a method of that name
     key: jax.Array
     factors: Any
     weight: jax.Array

@@ -30,8 +30,8 @@ from fnn.curvature.checks import check_loss, check_model, check_samples, checked
 from fnn.curvature.sqrt_ggn import SqrtGGN, sqrt_ggn
 from fnn.meshes import with_auto_axes
 from fnn.per_example.layout import Layout
-from fnn.per_example.precision import wide
-from fnn.per_example.terms import Convolution, Product, Rows, materialized
+from fnn.per_example.precision import wide, wide_together
+from fnn.per_example.terms import Convolution, Product, Rows, Term, materialized
 
 
 @functools.partial(
@@ -54,7 +54,7 @@ class Kronecker:
 
     def times(self, w: jax.Array) -> jax.Array:
         """The block times a tensor of the parameter's shape."""
-        G, A, w = wide(self.G, self.A, w)
+        G, A, w = wide_together(self.G, self.A, w)
         x = jnp.einsum("sop,spi->soi", G, self.layout.from_parameter(w))
         x = x * A[:, None] if A.ndim == 2 else jnp.einsum("soi,sij->soj", x, A)
         return self.layout.to_parameter(x)
@@ -76,7 +76,7 @@ class Block:
     shape: tuple[int, ...]
 
     def times(self, w: jax.Array) -> jax.Array:
-        matrix, w = wide(self.matrix, w)
+        matrix, w = wide_together(self.matrix, w)
         return (matrix @ w.reshape(-1)).reshape(self.shape)
 
     def to_dense(self) -> jax.Array:
@@ -94,7 +94,7 @@ class Diagonal:
     shape: tuple[int, ...]
 
     def times(self, w: jax.Array) -> jax.Array:
-        diagonal, w = wide(self.diagonal, w)
+        diagonal, w = wide_together(self.diagonal, w)
         return diagonal * w
 
     def to_dense(self) -> jax.Array:
@@ -176,19 +176,20 @@ def factors_of(own: SqrtGGN, size: int, kind: str, largest_block: int) -> Factor
     """One parameter's factors, in float32 at least."""
     if math.prod(own.shape) == 0:
         return Diagonal(jnp.zeros(own.shape, jnp.promote_types(own.dtype, jnp.float32)), own.shape)
+    term: Term | None
     term, axes = (own.terms[0], own.axes[0]) if len(own.terms) == 1 else (None, None)
     if isinstance(term, Convolution):
         term, axes = _as_product(term, axes)
     if isinstance(term, Product):
         by_column = axes.g == 0
-        a, g = wide(term.a, term.g if by_column else term.g[:, None])
+        a, g = wide_together(term.a, term.g if by_column else term.g[:, None])
         g = g * (1 if by_column else math.sqrt(own.count))
         if axes.a is None:
             return _kronecker(a, g, term.layout, own.shape, size, kind)
     if isinstance(term, Rows) and axes.index is None and kind == "expand":
         positions = term.index.shape[-1]
         _, rows, _ = term.layout.sizes
-        (g,) = wide(term.g)
+        g = wide(term.g)
         counts = jnp.zeros(rows, g.dtype).at[term.index.reshape(-1)].add(1, mode="drop")
         g = jnp.einsum("ncspo,ncspq->soq", g, g) / size
         # The factor that stands first in the layout is the table's rows: theirs is diagonal.
@@ -201,7 +202,7 @@ def factors_of(own: SqrtGGN, size: int, kind: str, largest_block: int) -> Factor
         return Kronecker(counts[None] / (size * positions), g, swapped, own.shape)
     numbers = math.prod(own.shape)
     if numbers <= largest_block:
-        (flat,) = wide(own.each(materialized).reshape(-1, numbers))
+        flat = wide(own.each(materialized).reshape(-1, numbers))
         return Block(flat.T @ flat / size, own.shape)
     return Diagonal(own.sum_of_squares() / size, own.shape)
 
@@ -229,8 +230,9 @@ def _second_moments(x):
     return jnp.einsum("sni,snj->sij", x, x)
 
 
-def _as_product(term, axes):
-    """A convolution as a product, its patches made once for all columns."""
+def _as_product(term: Convolution, axes: Any) -> tuple[Product | None, Any]:
+    """A convolution as a product, its patches made once for all columns; None where x differs by
+    column."""
     if axes.x is not None or axes.g != 0:
         return None, None
     one = lambda x, g: dataclasses.replace(term, x=x, g=g).as_product()

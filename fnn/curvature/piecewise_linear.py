@@ -101,7 +101,7 @@ def _parameters_of(flat, given, *, own_rules: bool = True) -> list[frozenset] | 
 
     own_rules: whether to look at the derivatives of functions that have a rule of their own.
     """
-    depends = {i: frozenset() for i in flat.constants}
+    depends: dict[int, frozenset] = {i: frozenset() for i in flat.constants}
     depends.update(zip(flat.inputs, given, strict=True))
     for equation in flat.equations:
         ins = [depends[i] for i in equation.ins]

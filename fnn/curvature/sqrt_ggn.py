@@ -30,7 +30,7 @@ from fnn.per_example.differentiate import (
 from fnn.per_example.exact_norms import measured, sums_products
 from fnn.per_example.gradient import FactoredGradient
 from fnn.per_example.moments import sum_over_parts
-from fnn.per_example.precision import square, wide
+from fnn.per_example.precision import square, wide, wide_together
 from fnn.per_example.sums import weighted_sum
 from fnn.per_example.terms import Dense, Product, Term, Terms, materialized, one_of
 
@@ -50,7 +50,7 @@ class SqrtGGN:
     shape: tuple[int, ...]
     dtype: Any
     terms: tuple[Term, ...]
-    axes: tuple[Term, ...]
+    axes: tuple[Any, ...]
     count: int
 
     @property
@@ -73,18 +73,16 @@ class SqrtGGN:
         if len(self.terms) == 1:
             (term,), (axes,) = self.terms, self.axes
             if isinstance(term, Dense):
-                return jnp.sum(square(wide(term.value)[0]), axis=(0, 1))
-            one_position = isinstance(term, Product) and term.positions == 1
-            if one_position and axes.a is None and axes.g == 0:
-                a, g = wide(term.a, term.g)
-                squares = Product(square(a), _sum_squares(g, 1), term.layout)
-                return weighted_sum(squares, None)
+                return jnp.sum(square(wide(term.value)), axis=(0, 1))
+            if isinstance(term, Product) and (term.positions, axes.a, axes.g) == (1, None, 0):
+                a, g = wide_together(term.a, term.g)
+                return weighted_sum(Product(square(a), jnp.sum(square(g), 1), term.layout), None)
         size = self.count * math.prod(self.shape)
 
         def squares(terms):
             part = dataclasses.replace(self, terms=terms)
             formed = part.each(materialized)
-            return jnp.sum(square(wide(formed)[0]), axis=(0, 1))
+            return jnp.sum(square(wide(formed)), axis=(0, 1))
 
         return sum_over_parts(squares, self.terms, self.batch_size, size)
 
@@ -102,10 +100,6 @@ class SqrtGGN:
         return lax.square(
             lax.cond(doubts, carefully, lambda _, norms: norms, self.terms, found.norm)
         )
-
-
-def _sum_squares(x, axis):
-    return jnp.sum(square(x), axis=axis)
 
 
 def sqrt_ggn(

@@ -15,7 +15,7 @@ from jax import lax
 from fnn.backprop.primitives.convolution import RULES
 from fnn.per_example.layout import Layout, Reshape, Transpose
 from fnn.per_example.measured import Measured
-from fnn.per_example.precision import norm_of, unit, vdot, wide
+from fnn.per_example.precision import norm_of, unit, vdot, wide_together
 from fnn.per_example.product import Product
 
 # What is kept of the parameters of the equation, `lax.conv_general_dilated`'s.
@@ -81,7 +81,7 @@ class Convolution:
         p = self.parameters
         x_spec, w_spec, y_spec = p["dimension_numbers"]
         groups = p["feature_group_count"]
-        x, g = wide(self.x, self.g)
+        x, g = wide_together(self.x, self.g)
         pads = [(0, 0, 0)] * x.ndim
         for d, (low, high), dilation in zip(x_spec[2:], p["padding"], p["lhs_dilation"]):
             pads[d] = (low, high, dilation - 1)
@@ -144,7 +144,7 @@ class Convolution:
 
     def normalised(self) -> tuple[Convolution, Any]:
         """(the same over c, c) with entries near one."""
-        x, g = wide(self.x, self.g)
+        x, g = wide_together(self.x, self.g)
         (x, x_size), (g, g_size) = unit(x), unit(g)
         return dataclasses.replace(self, x=x, g=g), x_size * g_size
 
@@ -160,7 +160,7 @@ class Convolution:
 
     def dot(self, w):
         """⟨x ∗ g, w⟩ = ⟨g, x ∗ w⟩: one more forward convolution."""
-        x, g = wide(self.x, self.g)
+        x, g = wide_together(self.x, self.g)
         kernel = self.layout.from_parameter(w)
         kernel = lax.reshape(kernel, (*self.layout.stack, *self.layout.out, *self.layout.ins))
         kernel = _kernel_from_layout(kernel, self)
@@ -192,7 +192,7 @@ class Convolution:
     def by_pullback(self):
         """The gradient itself by the convolution's own rule, the fastest way for many examples."""
         p = self.parameters
-        x, g = wide(self.x, self.g)
+        x, g = wide_together(self.x, self.g)
         w = jnp.zeros(p["kernel_shape"], x.dtype)
         static = {k: v for k, v in p.items() if k != "kernel_shape"}
         static["dimension_numbers"] = lax.ConvDimensionNumbers(*p["dimension_numbers"])

@@ -16,7 +16,7 @@ from fnn.per_example.terms import Dense, Term
 
 def dot(terms: Sequence[Term], w):
     """Re⟨gradient, w⟩ for an array of the parameter's shape; at least float32."""
-    w, w_scale = unit(wide(w)[0])
+    w, w_scale = unit(wide(w))
     own = [t.normalised() for t in terms]
     return functools.reduce(jnp.add, [t.dot(w) * scale * w_scale for t, scale in own])
 
@@ -27,7 +27,7 @@ def inner(one: Term, other: Term):
         if isinstance(rows, Rows) and rows.layout.owner(0) == ("out", 0):
             picked = t.rows(rows.index)
             if picked is not None:
-                (g,) = wide(rows.g)
+                g = wide(rows.g)
                 (_, size, _) = rows.layout.sizes
                 picked = jnp.where(
                     (rows.index < size).reshape(-1, *[1] * (picked.ndim - 1)), picked, 0

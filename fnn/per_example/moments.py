@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fnn.per_example.measured import LONGEST
-from fnn.per_example.precision import divided, largest, nonzero, power_of_two, square, wide
+from fnn.per_example.precision import divided, largest, nonzero, power_of_two, square, wide_together
 from fnn.per_example.product import Product
 from fnn.per_example.rows import Rows
 from fnn.per_example.sums import weighted_sums
@@ -77,7 +77,7 @@ def _sum_over_formed(function, terms: Sequence[Term], at_once: int = 2**24):
 def _balanced(term: Product) -> Product:
     """The same with factors of about equal size, whose squares are in range where that of their
     product is."""
-    a, g = wide(term.a, term.g)
+    a, g = wide_together(term.a, term.g)
     roots = [jnp.sqrt(power_of_two(largest(x, (-1,)))) for x in (a, g)]
     factor = power_of_two(divided(roots[1], roots[0]))
     return Product(a * nonzero(factor).astype(a.dtype), divided(g, factor), term.layout)

@@ -46,9 +46,7 @@ def _gram_formed(terms, others):
 
 
 def _gram_of_dense(x, y):
-    (x, x_scales), (y, y_scales) = (
-        jax.vmap(unit)(wide(z.reshape(z.shape[0], -1))[0]) for z in (x, y)
-    )
+    (x, x_scales), (y, y_scales) = (jax.vmap(unit)(wide(z.reshape(z.shape[0], -1))) for z in (x, y))
     return jnp.dot(x, y.conj().T).real * x_scales[:, None] * y_scales[None]
 
 

@@ -13,8 +13,13 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def wide(*arrays):
-    """In one dtype of at least float32, in which sums of many products are exact enough."""
+def wide(x):
+    """x in at least float32, in which sums of many products are exact enough."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def wide_together(*arrays):
+    """The arrays in one dtype of at least float32."""
     dtype = functools.reduce(jnp.promote_types, [x.dtype for x in arrays], jnp.float32)
     return tuple(x.astype(dtype) for x in arrays)
 
@@ -60,7 +65,7 @@ def unit(x):
 
 def norm_of(x, axes=None):
     """|x|, real, at least float32, over some axes or all; no square over- or underflows."""
-    x = wide(x)[0]
+    x = wide(x)
     scale = power_of_two(largest(x, axes))
     norm = jnp.sqrt(jnp.sum(square(divided(x, scale)), axes))
     return norm * lax.reshape(scale, norm.shape)

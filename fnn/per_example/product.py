@@ -11,7 +11,15 @@ import jax.numpy as jnp
 
 from fnn.per_example.layout import Layout
 from fnn.per_example.measured import Measured
-from fnn.per_example.precision import divided, largest, norm_of, power_of_two, root, vdot, wide
+from fnn.per_example.precision import (
+    divided,
+    largest,
+    norm_of,
+    power_of_two,
+    root,
+    vdot,
+    wide_together,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -31,7 +39,7 @@ class Product:
 
     def form(self):
         """The product, (stack, out, in)."""
-        a, g = wide(self.a, self.g)
+        a, g = wide_together(self.a, self.g)
         if a.shape[-2] == 1:
             return g[:, 0, :, None] * a[:, 0, None, :]
         return jnp.einsum("spo,spi->soi", g, a)
@@ -42,7 +50,7 @@ class Product:
 
     def normalised(self) -> tuple[Product, Any]:
         """(the same over c, c) with factors near one, so that no product leaves the range."""
-        a, g = wide(self.a, self.g)
+        a, g = wide_together(self.a, self.g)
         a_sizes, g_sizes = (power_of_two(largest(x, (-1,))) for x in (a, g))
         sizes = a_sizes * g_sizes
         scale = jnp.max(sizes, initial=0.0)
@@ -51,7 +59,7 @@ class Product:
 
     def measured(self) -> Measured:
         """|Gᵀ A|: |g| |a| for one position, ⟨A Aᵀ, G Gᵀ⟩ or the formed product for several."""
-        a, g = wide(self.a, self.g)
+        a, g = wide_together(self.a, self.g)
         a_norms, g_norms = norm_of(a, (-1,)), norm_of(g, (-1,))
         length = norm_of(a_norms * g_norms)
         if self.positions == 1:
@@ -73,7 +81,7 @@ class Product:
 
     def dot(self, w):
         """Re⟨gradient, w⟩ for an array of the parameter's shape."""
-        a, g = wide(self.a, self.g)
+        a, g = wide_together(self.a, self.g)
         w = self.layout.from_parameter(w)
         (_, out, ins) = self.layout.sizes
         if ins <= out:
@@ -85,7 +93,7 @@ class Product:
         owner = self.layout.owner(0)
         if owner is None or owner[0] == "stack" or len(getattr(self.layout, owner[0])) != 1:
             return None
-        a, g = wide(self.a, self.g)
+        a, g = wide_together(self.a, self.g)
         if owner[0] == "out":
             picked = jnp.einsum("spn,spi->nsi", g[..., index], a)
         else:

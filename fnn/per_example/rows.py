@@ -31,7 +31,7 @@ class Rows:
     def form(self):
         """The gradient, (1, table's rows, row)."""
         (_, size, _) = self.layout.sizes
-        (g,) = wide(self.g)
+        g = wide(self.g)
         return jnp.zeros((size, g.shape[-1]), g.dtype).at[self.index].add(g[0], mode="drop")[None]
 
     def materialize(self):
@@ -40,7 +40,7 @@ class Rows:
 
     def once(self) -> Rows:
         """The same with each row mentioned once: its sum stands where it came first."""
-        (g,) = wide(self.g)
+        g = wide(self.g)
         (_, size, _) = self.layout.sizes
         (p,) = self.index.shape
         if p == 1:
@@ -61,7 +61,7 @@ class Rows:
 
     def normalised(self) -> tuple[Rows, Any]:
         """(the same over c, c) with entries near one."""
-        g, scale = unit(wide(self.g)[0])
+        g, scale = unit(wide(self.g))
         return dataclasses.replace(self, g=g), scale
 
     def measured(self) -> Measured:
@@ -70,13 +70,13 @@ class Rows:
         norm = norm_of(once)
         if self.positions == 1:
             return Measured(norm, norm)
-        rows = norm_of(wide(self.g)[0], (-1,))[..., None]
+        rows = norm_of(wide(self.g), (-1,))[..., None]
         return Measured(norm, norm_of(dataclasses.replace(self, g=rows).once().g))
 
     def dot(self, w):
         """Re⟨gradient, w⟩ for an array of the parameter's shape."""
         w = self.layout.from_parameter(w)[0]
-        (g,) = wide(self.g)
+        g = wide(self.g)
         return vdot(g[0], w.at[self.index].get(mode="fill", fill_value=0))
 
     def rows(self, index):

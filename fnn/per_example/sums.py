@@ -23,7 +23,7 @@ def weighted_sum(term: Term, weights):
     if isinstance(term, Dense):
         if weights is None:
             return jnp.sum(term.value, axis=0)
-        (value,) = wide(term.value)
+        value = wide(term.value)
         return jnp.tensordot(weights.astype(value.dtype), value, axes=(0, 0))
     one = (term if weights is None else scaled(term, weights)).as_one()
     return one.by_pullback() if isinstance(one, Convolution) else one.materialize()
@@ -33,7 +33,7 @@ def scaled(term: AnyTerm, factors) -> AnyTerm:
     """cₙ gradientₙ, for factors c (batch,). In half precision a rounded factor might let a clipped
     gradient grow beyond its limit: the result has at least float32."""
     name = "value" if isinstance(term, Dense) else "g"
-    (g,) = wide(getattr(term, name))
+    g = wide(getattr(term, name))
     c = lax.expand_dims(factors.astype(g.dtype), range(1, g.ndim))
     return dataclasses.replace(term, **{name: g * c})
 
@@ -51,4 +51,4 @@ def kept(term: Term, which):
 
 def weighted_sums(terms: Sequence[Term], weights):
     """Σₙ cₙ gradientₙ of all terms together, in at least float32."""
-    return functools.reduce(jnp.add, [wide(weighted_sum(t, weights))[0] for t in terms])
+    return functools.reduce(jnp.add, [wide(weighted_sum(t, weights)) for t in terms])

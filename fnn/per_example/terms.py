@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from fnn.per_example.convolution import Convolution
 from fnn.per_example.measured import Measured
-from fnn.per_example.precision import norm_of, unit, vdot, wide
+from fnn.per_example.precision import norm_of, unit, vdot, wide, wide_together
 from fnn.per_example.product import Product
 from fnn.per_example.rows import Rows
 
@@ -49,7 +49,7 @@ class Dense:
 
     def normalised(self) -> tuple[Dense, Any]:
         """(the same over c, c) with entries near one."""
-        value, scale = unit(wide(self.value)[0])
+        value, scale = unit(wide(self.value))
         return dataclasses.replace(self, value=value), scale
 
     def measured(self) -> Measured:
@@ -59,7 +59,7 @@ class Dense:
 
     def dot(self, w):
         """Re⟨gradient, w⟩ for an array of the parameter's shape."""
-        return vdot(*wide(self.value, w))
+        return vdot(*wide_together(self.value, w))
 
     def rows(self, index):
         """The gradient's rows at `index`; zeros out of bounds."""
@@ -99,7 +99,7 @@ def materialized(terms: Sequence[Term]):
 
 def as_wide(terms: Sequence[Term]) -> list[Term]:
     """Terms whose materialised gradients have at least float32."""
-    return [Dense(wide(t.value)[0], t.why) if isinstance(t, Dense) else t for t in terms]
+    return [Dense(wide(t.value), t.why) if isinstance(t, Dense) else t for t in terms]
 
 
 def one_of(term: Term) -> Term:
