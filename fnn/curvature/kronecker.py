@@ -177,6 +177,7 @@ def factors_of(own: SqrtGGN, size: int, kind: str, largest_block: int) -> Factor
     if math.prod(own.shape) == 0:
         return Diagonal(jnp.zeros(own.shape, jnp.promote_types(own.dtype, jnp.float32)), own.shape)
     term: Term | None
+    axes: Any
     term, axes = (own.terms[0], own.axes[0]) if len(own.terms) == 1 else (None, None)
     if isinstance(term, Convolution):
         term, axes = _as_product(term, axes)
