@@ -194,8 +194,8 @@ def _cond_forward(rule_of, equation, needed, ins, opaque):
     """
     index, *operands = ins
     branches = [close(b) for b in equation.params["branches"]]
-    cotangents = _cond_cotangents(branches, needed[1:])
-    cuts = [partially_evaluate(b, needed[1:], rule_of, cotangents) for b in branches]
+    has_cotangent = _cond_cotangents(branches, needed[1:])
+    cuts = [partially_evaluate(b, needed[1:], rule_of, has_cotangent) for b in branches]
     types = [[_slot(c.joint.avals[i]) for i in c.residuals if i not in c.ins] for c in cuts]
     slots = _shared_slots(types)
 
@@ -212,7 +212,7 @@ def _cond_forward(rule_of, equation, needed, ins, opaque):
 
     places = [_places(own, slots) for own in types]
     outs, filled = _switch(equation, index, list(map(taken, cuts, places)), operands)
-    return outs, (index, operands, cuts, places, filled, cotangents)
+    return outs, (index, operands, cuts, places, filled, has_cotangent)
 
 
 def _cond_backward(equation, needed, saved, g, opaque):
