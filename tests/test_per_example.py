@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from sweeps import sweep
 
 import fnn.per_example as pe
-from fnn.per_example.differentiate import factored, keys_of
+from fnn.per_example.differentiate import factored
+from fnn.per_example.inputs import keys_of
 
 HASTILY = {"xla_backend_optimization_level": 0}
 

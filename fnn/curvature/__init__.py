@@ -3,11 +3,11 @@
 All take `model(params, input)`, the outputs of one example, and `loss(outputs, target)`, its
 loss, and return a function of `(params, (inputs, targets))`. All are of the mean loss.
 
-What is known of a loss's Hessian by the outputs is seen in its program: write it with fnn.ops'
-squared_error, softmax_cross_entropy, sigmoid_binary_cross_entropy, multiclass_hinge, huber or
-gaussian_nll. Weights, masks, means over words and slices of the outputs may stand around it. Any
-other loss is differentiated twice, a matrix of the outputs' size for each example (not so for
-the products, where its program shows that it is convex).
+A loss's Hessian with respect to the outputs is known in closed form where its program shows one
+of fnn.ops' squared_error, softmax_cross_entropy, sigmoid_binary_cross_entropy, multiclass_hinge,
+huber or gaussian_nll. Weights, masks, means over words and slices of the outputs may stand around
+it. Any other loss is differentiated twice, a matrix of the outputs' size for each example (not so
+for the products, where its program shows that it is convex).
 
 A loss that isn't convex in the outputs, as the Gaussian's with a variance among them, has a
 Hessian H with eigenvalues below zero. The generalised Gauss-Newton matrix here is then that of
@@ -28,6 +28,22 @@ ggn_diagonal, hessian_diagonal, ggn_trace     diagonals
 ggn_gram, ntk                                 all pairs of examples
 kronecker_factors                             KFAC's and KFLR's factors
 kfac, natural_gradient                        optimisers
+
+Each module imports only from those above it:
+
+    checks           what the functions here ask of their arguments
+    linearize        J v and Jᵀ u at a point
+    convex           whether a loss is convex, seen in its program
+    known_losses     the Hessians of fnn's losses with respect to the outputs, in closed form
+    composition      losses made of a known one
+    output_hessian   the Hessian of any loss with respect to the outputs, and its square root
+    sqrt_ggn         the reverse sweep from columns of that root
+    ggn              diagonal, trace, Gram matrix, NTK
+    operators        linear operators, eigenpairs, the natural gradient
+    piecewise_linear whether a network is linear in pieces
+    exact_diagonal   the Hessian's diagonal
+    kronecker        Kronecker factors
+    kfac_optimizer   KFAC
 """
 
 from fnn.curvature.exact_diagonal import hessian_diagonal

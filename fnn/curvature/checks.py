@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from fnn import arguments
 from fnn.batch import batch_size
-from fnn.per_example.differentiate import parameters
+from fnn.per_example.inputs import parameters
 
 
 def check_model(where: str, model: Any) -> Callable:

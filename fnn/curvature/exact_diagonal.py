@@ -1,7 +1,7 @@
 """The Hessian's diagonal, weight by weight through the layer that it makes.
 
-The second derivatives by a weight W that is used once, in y = W a, are those by y, seen through
-a: with one position
+A weight W that is used once, in y = W a, moves the loss through y alone. So the second derivatives
+with respect to W follow from those with respect to y; with one position
 
     ∂²L/∂Wₒᵢ² = Σₙ ∂²Lₙ/∂yₒ² aᵢ².
 
@@ -15,8 +15,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -34,7 +34,7 @@ from fnn.curvature.sqrt_ggn import one_array
 from fnn.eager import apply_all, once
 from fnn.jaxpr import Program, program, trace
 from fnn.meshes import specs_of, with_auto_axes
-from fnn.per_example.differentiate import parameters
+from fnn.per_example.inputs import parameters
 from fnn.per_example.meetings import MEETINGS
 from fnn.per_example.passages import PASSAGES
 from fnn.per_example.terms import Convolution, Product
@@ -44,10 +44,10 @@ def hessian_diagonal(model: Callable, loss: Callable, *, chunk: int = 16) -> Cal
     """The diagonal of the mean loss's Hessian, exactly.
 
     In a network of matrix products, convolutions and piecewise linear functions (ReLU, max),
-    each weight used once, the outputs are linear in each weight by itself, and the Hessian's
-    diagonal is the GGN's: one sweep. In any other network a weight that is used once, in a
-    matrix product or convolution, takes one Hessian product for each of its layer's outputs;
-    and any other parameter one for each of its entries.
+    each weight used once, the outputs are piecewise linear in each weight while the others are
+    fixed, and the Hessian's diagonal is the GGN's: one sweep. In any other network a weight that
+    is used once, in a matrix product or convolution, takes one Hessian product for each of its
+    layer's outputs; and any other parameter one for each of its entries.
 
     Args:
         model, loss: as for `ggn_diagonal`; here the loss needn't be convex.
@@ -63,7 +63,7 @@ def hessian_diagonal(model: Callable, loss: Callable, *, chunk: int = 16) -> Cal
     check_loss("hessian_diagonal", loss)
     chunk = arguments.integer("hessian_diagonal", "chunk", chunk, least=1)
 
-    def of_batch(params: Any, batch: Any) -> Any:
+    def of_batch(params: chex.ArrayTree, batch: chex.ArrayTree) -> chex.ArrayTree:
         params, inputs, targets, size = checked("hessian_diagonal", params, batch)
         batch = inputs, targets
 
@@ -195,7 +195,7 @@ def _bias(flat: Program, y: int, users, count: int) -> int | None:
 def _through(
     layer: _Layer, flat: Program, leaves: Sequence, examples: Sequence, size: int, chunk: int
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The diagonals for the layer's weight and bias, by the second derivatives by its y."""
+    """The diagonals for the layer's weight and bias, from the second derivatives in its y."""
     equation = flat.equations[layer.at]
     (y,) = equation.outs
     start = lambda example: dict(enumerate(flat.values([*leaves, *example])))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -29,7 +30,7 @@ def ggn_diagonal(
     model: Callable,
     loss: Callable,
     *,
-    key: Any = None,
+    key: chex.PRNGKey | None = None,
     samples: int = 0,
     part: str = "positive",
 ) -> Callable:
@@ -54,7 +55,7 @@ def ggn_diagonal(
     """
     _check("ggn_diagonal", model, loss, key, samples, part)
 
-    def of_batch(params: Any, batch: Any) -> Any:
+    def of_batch(params: chex.ArrayTree, batch: chex.ArrayTree) -> chex.ArrayTree:
         params, *batch, size = checked("ggn_diagonal", params, batch)
 
         def of_parameter(own):
@@ -74,7 +75,7 @@ def ggn_trace(
     model: Callable,
     loss: Callable,
     *,
-    key: Any = None,
+    key: chex.PRNGKey | None = None,
     samples: int = 0,
     part: str = "positive",
 ) -> Callable:
@@ -85,7 +86,7 @@ def ggn_trace(
     """
     _check("ggn_trace", model, loss, key, samples, part)
 
-    def of_batch(params: Any, batch: Any) -> jax.Array:
+    def of_batch(params: chex.ArrayTree, batch: chex.ArrayTree) -> jax.Array:
         params, *batch, size = checked("ggn_trace", params, batch)
 
         def trace(params, batch):
@@ -145,7 +146,9 @@ def ggn_gram(model: Callable, loss: Callable) -> Callable:
     check_model("ggn_gram", model)
     check_loss("ggn_gram", loss)
 
-    def of_batch(params: Any, batch: Any, other: Any = None) -> jax.Array:
+    def of_batch(
+        params: chex.ArrayTree, batch: chex.ArrayTree, other: chex.ArrayTree | None = None
+    ) -> jax.Array:
         params, *batch, size = checked("ggn_gram", params, batch)
         other_size = size
         if other is not None:
@@ -173,7 +176,9 @@ def ntk(model: Callable) -> Callable:
     """
     check_model("ntk", model)
 
-    def of_inputs(params: Any, inputs: Any, others: Any = None) -> jax.Array:
+    def of_inputs(
+        params: chex.ArrayTree, inputs: chex.ArrayTree, others: chex.ArrayTree | None = None
+    ) -> jax.Array:
         params = checked_params("ntk", params)
 
         def sweep(params, x):

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,7 +20,7 @@ from fnn.curvature.linearize import linearized
 from fnn.curvature.sqrt_ggn import one_array
 from fnn.eager import once
 from fnn.meshes import specs_of, with_auto_axes
-from fnn.per_example.differentiate import parameters
+from fnn.per_example.inputs import parameters
 
 
 class KFACState(NamedTuple):
@@ -37,22 +38,22 @@ class KFACState(NamedTuple):
     weight, damping and ratio are in the widest of the parameters' dtypes, float32 at least.
     """
 
-    count: jax.Array  # type: ignore[assignment]  # a tuple has a method of that name
-    key: jax.Array
+    count: chex.Array
+    key: chex.PRNGKey
     factors: Any
-    weight: jax.Array
+    weight: chex.Array
     inverses: Any
-    damping: jax.Array
-    velocity: Any
-    ratio: jax.Array
+    damping: chex.Array
+    velocity: chex.ArrayTree
+    ratio: chex.Array
 
 
 def kfac(
     model: Callable,
     loss: Callable,
-    example_batch: Any,
+    example_batch: chex.ArrayTree,
     *,
-    learning_rate: float | Callable | None = None,
+    learning_rate: chex.Numeric | Callable | None = None,
     momentum: float | None = None,
     damping: float = 1e-1,
     adapt_damping_every: int = 5,
@@ -66,7 +67,7 @@ def kfac(
     l2: float = 0.0,
     kind: str = "expand",
     samples: int = 1,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """KFAC (Martens & Grosse 2015), for any network.
 

@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -109,7 +110,7 @@ def kronecker_factors(
     loss: Callable,
     *,
     kind: str = "expand",
-    key: Any = None,
+    key: chex.PRNGKey | None = None,
     samples: int = 0,
     empirical: bool = False,
     largest_block: int = 1024,
@@ -118,8 +119,8 @@ def kronecker_factors(
 
     Args:
         model: `model(params, input)`, the outputs of one example, an array.
-        loss: `loss(outputs, target)`, the loss of one example; of its Hessian by the outputs
-            the positive part (see `fnn.curvature`).
+        loss: `loss(outputs, target)`, the loss of one example; of its Hessian with respect to
+            the outputs the positive part (see `fnn.curvature`).
         kind: "expand" or "reduce", for weights used at several positions.
         key, samples: with samples > 0, labels drawn from the network's distribution (KFAC); else
             all columns of the loss's Hessian (KFLR, Botev et al. 2017).
@@ -142,12 +143,17 @@ def kronecker_factors(
         raise ValueError(
             "kronecker_factors: the empirical Fisher takes the data's labels: no samples."
         )
-    options = {"kind": kind, "key": key, "samples": samples, "largest_block": largest_block}
+    options: dict[str, Any] = {
+        "kind": kind,
+        "key": key,
+        "samples": samples,
+        "largest_block": largest_block,
+    }
     if empirical:
         options["seeds"] = lambda z, t: grad(lambda z: loss(z, t))(z)[None]
     part = "fisher" if samples else "positive"
 
-    def of_batch(params: Any, batch: Any) -> Any:
+    def of_batch(params: chex.ArrayTree, batch: chex.ArrayTree) -> Any:
         params, *batch, _ = checked("kronecker_factors", params, batch)
         of = lambda params, batch: factors(model, loss, params, batch, part=part, **options)
         return with_auto_axes(of, (params, batch))
@@ -158,8 +164,8 @@ def kronecker_factors(
 def factors(
     model: Callable,
     loss: Callable,
-    params: Any,
-    batch: Any,
+    params: chex.ArrayTree,
+    batch: chex.ArrayTree,
     *,
     kind: str,
     part: str,

@@ -1,7 +1,7 @@
 """Curvature matrices as linear operators: products with vectors, never the matrix.
 
-All are matrices of the MEAN loss over the batch, by the parameters; a vector is a tree like
-them.
+All are of the MEAN loss over the batch, with a row and a column for each number in the parameters;
+a vector is a tree like them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -45,17 +46,17 @@ class LinearOperator:
     A product has the parameters' structure, shapes and dtypes, as v must have.
     """
 
-    product: Callable[[Any], Any]
-    like: Any
+    product: Callable[[chex.ArrayTree], chex.ArrayTree]
+    like: chex.ArrayTree
     name: str
     is_positive: bool = True
 
-    def __call__(self, v: Any) -> Any:
+    def __call__(self, v: chex.ArrayTree) -> chex.ArrayTree:
         return once(self.product)(check_like(self.name, "the vector", v, self.like))
 
     __matmul__ = __call__
 
-    def damped(self, damping: float) -> LinearOperator:
+    def damped(self, damping: chex.Numeric) -> LinearOperator:
         """A + damping · I."""
         arguments.number("damped", "damping", damping)
 
@@ -118,11 +119,11 @@ class _Flat:
 def ggn_vector_product(model: Callable, loss: Callable, *, part: str = "positive") -> Callable:
     """The generalised Gauss-Newton matrix, (1/N) Σₙ JₙᵀHₙJₙ, as an operator.
 
-    J is the Jacobian of the outputs by the parameters, H the Hessian of the loss by the outputs
-    (Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent",
-    2002). The network is linearised once, when the operator is made; one product then is J, H,
-    and J transposed. A network that calls a `jax.custom_vjp`, which has no forward mode, is
-    gone through backwards twice instead.
+    J is the Jacobian of the outputs with respect to the parameters, H the Hessian of the loss with
+    respect to the outputs (Schraudolph, "Fast curvature matrix-vector products for second-order
+    gradient descent", 2002). The network is linearised once, when the operator is made; one
+    product then is J, H, and J transposed. A network that calls a `jax.custom_vjp`, which has no
+    forward mode, is gone through backwards twice instead.
 
     Args:
         model: `model(params, input)`, the outputs of one example, an array.
@@ -141,7 +142,7 @@ def ggn_vector_product(model: Callable, loss: Callable, *, part: str = "positive
     check_loss("ggn_vector_product", loss)
     check_part("ggn_vector_product", part)
 
-    def make(params: Any, batch: Any) -> LinearOperator:
+    def make(params: chex.ArrayTree, batch: chex.ArrayTree) -> LinearOperator:
         params, inputs, targets, size = checked("ggn_vector_product", params, batch)
         product = _ggn_product(model, loss, params, inputs, targets, size, part)
         return LinearOperator(product, params, "GGN", part == "positive")
@@ -164,7 +165,7 @@ def hessian_vector_product(model: Callable, loss: Callable) -> Callable:
     check_model("hessian_vector_product", model)
     check_loss("hessian_vector_product", loss)
 
-    def make(params: Any, batch: Any) -> LinearOperator:
+    def make(params: chex.ArrayTree, batch: chex.ArrayTree) -> LinearOperator:
         params, inputs, targets, _ = checked("hessian_vector_product", params, batch)
         gradient = grad(mean_loss(model, loss, inputs, targets))
 
@@ -190,7 +191,7 @@ def mean_loss(model, loss, inputs, targets) -> Callable:
 
 
 def fisher_vector_product(
-    model: Callable, loss: Callable, *, key: Any = None, samples: int = 0
+    model: Callable, loss: Callable, *, key: chex.PRNGKey | None = None, samples: int = 0
 ) -> Callable:
     """The Fisher matrix (1/N) Σₙ E[∇ log p(t|z) ∇ log p(t|z)ᵀ] as an operator.
 
@@ -211,7 +212,7 @@ def fisher_vector_product(
     check_loss(where, loss)
     check_samples(where, key, samples)
 
-    def make(params: Any, batch: Any) -> LinearOperator:
+    def make(params: chex.ArrayTree, batch: chex.ArrayTree) -> LinearOperator:
         params, inputs, targets, size = checked(where, params, batch)
         if not _is_likelihood(model, loss, params, inputs, targets):
             raise ValueError(
@@ -250,7 +251,7 @@ def empirical_fisher(model: Callable, loss: Callable) -> Callable:
     check_model("empirical_fisher", model)
     check_loss("empirical_fisher", loss)
 
-    def make(params: Any, batch: Any) -> LinearOperator:
+    def make(params: chex.ArrayTree, batch: chex.ArrayTree) -> LinearOperator:
         params, inputs, targets, size = checked("empirical_fisher", params, batch)
         whole = lambda p, example: loss(model(p, example[0]), example[1])
         gradients = lambda params, batch: per_example.grads(whole)(params, batch)[1]
@@ -271,8 +272,8 @@ def _outer_products(gradients, params, batch, size, name) -> LinearOperator:
 
 
 def eigenpairs(
-    operator: LinearOperator, k: int, key: jax.Array, *, steps: int | None = None
-) -> tuple[jax.Array, Any]:
+    operator: LinearOperator, k: int, key: chex.PRNGKey, *, steps: int | None = None
+) -> tuple[jax.Array, chex.ArrayTree]:
     """The k largest eigenvalues of an operator and their eigenvectors, by Lanczos' method.
 
     With full reorthogonalisation (Golub & Van Loan, "Matrix computations", section 10.1). The
@@ -355,9 +356,9 @@ def natural_gradient(
     model: Callable,
     loss: Callable,
     *,
-    damping: float = 1e-3,
+    damping: chex.Numeric = 1e-3,
     max_iterations: int = 50,
-    tolerance: float = 1e-5,
+    tolerance: chex.Numeric = 1e-5,
 ) -> Callable:
     """The natural gradient (F + damping · I)⁻¹ ∇L, by conjugate gradients.
 
@@ -387,7 +388,7 @@ def natural_gradient(
     arguments.integer(where, "max_iterations", max_iterations, least=1)
     arguments.number(where, "tolerance", tolerance, least=0)
 
-    def of_batch(params: Any, batch: Any) -> tuple[jax.Array, Any]:
+    def of_batch(params: chex.ArrayTree, batch: chex.ArrayTree) -> tuple[jax.Array, chex.ArrayTree]:
         params, inputs, targets, size = checked(where, params, batch)
         value, gradient = value_and_grad(mean_loss(model, loss, inputs, targets))(params)
         curved = _ggn_product(model, loss, params, inputs, targets, size, "fisher")

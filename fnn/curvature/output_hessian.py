@@ -34,7 +34,10 @@ from fnn.per_example.precision import wide
 
 
 class OutputHessian(Protocol):
-    """The Hessian of `loss(z, target)` by z, for one example; `part` is of the forms above."""
+    """The Hessian of one example's `loss(z, target)` with respect to z.
+
+    part: which of the three forms above.
+    """
 
     def product(self, u, part: str = "positive") -> jax.Array:
         """H u, in z's dtype."""
@@ -59,7 +62,7 @@ class OutputHessian(Protocol):
 
 
 def of(loss: Callable, z, target) -> OutputHessian:
-    """What is known of `loss(z, target)`; found by autodiff if nothing is."""
+    """What is known of `loss(z, target)`; found by differentiating twice if nothing is."""
     check_loss(loss, z, target)
     return composition(loss, z, target) or _ByAutodiff(loss, z, target)
 

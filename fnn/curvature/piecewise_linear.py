@@ -12,7 +12,7 @@ from fnn.batch import example_types
 from fnn.eager import apply
 from fnn.jaxpr import inner_jaxprs, program, trace
 from fnn.operation import call_of
-from fnn.per_example.differentiate import parameters
+from fnn.per_example.inputs import parameters
 
 # Linear, or linear in pieces, in all their inputs together.
 _LINEAR = {

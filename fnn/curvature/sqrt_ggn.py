@@ -1,9 +1,9 @@
 """The reverse sweep started from columns of the output Hessian's root, not from a gradient.
 
-Where backpropagation takes the loss's gradient by the outputs back to the parameters, this takes
-the columns of S back, H = S Sᵀ: what arrives, Jᵀ S, has (Jᵀ S)(Jᵀ S)ᵀ = Jᵀ H J, the generalised
-Gauss-Newton matrix (Schraudolph 2002; Dangel et al. 2020). The parameters' gradients are kept
-factored, with the input A once and G for each column.
+Where backpropagation takes the loss's gradient with respect to the outputs back to the
+parameters, this takes back the columns of S, H = S Sᵀ. What arrives is Jᵀ S, a square root of the
+generalised Gauss-Newton matrix: (Jᵀ S)(Jᵀ S)ᵀ = Jᵀ H J (Schraudolph 2002; Dangel et al. 2020). It
+is kept factored, with the input A once and G for each column.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -22,13 +23,10 @@ from fnn.batch import batch_size
 from fnn.curvature import output_hessian
 from fnn.curvature.checks import pair
 from fnn.eager import apply_all
-from fnn.per_example.differentiate import (
-    leaf_gradient,
-    parameters,
-    partial_evaluation_of_example,
-)
+from fnn.per_example.differentiate import leaf_gradient, partial_evaluation_of_example
 from fnn.per_example.exact_norms import measured, sums_products
 from fnn.per_example.gradient import FactoredGradient
+from fnn.per_example.inputs import parameters
 from fnn.per_example.moments import sum_over_parts
 from fnn.per_example.precision import square, wide, wide_together
 from fnn.per_example.sums import weighted_sum
@@ -105,10 +103,10 @@ class SqrtGGN:
 def sqrt_ggn(
     model: Callable,
     loss: Callable | None,
-    params: Any,
-    batch: Any,
+    params: chex.ArrayTree,
+    batch: chex.ArrayTree,
     *,
-    key=None,
+    key: chex.PRNGKey | None = None,
     samples: int = 0,
     seeds: Callable | None = None,
     part: str = "positive",
@@ -166,7 +164,7 @@ def sqrt_ggn(
 def _swept_back(
     cut: PartialEvaluation, ins: list, residuals: list, s
 ) -> tuple[list[Terms], list[Terms]]:
-    """The gradients Jᵀ s of each parameter for all columns s, and by column which arrays differ.
+    """The gradients Jᵀ s of each parameter for all columns s, and which arrays differ by column.
 
     What doesn't depend on the column, the inputs A above all, is made and kept once.
 

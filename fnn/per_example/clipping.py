@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy
@@ -19,13 +20,8 @@ from fnn.batch import batch_size
 from fnn.eager import once
 from fnn.meshes import batch_spec, specs_of, with_auto_axes
 from fnn.per_example import quantities
-from fnn.per_example.differentiate import (
-    factored,
-    join_static,
-    keys_of,
-    parameters,
-    split_static,
-)
+from fnn.per_example.differentiate import factored
+from fnn.per_example.inputs import join_static, keys_of, parameters, split_static
 
 _WHERE = "per_example.clipped_grad"
 _ALL = ""  # the one group where none are given
@@ -43,19 +39,19 @@ class Clipped(NamedTuple):
     aux: the loss's auxiliary data, None without.
     """
 
-    losses: jax.Array
-    gradient: Any
+    losses: chex.Array
+    gradient: chex.ArrayTree
     norms: Any
     aux: Any
 
 
 def clipped_grad(
     loss: Callable,
-    clip_norm: float | Mapping[str, float],
+    clip_norm: chex.Numeric | Mapping[str, chex.Numeric],
     *,
     groups: Groups = None,
     has_aux: bool = False,
-    noise_multiplier: float = 0.0,
+    noise_multiplier: chex.Numeric = 0.0,
     microbatch_size: int | None = None,
     sweeps: int | None = None,
     nan_safe: bool = False,
@@ -127,12 +123,12 @@ def clipped_grad(
         )
 
     def of_batch(
-        params: Any,
-        batch: Any,
-        key: Any = None,
+        params: chex.ArrayTree,
+        batch: chex.ArrayTree,
+        key: chex.PRNGKey | None = None,
         *,
-        noise_key: Any = None,
-        mask: jax.Array | None = None,
+        noise_key: chex.PRNGKey | None = None,
+        mask: chex.Array | None = None,
         **static: Any,
     ) -> Clipped:
         size = batch_size(batch)

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -13,27 +14,21 @@ from fnn import arguments
 from fnn.backprop.partial_evaluation import PartialEvaluation, partially_evaluate
 from fnn.backprop.primitives import rule_of
 from fnn.batch import batch_size
-from fnn.jaxpr import Program, inner_jaxprs, is_inexact, program, trace
+from fnn.jaxpr import program
 from fnn.meshes import as_varying, batch_spec, with_auto_axes, zeros
 from fnn.per_example.factors import factored_gradients
 from fnn.per_example.gradient import FactoredGradient
-from fnn.per_example.sides import CONSTANT, EXAMPLE, PARAMETERS, sides
-from fnn.per_example.terms import Dense, Term, Terms, economical, merged
-
-# What makes one device's, or one example's, value depend on others'.
-COLLECTIVES = (
-    "psum",
-    "psum_invariant",
-    "pmax",
-    "pmin",
-    "all_gather",
-    "all_to_all",
-    "ppermute",
-    "reduce_scatter",
-    "all_gather_invariant",
-    "psum2",
-    "pbroadcast_invariant",
+from fnn.per_example.independence import check_independent, traced
+from fnn.per_example.inputs import (
+    join_static,
+    keys_of,
+    parameters,
+    real_scalar,
+    split_static,
+    value_and_aux,
 )
+from fnn.per_example.sides import EXAMPLE, PARAMETERS
+from fnn.per_example.terms import Dense, Term, Terms, economical, merged
 
 
 def grads(loss: Callable, *, has_aux: bool = False) -> Callable:
@@ -78,7 +73,12 @@ def grads(loss: Callable, *, has_aux: bool = False) -> Callable:
     arguments.function("per_example.grads", "loss", loss, "a function loss(params, example)")
     arguments.flag("per_example.grads", "has_aux", has_aux)
 
-    def of_batch(params: Any, batch: Any, key: Any = None, **static: Any) -> tuple[Any, Any]:
+    def of_batch(
+        params: chex.ArrayTree,
+        batch: chex.ArrayTree,
+        key: chex.PRNGKey | None = None,
+        **static: Any,
+    ) -> tuple[Any, Any]:
         size = batch_size(batch)
         keys = keys_of(key, size)
         parameters(params)
@@ -97,7 +97,7 @@ def grads(loss: Callable, *, has_aux: bool = False) -> Callable:
 
 def factored(
     loss: Callable,
-    params: Any,
+    params: chex.ArrayTree,
     inputs: tuple,
     static: dict,
     *,
@@ -119,9 +119,9 @@ def factored(
         own = jax.tree.unflatten(example_tree, args[len(leaves) :])
         with arguments.one_example(loss, own[0]):
             out = loss(here, *own, **static)
-        value, aux = _value_and_aux(out, has_aux)
+        value, aux = value_and_aux(out, has_aux)
         aux_leaves, seen["aux"] = jax.tree.flatten(aux)
-        return [_scalar(value), *aux_leaves]
+        return [real_scalar(value), *aux_leaves]
 
     cut = partial_evaluation_of_example(flat, leaves, example)
     outs, residuals = cut.run_forward([*leaves, *example])
@@ -175,127 +175,3 @@ def leaf_gradient(gradient: Terms, path: str, leaf, thrifty: bool) -> FactoredGr
 
 def _numbers(term: Term) -> int:
     return sum(x.size for x in jax.tree.leaves(term))
-
-
-def parameters(params: Any) -> tuple[list[str], list[jax.Array], Any]:
-    """The paths and arrays of a tree of parameters, checked."""
-    arguments.no_result("fnn.per_example and fnn.curvature", "params", params)
-    with_paths, tree = jax.tree_util.tree_flatten_with_path(params)
-    paths = [jax.tree_util.keystr(path) for path, _ in with_paths]
-    if not paths:
-        raise ValueError(
-            f"params must be a tree with at least one array, but is {arguments.show(params)}."
-        )
-    leaves = []
-    for path, (_, leaf) in zip(paths, with_paths, strict=True):
-        where = path or "params"
-        try:
-            aval = jax.typeof(leaf)
-        except TypeError:
-            raise TypeError(
-                f"the parameter {where} is no array but {type(leaf).__name__}; separate what "
-                "isn't an array from the parameters (equinox.partition, nnx.split)."
-            ) from None
-        if not is_inexact(aval):
-            raise TypeError(
-                f"the parameter {where} has dtype {aval.dtype}, but gradients are by real or "
-                "complex parameters; pass integers with the batch or close over them."
-            )
-        leaves.append(leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf))
-    return paths, leaves, tree
-
-
-def split_static(static: dict) -> tuple[list, tuple]:
-    """Keyword arguments as their arrays, and all that they hold else."""
-    leaves, tree = jax.tree.flatten(static)
-    is_array = [isinstance(x, jax.Array) for x in leaves]
-    rest = [None if yes else x for x, yes in zip(leaves, is_array, strict=True)]
-    return [x for x, yes in zip(leaves, is_array, strict=True) if yes], (tree, is_array, rest)
-
-
-def join_static(arrays: list, rest: tuple) -> dict:
-    """The keyword arguments again."""
-    tree, is_array, others = rest
-    given = iter(arrays)
-    leaves = [next(given) if yes else x for x, yes in zip(others, is_array, strict=True)]
-    return jax.tree.unflatten(tree, leaves)
-
-
-def keys_of(key: Any, size: int) -> tuple:
-    """`()` without a key, else one key for each example."""
-    if key is None:
-        return ()
-    dtype = getattr(key, "dtype", None)
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not typed and dtype != jnp.uint32:
-        raise TypeError(
-            "key must be a key, such as jax.random.key(0), or one for each example, but got "
-            f"{arguments.show(key)}."
-        )
-    axes = jnp.ndim(key) - (0 if typed else 1)
-    if axes == 0:
-        return (jax.random.split(key, size),)
-    if axes != 1 or key.shape[0] != size:
-        raise ValueError(
-            f"key must be one key, or one for each of the {size} examples, but has shape "
-            f"{key.shape}."
-        )
-    return (key,)
-
-
-def traced(flat: Callable, args: list) -> Any:
-    """The jaxpr of one example's function; or the error that it depends on other examples."""
-    try:
-        return trace(flat, args)
-    except NameError as error:
-        if "axis name" not in str(error):
-            raise
-        raise ValueError(_DEPENDENT.format(what=f"a collective over an axis ({error})")) from error
-
-
-_DEPENDENT = (
-    "the loss of one example depends on other examples, by {what}: so it does with batch "
-    "normalisation over examples. Then there is no gradient of one example alone. Use statistics "
-    "that are held fixed (in evaluation mode), or layer or group normalisation."
-)
-
-
-def check_independent(flat: Program, kinds: list[int]) -> None:
-    """An error if what depends on the example goes into a collective, also inside loops."""
-    side = sides(flat, kinds)
-    for equation in flat.equations:
-        ins = [side[i] for i in equation.ins]
-        if equation.name in COLLECTIVES and EXAMPLE in ins:
-            raise ValueError(_DEPENDENT.format(what=equation.name))
-        for inner in inner_jaxprs(equation).values():
-            inner_flat = program(inner)
-            if len(inner_flat.inputs) <= len(ins):
-                # Those of a conditional's branches are the last.
-                kinds = ins[len(ins) - len(inner_flat.inputs) :]
-                check_independent(inner_flat, kinds if EXAMPLE in ins else [CONSTANT] * len(kinds))
-
-
-def _value_and_aux(out, has_aux):
-    if not has_aux:
-        return out, None
-    if not (isinstance(out, tuple) and len(out) == 2):
-        raise TypeError(
-            f"with has_aux=True the loss must return a pair (loss, auxiliary data), not {out!r}."
-        )
-    return out
-
-
-def _scalar(value):
-    try:
-        aval = jax.typeof(value)
-    except TypeError:
-        raise TypeError(
-            f"the loss must return a real scalar, but returned {type(value).__name__}; return "
-            "(loss, aux) and pass has_aux=True for more."
-        ) from None
-    if aval.shape != () or not jnp.issubdtype(aval.dtype, jnp.floating):
-        raise TypeError(
-            f"the loss of one example must be a real scalar, but has shape {aval.shape} and dtype "
-            f"{aval.dtype}. It is given one example, without the batch's axis."
-        )
-    return value

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -95,7 +96,7 @@ class FactoredGradient:
         """The gradient of the mean loss, of the parameter's shape and dtype."""
         return self.sum() / self.batch_size
 
-    def weighted_sum(self, weights: jax.Array | None) -> jax.Array:
+    def weighted_sum(self, weights: chex.Array | None) -> jax.Array:
         """Σₙ cₙ gₙ for weights c (batch,): one matrix product; shape and dtype the parameter's."""
         if weights is not None:
             weights = self._factors("weighted_sum", "weights", weights)
@@ -132,7 +133,7 @@ class FactoredGradient:
         positions = [one_of(t).positions for t in self.terms]
         return measured.rounding(sum(positions))
 
-    def scale(self, factor: Any) -> FactoredGradient:
+    def scale(self, factor: chex.Numeric) -> FactoredGradient:
         """cₙ gₙ, for a number or an array of shape (), c, or one for each example, (batch,).
 
         Multiplying the arrays of the tree (`jax.tree.map`) is something else: a gradient is a
@@ -164,7 +165,7 @@ class FactoredGradient:
         return FactoredGradient(terms, self.path, self.shape, self.dtype)
 
     @_of_examples
-    def keep(self, which: jax.Array) -> FactoredGradient:
+    def keep(self, which: chex.Array) -> FactoredGradient:
         """gₙ where (batch,) is True, and 0 elsewhere, whatever is there."""
         terms = [sums.kept(t, which) for t in self.terms]
         return FactoredGradient(terms, self.path, self.shape, self.dtype)
@@ -187,7 +188,7 @@ class FactoredGradient:
         terms = jax.vmap(merged)([*self.terms, *other.terms])
         return FactoredGradient(terms, self.path, self.shape, dtype)
 
-    def __mul__(self, factor: Any) -> FactoredGradient:
+    def __mul__(self, factor: chex.Numeric) -> FactoredGradient:
         return self.scale(factor)
 
     __rmul__ = __mul__
@@ -214,7 +215,7 @@ class FactoredGradient:
         is_diagonal = jnp.eye(self.batch_size, dtype=bool)
         return jnp.where(is_diagonal, self.squared_norms()[:, None], products)
 
-    def dot(self, tensor: jax.Array) -> jax.Array:
+    def dot(self, tensor: chex.Array) -> jax.Array:
         """Re⟨gₙ, tensor⟩, (batch,), for a tensor of the parameter's shape."""
         tensor = jnp.asarray(tensor)
         if tensor.shape != self.shape:

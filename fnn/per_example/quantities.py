@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -24,17 +25,17 @@ from fnn.per_example.sums import weighted_sums
 By = str | Callable[[str], str] | Mapping[str, Sequence[str]] | None
 
 
-def sum(grads: Any) -> Any:
+def sum(grads: Any) -> chex.ArrayTree:
     """Σₙ gₙ, the gradient of the sum of the losses: a tree like the parameters."""
     return _each(FactoredGradient.sum, grads)
 
 
-def mean(grads: Any) -> Any:
+def mean(grads: Any) -> chex.ArrayTree:
     """The gradient of the mean loss: a tree like the parameters."""
     return _each(FactoredGradient.mean, grads)
 
 
-def weighted_sum(grads: Any, weights: jax.Array) -> Any:
+def weighted_sum(grads: Any, weights: chex.Array) -> chex.ArrayTree:
     """Σₙ cₙ gₙ for weights c (batch,): a tree like the parameters.
 
     It costs one matrix product for each weight, as a gradient does.
@@ -164,7 +165,7 @@ def gram(grads: Any, others: Any = None) -> jax.Array:
     return _total([g.gram(h) for g, h in zip(leaves, others_leaves, strict=True)])
 
 
-def dot(grads: Any, tree: Any) -> jax.Array:
+def dot(grads: Any, tree: chex.ArrayTree) -> jax.Array:
     """⟨gₙ, tree⟩ for each example, (batch,): how its loss changes in a direction.
 
     Args:
@@ -180,7 +181,7 @@ def dot(grads: Any, tree: Any) -> jax.Array:
     return _total([g.dot(t) for g, t in zip(leaves, tensors, strict=True)])
 
 
-def second_moment(grads: Any) -> Any:
+def second_moment(grads: Any) -> chex.ArrayTree:
     """The mean over the examples of gₙ², entry by entry: a tree like the parameters.
 
     One position: (G²)ᵀ A² (Dangel et al. 2020, BackPACK).
@@ -188,7 +189,7 @@ def second_moment(grads: Any) -> Any:
     return _each(FactoredGradient.second_moment, grads)
 
 
-def variance(grads: Any) -> Any:
+def variance(grads: Any) -> chex.ArrayTree:
     """The mean of (gₙ − mean)², entry by entry: a tree like the parameters."""
     return _each(FactoredGradient.variance, grads)
 
@@ -200,8 +201,8 @@ class Noise(NamedTuple):
     signal: |G|², of the true gradient; it may come out negative where the noise hides it.
     """
 
-    variance: jax.Array
-    signal: jax.Array
+    variance: chex.Array
+    signal: chex.Array
 
 
 def noise(grads: Any) -> Noise:
@@ -249,7 +250,7 @@ def noise_scale(grads: Any) -> jax.Array:
     return found.variance / found.signal
 
 
-def scale(grads: Any, factor: Any) -> Any:
+def scale(grads: Any, factor: chex.Numeric) -> Any:
     """cₙ gₙ: the gradients times a number, or an array (batch,) of one for each example.
 
     Not `jax.tree.map(lambda x: c * x, grads)`: the tree's arrays are factors, of which each
@@ -266,7 +267,7 @@ def add(grads: Any, others: Any) -> Any:
     return jax.tree.unflatten(tree, [g.add(h) for g, h in zip(leaves, others_leaves, strict=True)])
 
 
-def materialize(grads: Any) -> Any:
+def materialize(grads: Any) -> chex.ArrayTree:
     """The gradients themselves: a tree of arrays (batch, *shape), as `vmap(grad)` returns."""
     return _each(FactoredGradient.materialize, grads)
 
