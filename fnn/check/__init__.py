@@ -13,7 +13,7 @@ agree on: they are found and named, and count neither for nor against the rule.
 How it is done. All numbers of the arguments that can move become one vector x, all of the
 result one vector y = f(x), and the checks are on
 
-* the gradient of wᵀf by x, for a random w: a number for every entry of the arguments;
+* the gradient of wᵀf with respect to x, for a random w: a number for every entry of the arguments;
 * the tangent f′(x) v, for a random direction v: a number for every entry of the result;
 * the product H v with the Hessian H of wᵀf, and the second tangent vᵀf″(x) v.
 
@@ -33,9 +33,10 @@ import jax
 import jax.numpy as jnp
 
 from fnn import arguments
-from fnn.check.checks import DTYPES, Inspection, Options
+from fnn.check.checks import Inspection, Options
 from fnn.check.derivatives import Programs
 from fnn.check.directions import Flat, flatten
+from fnn.check.point import DTYPES
 from fnn.check.report import Check, GradientError, Kink, Report
 from fnn.operation import Operation
 
@@ -69,8 +70,8 @@ def check_rule(
             refuses is skipped.
         order: of the highest derivative, 1 or 2.
         seed: of the random projections.
-        max_entries: with more entries than that, differences by single entries are taken at a
-            random sample of that many (and always where rule and autodiff differ most); along a
+        max_entries: with more entries than that, differences of single entries are taken for
+            a random sample of that many (and always where rule and autodiff differ most); along a
             random direction, they cover all of them.
         raise_on_error: if False, return the report whatever it says.
         **static: the operation's static keyword arguments.

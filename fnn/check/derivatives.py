@@ -50,6 +50,7 @@ SECOND: dict[str, Callable] = {
     )[1],
 }
 MODES = {**FIRST, **SECOND}
+BY_RESULT = ("forward", "forward over forward")  # a number for each result, not each argument
 WHAT = {
     "reverse": "gradient",
     "forward": "tangent",
@@ -109,7 +110,7 @@ class Programs:
         flat = lambda *leaves: [self.reference(*jax.tree.unflatten(tree, leaves))]
         arrays = [jnp.asarray(a) for a in leaves]
         seen = _coarsest(program(trace(flat, arrays)), [True] + [False] * (len(leaves) - 1))
-        return float(max(seen, jnp.finfo("float64").eps))
+        return max(seen, float(jnp.finfo("float64").eps))
 
     def _derivatives(self, x, fixed, w, v, u, *, modes, plain_modes):
         """Ours, and those of the plain definition."""
@@ -185,7 +186,7 @@ class Programs:
         return mapped, shared
 
     def _by_entry(self, x, fixed, w, entries, steps, count):
-        """Changes of wᵀf by single entries of x, at ± each step: (entries, steps, 4), and sizes.
+        """Changes of wᵀf as single entries of x move ± each step: (entries, steps, 4), and sizes.
 
         Of each: wᵀ of the change to the right and to the left, and the sums over f's terms of
         the lower and of the higher one-sided slope. The size is that of the numbers that change.

@@ -22,6 +22,7 @@ import numpy as np
 
 STEPS = 6
 FACTOR = 4.0
+SHRINK = FACTOR ** -np.arange(STEPS)  # a block's steps, as shares of the largest
 
 SMOOTH, UNCLEAR, KINK, EDGE, UNDEFINED = range(5)
 
@@ -88,10 +89,18 @@ class Differences:
 
     @staticmethod
     def unknown(n: int) -> Differences:
-        nan, inf = np.full(n, np.nan), np.full(n, np.inf)
-        state = np.full(n, UNCLEAR)
+        full = lambda value: np.full(n, value)
         return Differences(
-            state, nan, inf, inf * 1, *(nan * 1 for _ in range(4)), 0.0 * state, inf * 1
+            state=full(UNCLEAR),
+            slope=full(np.nan),
+            error=full(np.inf),
+            rounding=full(np.inf),
+            left=full(np.nan),
+            right=full(np.nan),
+            low=full(np.nan),
+            high=full(np.nan),
+            slack=full(0.0),
+            kink_step=full(np.inf),
         )
 
 
@@ -114,7 +123,7 @@ class _Tried(NamedTuple):
 
 
 class _Finest(NamedTuple):
-    """The one-sided slopes by the smallest steps so far, and what rounding does to them.
+    """The one-sided slopes from the smallest steps so far, and what rounding does to them.
 
     Steps over many waves of a function may look like a kink; smaller ones see other slopes.
     """

@@ -21,9 +21,9 @@ class Kink:
     """A place where the function has no derivative: its slopes to either side differ.
 
     where: the entry of the arguments, such as `x[0, 3]`.
-    left, right: the one-sided slopes by it of the sum of the results: inf where it grows without
-        bound as one comes nearer, nan where the function isn't defined on that side.
-    rule: what the rule says instead of them.
+    left, right: the one-sided derivatives with respect to it of the sum of the results: inf where
+        they grow without bound near it, nan where the function isn't defined on that side.
+    rule: the derivative that the rule gives there.
     """
 
     where: str

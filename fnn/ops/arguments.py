@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from fnn import arguments
 
 
-def must_be_real(op: str, **arrays: jax.Array) -> None:
+def must_be_real(op: str, **arrays: chex.Array) -> None:
     """Raise a TypeError unless every argument is an array of real floating-point numbers.
 
     Integers are refused rather than converted: which floating dtype was meant is for the
@@ -20,7 +21,7 @@ def must_be_real(op: str, **arrays: jax.Array) -> None:
             raise TypeError(_wanted(op, name, x, "a real floating dtype"))
 
 
-def must_be_real_or_complex(op: str, **arrays: jax.Array) -> None:
+def must_be_real_or_complex(op: str, **arrays: chex.Array) -> None:
     """Raise a TypeError unless every argument is an array of floats, real or complex."""
     for name, x in arrays.items():
         arguments.array(op, name, x)
@@ -28,7 +29,7 @@ def must_be_real_or_complex(op: str, **arrays: jax.Array) -> None:
             raise TypeError(_wanted(op, name, x, "a floating or complex dtype"))
 
 
-def must_not_be_complex(op: str, **arrays: jax.Array) -> None:
+def must_not_be_complex(op: str, **arrays: chex.Array) -> None:
     """Raise a TypeError unless every argument is an array of real numbers: floats, integers."""
     for name, x in arrays.items():
         arguments.array(op, name, x)
@@ -39,7 +40,7 @@ def must_not_be_complex(op: str, **arrays: jax.Array) -> None:
             )
 
 
-def must_be_alike(op: str, **arrays: jax.Array) -> None:
+def must_be_alike(op: str, **arrays: chex.Array) -> None:
     """Raise unless two arguments can be compared: real floats, and real numbers of their shape.
 
     Raises:
@@ -56,15 +57,15 @@ def must_be_alike(op: str, **arrays: jax.Array) -> None:
         )
 
 
-def is_integer(x: jax.Array) -> bool:
+def is_integer(x: chex.Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.integer)
 
 
-def is_floating(x: jax.Array) -> bool:
+def is_floating(x: chex.Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def wide(x: jax.Array) -> jax.Array:
+def wide(x: chex.Array) -> jax.Array:
     """x in at least float32, for sums: 65,505 ones are inf in float16, and 257 are 256 in bfloat16.
 
     Where a value is a sum, or is divided by one, 16-bit floats are summed in float32 and the
@@ -80,7 +81,7 @@ def _wanted(op, name, x, what):
     )
 
 
-def axes_of(op: str, x: jax.Array, axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
+def axes_of(op: str, x: chex.Array, axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
     """The axes of x that `axis` names, counted from 0; all of them for None.
 
     Raises:
@@ -106,7 +107,7 @@ def axes_of(op: str, x: jax.Array, axis: int | tuple[int, ...] | None) -> tuple[
     return axes
 
 
-def axis_of(op: str, x: jax.Array, axis: int) -> int:
+def axis_of(op: str, x: chex.Array, axis: int) -> int:
     """The one axis of x that `axis` names, counted from 0. It raises as `axes_of` does."""
     if axis is None or isinstance(axis, tuple):
         raise TypeError(f"{op}: axis must be an integer, but got {arguments.show(axis)}.")

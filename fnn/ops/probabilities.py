@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -13,7 +14,7 @@ Axis = int | tuple[int, ...] | None
 
 
 @rule
-def softmax(x: jax.Array, *, axis: Axis = -1) -> jax.Array:
+def softmax(x: chex.Array, *, axis: Axis = -1) -> jax.Array:
     """softmax(x)ᵢ = e^xᵢ / Σⱼ e^xⱼ along `axis` (an integer, several, or None for all).
 
     The largest x is subtracted first, so that no exponential overflows; entries of −inf get
@@ -41,7 +42,7 @@ def _(y, g, *, axis):
 
 
 @rule
-def log_softmax(x: jax.Array, *, axis: Axis = -1) -> jax.Array:
+def log_softmax(x: chex.Array, *, axis: Axis = -1) -> jax.Array:
     """log_softmax(x)ᵢ = xᵢ − log Σⱼ e^xⱼ along `axis` (an integer, several, or None for all).
 
     Local gradient: ∂yᵢ/∂xⱼ = 1[i=j] − e^yⱼ, so that ∂L/∂x = g − eʸ Σ g. Kept: the probabilities
@@ -68,7 +69,7 @@ def _(p, g, *, axis):
 
 
 @rule
-def logsumexp(x: jax.Array, *, axis: Axis = None, keepdims: bool = False) -> jax.Array:
+def logsumexp(x: chex.Array, *, axis: Axis = None, keepdims: bool = False) -> jax.Array:
     """logsumexp(x) = log Σⱼ e^xⱼ along `axis` (an integer, several, or None, the default, for all).
 
     A smooth maximum. Local gradient: ∂y/∂xⱼ = e^(xⱼ − y), the softmax. Kept: e^(x − max x) and

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -17,7 +18,7 @@ from fnn.ops.arguments import axis_of, must_be_real
 
 
 @rule
-def silu(x: jax.Array) -> jax.Array:
+def silu(x: chex.Array) -> jax.Array:
     """silu(x) = x σ(x), also called swish. Any shape.
 
     Local gradient: σ(x) (1 + x (1 − σ(x))). Kept: x. Smooth, no kink.
@@ -38,12 +39,13 @@ def _(x, g):
 
 
 def _silu_gradient(x):
+    """s (1 + x (1 − s)) with s = σ(x)."""
     s = jax.nn.sigmoid(x)
     return s * (1 + x * (1 - s))
 
 
 @rule
-def hard_silu(x: jax.Array) -> jax.Array:
+def hard_silu(x: chex.Array) -> jax.Array:
     """hard_silu(x) = x hard_sigmoid(x) (hard swish): 0 below −3, x above 3. Any shape.
 
     Local gradient: (2x + 3) / 6 where −3 < x < 3, else 0 on the left and 1 on the right. Kept:
@@ -66,7 +68,7 @@ def _(x, g):
 
 
 @rule
-def gelu(x: jax.Array, *, approximate: bool = True) -> jax.Array:
+def gelu(x: chex.Array, *, approximate: bool = True) -> jax.Array:
     """gelu(x) = x Φ(x), Φ the normal distribution function. Any shape.
 
     approximate=False: Φ(x) = erfc(−x/√2) / 2; local gradient Φ(x) + x φ(x) with the density
@@ -96,13 +98,13 @@ def _(x, g, *, approximate):
 _GELU_SCALE = math.sqrt(8 / math.pi)
 _GELU_CUBIC = 0.044715 * _GELU_SCALE
 
-
 # Beyond ±40 both distribution functions are 0 or 1 to the last bit of every dtype, and their
 # densities 0. Clipping x there changes nothing, and keeps x² from overflowing into 0 · inf.
 _GELU_LIMIT = 40
 
 
 def _gelu(x, approximate):
+    """x σ(u), or x erfc(−x/√2) / 2."""
     limited = jnp.clip(x, -_GELU_LIMIT, _GELU_LIMIT)
     if approximate:
         return x * jax.nn.sigmoid(limited * (_GELU_SCALE + _GELU_CUBIC * (limited * limited)))
@@ -110,6 +112,7 @@ def _gelu(x, approximate):
 
 
 def _gelu_backward(x, g, approximate):
+    """g (s + x s (1 − s) u′) with s = σ(u), or g Φ(x) + g x φ(x)."""
     x = jnp.clip(x, -_GELU_LIMIT, _GELU_LIMIT)
     if approximate:
         s = jax.nn.sigmoid(x * (_GELU_SCALE + _GELU_CUBIC * (x * x)))
@@ -134,7 +137,7 @@ def _(residuals, g):
 
 
 @rule
-def mish(x: jax.Array) -> jax.Array:
+def mish(x: chex.Array) -> jax.Array:
     """mish(x) = x tanh(softplus(x)). Any shape.
 
     With s = σ(x), w = 1 − s: tanh(softplus(x)) = t = s (1 + w) / (1 + w²), one exponential in
@@ -163,6 +166,7 @@ def _(x, g):
 
 
 def _halves(op, x, axis):
+    """The values and the gates: the two halves of x along the axis."""
     axis = axis_of(op, x, axis)
     if x.shape[axis] % 2:
         raise ValueError(
@@ -173,7 +177,7 @@ def _halves(op, x, axis):
 
 
 @rule
-def glu(x: jax.Array, *, axis: int = -1) -> jax.Array:
+def glu(x: chex.Array, *, axis: int = -1) -> jax.Array:
     """glu(x) = a σ(b), the gated linear unit; x = [a, b], two halves along `axis`.
 
     The second half are the gates, here as in `swiglu` and `geglu`. Shape `(..., 2n)` to
@@ -201,7 +205,7 @@ def _(x, g, *, axis):
 
 
 @rule
-def swiglu(x: jax.Array, *, axis: int = -1) -> jax.Array:
+def swiglu(x: chex.Array, *, axis: int = -1) -> jax.Array:
     """swiglu(x) = a silu(b), x = [a, b], two halves along `axis`: the second half are the gates.
 
     Shape `(..., 2n)` to `(..., n)`. Local gradient: silu(b) for a, a silu′(b) for b. Kept: x.
@@ -227,7 +231,7 @@ def _(x, g, *, axis):
 
 
 @rule
-def geglu(x: jax.Array, *, axis: int = -1, approximate: bool = True) -> jax.Array:
+def geglu(x: chex.Array, *, axis: int = -1, approximate: bool = True) -> jax.Array:
     """geglu(x) = a gelu(b), x = [a, b], two halves along `axis`: the second half are the gates.
 
     Shape `(..., 2n)` to `(..., n)`. Local gradient: gelu(b) for a, a gelu′(b) for b, with

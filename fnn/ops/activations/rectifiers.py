@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -13,7 +14,7 @@ from fnn.ops.arguments import axis_of, must_be_real, wide
 
 
 @rule
-def relu(x: jax.Array) -> jax.Array:
+def relu(x: chex.Array) -> jax.Array:
     """relu(x) = max(0, x), the rectified linear unit. Any shape.
 
     Local gradient: 1 where x > 0, else 0: a gate. Kept: y (y > 0 just where x > 0).
@@ -37,7 +38,7 @@ def _(y, g):
 
 
 @rule
-def leaky_relu(x: jax.Array, *, slope: float = 0.1) -> jax.Array:
+def leaky_relu(x: chex.Array, *, slope: float = 0.1) -> jax.Array:
     """leaky_relu(x) = x where x ≥ 0, slope · x elsewhere. Any shape.
 
     Local gradient: 1 where x ≥ 0, else `slope`. Kept: the mask x ≥ 0 (one byte an entry).
@@ -62,7 +63,7 @@ def _(is_right, g, *, slope):
 
 
 @rule
-def relu6(x: jax.Array) -> jax.Array:
+def relu6(x: chex.Array) -> jax.Array:
     """relu6(x) = min(max(0, x), 6). Any shape.
 
     Local gradient: 1 where 0 < x < 6, else 0. Kept: that mask (one byte an entry). At the kinks
@@ -84,7 +85,7 @@ def _(is_inside, g):
 
 
 @rule
-def maxout(z: jax.Array, *, axis: int = -2) -> jax.Array:
+def maxout(z: chex.Array, *, axis: int = -2) -> jax.Array:
     """maxout(z) = the largest of the pieces, entry by entry: the maximum of z along `axis`.
 
     The lecture's max(w₁ᵀx + b₁, w₂ᵀx + b₂) for a whole layer: the pieces Wᵢ x + bᵢ are the rows
@@ -121,7 +122,7 @@ def _(is_largest, g, *, axis):
 
 
 @rule
-def elu(x: jax.Array, *, alpha: float = 1.0) -> jax.Array:
+def elu(x: chex.Array, *, alpha: float = 1.0) -> jax.Array:
     """elu(x) = x where x > 0, α (eˣ − 1) elsewhere. Any shape.
 
     Local gradient: 1 where x > 0, else α eˣ = y + α. Kept: y (y > 0 just where x > 0).
@@ -150,7 +151,7 @@ _SELU_SCALE = 1.0507009873554804934193349852946
 
 
 @rule
-def selu(x: jax.Array) -> jax.Array:
+def selu(x: chex.Array) -> jax.Array:
     """selu(x) = λ elu(x; α), λ = 1.0507…, α = 1.6732…: keeps mean 0 and variance 1. Any shape.
 
     Local gradient: λ where x > 0, else λ α eˣ = y + λ α. Kept: y (y > 0 just where x > 0).
@@ -174,7 +175,7 @@ def _(y, g):
 
 
 @rule
-def celu(x: jax.Array, *, alpha: float = 1.0) -> jax.Array:
+def celu(x: chex.Array, *, alpha: float = 1.0) -> jax.Array:
     """celu(x) = x where x > 0, α (e^(x/α) − 1) elsewhere. Any shape.
 
     Local gradient: 1 where x > 0, else e^(x/α) = 1 + y/α; no kink, it is 1 at x = 0 from both
@@ -198,7 +199,7 @@ def _(y, g, *, alpha):
 
 
 @rule
-def softplus(x: jax.Array) -> jax.Array:
+def softplus(x: chex.Array) -> jax.Array:
     """softplus(x) = log(1 + eˣ), a smooth relu. Any shape.
 
     Computed as max(x, 0) + log(1 + e^−|x|), which can't overflow. Local gradient:
@@ -222,7 +223,7 @@ def _(y, g):
 
 
 @rule
-def squareplus(x: jax.Array, *, b: float = 4.0) -> jax.Array:
+def squareplus(x: chex.Array, *, b: float = 4.0) -> jax.Array:
     """squareplus(x) = (x + √(x² + b)) / 2, a smooth relu without exponentials. Any shape.
 
     Computed as max(x, 0) + (b/2) / (√(x² + b) + |x|), which cancels no digits where x < 0.

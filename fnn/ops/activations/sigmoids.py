@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -10,7 +11,7 @@ from fnn.ops.arguments import must_be_real, must_be_real_or_complex
 
 
 @rule
-def sigmoid(x: jax.Array) -> jax.Array:
+def sigmoid(x: chex.Array) -> jax.Array:
     """σ(x) = 1 / (1 + e⁻ˣ), between 0 and 1. Any shape; real or complex.
 
     Local gradient: σ(x) (1 − σ(x)) = y (1 − y). Kept: y. Smooth, no kink.
@@ -32,7 +33,7 @@ def _(y, g):
 
 
 @rule
-def tanh(x: jax.Array) -> jax.Array:
+def tanh(x: chex.Array) -> jax.Array:
     """tanh(x) = (eˣ − e⁻ˣ) / (eˣ + e⁻ˣ), between −1 and 1. Any shape; real or complex.
 
     Local gradient: 1 − tanh²(x) = 1 − y². Kept: y. Smooth, no kink.
@@ -54,7 +55,7 @@ def _(y, g):
 
 
 @rule
-def log_sigmoid(x: jax.Array) -> jax.Array:
+def log_sigmoid(x: chex.Array) -> jax.Array:
     """log_sigmoid(x) = log σ(x) = −softplus(−x). Any shape.
 
     Local gradient: 1 − σ(x) = 1 − eʸ. Kept: y. Smooth, no kink.
@@ -76,7 +77,7 @@ def _(y, g):
 
 
 @rule
-def softsign(x: jax.Array) -> jax.Array:
+def softsign(x: chex.Array) -> jax.Array:
     """softsign(x) = x / (1 + |x|), between −1 and 1. Any shape.
 
     Local gradient: 1 / (1 + |x|)². Kept: x (it can be told from y as (1 − |y|)², but for large
@@ -101,7 +102,7 @@ def _(x, g):
 
 
 @rule
-def hard_tanh(x: jax.Array) -> jax.Array:
+def hard_tanh(x: chex.Array) -> jax.Array:
     """hard_tanh(x) = x between −1 and 1, ±1 beyond. Any shape.
 
     Local gradient: 1 where −1 ≤ x ≤ 1, else 0. Kept: that mask (one byte an entry). At the
@@ -123,7 +124,7 @@ def _(is_inside, g):
 
 
 @rule
-def hard_sigmoid(x: jax.Array) -> jax.Array:
+def hard_sigmoid(x: chex.Array) -> jax.Array:
     """hard_sigmoid(x) = relu6(x + 3) / 6: 0 below −3, 1 above 3, a line between. Any shape.
 
     Local gradient: 1/6 where −3 < x < 3, else 0. Kept: that mask (one byte an entry). At the

@@ -8,6 +8,7 @@ number. (`fnn.fit` and a training step look at labels before they run.)
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,7 @@ from fnn.ops.probabilities import log_softmax, softmax
 
 @rule
 def softmax_cross_entropy(
-    logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0
+    logits: chex.Array, labels: chex.Array, *, label_smoothing: float = 0.0
 ) -> jax.Array:
     """−Σᵢ qᵢ log softmax(logits)ᵢ: the softmax classifier's loss, −log of the right probability.
 
@@ -96,7 +97,7 @@ def _target(labels, p, smoothing):
 
 
 @rule
-def multiclass_hinge(scores: jax.Array, labels: jax.Array, *, margin: float = 1.0) -> jax.Array:
+def multiclass_hinge(scores: chex.Array, labels: chex.Array, *, margin: float = 1.0) -> jax.Array:
     """Σ over j ≠ y of max(0, sⱼ − s_y + Δ): the lecture's multiclass SVM loss, Δ = `margin`.
 
     Args:
@@ -155,7 +156,7 @@ def _hinges(scores, labels, margin):
 
 
 @rule
-def sigmoid_binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def sigmoid_binary_cross_entropy(logits: chex.Array, labels: chex.Array) -> jax.Array:
     """−Σᵢ (zᵢ log σ(xᵢ) + (1 − zᵢ) log(1 − σ(xᵢ))): yes-or-no questions, each by itself.
 
     Args:
@@ -234,6 +235,7 @@ def _one_hot(labels, scores):
 
 
 def _is_class(labels, scores):
+    """Is there such a class?"""
     return (_index(labels) >= 0) & (_index(labels) < scores.shape[-1])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -13,7 +14,7 @@ from fnn.ops.arguments import is_floating, must_be_alike, must_be_real, must_not
 
 
 @rule
-def squared_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
+def squared_error(prediction: chex.Array, target: chex.Array) -> jax.Array:
     """Σᵢ (fᵢ − tᵢ)²: the squared distance of prediction f and target t.
 
     Args:
@@ -51,7 +52,7 @@ def _(residuals, g):
 
 
 @rule
-def huber(prediction: jax.Array, target: jax.Array, *, delta: float = 1.0) -> jax.Array:
+def huber(prediction: chex.Array, target: chex.Array, *, delta: float = 1.0) -> jax.Array:
     """Σᵢ of ½ d² where |d| ≤ δ, of δ (|d| − ½ δ) elsewhere; d = fᵢ − tᵢ, δ = `delta`.
 
     A square near zero and a straight line beyond, which outliers pull at with a bounded force.
@@ -95,6 +96,7 @@ def _(residuals, g, *, delta):
 
 
 def _huber(d, c):
+    """Σ |c| (|d| − ½ |c|)."""
     size, clipped = jnp.abs(wide(d)), jnp.abs(wide(c))
     return jnp.sum(clipped * (size - 0.5 * clipped)).astype(d.dtype)
 
@@ -105,7 +107,7 @@ def _clip(d, delta):
 
 
 @rule
-def gaussian_nll(prediction: jax.Array, target: jax.Array) -> jax.Array:
+def gaussian_nll(prediction: chex.Array, target: chex.Array) -> jax.Array:
     """−log N(t; m, eˢ) = ½ Σᵢ (sᵢ + (tᵢ − mᵢ)² e^−sᵢ + log 2π): a regression that tells how
     sure it is.
 
@@ -151,6 +153,7 @@ def _(residuals, g):
 
 
 def _gaussian_nll(w, prediction):
+    """½ Σ (s + w² + log 2π)."""
     each = wide(prediction[..., 1]) + jnp.square(wide(w)) + math.log(2 * math.pi)
     return (0.5 * jnp.sum(each)).astype(prediction.dtype)
 

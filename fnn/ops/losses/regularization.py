@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +11,7 @@ from fnn.ops.arguments import must_be_real, wide
 
 
 @rule
-def l2(params: Any) -> jax.Array:
+def l2(params: chex.ArrayTree) -> jax.Array:
     """R(W) = Σ w² over all entries of a tree of parameters; add λ R(W) to the loss.
 
     Args:
