@@ -5,6 +5,7 @@ Each module imports only from those above it:
     rules               the form of a backward rule
     sweep               backpropagation: the forward pass, and the reverse sweep by the rules
     partial_evaluation  a gradient cut into a forward and a backward half, for loops
+    trip_count          how many steps a while loop takes, where it counts them
     control_flow        the rules of what holds functions: loops, branches, checkpoints
     primitives/         the rules of JAX's own primitives, a file for each family
     transforms          `grad`, `value_and_grad`, `vjp`

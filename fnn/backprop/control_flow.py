@@ -19,6 +19,7 @@ from jax import lax
 from fnn.backprop import sweep
 from fnn.backprop.partial_evaluation import partially_evaluate
 from fnn.backprop.rules import ControlRule, hidden
+from fnn.backprop.trip_count import trip_count
 from fnn.eager import apply, apply_all, once, take_branch
 from fnn.jaxpr import Equation, close, is_inexact, program, scan_layout, trace
 from fnn.meshes import as_varying, barrier, zeros
@@ -290,7 +291,7 @@ def _while_forward(rule_of, equation, needed, ins, opaque):
     params = equation.params
     num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
     cond_consts, body_consts, init = _cut(ins, num_cond, num_body)
-    length = _trip_count(params, cond_consts, init)
+    length = trip_count(params, cond_consts, init)
     if length is None:
         raise ValueError(
             "Reverse-mode differentiation does not work for lax.while_loop or lax.fori_loop with "
@@ -316,83 +317,10 @@ def _while_forward(rule_of, equation, needed, ins, opaque):
     return tape.outputs, (tape, num_cond)
 
 
-def counts_its_steps(equation, flat) -> bool:
-    """Is the number of steps of this loop of a program known before it runs?"""
-    params = equation.params
-    known = [flat.constants.get(i) for i in equation.ins]
-    cond_consts, _, init = _cut(known, params["cond_nconsts"], params["body_nconsts"])
-    return _trip_count(params, cond_consts, init) is not None
-
-
 def _while_backward(equation, needed, saved, g, opaque):
     tape, num_cond = saved
     gradients = sweep.backward(tape, g)
     return [None] * num_cond + [gradients[i] for i in tape.program.inputs]
-
-
-def _trip_count(params, cond_consts, init) -> int | None:
-    """The number of steps of a loop that counts: `while i < n: ...; i = i + step`."""
-    cond, body = program(close(params["cond_jaxpr"])), program(close(params["body_jaxpr"]))
-    num_cond, num_body = len(cond_consts), params["body_nconsts"]
-    if len(cond.equations) != 1 or cond.equations[0].name not in ("lt", "le", "gt", "ge"):
-        return None
-    test = cond.equations[0]
-    if cond.outputs != list(test.outs):
-        return None
-
-    def known(number):
-        if number in cond.constants:
-            return _concrete(cond.constants[number])
-        place = cond.inputs.index(number)
-        if place < num_cond:
-            return _concrete(cond_consts[place])
-        return None
-
-    def counter(number):
-        if number in cond.constants or cond.inputs.index(number) < num_cond:
-            return None
-        return cond.inputs.index(number) - num_cond
-
-    left, right = test.ins
-    name = test.name
-    if counter(left) is None:
-        left, right = right, left
-        name = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le"}[name]
-    place, bound = counter(left), known(right)
-    if place is None or bound is None:
-        return None
-    start = _concrete(init[place])
-    step = _increment(body, num_body + place, body.outputs[place])
-    if start is None or not step:
-        return None
-    rises = name in ("lt", "le")
-    if rises != (step > 0):
-        return None
-    stop = bound + (1 if name == "le" else -1 if name == "ge" else 0)
-    return len(range(start, stop, step))
-
-
-def _increment(body, in_place, out) -> int | None:
-    """The constant that the body adds to a counter, None if it does anything else to it."""
-    for equation in body.equations:
-        if out in equation.outs and equation.name in ("add", "sub"):
-            counter = body.inputs[in_place]
-            a, b = equation.ins
-            if equation.name == "add" and b == counter:
-                a, b = b, a
-            if a == counter and b in body.constants:
-                amount = _concrete(body.constants[b])
-                return amount if amount is None or equation.name == "add" else -amount
-    return None
-
-
-def _concrete(value) -> int | None:
-    """A whole number that is known now, else None."""
-    if value is None or isinstance(value, jax.core.Tracer):
-        return None
-    dtype = jax.typeof(value).dtype
-    is_integer = jax.dtypes.issubdtype(dtype, jax.numpy.integer) and jax.numpy.ndim(value) == 0
-    return int(value) if is_integer else None
 
 
 # ------------------------------------------------------------------------------------ checkpoint

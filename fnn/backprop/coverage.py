@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from itertools import compress
 
 from fnn import text
-from fnn.backprop.control_flow import counts_its_steps
 from fnn.backprop.primitives import is_ruled
+from fnn.backprop.trip_count import counts_its_steps
 from fnn.jaxpr import Equation, Program, inner_jaxprs, is_inexact, program
 
 # Their bodies' operations pass the gradient on one by one, each by its own rule.
