@@ -27,7 +27,11 @@ RuleOf = Callable[[Equation], Rule]
 
 
 class Visit(NamedTuple):
-    """What the forward pass notes of an equation whose gradient will be wanted."""
+    """What the forward pass notes of an equation whose gradient will be wanted.
+
+    needed: of which inputs.
+    saved: what the rule keeps for its backward.
+    """
 
     equation: Equation
     rule: Rule
@@ -110,9 +114,9 @@ def backward(
     def accumulate(i: int, product) -> None:
         gradients[i] = product if gradients[i] is None else add(gradients[i], product)
 
-    for i, ct in zip(tape.program.outputs, cotangents, strict=True):
-        if ct is not None:
-            accumulate(i, ct)
+    for i, of_output in zip(tape.program.outputs, cotangents, strict=True):
+        if of_output is not None:
+            accumulate(i, of_output)
     for visit in reversed(tape.visits):
         g = [gradients[i] for i in visit.equation.outs]
         if all(of_output is None for of_output in g):

@@ -28,6 +28,7 @@ def _matrix_product(k, g, ins, params) -> Factored | None:
     w_batch, x_batch = batch[k], batch[1 - k]
     w_kept = [d for d in range(w.ndim) if d not in w_contract and d not in w_batch]
     x_kept = [d for d in range(x.ndim) if d not in x_contract and d not in x_batch]
+    # The axes of y, and of g: those of the batch, what is kept of the first argument, of the second.
     y_batch = list(range(len(w_batch)))
     first, second = (w_kept, x_kept) if k == 0 else (x_kept, w_kept)
     y_first = [len(y_batch) + d for d in range(len(first))]
@@ -47,6 +48,7 @@ def _matrix_product(k, g, ins, params) -> Factored | None:
 
 
 def _convolution(k, g, ins, params) -> Factored | None:
+    """∂L/∂w of y = x ∗ w is x convolved with g: keep both."""
     x, w = ins
     if k == 0 or params["batch_group_count"] != 1 or g.size == 0:
         return None
@@ -104,8 +106,8 @@ def _rows(table, axis: int, index, g) -> Rows:
 
 
 MEETINGS: dict[str, Callable[..., Factored | None]] = {
-    "dot_general": _matrix_product,
-    "conv_general_dilated": _convolution,
-    "gather": _gather,
-    "dynamic_slice": _dynamic_slice,
+    "dot_general": _matrix_product,  # gᵀ x
+    "conv_general_dilated": _convolution,  # x convolved with g
+    "gather": _gather,  # g added to the rows that were looked up
+    "dynamic_slice": _dynamic_slice,  # g added to one row
 }

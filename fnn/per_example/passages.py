@@ -22,8 +22,11 @@ from fnn.jaxpr import is_inexact
 from fnn.per_example.layout import Layout, Pad, Reshape, Reverse, Transpose, View
 from fnn.per_example.terms import Factored, Product
 
+# Below, w is what is made, and v the argument k that it is made from.
+
 
 def _viewed(term: Factored, view: View) -> Factored:
+    """The term, its entries rearranged once more on the way to the parameter."""
     return dataclasses.replace(term, layout=term.layout.viewed(view))
 
 
@@ -36,6 +39,7 @@ def _pass_reshape(k, term, ins, equation, flat):
 
 
 def _pass_slice(k, term, ins, equation, flat):
+    """w = v[start:stop:step]: zeros where v's entries were left out."""
     p = equation.params
     steps = p["strides"] or (1,) * ins[0].ndim
     out = flat.avals[equation.outs[0]].shape
@@ -55,6 +59,7 @@ def _pass_same(k, term, ins, equation, flat):
 
 
 def _pass_cast(k, term, ins, equation, flat):
+    """w = v in another dtype; Re(Gᵀ A) of a real v in a complex w."""
     if not is_inexact(flat.avals[equation.ins[0]]):
         return None
     was_complex, is_complex = (
@@ -69,17 +74,19 @@ def _pass_neg(k, term, ins, equation, flat):
 
 
 def _pass_sub(k, term, ins, equation, flat):
+    """w = v − u: the same for v, with −G for u, unless one is broadcast."""
     if ins[0].shape != ins[1].shape:
         return None
     return term if k == 0 else _pass_neg(k, term, ins, equation, flat)
 
 
 def _pass_add(k, term, ins, equation, flat):
+    """w = v + u: the same for both, unless one is broadcast."""
     return term if ins[0].shape == ins[1].shape else None
 
 
 def _pass_mul(k, term, ins, equation, flat):
-    """Times one number."""
+    """w = c v, with one number c: (c G)ᵀ A."""
     if ins[k].shape != flat.avals[equation.outs[0]].shape:
         return None
     c = _one_number(equation.ins[1 - k], ins[1 - k], flat)
@@ -87,6 +94,7 @@ def _pass_mul(k, term, ins, equation, flat):
 
 
 def _pass_div(k, term, ins, equation, flat):
+    """w = v / c, with one number c: (G / c)ᵀ A."""
     if k == 1 or ins[0].shape != flat.avals[equation.outs[0]].shape:
         return None
     c = _one_number(equation.ins[1], ins[1], flat)
@@ -186,23 +194,27 @@ def _factor(term: Product, axis: int) -> tuple[str, str, int]:
 
 
 PASSAGES: dict[str, Callable[..., Factored | None]] = {
+    # w is a rearrangement of v: the same factors, and the entries put back.
     "transpose": _pass_transpose,
     "reshape": _pass_reshape,
     "squeeze": _pass_reshape,
     "expand_dims": _pass_reshape,
     "slice": _pass_slice,
     "rev": _pass_rev,
+    # w = v, in another dtype perhaps.
     "copy": _pass_same,
     "copy_p": _pass_same,
-    "convert_element_type": _pass_cast,
     "reduce_precision": _pass_same,
+    "convert_element_type": _pass_cast,
+    # w = −v, v + u, v − u, c v, v / c: the same product, with G times −1, 1, ∓1, c, 1 / c.
     "neg": _pass_neg,
     "add": _pass_add,
     "add_any": _pass_add,
     "sub": _pass_sub,
     "mul": _pass_mul,
     "div": _pass_div,
+    # w is v repeated, v next to u, or a product v u: one of the factors changes.
     "broadcast_in_dim": _pass_broadcast,
-    "dot_general": _pass_product,
     "concatenate": _pass_concatenate,
+    "dot_general": _pass_product,
 }
