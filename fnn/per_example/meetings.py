@@ -28,7 +28,7 @@ def _matrix_product(k, g, ins, params) -> Factored | None:
     w_batch, x_batch = batch[k], batch[1 - k]
     w_kept = [d for d in range(w.ndim) if d not in w_contract and d not in w_batch]
     x_kept = [d for d in range(x.ndim) if d not in x_contract and d not in x_batch]
-    # The axes of y, and of g: those of the batch, what is kept of the first argument, of the second.
+    # The axes of y, and of g: the batch, what is kept of the first argument, and of the second.
     y_batch = list(range(len(w_batch)))
     first, second = (w_kept, x_kept) if k == 0 else (x_kept, w_kept)
     y_first = [len(y_batch) + d for d in range(len(first))]
