@@ -21,6 +21,7 @@ from fnn.curvature.sqrt_ggn import one_array
 from fnn.eager import once
 from fnn.meshes import specs_of, with_auto_axes
 from fnn.per_example.inputs import parameters
+from fnn.per_example.precision import wide
 
 
 class KFACState(NamedTuple):
@@ -451,7 +452,7 @@ def _mean(loss, z, targets):
 
 def _wide(tree):
     """In float32 at least."""
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+    return jax.tree.map(wide, tree)
 
 
 def _like(tree, params):

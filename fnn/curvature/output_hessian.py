@@ -63,7 +63,7 @@ class OutputHessian(Protocol):
 
 def of(loss: Callable, z, target) -> OutputHessian:
     """What is known of `loss(z, target)`; found by differentiating twice if nothing is."""
-    check_loss(loss, z, target)
+    _check_is_scalar(loss, z, target)
     return composition(loss, z, target) or _ByAutodiff(loss, z, target)
 
 
@@ -155,7 +155,8 @@ class _ByAutodiff:
         return jnp.linalg.eigh(wide(rows.reshape(self.z.size, self.z.size)))
 
 
-def check_loss(loss, z, target) -> None:
+def _check_is_scalar(loss: Callable, z, target) -> None:
+    """An error unless the loss of one example is a real scalar."""
     out = jax.eval_shape(loss, z, target)
     if getattr(out, "shape", None) != () or not jnp.issubdtype(out.dtype, jnp.floating):
         raise TypeError(
