@@ -27,6 +27,9 @@ class Equation:
     """`outs = primitive(ins; params)`, with the inputs and outputs as numbers of values.
 
     scope: the names of the jitted functions and `jax.named_scope`s that it stands in.
+    context: JAX's settings where it was made (precision, 64-bit mode, mesh, ...).
+    source_info: the stack that made it; `fnn/frames.py` reads it.
+    has_effects: whether it does more than compute its outputs: it prints, for one.
     """
 
     primitive: Any
@@ -170,7 +173,12 @@ def is_staged(values: Sequence = ()) -> bool:
 
 
 def program(closed_jaxpr, inline: bool = True) -> Program:
-    """Flatten a jaxpr; with `inline`, calls of jitted functions become part of the list."""
+    """A jaxpr as a flat list of equations.
+
+    Args:
+        closed_jaxpr: what `jax.make_jaxpr` returns.
+        inline: whether to put the equations of a jitted function in the place of its call.
+    """
     flat = Program([], [], [], {}, [])
 
     def new(aval) -> int:
@@ -258,7 +266,7 @@ def _scopes(eqn) -> tuple[str, ...]:
 
 
 def close(jaxpr, consts=()) -> Any:
-    """A jaxpr together with the values of its constants."""
+    """A jaxpr together with the values of its constants. (JAX 0.12's all have them.)"""
     return jaxpr if hasattr(jaxpr, "consts") else ClosedJaxpr(jaxpr, consts)
 
 
@@ -276,7 +284,7 @@ def inner_jaxprs(equation: Equation) -> dict[str, Any]:
     for name, value in equation.params.items():
         if hasattr(value, "eqns"):
             inner = close(value)
-            # An empty one computes nothing: fnn's operations carry one (see `Operation.keeper`).
+            # An empty one computes nothing: fnn's operations carry one (see `Rule.keeper`).
             if inner.eqns or inner.out_avals:
                 found[name] = inner
         elif isinstance(value, (tuple, list)) and value and hasattr(value[0], "eqns"):
