@@ -19,12 +19,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from fnn import arguments
 
-Initializer = Callable[[jax.Array, Sequence[int], Any], jax.Array]
+Initializer = Callable[[chex.PRNGKey, Sequence[int], Any], chex.Array]
 
 
 def fans(shape: Sequence[int]) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -144,7 +145,7 @@ class Repeat(Layer):
         if not callable(self.remat) and self.remat is not None:
             arguments.flag("repeat", "remat", self.remat)
 
-    def init(self, key: Any, *xs: Any) -> dict:
+    def init(self, key: chex.PRNGKey, *xs: Any) -> dict:
         arguments.key("repeat.init", "key", key)
         return evaluated(lambda key, *xs: self._make(key, None, *xs)[0], key, *xs)
 

@@ -35,6 +35,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,7 +62,7 @@ class Layer:
                 )
         return super().__new__(cls)
 
-    def init(self, key: Any, *xs: Any) -> dict:
+    def init(self, key: chex.PRNGKey, *xs: Any) -> dict:
         """The parameters for inputs of these shapes: a dict, nested perhaps, of arrays."""
         return {}
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import chex
 import jax
 
 from fnn import arguments
@@ -52,7 +53,7 @@ class Linear(Layer):
         set_count(self, "features")
         check_options(self)
 
-    def init(self, key: Any, x: Any) -> dict:
+    def init(self, key: chex.PRNGKey, x: Any) -> dict:
         inputs = last_axis(self, x)
         weight_key, bias_key = jax.random.split(arguments.key(f"{self}.init", "key", key))
         params = {"W": initial(self, self.weight_init, weight_key, (self.features, inputs))}

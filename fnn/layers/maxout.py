@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -53,7 +54,7 @@ class Maxout(Layer):
         set_count(self, "pieces")
         check_options(self)
 
-    def init(self, key: Any, x: Any) -> dict:
+    def init(self, key: chex.PRNGKey, x: Any) -> dict:
         shape = (self.features, last_axis(self, x))
         arguments.key(f"{self}.init", "key", key)
         weights, biases = jax.random.split(key, (2, self.pieces))

@@ -25,6 +25,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import chex
 import jax
 
 from fnn import arguments
@@ -82,7 +83,7 @@ class Network(Layer):
         parts = self.parts if isinstance(self.parts, Mapping) else dict(self.parts)
         object.__setattr__(self, "parts", _as_parts(self._name, parts))
 
-    def init(self, key: Any, *xs: Any) -> dict:
+    def init(self, key: chex.PRNGKey, *xs: Any) -> dict:
         arguments.key(f"{self._name}.init", "key", key)
         return evaluated(lambda key, *xs: self._make(key, None, *xs)[0], key, *xs)
 

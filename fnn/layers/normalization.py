@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -50,7 +51,7 @@ class LayerNorm(Layer):
     def __post_init__(self) -> None:
         _check_options(self)
 
-    def init(self, key: Any, x: Any) -> dict:
+    def init(self, key: chex.PRNGKey, x: Any) -> dict:
         return _scale_and_bias(self, last_axis(self, x))
 
     def __call__(self, params: Any, x: Any, **mode: Any) -> Any:
@@ -101,7 +102,7 @@ class BatchNorm(Layer):
         set_number(self, "decay", least=0, most=1)
         _check_options(self)
 
-    def init(self, key: Any, x: Any) -> dict:
+    def init(self, key: chex.PRNGKey, x: Any) -> dict:
         return _scale_and_bias(self, last_axis(self, x))
 
     def init_state(self, x: Any) -> dict:

@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -235,13 +236,13 @@ def _is_installed(module: Any) -> bool:
 
 def evaluate(
     loss: Loss,
-    params: Any,
+    params: chex.ArrayTree | State,
     data: Any,
     *,
     batch_size: int | None = None,
-    key: Any = None,
+    key: chex.PRNGKey | None = None,
     check: bool = True,
-    model_state: Any = None,
+    model_state: chex.ArrayTree | None = None,
 ) -> dict[str, float]:
     """The mean loss and metrics over all examples of the data, each counted once.
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import chex
 import jax
 import optax
 
@@ -93,13 +94,13 @@ class Interrupts:
 
 def fit(
     loss: Loss,
-    params: Any,
+    params: chex.ArrayTree | State,
     data: Any,
     optimizer: optax.GradientTransformation,
     *,
     epochs: int,
     batch_size: int | None = None,
-    key: jax.Array | None = None,
+    key: chex.PRNGKey | None = None,
     shuffle: bool = True,
     steps_per_epoch: int | None = None,
     validation: Any = None,
@@ -108,7 +109,7 @@ def fit(
     progress: bool = True,
     nonfinite: NonFinite = "raise",
     check: bool = True,
-    model_state: Any = None,
+    model_state: chex.ArrayTree | None = None,
 ) -> FitResult:
     """Train: `epochs` times over the data, a batch at a time.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any, Literal
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -136,7 +137,7 @@ class TrainStep:
     def __deepcopy__(self, memo: dict) -> TrainStep:
         return _made_again(*self._made_of)
 
-    def init(self, params: Any, model_state: Any = None) -> State:
+    def init(self, params: chex.ArrayTree, model_state: chex.ArrayTree | None = None) -> State:
         """The state to start from: a copy of `params`, the optimiser's state, step 0.
 
         Args:
@@ -158,7 +159,9 @@ class TrainStep:
         model_state = as_arrays(model_state, "model_state", only_arrays=True)
         return initial_state(params, self.optimizer, model_state)
 
-    def __call__(self, state: State, batch: Any, key: Any = None) -> tuple[State, dict]:
+    def __call__(
+        self, state: State, batch: chex.ArrayTree, key: chex.PRNGKey | None = None
+    ) -> tuple[State, dict[str, chex.Array]]:
         """One step.
 
         Args:
