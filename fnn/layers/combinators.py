@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from fnn import arguments
 from fnn.layers.layer import Layer, LayerError, as_layer, run
 from fnn.layers.mode import EVALUATE, Mode
-from fnn.layers.net import Net, Network, evaluated, in_loop
+from fnn.layers.net import Net, Network, in_loop
 
 Part = Layer | Callable
 
@@ -147,7 +147,9 @@ class Repeat(Layer):
 
     def init(self, key: chex.PRNGKey, *xs: Any) -> dict:
         arguments.key("repeat.init", "key", key)
-        return evaluated(lambda key, *xs: self._make(key, None, *xs)[0], key, *xs)
+        y = jax.eval_shape(lambda *xs: self.block._make(jax.random.key(0), None, *xs)[2], *xs)
+        self._must_keep_type(xs[0], y)
+        return jax.vmap(lambda key: self.block.init(key, *xs))(self._keys(key))
 
     def init_state(self, *xs: Any) -> dict:
         return self._stacked(self.block.init_state(*xs))

@@ -102,10 +102,7 @@ class Layer:
             key: to draw parameters from.
             length: of a cache to make in the place of the state, or None.
         """
-        params = self.init(key, *xs)
-        state = self.init_state(*xs) if length is None else self.init_cache(length, *xs)
-        if length is not None and not state:
-            state = self.init_state(*xs)
+        params, state = self.init(key, *xs), own_state(self, length, *xs)
         return params, state, run(self, params, state, xs, EVALUATE)[0]
 
     def __copy__(self) -> Layer:
@@ -195,6 +192,12 @@ def takes_mode(method: Callable) -> bool:
     """Whether a layer's function names `mode` as an argument."""
     parameters = arguments.parameters(method) or []
     return any(p.name == "mode" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def own_state(layer: Layer, length: int | None, *xs: Any) -> dict:
+    """A layer's state to start from; with a length its cache, beside or in the place of it."""
+    state = layer.init_state(*xs)
+    return state if length is None else state | layer.init_cache(length, *xs)
 
 
 def must_have_state(layer: Layer, state: dict, xs: tuple) -> None:

@@ -27,11 +27,10 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from fnn import arguments
-from fnn.eager import evaluate
-from fnn.jaxpr import program, trace
-from fnn.layers.layer import Layer, LayerError, as_layer, keys_of, run
+from fnn.layers.layer import Layer, LayerError, as_layer, keys_of, own_state, run
 from fnn.layers.mode import EVALUATE, Mode
 
 RESERVED = ("params", "state", "mode")
@@ -85,14 +84,20 @@ class Network(Layer):
 
     def init(self, key: chex.PRNGKey, *xs: Any) -> dict:
         arguments.key(f"{self._name}.init", "key", key)
-        return evaluated(lambda key, *xs: self._make(key, None, *xs)[0], key, *xs)
+        made = {
+            name: layer.init(_folded(key, self._drawn_by(name)), *types)
+            for name, layer, types in self._inputs_of_parts(None, *xs)
+        }
+        return {name: own for name, own in made.items() if jax.tree.leaves(own)}
 
     def init_state(self, *xs: Any) -> dict:
-        return evaluated(lambda *xs: self._make(_any_key(), None, *xs)[1], *xs)
+        parts = self._inputs_of_parts(None, *xs)
+        return _by_kind({name: layer.init_state(*types) for name, layer, types in parts})
 
     def init_cache(self, length: int, *xs: Any) -> dict:
         length = arguments.integer(f"{self._name}.init_cache", "length", length, least=1)
-        return evaluated(lambda *xs: self._make(_any_key(), length, *xs)[1], *xs)
+        parts = self._inputs_of_parts(length, *xs)
+        return _by_kind({name: own_state(p, length, *types) for name, p, types in parts})
 
     def __call__(self, params: Any, *xs: Any, mode: Mode = EVALUATE) -> Any:
         return self.apply(params, {}, *xs, mode=mode)[0]
@@ -108,9 +113,36 @@ class Network(Layer):
         return self.body(net, *xs), net.state
 
     def _make(self, key: Any, length: int | None, *xs: Any) -> tuple[dict, dict, Any]:
-        net = Net(self, _Made(), {}, EVALUATE, _Making(key, length))
+        net = Net(self, {}, {}, EVALUATE, _Making(key, length))
         y = self.body(net, *xs)
         return dict(net.params), net.state, y
+
+    def _inputs_of_parts(self, length: int | None, *xs: Any) -> list[tuple[str, Layer, tuple]]:
+        """Each part that the body calls, in order, with the types of its inputs.
+
+        The body runs once, on types alone.
+        """
+        making = _Making(None, length)
+
+        def run_body(*xs):
+            making.key = jax.random.key(0)
+            return self.body(Net(self, {}, {}, EVALUATE, making), *xs)
+
+        jax.eval_shape(run_body, *xs)
+        parts = dict(self.parts)
+        return [(name, parts[name], types) for name, types in making.inputs.items()]
+
+    def _drawn_by(self, name: str) -> str:
+        """What a part's key is folded from: its name; of a part without one its kind and number.
+
+        The numbers count parts of its kind alone, so that a relu more shifts no other's draw.
+        """
+        if not name.isdigit():
+            return name
+        parts = dict(self.parts)
+        kind = type(parts[name])
+        before = [n for n in parts if n.isdigit() and int(n) < int(name)]
+        return f"{kind.__name__} {sum(type(parts[n]) is kind for n in before)}"
 
     @property
     def _name(self) -> str:
@@ -147,10 +179,17 @@ class Net:
         mode: Mode,
         making: _Making | None = None,
     ):
-        self.params, self.state, self.mode = params, state, mode
-        self._layer, self._making = layer, making
+        self.state, self.mode = state, mode
+        self._layer, self._params, self._making = layer, params, making
         self._parts = dict(layer.parts)
         self._calls: collections.Counter[str] = collections.Counter()
+
+    @property
+    def params(self) -> dict:
+        if self._making is None:
+            return self._params
+        made = jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), self._making.params)
+        return _MadeSoFar(made)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_"):
@@ -171,15 +210,16 @@ class Net:
         given = {kind: own[name] for kind, own in self.state.items() if name in own}
         with _in_part(name, layer) as note:
             if self._making is not None and number == 0:
-                key = _folded(self._making.key, self._drawn_by(name))
+                self._making.inputs[name] = jax.tree.map(type_of, xs)
+                key = _folded(self._making.key, self._layer._drawn_by(name))
                 params, state, y = layer._make(key, self._making.length, *xs)
                 if jax.tree.leaves(params):
-                    self.params[name] = params
+                    self._making.params[name] = jax.tree.map(type_of, params)
             else:
                 params, mode = self.params.get(name, {}), self.mode
                 if mode.key is not None:
-                    key = jax.random.fold_in(_folded(mode.key, self._drawn_by(name)), number)
-                    mode = dataclasses.replace(mode, key=key)
+                    key = _folded(mode.key, self._layer._drawn_by(name))
+                    mode = dataclasses.replace(mode, key=jax.random.fold_in(key, number))
                 y, state = run(layer, params, given, xs, mode)
             note(params, given, xs, y)
         for kind, own in state.items():
@@ -187,28 +227,27 @@ class Net:
                 self.state = self.state | {kind: self.state.get(kind, {}) | {name: own}}
         return y
 
-    def _drawn_by(self, name: str) -> str:
-        """What a part's key is folded from: its name; of a part without one its kind and number.
-
-        The numbers count parts of its kind alone, so that a relu more shifts no other's draw.
-        """
-        if not name.isdigit():
-            return name
-        kind = type(self._parts[name])
-        before = [n for n in self._parts if n.isdigit() and int(n) < int(name)]
-        return f"{kind.__name__} {sum(type(self._parts[n]) is kind for n in before)}"
-
 
 @dataclasses.dataclass
 class _Making:
-    """What `init` and its like make the parts with."""
+    """What is noted while the body runs to make parameters.
+
+    Fields:
+        key: what the parts are made from.
+        length: of a cache, or None.
+        inputs: for each part called so far, the types of its inputs.
+        params: the types of its parameters, if it has some. Not the arrays: a part may be called
+            inside a loop, which they must not leave.
+    """
 
     key: Any
     length: int | None
+    inputs: dict[str, tuple] = dataclasses.field(default_factory=dict)
+    params: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-class _Made(dict):
-    """The parameters made so far."""
+class _MadeSoFar(dict):
+    """The parameters of the parts called so far."""
 
     def __missing__(self, name: str) -> Any:
         raise KeyError(
@@ -336,33 +375,17 @@ def _check_trees(layer: Network, params: Any, state: Any) -> None:
 # -------------------------------------------------------------------------------------- helpers
 
 
-def evaluated(function: Callable, *args: Any) -> Any:
-    """What a function of arrays, or of their types, returns; only what that needs is computed.
-
-    Raises:
-        TypeError: it needs the values of an argument that is a type.
-    """
-    leaves, tree = jax.tree.flatten(args)
-    out_trees = []
-
-    def flat(*leaves):
-        outs, out_tree = jax.tree.flatten(function(*jax.tree.unflatten(tree, leaves)))
-        out_trees.append(out_tree)
-        return outs
-
-    traced = program(trace(flat, leaves), inline=False)
-    needed = {i for equation in traced.equations for i in equation.ins} | set(traced.outputs)
-    for i, leaf in zip(traced.inputs, leaves, strict=True):
-        if i in needed and isinstance(leaf, jax.ShapeDtypeStruct):
-            raise TypeError(
-                "init was given the type of an input, jax.ShapeDtypeStruct, but a part's init "
-                "computes with the input's values: pass an array."
-            )
-    return jax.tree.unflatten(out_trees[0], evaluate(traced, leaves))
+def type_of(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
-def _any_key() -> Any:
-    return jax.random.key(0)
+def _by_kind(states: dict[str, dict]) -> dict:
+    """The parts' states by kind first: {"statistics": {part: ...}}."""
+    kinds = dict.fromkeys(kind for state in states.values() for kind in state)
+    return {
+        kind: {name: state[kind] for name, state in states.items() if kind in state}
+        for kind in kinds
+    }
 
 
 def _folded(key: Any, name: str) -> Any:

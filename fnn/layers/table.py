@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from fnn import arguments, text
 from fnn.layers.layer import Layer, as_layer, run
 from fnn.layers.mode import EVALUATE
-from fnn.layers.net import watching
+from fnn.layers.net import type_of, watching
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +104,7 @@ def summary(net: Layer | Callable, *xs: Any) -> Summary:
             arguments.array("summary", f"xs{jax.tree_util.keystr(path)}", leaf)
     if not jax.tree.leaves(xs):
         raise TypeError(f"summary: xs must be one example, an array, but got {arguments.show(xs)}.")
-    return Summary(tuple(_rows(net, jax.tree.map(_type_of, xs))))
+    return Summary(tuple(_rows(net, jax.tree.map(type_of, xs))))
 
 
 class _Call(NamedTuple):
@@ -124,7 +123,7 @@ def _calls(layer: Layer, params: Any, state: Any, xs: tuple) -> list[_Call]:
     def watch(path: tuple[str, ...], layer: Layer, times: int) -> Callable:
         call = _Call(path, layer, times, [])
         seen.append(call)
-        return lambda *trees: call.types.extend(jax.tree.map(_type_of, trees))
+        return lambda *trees: call.types.extend(jax.tree.map(type_of, trees))
 
     def call(params, state, *xs):
         note = watch((), layer, 1)
@@ -158,10 +157,6 @@ def _rows(net: Layer, xs: tuple) -> list[Row]:
             )
         )
     return rows
-
-
-def _type_of(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
 def _flops(layer: Layer, params: Any, state: Any, xs: tuple) -> int | None:
