@@ -219,7 +219,7 @@ CASES = {
 QUICK = ["scan of weight norm", "scan without steps", "scan with a counter", "switch", "fori"]
 QUICK += ["cond in scan", "checkpoint, names", "checkpoint in scan", "custom_vjp in scan"]
 QUICK += ["custom_jvp", "operation in scan", "operation under vmap", "linear solve"]
-QUICK_TWICE = ["lstm", "cond with a key", "checkpoint in scan", "operation in scan", "fori"]
+QUICK_TWICE = ["scan with a counter", "cond with a key", "checkpoint", "operation in scan", "fori"]
 
 
 @pytest.mark.parametrize("name", sweep(CASES, QUICK))

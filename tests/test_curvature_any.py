@@ -221,19 +221,28 @@ def test_the_fisher_matrix_of_the_gaussian_with_a_variance():
     loss, p, xs = ops.gaussian_nll, jnp.array([0.3, -0.7]), jnp.zeros((1, 2))
     batch = xs, jnp.array([2.0])
     wanted = jnp.diag(jnp.array([jnp.exp(0.7), 0.5]))
-    close(curvature.fisher_vector_product(model, loss)(p, batch).to_dense(), wanted)
     draw = {"key": jax.random.key(4), "samples": 40_000}
-    found = curvature.fisher_vector_product(model, loss, **draw)(p, batch).to_dense()
-    close(found, wanted, 0.03, 0.03)
-    close(curvature.kronecker_factors(model, loss, **draw)(p, batch).to_dense(), wanted, 0.03, 0.03)
+
+    @jax.jit
+    def all_of(p, batch):
+        return {
+            "Fisher": curvature.fisher_vector_product(model, loss)(p, batch).to_dense(),
+            "drawn": curvature.fisher_vector_product(model, loss, **draw)(p, batch).to_dense(),
+            "factors": curvature.kronecker_factors(model, loss, **draw)(p, batch).to_dense(),
+            "GGN": curvature.ggn_vector_product(model, loss)(p, batch).to_dense(),
+            "diagonal": curvature.ggn_diagonal(model, loss, **draw)(p, batch),
+            "natural": curvature.natural_gradient(model, loss, damping=0.5)(p, batch)[1],
+        }
+
+    found = all_of(p, batch)
+    close(found["Fisher"], wanted)
+    close(found["drawn"], wanted, 0.03, 0.03)
+    close(found["factors"], wanted, 0.03, 0.03)
     # The GGN is another matrix, and so is its estimate from samples.
-    positive = curvature.ggn_vector_product(model, loss)(p, batch).to_dense()
-    assert jnp.abs(positive - wanted).max() > 0.5
-    found = curvature.ggn_diagonal(model, loss, **draw)(p, batch)
-    close(found, jnp.diag(positive), 0.03)
-    _, natural = curvature.natural_gradient(model, loss, damping=0.5)(p, batch)
+    assert jnp.abs(found["GGN"] - wanted).max() > 0.5
+    close(found["diagonal"], jnp.diag(found["GGN"]), 0.03)
     gradient = jax.grad(lambda p: loss(p, 2.0))(p)
-    close(natural, gradient / (jnp.diag(wanted) + 0.5), 1e-4)
+    close(found["natural"], gradient / (jnp.diag(wanted) + 0.5), 1e-4)
 
 
 SEEN = {
@@ -333,7 +342,7 @@ ACTIVATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", sweep(ACTIVATIONS, ["custom_vjp in a loop", "a rule"]))
+@pytest.mark.parametrize("name", sweep(ACTIVATIONS, ["custom_vjp in a loop"]))
 def test_a_network_with_a_derivative_rule_of_its_own(name):
     """All of these are tanh, so all that is known of it holds: Hessians too."""
     model, params, xs = mlp(ACTIVATIONS[name])

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 from primitive_checks import check_cost, check_primitive, compare, our_vjp, random_like
+from sweeps import sweep
 
 import fnn
 
@@ -121,6 +122,7 @@ def test_a_sharding_constraint_holds_for_the_gradient():
     assert str(jaxpr).count("sharding_constraint") == 2
 
 
+@pytest.mark.exhaustive
 def test_explicit_shardings_are_those_of_the_arguments():
     """On a mesh with explicit axes a gradient's type says where it lies: as its argument does."""
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
@@ -167,6 +169,7 @@ def test_explicit_shardings_are_those_of_the_arguments():
         np.testing.assert_allclose(product, np.asarray(x)[:, :1] * y / np.asarray(x), rtol=1e-12)
 
 
+@pytest.mark.exhaustive
 def test_inside_shard_map():
     """Zeros made by a rule vary over the devices as the argument does."""
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
@@ -248,7 +251,7 @@ REPEATED = jnp.array([3, 0, 3, 9, 0, 3])
 
 
 @pytest.mark.parametrize("name", ["set", "add", "subtract", "multiply", "max", "min"])
-@pytest.mark.parametrize("mode", ["drop", "clip", "promise_in_bounds"])
+@pytest.mark.parametrize("mode", sweep(["drop", "clip", "promise_in_bounds"], quick=["drop"]))
 def test_scatter_at_unique_indices(name, mode):
     at = UNIQUE if mode == "drop" else jnp.array([3, 0, 4])
     options = {"unique_indices": True, "mode": mode}

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweeps import sweep
 
 import fnn
 from fnn import ops
@@ -221,7 +222,9 @@ USES = {
 }
 
 
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize(
+    "use", sweep(USES, ["call", "jit of vmap of grad", "hessian", "checkpoint", "graph"])
+)
 def test_a_dropped_rule_goes_with_its_closure(use):
     """Without `jax.clear_caches()`."""
 
@@ -238,7 +241,9 @@ def test_a_dropped_rule_goes_with_its_closure(use):
     assert owner() is None and op() is None
 
 
-@pytest.mark.parametrize("use", ["call", "grad", "jit of vmap of grad", "hessian", "graph"])
+@pytest.mark.parametrize(
+    "use", sweep(["call", "grad", "jit of vmap of grad", "hessian", "graph"], ["hessian"])
+)
 def test_a_dropped_rule_that_calls_itself(use):
     def used():
         owner = Setting(2.0)
