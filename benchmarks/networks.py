@@ -541,7 +541,7 @@ def _only_products(jaxpr, args, supply, made, used):
             outs = _only_products(getattr(inner, "jaxpr", inner), ins, supply, made, used)
         elif eqn.primitive.name in PRODUCTS or (eqn.primitive.name in MOVES and ins[0] is not None):
             used.update(map(id, ins))
-            ins = [supply(v.aval) if x is None else x for v, x in zip(eqn.invars, ins)]
+            ins = [supply(v.aval) if x is None else x for v, x in zip(eqn.invars, ins, strict=True)]
             outs = [eqn.primitive.bind(*ins, **eqn.params)]
             made += outs
         else:

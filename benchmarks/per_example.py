@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -68,7 +69,7 @@ def loss_of(model, loss=_cross_entropy):
 def mlp(batch):
     """784 - 512 - 512 - 10, relu, with biases."""
     sizes = (784, 512, 512, 10)
-    p = _weights(**{f"W{i}": (o, n) for i, (n, o) in enumerate(zip(sizes, sizes[1:]))})
+    p = _weights(**{f"W{i}": (o, n) for i, (n, o) in enumerate(itertools.pairwise(sizes))})
     p |= _weights(**{f"b{i}": (o,) for i, o in enumerate(sizes[1:])})
 
     def model(p, x):
@@ -375,7 +376,11 @@ def compare(workload: str, batch: int, rounds: int, names: list[str]) -> list[li
     rows = []
     for name, found in samples.items():
         costs = numbers.get(name)
-        cost = [f"{a / b:.2f}" for a, b in zip(costs, numbers[GRADIENT])] if costs else [""] * 3
+        cost = (
+            [f"{a / b:.2f}" for a, b in zip(costs, numbers[GRADIENT], strict=True)]
+            if costs
+            else [""] * 3
+        )
         rows.append([name, milliseconds(found), ratio(found, samples[GRADIENT]), *cost])
     return rows
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import statistics
 from collections.abc import Callable
 
@@ -164,7 +165,7 @@ def _(residuals, g):
 def shared_weights(rounds: int) -> list[list[str]]:
     """A 784-512-512-10 network, every product one rule, against the same in plain JAX."""
     sizes = 784, 512, 512, 10
-    params = [arrays((m, n), (m,)) for n, m in zip(sizes, sizes[1:])]
+    params = [arrays((m, n), (m,)) for n, m in itertools.pairwise(sizes)]
     x, y = arrays((256, 784), (256, 10))
 
     def loss_with(linear):

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import pickle
 
 import chex
@@ -836,7 +837,7 @@ def no_more(ours, plain):
 
 def test_mlp_costs_what_plain_jax_does():
     sizes = [784, 512, 512, 10]
-    params = [jnp.ones((n, m), "float32") for m, n in zip(sizes, sizes[1:])]
+    params = [jnp.ones((n, m), "float32") for m, n in itertools.pairwise(sizes)]
     X = jnp.ones((256, 784), "float32")
     ours = mlp(product, sigmoid)
     plain = mlp(lambda W, x: W @ x, jax.nn.sigmoid)

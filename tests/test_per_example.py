@@ -1,6 +1,7 @@
 """Factored per-example gradients against materialised `jax.vmap(jax.value_and_grad)`."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -627,7 +628,10 @@ def test_clipped_gradients(name):
             ("groups", (limit / 2, limit), {"first": limit / 2, "rest": limit}),
             ("shared", (limit / 2**0.5,) * 2, limit),
         ]:
-            by = {yes: jnp.minimum(1, c / norms[yes]) for yes, c in zip((True, False), limits)}
+            by = {
+                yes: jnp.minimum(1, c / norms[yes])
+                for yes, c in zip((True, False), limits, strict=True)
+            }
             ours[what] = run(clip(given, groups=groups, sweeps=2 if what == "groups" else None))
             expected[what] = jax.tree.map(lambda o, x, by=by: jnp.tensordot(by[o], x, 1), of, d)
         whole = clip(limit, microbatch_size=2)(params, batch, key, **static)
@@ -1189,7 +1193,7 @@ def test_nothing_is_compiled_at_a_second_call():
 def test_norms_take_less_work_and_hardly_more_memory_than_a_gradient():
     """784-512-512-10 at batch 256, from the compiled programs."""
     sizes, dtype = (784, 512, 512, 10), jnp.float32
-    shapes = {f"W{i}": (o, n) for i, (n, o) in enumerate(zip(sizes, sizes[1:]))}
+    shapes = {f"W{i}": (o, n) for i, (n, o) in enumerate(itertools.pairwise(sizes))}
     p = {name: jax.ShapeDtypeStruct(s, dtype) for name, s in shapes.items()}
 
     def loss(p, e):

@@ -412,7 +412,10 @@ def test_window_extremum_with_holes(case, largest):
         x = lax.pad(
             x,
             worst,
-            [(lo, hi, d - 1) for (lo, hi), d in zip(options["padding"], options["base_dilation"])],
+            [
+                (lo, hi, d - 1)
+                for (lo, hi), d in zip(options["padding"], options["base_dilation"], strict=True)
+            ],
         )
         outs = jax.eval_shape(pool, normal(*shape)).shape
         slices = []
@@ -420,7 +423,7 @@ def test_window_extremum_with_holes(case, largest):
             index = tuple(
                 slice(i * d, i * d + s * (n - 1) + 1, s)
                 for i, d, s, n in zip(
-                    place, options["window_dilation"], options["window_strides"], outs
+                    place, options["window_dilation"], options["window_strides"], outs, strict=True
                 )
             )
             slices.append(x[index] if min(outs) else jnp.zeros(outs))

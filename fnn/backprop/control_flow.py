@@ -119,7 +119,8 @@ def run_loop_back(equation, cut, active, kept, g, num_sums) -> list:
         sums = [lax.add(s, d) for s, d in zip(sums, d_consts, strict=True)]
         return (sums, _of_types(d_carry, ct_carry)), d_xs
 
-    start = (sums, [as_varying(g, a) for g, a in zip(ct_carry, _carry_avals(cut, active, params))])
+    avals = _carry_avals(cut, active, params)
+    start = (sums, [as_varying(g, a) for g, a in zip(ct_carry, avals, strict=True)])
     (sums, ct_init), d_xs = _scan(step, start, (ct_ys, per_step), params, backwards=True)
     return [*sums, *ct_init, *d_xs]
 

@@ -57,7 +57,8 @@ def _joined(svg: str) -> str:
 
     def longer(match):
         points = [tuple(map(float, p.split(","))) for p in match[1].split()]
-        (x0, y0), (x1, y1) = map(min, zip(*points)), map(max, zip(*points))
+        xs, ys = zip(*points, strict=True)
+        x0, y0, x1, y1 = min(xs), min(ys), max(xs), max(ys)
         dx, dy = (1, 0) if x1 - x0 > y1 - y0 else (0, 1)
         x0, y0, x1, y1 = x0 - dx, y0 - dy, x1 + dx, y1 + dy
         corners = f"{x0:g},{y0:g} {x0:g},{y1:g} {x1:g},{y1:g} {x1:g},{y0:g}"

@@ -91,8 +91,8 @@ class _Finder:
                 yield self._item(operation_name(e), made, paths, e.ins, e.source_info), k, k + 1
             if call is not None:
                 inside = {i for e in self.flat.equations[call.start : call.stop] for i in e.outs}
-                found = [(i, p) for i, p in zip(call.outs, call.paths) if i in inside]
-                outs, paths = tuple(zip(*found)) if found else ((), ())
+                found = [(i, p) for i, p in zip(call.outs, call.paths, strict=False) if i in inside]
+                outs, paths = tuple(zip(*found, strict=True)) if found else ((), ())
                 yield (
                     self._item(call.name, outs, paths, (), call.source_info),
                     call.start,
@@ -129,7 +129,7 @@ class _Finder:
                 sole = k == after - 1 and self._is_sole(items, spans, begin, after)
                 if not alike and (not sole or _gathers(node)):
                     continue
-                for place, path in zip(item.outs, item.paths):
+                for place, path in zip(item.outs, item.paths, strict=False):
                     name = self._follow(items, k, node, path)
                     if name and name != "_":
                         self.names.setdefault(place, name)

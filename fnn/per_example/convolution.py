@@ -83,16 +83,18 @@ class Convolution:
         groups = p["feature_group_count"]
         x, g = wide_together(self.x, self.g)
         pads = [(0, 0, 0)] * x.ndim
-        for d, (low, high), dilation in zip(x_spec[2:], p["padding"], p["lhs_dilation"]):
+        for d, (low, high), dilation in zip(
+            x_spec[2:], p["padding"], p["lhs_dilation"], strict=True
+        ):
             pads[d] = (low, high, dilation - 1)
         x = lax.pad(x, jnp.zeros((), x.dtype), pads)
         kernel = [p["kernel_shape"][d] for d in w_spec[2:]]
         offsets = numpy.array(list(numpy.ndindex(*kernel))) * numpy.array(p["rhs_dilation"])
         step = [1] * x.ndim
-        for d, stride in zip(x_spec[2:], p["window_strides"]):
+        for d, stride in zip(x_spec[2:], p["window_strides"], strict=True):
             step[d] = stride
         size = list(x.shape)
-        for d, n in zip(x_spec[2:], self._space):
+        for d, n in zip(x_spec[2:], self._space, strict=True):
             size[d] = (n - 1) * step[d] + 1
         in_groups = lambda a, d: a.reshape(*a.shape[:d], groups, -1, *a.shape[d + 1 :])
         summed = lambda spec: [d + (d > spec[1]) for d in (spec[0], *spec[2:])]
@@ -101,7 +103,7 @@ class Convolution:
 
         def at(offset):
             start = [jnp.zeros((), offset.dtype)] * x.ndim
-            for d, o in zip(x_spec[2:], offset):
+            for d, o in zip(x_spec[2:], offset, strict=True):
                 start[d] = o
             window = lax.slice(lax.dynamic_slice(x, start, size), [0] * x.ndim, size, step)
             window = in_groups(window, x_spec[1])
@@ -251,12 +253,14 @@ def _patches(x, p: dict, space: Sequence[int]):
     _, w_spec, _ = p["dimension_numbers"]
     kernel = [p["kernel_shape"][d] for d in w_spec[2:]]
     pads = [(0, 0, 0), (0, 0, 0)]
-    pads += [(lo, hi, d - 1) for (lo, hi), d in zip(p["padding"], p["lhs_dilation"])]
+    pads += [(lo, hi, d - 1) for (lo, hi), d in zip(p["padding"], p["lhs_dilation"], strict=True)]
     x = lax.pad(x, jnp.zeros((), x.dtype), pads)
     found = []
     for offset in numpy.ndindex(*kernel):
-        start = [o * d for o, d in zip(offset, p["rhs_dilation"])]
-        stop = [s + (n - 1) * t + 1 for s, n, t in zip(start, space, p["window_strides"])]
+        start = [o * d for o, d in zip(offset, p["rhs_dilation"], strict=True)]
+        stop = [
+            s + (n - 1) * t + 1 for s, n, t in zip(start, space, p["window_strides"], strict=True)
+        ]
         found.append(
             lax.slice(x, [0, 0, *start], [*x.shape[:2], *stop], [1, 1, *p["window_strides"]])
         )

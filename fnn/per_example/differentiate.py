@@ -163,7 +163,7 @@ def leaf_gradient(gradient: Terms, path: str, leaf, thrifty: bool) -> FactoredGr
         # One is dense already: so may be all, unless the others are much smaller.
         size = leaf.size
         small = [not isinstance(t, Dense) and _numbers(t) * 4 < size for t in joined]
-        if not all(s for s, t in zip(small, joined) if not isinstance(t, Dense)):
+        if not all(s for s, t in zip(small, joined, strict=True) if not isinstance(t, Dense)):
             joined = merged(
                 [t if isinstance(t, Dense) else Dense(t.materialize(), "") for t in joined]
             )

@@ -136,7 +136,9 @@ def _among_parameters(rule: Rule, flat: Program) -> Rule:
                         products[k].append(of_input)
         if any(lost):
             avals = [flat.avals[i] for i in equation.outs]
-            dense = [_formed(ts, a.dtype) if ts else None for ts, a in zip(lost, avals)]
+            dense = [
+                _formed(ts, a.dtype) if ts else None for ts, a in zip(lost, avals, strict=True)
+            ]
             first = next(t for ts in lost for t in ts)
             made = f"made from it by {equation.name}{_at_line(equation)}"
             why = first.why if isinstance(first, Dense) else made

@@ -44,7 +44,7 @@ def is_apart(one: Term, other: Term) -> bool:
     if isinstance(one, Dense) or isinstance(other, Dense):
         return False
     filled, other_filled = _filled(one.layout), _filled(other.layout)
-    return any(not set(a).intersection(b) for a, b in zip(filled, other_filled))
+    return any(not set(a).intersection(b) for a, b in zip(filled, other_filled, strict=False))
 
 
 def _filled(layout: Layout) -> list[range]:
@@ -54,5 +54,5 @@ def _filled(layout: Layout) -> list[range]:
     before = layout.shapes[-2]
     return [
         range(low, low + n * (interior + 1), interior + 1)
-        for n, (low, _, interior) in zip(before, layout.views[-1].padding)
+        for n, (low, _, interior) in zip(before, layout.views[-1].padding, strict=True)
     ]

@@ -84,7 +84,8 @@ class Pad:
     def adjoint(self, shape: tuple[int, ...], w):
         start = [low for low, _, _ in self.padding]
         step = [interior + 1 for _, _, interior in self.padding]
-        stop = [low + (n - 1) * s + 1 if n else low for low, n, s in zip(start, shape, step)]
+        axes = zip(start, shape, step, strict=True)
+        stop = [low + (n - 1) * s + 1 if n else low for low, n, s in axes]
         return lax.slice(w, start, stop, step)
 
     def stacked(self, size: int) -> Pad:
@@ -139,7 +140,7 @@ class Layout:
 
     def from_parameter(self, w):
         """The adjoint: an array of the parameter's shape as (stack, out, in)."""
-        for view, shape in zip(self.views[::-1], self.shapes[-2::-1]):
+        for view, shape in zip(self.views[::-1], self.shapes[-2::-1], strict=True):
             w = view.adjoint(shape, w)
         return lax.reshape(lax.transpose(w, tuple(numpy.argsort(self.order))), self.sizes)
 

@@ -63,7 +63,9 @@ def _gather(k, g, ins, params) -> Factored | None:
     if k != 0 or numbers.operand_batching_dims or len(numbers.start_index_map) != 1:
         return None
     (axis,) = numbers.start_index_map
-    whole = all(s == n for d, (s, n) in enumerate(zip(sizes, table.shape)) if d != axis)
+    whole = all(
+        s == n for d, (s, n) in enumerate(zip(sizes, table.shape, strict=True)) if d != axis
+    )
     if tuple(numbers.collapsed_slice_dims) != (axis,) or sizes[axis] != 1 or not whole:
         return None
     # The result's axes: the row's at offset_dims, the index's elsewhere.
@@ -83,7 +85,7 @@ def _dynamic_slice(k, g, ins, params) -> Factored | None:
     """One row at a place that the example says."""
     table, *starts = ins
     sizes = params["slice_sizes"]
-    axes = [d for d, (s, n) in enumerate(zip(sizes, table.shape)) if s != n]
+    axes = [d for d, (s, n) in enumerate(zip(sizes, table.shape, strict=True)) if s != n]
     if k != 0 or len(axes) != 1 or sizes[axes[0]] != 1:
         return None
     (axis,) = axes

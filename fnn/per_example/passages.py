@@ -45,7 +45,7 @@ def _pass_slice(k, term, ins, equation, flat):
     out = flat.avals[equation.outs[0]].shape
     pads = [
         (low, full - (low + (n - 1) * step + 1) if n else full - low, step - 1)
-        for full, low, n, step in zip(ins[0].shape, p["start_indices"], out, steps)
+        for full, low, n, step in zip(ins[0].shape, p["start_indices"], out, steps, strict=True)
     ]
     return _viewed(term, Pad(tuple(pads)))
 
