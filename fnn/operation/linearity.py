@@ -1,7 +1,7 @@
 """Is a traced function linear in some of its inputs? Read off its jaxpr.
 
-JAX's transposition asks the same, but it drops constant terms silently (`dy + 1` transposes like
-`dy`), and there are linear functions that it can't transpose (a while loop). So every value of
+JAX's transposition asks the same, but it drops constant terms silently (`g + 1` transposes like
+`g`), and there are linear functions that it can't transpose (a while loop). So every value of
 the jaxpr is given one of these kinds, in order, from the inputs to the outputs:
 
     ZERO       known to be zero, whatever the inputs are

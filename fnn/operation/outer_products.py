@@ -1,6 +1,6 @@
 """Sums of outer products, as the matrix products that they are.
 
-The gradient of a weight is, for one example, an outer product: `dy[:, None] * x`. Summed
+The gradient of a weight is, for one example, an outer product: `g[:, None] * x`. Summed
 over a batch it is a matrix product, Σₙ dyₙ xₙᵀ = dYᵀ X. Compilers don't see that in general:
 written as a product with a sum after it, it may take two hundred times as long (measured on a
 CPU under two `vmap`s). So where fnn itself sums an operation's gradients over a batch, it looks

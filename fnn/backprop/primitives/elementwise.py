@@ -231,14 +231,17 @@ def _select_n(needed, g, y, which, *cases):
 
 
 def _clamp_low(g, y, low, x, high):
+    """y = low where x < low < high."""
     return summed_to(low, _where(lax.bitwise_and(gt(low, x), lt(low, high)), g))
 
 
 def _clamp_x(g, y, low, x, high):
+    """y = x where low < x < high."""
     return _where(lax.bitwise_and(gt(x, low), lt(x, high)), g)
 
 
 def _clamp_high(g, y, low, x, high):
+    """y = high where x > high."""
     return summed_to(high, _where(lt(high, x), g))
 
 
@@ -294,6 +297,8 @@ def _random_gamma(g, y, key, a, *, log_space):
 
 
 def _no_gradient(of: str, argument: str) -> Callable:
+    """The rule of an argument whose derivative has no known closed form."""
+
     def refuse(*_, **__):
         raise ValueError(
             f"{of} has no gradient with respect to {argument}: no closed form is known to JAX or "
@@ -410,7 +415,7 @@ CHOICES = {
 # JAX's gradient of a real function L of x = u + iv is ∂L/∂u − i ∂L/∂v.
 
 COMPLEX = {
-    "complex": binary(
+    "complex": binary(  # y = a + ib
         lambda g, y, a, b: lax.real(g),
         lambda g, y, a, b: neg(lax.imag(g)),
         ("Re", "−Im"),

@@ -38,7 +38,7 @@ def _gather(
     mode,
     **_,
 ):
-    """Every read entry gets the sum of the gradients of its readers."""
+    """∂L/∂x = zeros.at[i].add(g): every read entry gets the sum of its readers' gradients."""
     numbers = ScatterDimensionNumbers(
         update_window_dims=dimension_numbers.offset_dims,
         inserted_window_dims=dimension_numbers.collapsed_slice_dims,
@@ -58,7 +58,7 @@ def _gather(
 
 
 def _dynamic_slice(g, y, x, *starts, **_):
-    """Zeros, with g written where it was read."""
+    """y = x[i : i + n]: zeros, with g written where y was read."""
     return lax.dynamic_update_slice(lax.full_like(x, 0), g, starts)
 
 
@@ -81,7 +81,7 @@ def _read_back(a, indices, updates, dimension_numbers, mode, fill_value=0, **_):
 
 
 def _dynamic_update_slice(needed, g, y, x, update, *starts, **_):
-    """What was overwritten has no gradient; what was written has that of its place."""
+    """y = x with u written at i: g with zeros there for x, g[i : i + n] for u."""
     nothing = [None] * len(starts)
     of_x = lax.dynamic_update_slice(g, lax.full_like(update, 0), starts) if needed[0] else None
     of_update = lax.dynamic_slice(g, starts, update.shape) if needed[1] else None
@@ -89,11 +89,12 @@ def _dynamic_update_slice(needed, g, y, x, update, *starts, **_):
 
 
 def _scatter_add(g, y, x, indices, updates, **params):
+    """∂L/∂u = g[i] of y = x.at[i].add(u)."""
     return _read_back(g, indices, updates, **params)
 
 
 def _scatter_mul(needed, g, y, x, indices, updates, **params):
-    """y = x · u: g · u for x, and g · x at its place for u."""
+    """y = x.at[i].multiply(u): g.at[i].multiply(u) for x, (g · x)[i] for u."""
     of_x = of_updates = None
     if needed[0]:
         of_x = lax.scatter_mul(g, indices, updates, **_how_to_write(params))
@@ -109,7 +110,7 @@ def _scatter_mul(needed, g, y, x, indices, updates, **params):
 
 
 def _scatter_extremum(needed, g, y, x, indices, updates, **params):
-    """An entry's gradient is shared equally by those of x and the updates that attain it."""
+    """y = x.at[i].max(u): g of an entry, shared equally by those of x and u that attain it."""
     how = _how_to_write(params)
     kept = lax.eq(x, y)
     attained = lax.eq(updates, _read_back(y, indices, updates, **params | {"fill_value": jnp.nan}))
@@ -135,6 +136,7 @@ def _scatter_extremum(needed, g, y, x, indices, updates, **params):
 
 
 def _scatter_forward(equation, needed, ins, opaque):
+    """y = x.at[i].set(u), and which updates stayed."""
     x, indices, updates = ins
     params = equation.params
     if params["update_jaxpr"] is not None:
@@ -164,6 +166,7 @@ def _scatter_forward(equation, needed, ins, opaque):
 
 
 def _scatter_backward(equation, needed, saved, cotangents, opaque):
+    """∂L/∂x = g.at[i].set(0), and ∂L/∂u = g[i] for the updates that stayed, 0 for the others."""
     indices, updates, won = saved
     (g,) = cotangents
     of_x = of_updates = None
@@ -183,7 +186,7 @@ def _how_to_write(params: dict) -> dict:
 
 
 RULES: dict[str, LocalRule | ControlRule] = {
-    "gather": each(_gather, None, local_gradient=("scatter-add(g)", "0")),
+    "gather": each(_gather, None, local_gradient=("zeros.at[i].add(g)", "0")),
     "dynamic_slice": joint(
         lambda needed, g, y, x, *starts, **params: [
             _dynamic_slice(g, y, x, *starts, **params),

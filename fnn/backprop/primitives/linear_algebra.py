@@ -70,6 +70,7 @@ def _factors(*, local_gradient: tuple[str, ...]):
 
 
 def _in_jax_convention(formula, g, y, a, params):
+    """conj(formula(conj(g), ...)), real where a is."""
     conjugate = functools.partial(jax.tree.map, jnp.conj)
     with jax.default_matmul_precision("highest"):
         gradient = formula(conjugate(g), y, a, **params)
@@ -214,6 +215,7 @@ def _qr(bars, outputs, a, *, pivoting, full_matrices, **_):
 
 
 def _thin_qr(q_bar, r_bar, q, r):
+    """[Q̄ + Q sym(R̄ Rᴴ - Qᴴ Q̄)] R⁻ᴴ, where None is zero."""
     m = None if r_bar is None else r_bar @ r.mT.conj()
     m = m if q_bar is None else _sum(m, -(q.mT.conj() @ q_bar))
     upper = _triu(m, 1)
@@ -357,6 +359,7 @@ def _eig(
 
 
 def _eigenvectors(w_bar, v_bar, w, v):
+    """V⁻ᴴ (diag(w̄) + conj(F) ∘ VᴴŪ) Vᴴ, where None is zero."""
     vh = v.mT.conj()
     if v_bar is None:
         return jnp.linalg.solve(vh, w_bar[..., :, None] * vh)

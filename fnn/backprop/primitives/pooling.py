@@ -204,6 +204,7 @@ def _add_in_tiles(g, argmax, starts, strides, shape):
 
 
 def _scatter_source(g, y, source, operand, *, select_prim, **window):
+    """∂L/∂source[o] = g at the place of window o that select_and_scatter_add selects."""
     ones = (1,) * g.ndim
     return lax.select_and_gather_add_p.bind(
         g, operand, select_prim=select_prim, base_dilation=ones, window_dilation=ones, **window
@@ -211,6 +212,7 @@ def _scatter_source(g, y, source, operand, *, select_prim, **window):
 
 
 def _gather_source(g, y, tangents, operand, *, select_prim, **window):
+    """∂L/∂tangents = zeros, with g[o] added at the place of window o that was selected."""
     worst = -jnp.inf if select_prim is lax.ge_p else jnp.inf
     window.pop("window_dilation")  # all 1, as JAX has no gradient for others
     return _search_and_add(g, operand, select_prim, worst, **window)

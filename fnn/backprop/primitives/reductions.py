@@ -40,6 +40,7 @@ def _spread(g, x, axes):
 
 
 def _sum(g, y, x, *, axes, **_):
+    """y = Σ x: ∂L/∂x[i] = g."""
     return _spread(g, x, axes)
 
 
@@ -99,6 +100,7 @@ class Combine(NamedTuple):
 
 
 def _logaddexp(a, b):
+    """log(eᵃ + eᵇ) = max + log(1 + e^−|a − b|)."""
     high, distance = lax.max(a, b), lax.sub(a, b)
     if is_complex(a):
         distance = lax.sub(add(a, b), mul(high, number(2, high)))
@@ -230,6 +232,7 @@ def _pad_axis(x, axis: int, config: tuple[int, int, int], value: float = 0):
 
 
 def _sort_forward(equation, needed, ins, opaque):
+    """y[i] = x[place[i]]; the places are kept."""
     params = equation.params
     axis = params["dimension"]
     places = lax.broadcasted_iota(jnp.int32, ins[0].shape, axis, out_sharding=sharding_of(ins[0]))
@@ -241,6 +244,7 @@ def _sort_forward(equation, needed, ins, opaque):
 
 
 def _sort_backward(equation, needed, saved, cotangents, opaque):
+    """∂L/∂x[place[i]] = g[i]."""
     places, ins = saved
     axis = equation.params["dimension"]
     return [
@@ -270,6 +274,7 @@ def _put_back(g, places, x, axis: int):
 
 
 def _top_k(g, y, x, *, axis, **_):
+    """y = the k largest entries of x and their places: zeros, with g at the places."""
     return _put_back(g[0], y[1], x, axis)
 
 

@@ -83,12 +83,14 @@ def _slice(g, y, x, *, start_indices, limit_indices, strides):
 
 
 def _concatenate(needed, g, y, *parts, dimension):
+    """y = [a, b, ...]: each part of g to the argument that it came from."""
     sizes = [part.shape[dimension] for part in parts]
     found = lax.split(g, sizes, axis=dimension)
     return [a if wanted else None for a, wanted in zip(found, needed, strict=True)]
 
 
 def _split(g, y, x, *, axis, **_):
+    """y₁, y₂, ... are the parts of x: ∂L/∂x = [g₁, g₂, ...]."""
     return lax.concatenate(g, axis)
 
 
