@@ -1,4 +1,13 @@
-"""The operations, each with a hand-written forward and backward; a file a family."""
+"""The operations, each with a hand-written forward and backward; a file a family.
+
+activations/sigmoids        S-shaped ones: sigmoid, tanh, ...
+activations/rectifiers      relu, leaky_relu, elu, maxout, ...
+activations/gated           a number times a gate: silu, gelu, glu, ...
+probabilities               softmax, log_softmax, logsumexp
+losses/classification       softmax_cross_entropy, multiclass_hinge, ...
+losses/regression           squared_error, huber, gaussian_nll
+losses/regularization       l2
+"""
 
 from fnn.ops.activations.gated import geglu, gelu, glu, hard_silu, mish, silu, swiglu
 from fnn.ops.activations.rectifiers import (

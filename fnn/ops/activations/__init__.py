@@ -6,11 +6,11 @@ gradient g). What is kept is as little as can be: the output y where the local g
 can be told from it (the next layer keeps y anyway), a mask of booleans where a mask is enough,
 the input x elsewhere.
 
-`forward` calls the operation itself, so that a kept y is differentiated by the rule below and
-not through the definition. Hence the second derivative, and every one after it, comes from
+`forward` calls the operation itself, so that a kept y is differentiated by the operation's rule
+and not through its definition. Hence the second derivative, and every one after it, comes from
 these rules too, and a definition may be written for accuracy alone.
 
-Common to all:
+Common to all, and to the functions in `fnn.ops.probabilities`:
 
 * The result has the dtype of the input. Integers raise a TypeError that names the operation;
   so do complex numbers, except for the holomorphic `sigmoid` and `tanh`.

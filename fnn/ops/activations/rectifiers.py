@@ -1,4 +1,7 @@
-"""Rectifiers: positive numbers pass, negative ones are cut off or flattened."""
+"""Rectifiers: `relu` and its relatives, which let positive numbers pass and flatten negative ones.
+
+`maxout` learns what it lets pass: it is the largest of several pieces, of which `relu` has x and 0.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Losses of classifiers, which compare scores with labels.
 
-Labels outside 0 … classes − 1, or outside [0, 1] where they are probabilities, raise a
-ValueError wherever their values are known: outside jit. Compiled code can't raise: there an
+Integer labels outside 0 … classes − 1, and answers outside [0, 1] to yes-or-no questions, raise
+a ValueError wherever their values are known: outside jit. Compiled code can't raise: there an
 integer label out of range gives a loss of NaN and a gradient of NaN, rather than a plausible
 number. (`fnn.fit` and a training step look at labels before they run.)
 """
