@@ -81,6 +81,8 @@ def _(residuals, g, *, label_smoothing):
     q = _target(labels, wide(p), label_smoothing)
     total = 1 if is_integer(labels) else jnp.sum(q, axis=-1, keepdims=True)
     g, dtype = wide(g)[..., None], p.dtype
+    if is_integer(labels):
+        g = g * jnp.where(_is_class(labels, p), 1, jnp.nan)[..., None].astype(g.dtype)
     d_logits = (g * (wide(p) * total - q)).astype(dtype)
     if is_integer(labels):
         return d_logits, None
@@ -88,12 +90,11 @@ def _(residuals, g, *, label_smoothing):
 
 
 def _target(labels, p, smoothing):
-    """q: the distribution over classes that the labels mean, NaN where they name no class."""
+    """q: the distribution over classes that the labels mean."""
     rest = smoothing / p.shape[-1]
-    if not is_integer(labels):
-        return (1 - smoothing) * labels.astype(p.dtype) + rest
-    rest = jnp.where(_is_class(labels, p), rest, jnp.nan)[..., None].astype(p.dtype)
-    return jnp.where(_one_hot(labels, p), 1 - smoothing + rest, rest)
+    if is_integer(labels):
+        return jnp.where(_one_hot(labels, p), 1 - smoothing + rest, rest).astype(p.dtype)
+    return (1 - smoothing) * labels.astype(p.dtype) + rest
 
 
 @rule
