@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fnn.backprop import control_flow
-from fnn.backprop.partial_evaluation import partially_evaluate
+from fnn.backprop.partial_evaluation import PartialEvaluation, partially_evaluate
 from fnn.backprop.rules import ControlRule
 from fnn.backprop.sweep import RuleOf
 from fnn.jaxpr import scan_layout
@@ -88,45 +88,51 @@ def _scan_forward(kinds, rule_of, factored, equation, needed, ins, opaque):
     has_cotangent = control_flow.cotangents_of_loop(body, active, num_consts, num_carry)
     cut = partially_evaluate(body, active, rule_of, has_cotangent, gradients_of=gradients_of)
     outs, kept = control_flow.run_loop(equation, cut, ins)
-    return outs, (cut, active, kept, inner)
+    return outs, (cut, active, kept)
 
 
 def _scan_backward(kinds, equation, needed, saved, g, opaque):
-    cut, active, kept, inner = saved
-    num_consts, num_carry = scan_layout(equation.params)
-    # What only the forward half makes, the inputs A above all, is stacked already, or the same in
-    # all steps: the loop backwards needn't stack it again.
+    """The loop backwards; the terms of its steps become terms of the loop."""
+    cut, active, kept = saved
+    num_consts, _ = scan_layout(equation.params)
+    of_loop = _run_back(equation, cut, active, kept, g)
+    found: list = [None] * len(active)
+    for k, gradient in (of_loop.sums | of_loop.carried | of_loop.stacked).items():
+        found[k] = gradient
+    for k, terms in of_loop.terms.items():
+        own = tuple(_over_steps(t, k < num_consts) for t in terms.terms)
+        found[k] = Terms(own if found[k] is None else (*own, found[k]))
+    for k in of_loop.carried:
+        if kinds[k] == PARAMETERS:
+            found[k] = Terms((Dense(found[k], "a loop starts from it"),))
+    return found
+
+
+def _run_back(equation, cut: PartialEvaluation, active, kept, g) -> _OfStep:
+    """The gradients of all steps: sums, the first step's carry, and the others stacked.
+
+    What only the forward half makes, the inputs A above all, is stacked already, or the same in
+    all steps: the loop backwards doesn't stack it again.
+    """
     once, per_step = kept
-    constants = cut.joint.constants
-    known = lambda i: i in per_step or i in once or i in constants
+    once = once | cut.joint.constants
     of_step = jax.tree.unflatten(cut.tree, cut.gradients)
     num_sums = len(of_step.sums)
     num_arrays = num_sums + len(of_step.carried) + len(of_step.stacked)
-    leaves = cut.gradients[num_arrays:]
-    rest = list(dict.fromkeys(i for i in leaves if not known(i)))
-    arrays = [*cut.gradients[:num_arrays], *rest]
-    back = dataclasses.replace(cut, gradients=arrays, tree=jax.tree.structure(arrays))
+    first, of_terms = cut.gradients[:num_arrays], cut.gradients[num_arrays:]
+    rest = list(dict.fromkeys(i for i in of_terms if i not in per_step and i not in once))
+    back = dataclasses.replace(
+        cut, gradients=[*first, *rest], tree=jax.tree.structure([*first, *rest])
+    )
     found = control_flow.run_loop_back(equation, back, active, kept, g, num_sums)
-    made = dict(zip(rest, found[num_arrays:], strict=True))
+    stacked = per_step | dict(zip(rest, found[num_arrays:], strict=True))
 
     def over_steps(i):
-        if i in made or i in per_step:
-            return made[i] if i in made else per_step[i]
-        x = once[i] if i in once else constants[i]
-        return jnp.broadcast_to(x, (equation.params["length"], *jnp.shape(x)))
+        if i in stacked:
+            return stacked[i]
+        return jnp.broadcast_to(once[i], (equation.params["length"], *jnp.shape(once[i])))
 
-    arrays = [*found[:num_arrays], *map(over_steps, leaves)]
-    of_loop = jax.tree.unflatten(cut.tree, arrays)
-    results: list = [None] * len(active)
-    for k, x in (of_loop.sums | of_loop.carried | of_loop.stacked).items():
-        results[k] = x
-    for k, terms in of_loop.terms.items():
-        own = tuple(_over_steps(t, k < num_consts) for t in terms.terms)
-        results[k] = Terms(own if results[k] is None else (*own, results[k]))
-    for k in of_loop.carried:
-        if kinds[k] == PARAMETERS:
-            results[k] = Terms((Dense(results[k], "a loop starts from it"),))
-    return results
+    return jax.tree.unflatten(cut.tree, [*found[:num_arrays], *map(over_steps, of_terms)])
 
 
 def _over_steps(term: Term, is_constant: bool) -> Term:
