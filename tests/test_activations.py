@@ -211,7 +211,7 @@ def test_every_derivative_equals_that_of_the_plain_definition(name):
             close(value, plain[kind], 1e-8)
 
 
-@every
+@each_operation
 def test_gradient_equals_that_of_the_plain_definition_and_central_differences(name):
     def all_of(x):
         scalar = scalar_of(ALL[name])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from sweeps import sweep
+from sweeps import exhaustive, sweep
 
 import fnn
 from fnn.check import Check, GradientError, Kink, Report, check_grads, check_rule
@@ -143,6 +143,7 @@ def test_all_shapes(shape):
     assert report.verdict == "NOT CHECKED: no argument that can move has any entries"
 
 
+@exhaustive
 def test_a_dtype_that_the_definition_refuses_is_skipped():
     @fnn.rule
     def solve(A, b):
@@ -377,7 +378,7 @@ SIZES = [(e, k) for e in (-30, -15, 0, 12, 30) for k in (-30, -12, 0, 12, 30)]
 RIGHT, FALSE = scaled_sine(1.0), scaled_sine(2.5)
 
 
-@pytest.mark.parametrize("size", sweep(SIZES, [(-30, 30), (0, -12), (30, -30)]), ids=str)
+@pytest.mark.parametrize("size", sweep(SIZES, [(-30, 30)]), ids=str)
 def test_functions_and_arguments_of_any_size(size):
     """e and k are arguments, so that all sizes share one program."""
     e, k = size
@@ -624,7 +625,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", sweep(SETTINGS, ["dtype promotion", "key reuse"]))
+@pytest.mark.parametrize("name", sweep(SETTINGS, ["dtype promotion"]))
 def test_under_jaxs_strict_settings(name):
     W, key = jnp.asarray(normal(1, 3, 3), "float32"), jax.random.key(0)
     x = jnp.asarray(normal(0, 3), "float32")
@@ -644,6 +645,7 @@ def test_under_jaxs_strict_settings(name):
         np.testing.assert_allclose(pullback(jnp.ones_like(value))[0], jax.grad(total)(x), 1e-5)
 
 
+@exhaustive
 def test_nothing_of_a_function_is_kept():
     def check(use):
         array = np.ones(1000)
@@ -773,6 +775,7 @@ def test_custom_jvp():
         check_grads(of(lambda x: jax.nn.sigmoid(2 * x)), normal(0, 3), **QUICK)
 
 
+@exhaustive
 def test_other_arguments():
     def f(x, kind, n, key, options):
         y = jnp.sin(x) if kind == "sin" else x

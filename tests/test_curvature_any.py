@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,13 +110,19 @@ def in_float64():
     )(params, (xs, LABELS))  # fmt: skip
 
 
+def test_types_in_half_precision():
+    """Traced only, under x64."""
+    model, params, xs = mlp()
+    params, xs = cast((params, xs), "bfloat16")
+    of = functools.partial(everything, model, ops.softmax_cross_entropy)
+    found = jax.eval_shape(of, params, (xs, LABELS))
+    for name in ("GGN", "Hessian", "diagonal", "Hessian's diagonal", "update"):
+        chex.assert_trees_all_equal_shapes_and_dtypes(found[name], params)
+
+
+@exhaustive
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [
-        ("bfloat16", 0.1),
-        pytest.param("float16", 0.02, marks=exhaustive),
-        pytest.param("float32", 2e-4, marks=exhaustive),
-    ],
+    ("dtype", "tolerance"), [("bfloat16", 0.1), ("float16", 0.02), ("float32", 2e-4)]
 )
 def test_every_function_in_every_dtype(dtype, tolerance):
     """Under x64, where constants of Python's would widen to float64."""
@@ -342,7 +349,8 @@ ACTIVATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", sweep(ACTIVATIONS, ["custom_vjp in a loop"]))
+@exhaustive
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_a_network_with_a_derivative_rule_of_its_own(name):
     """All of these are tanh, so all that is known of it holds: Hessians too."""
     model, params, xs = mlp(ACTIVATIONS[name])

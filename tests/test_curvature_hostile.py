@@ -155,7 +155,7 @@ def together(p, batch, names=tuple(FUNCTIONS)):
 
 
 @pytest.mark.parametrize("names", sweep(["all", "some"], quick=["some"]))
-@pytest.mark.parametrize("in_context", [True, False])
+@pytest.mark.parametrize("in_context", sweep([True, False], quick=[False]))
 def test_a_batch_spread_over_a_mesh_with_explicit_axes(in_context, names):
     """The numbers of one device, laid out as the parameters are."""
     _, p, batch = network()

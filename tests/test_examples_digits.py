@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.exhaustive  # .ci/run runs the whole example each time
 
 
 @pytest.fixture(scope="module")

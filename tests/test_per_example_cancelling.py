@@ -333,6 +333,7 @@ def test_variances_beside_a_large_mean(dtype):
         )
 
 
+@pytest.mark.exhaustive
 def test_second_moments_whose_factors_are_out_of_range():
     """1e25 times 1e-25: each squared is no float32, their product is one."""
     loss = lambda w, e: jnp.sum((w @ e[0]) * e[1])
