@@ -41,9 +41,9 @@ QUICK = {"dtypes": (), "order": 1}
 ARGS = normal(0, 4, 4), normal(1, 4), normal(2, 4)
 
 
-def right(residuals, dy):
+def right(residuals, g):
     W, x, _ = residuals
-    return jnp.outer(dy, x), W.T @ dy, dy
+    return jnp.outer(g, x), W.T @ g, g
 
 
 def right_tangent(residuals, dW, dx, db):
@@ -76,7 +76,7 @@ def test_without_64_bit_mode():
     with jax.enable_x64(False):
         assert check_rule(affine(right), *(a.astype("float32") for a in ARGS), **QUICK).ok
         with pytest.raises(GradientError):
-            check_rule(affine(lambda r, dy: (jnp.outer(dy, r[1]), r[0] @ dy, dy)), *ARGS, **QUICK)
+            check_rule(affine(lambda r, g: (jnp.outer(g, r[1]), r[0] @ g, g)), *ARGS, **QUICK)
 
 
 def test_structures_integers_keys_and_static_arguments():
@@ -114,13 +114,13 @@ def test_complex_numbers():
     def square(z):
         return z * z
 
-    square.backward(lambda residuals, dy: (2 * residuals[0] * dy,))
+    square.backward(lambda residuals, g: (2 * residuals[0] * g,))
     z = normal(0, 3) + 1j * normal(1, 3)
     report = check_rule(square, z, dtypes=("float16", "float32"))
     assert report.ok
     assert any("no complex float16" in c.skipped for c in report.checks)
     wrong = fnn.rule(square.definition)
-    wrong.backward(lambda residuals, dy: (2 * jnp.conj(residuals[0]) * dy,))
+    wrong.backward(lambda residuals, g: (2 * jnp.conj(residuals[0]) * g,))
     with pytest.raises(GradientError, match=r"z\[\d\]\.(real|imag)"):
         check_rule(wrong, z, **QUICK)
     # Real to complex and back.
@@ -133,7 +133,7 @@ def test_all_shapes(shape):
     def cube(x):
         return x**3
 
-    cube.backward(lambda residuals, dy: (3 * residuals[0] ** 2 * dy,))
+    cube.backward(lambda residuals, g: (3 * residuals[0] ** 2 * g,))
     report = check_rule(cube, normal(0, *shape), dtypes=(), raise_on_error=False)
     if 0 not in shape:
         assert report.ok
@@ -150,9 +150,9 @@ def test_a_dtype_that_the_definition_refuses_is_skipped():
         return jnp.linalg.solve(A, b)
 
     @solve.backward
-    def _(residuals, dy):
+    def _(residuals, g):
         A, b = residuals
-        db = jnp.linalg.solve(A.T, dy)
+        db = jnp.linalg.solve(A.T, g)
         return -jnp.outer(db, jnp.linalg.solve(A, b)), db
 
     report = check_rule(solve, normal(0, 3, 3) + 3 * np.eye(3), normal(1, 3), order=1)
@@ -161,12 +161,12 @@ def test_a_dtype_that_the_definition_refuses_is_skipped():
 
 def test_large_arguments_are_sampled():
     f = fnn.rule(lambda x: jnp.sin(x))
-    f.backward(lambda residuals, dy: (jnp.cos(residuals[0]) * dy,))
+    f.backward(lambda residuals, g: (jnp.cos(residuals[0]) * g,))
     x = normal(0, 30, 40)
     report = check_rule(f, x, **QUICK, max_entries=50)
     assert "at 50 of 1200 entries" in str(report)
     wrong = fnn.rule(f.definition)
-    wrong.backward(lambda residuals, dy: ((jnp.cos(residuals[0]) * dy).at[17, 23].mul(1.001),))
+    wrong.backward(lambda residuals, g: ((jnp.cos(residuals[0]) * g).at[17, 23].mul(1.001),))
     # One wrong entry of 1200 is found by autodiff, and then by differences too.
     report = check_rule(wrong, x, **QUICK, max_entries=50, raise_on_error=False)
     found = {c.against: c for c in report.checks if c.what == "gradient" and not c.ok}
@@ -178,13 +178,13 @@ def test_large_arguments_are_sampled():
 # ------------------------------------------------------------------------------------ wrong rules
 
 WRONG = {
-    "sign": lambda r, dy: (-jnp.outer(dy, r[1]), r[0].T @ dy, dy),
-    "missing factor": lambda r, dy: (jnp.outer(dy, r[1]), r[0].T @ dy, dy / 2),
-    "transposed": lambda r, dy: (jnp.outer(r[1], dy), r[0].T @ dy, dy),
-    "off by a reduction": lambda r, dy: (
-        jnp.outer(dy, r[1]),
-        r[0].T @ dy,
-        jnp.full_like(dy, dy.sum()),
+    "sign": lambda r, g: (-jnp.outer(g, r[1]), r[0].T @ g, g),
+    "missing factor": lambda r, g: (jnp.outer(g, r[1]), r[0].T @ g, g / 2),
+    "transposed": lambda r, g: (jnp.outer(r[1], g), r[0].T @ g, g),
+    "off by a reduction": lambda r, g: (
+        jnp.outer(g, r[1]),
+        r[0].T @ g,
+        jnp.full_like(g, g.sum()),
     ),
 }
 
@@ -210,7 +210,7 @@ def test_a_sum_over_the_batch_taken_as_mean():
     def shift(X, b):
         return X + b
 
-    shift.backward(lambda r, dy: (dy, dy.mean(axis=0)))
+    shift.backward(lambda r, g: (g, g.mean(axis=0)))
     with pytest.raises(GradientError) as caught:
         check_rule(shift, normal(0, 5, 3), normal(1, 3), **QUICK)
     check = caught.value.check
@@ -228,7 +228,7 @@ def test_a_wrong_tangent():
 
 def test_a_wrong_second_derivative():
     """The first derivative is right, but its dependence on a residual was cut."""
-    op = affine(lambda r, dy: (jnp.outer(dy, r[1]), lax.stop_gradient(r[0]).T @ dy, dy))
+    op = affine(lambda r, g: (jnp.outer(g, r[1]), lax.stop_gradient(r[0]).T @ g, g))
     report = check_rule(op, *ARGS, dtypes=(), raise_on_error=False)
     assert all(c.ok for c in report.checks if c.order < 2)
     wrong = {(c.mode, c.against) for c in report.checks if not c.ok}
@@ -250,9 +250,9 @@ def test_wrong_in_one_dtype_only():
         return jnp.sqrt(jnp.sum(wide**2)).astype(x.dtype)
 
     @norm.backward
-    def _(residuals, dy):
+    def _(residuals, g):
         (x,) = residuals
-        return (dy * x / jnp.sqrt(jnp.sum(x**2)),)  # overflows in float16
+        return (g * x / jnp.sqrt(jnp.sum(x**2)),)  # overflows in float16
 
     x = np.array([300.0, 400.0, 10.0])
     report = check_rule(norm, x, order=1, raise_on_error=False)
@@ -261,7 +261,7 @@ def test_wrong_in_one_dtype_only():
 
 def test_a_rule_that_is_not_well_formed():
     with pytest.raises(fnn.RuleError, match="shape"):
-        check_rule(affine(lambda r, dy: (jnp.outer(dy, r[1]), dy[:2], dy)), *ARGS)
+        check_rule(affine(lambda r, g: (jnp.outer(g, r[1]), g[:2], g)), *ARGS)
     with pytest.raises(TypeError, match="check_grads"):
         check_rule(jnp.sin, 1.0)
     with pytest.raises(ValueError, match="nothing to differentiate"):
@@ -274,7 +274,7 @@ def test_a_rule_that_is_not_well_formed():
 def relu(at_zero=0.0):
     op = fnn.rule(lambda x: jnp.maximum(x, 0))
     op.forward(lambda x: (jnp.maximum(x, 0), x))
-    op.backward(lambda x, dy: (jnp.where(x > 0, dy, jnp.where(x == 0, at_zero * dy, 0.0)),))
+    op.backward(lambda x, g: (jnp.where(x > 0, g, jnp.where(x == 0, at_zero * g, 0.0)),))
     return op
 
 
@@ -295,7 +295,7 @@ def test_a_kink_excuses_no_nonsense():
         check_rule(relu(-1.0), np.array([-1.0, 0.0, 2.0]), **QUICK)
     with pytest.raises(GradientError):  # a mistake elsewhere
         op = fnn.rule(jnp.abs)
-        op.backward(lambda r, dy: (jnp.where(r[0] > 0, dy, 0.0),))
+        op.backward(lambda r, g: (jnp.where(r[0] > 0, g, 0.0),))
         check_rule(op, np.array([-1.0, 0.0, 2.0]), **QUICK)
 
 
@@ -307,7 +307,7 @@ def test_points_near_a_kink():
     report = check_grads(lambda x: jnp.maximum(x, 1.0), near, **QUICK)
     assert report.ok and [k.where for k in report.kinks] == ["x[2]", "x[3]"]
     wrong = relu()
-    wrong.backward(lambda x, dy: (jnp.where(x > 0, 2 * dy, 0.0),))
+    wrong.backward(lambda x, g: (jnp.where(x > 0, 2 * g, 0.0),))
     with pytest.raises(GradientError, match=r"At x\[0\] it is"):
         check_rule(wrong, np.array([1e-12, -1.0]), **QUICK)
 
@@ -326,7 +326,7 @@ def test_ties_of_three_in_a_sort():
     report = check_grads(lambda x: jnp.sort(x), x, **QUICK)
     assert report.ok and [k.where for k in report.kinks] == ["x[0]", "x[2]", "x[3]"]
     wrong = fnn.rule(lambda x: jnp.sort(x))
-    wrong.backward(lambda r, dy: (2.5 * dy[jnp.argsort(jnp.argsort(r[0]))],))
+    wrong.backward(lambda r, g: (2.5 * g[jnp.argsort(jnp.argsort(r[0]))],))
     with pytest.raises(GradientError):
         check_rule(wrong, x, **QUICK)
 
@@ -367,9 +367,9 @@ def scaled_sine(factor):
         return 10.0**e * jnp.sin(x / 10.0**k)
 
     @scaled_sine.backward
-    def _(residuals, dy):
+    def _(residuals, g):
         x, e, k = residuals
-        return factor * dy * (10.0**e / 10.0**k) * jnp.cos(x / 10.0**k), None, None
+        return factor * g * (10.0**e / 10.0**k) * jnp.cos(x / 10.0**k), None, None
 
     return scaled_sine
 
@@ -409,7 +409,7 @@ def test_right_gradients_at_arguments_of_any_size(x):
     def wrong(x):
         return waves(x)
 
-    wrong.defvjp(lambda x: (waves(x), x), lambda x, dy: (2.5 * jax.vjp(waves, x)[1](dy)[0],))
+    wrong.defvjp(lambda x: (waves(x), x), lambda x, g: (2.5 * jax.vjp(waves, x)[1](g)[0],))
     x = np.array(x)
     assert check_grads(f, x, **QUICK).ok
     assert check_grads(waves, x, **QUICK).ok
@@ -448,7 +448,7 @@ def test_what_differences_do_not_resolve():
         assert report.verdict.startswith("NOT CHECKED") and not report.kinks
         for factor in (1.0, 2.5):  # autodiff can tell
             rule = fnn.rule(f)
-            rule.backward(lambda r, dy, c=factor, f=f: (c * jax.vjp(f, r[0])[1](dy)[0],))
+            rule.backward(lambda r, g, c=factor, f=f: (c * jax.vjp(f, r[0])[1](g)[0],))
             report = check_rule(rule, np.array([x]), **QUICK, raise_on_error=False)
             assert report.ok == (factor == 1.0) and "not resolved by differences" in str(report)
 
@@ -462,7 +462,7 @@ def test_jumps_at_every_integer(x):
     def wrong(x):
         return f(x)
 
-    wrong.defvjp(lambda x: (f(x), x), lambda x, dy: (2.5 * dy * jnp.floor(x),))
+    wrong.defvjp(lambda x: (f(x), x), lambda x, g: (2.5 * g * jnp.floor(x),))
     report = check_grads(f, np.array(x), **QUICK)
     assert report.ok and len(report.kinks) == len(x)
     kink = report.kinks[0]
@@ -479,8 +479,8 @@ def test_one_wrong_entry_of_many_is_found_without_autodiff(factor):
     def f(x):
         return jnp.maximum(x, 0) + jnp.tanh(x)
 
-    def backward(x, dy):
-        dx = dy * ((x > 0) + 1 - jnp.tanh(x) ** 2)
+    def backward(x, g):
+        dx = g * ((x > 0) + 1 - jnp.tanh(x) ** 2)
         return (dx.at[777].mul(factor),)
 
     f.defvjp(lambda x: (f(x), x), backward)
@@ -558,7 +558,7 @@ def test_a_wrong_slope_at_the_edge_of_the_domain():
     def f(x):
         return jnp.where(x < 0, jnp.nan, 3 * x)
 
-    f.defvjp(lambda x: (f(x), None), lambda _, dy: (2 * dy,))
+    f.defvjp(lambda x: (f(x), None), lambda _, g: (2 * g,))
     with pytest.raises(GradientError, match="the slope on the one side that there is"):
         check_grads(lambda x: f(x), np.array([0.0]), **QUICK)
 
@@ -572,7 +572,7 @@ def test_functions_that_compute_in_few_digits(dtype):
     report = check_grads(f, x, **QUICK)
     assert report.ok and f"computes in {dtype}" in str(report)
     wrong = jax.custom_vjp(f)
-    wrong.defvjp(lambda x: (f(x), x), lambda x, dy: (5 * jnp.cos(x) * dy.astype(x.dtype),))
+    wrong.defvjp(lambda x: (f(x), x), lambda x, g: (5 * jnp.cos(x) * g.astype(x.dtype),))
     with pytest.raises(GradientError, match="by differences"):
         check_grads(lambda x: wrong(x), x, **QUICK)
 
@@ -606,7 +606,7 @@ def test_what_is_checked_must_be_a_function():
     with pytest.raises(TypeError, match="x must be an array, but got 'a'"):
         check_rule(relu(), "a")
     op = fnn.rule(lambda x: x.sum())
-    op.backward(lambda residuals, dy: (jnp.broadcast_to(dy, residuals[0].shape),))
+    op.backward(lambda residuals, g: (jnp.broadcast_to(g, residuals[0].shape),))
     for wrong in ([1.0, 2.0], (1.0,), None):
         for rule in (op, relu()):
             with pytest.raises(TypeError, match="check_rule: x must be an array, but got"):
@@ -821,7 +821,7 @@ def test_a_rule_around_a_while_loop():
             step = lambda c: (c[0] + 1, 2 * c[1])
             return lax.while_loop(lambda c: c[0] < 3, step, (0, x))[1]
 
-        eightfold.backward(lambda residuals, dy: (factor * dy,))
+        eightfold.backward(lambda residuals, g: (factor * g,))
         return eightfold
 
     report = check_rule(of(8), normal(0, 3), dtypes=("float32",))

@@ -166,9 +166,9 @@ def bend(x):
 
 
 @bend.backward
-def _(residuals, dy):
+def _(residuals, g):
     (x,) = residuals
-    return (7 * x * dy,)  # not the true derivative either
+    return (7 * x * g,)  # not the true derivative either
 
 
 CASES = {
@@ -344,7 +344,7 @@ def test_a_branch_of_another_platform_is_not_compiled_here():
     def kernel(x, y):
         y[...] = 2 * x[...]
 
-    for_tpu.defvjp(lambda x: (for_tpu(x), None), lambda _, dy: (for_tpu(dy),))
+    for_tpu.defvjp(lambda x: (for_tpu(x), None), lambda _, g: (for_tpu(g),))
 
     def f(x):
         y = lax.platform_dependent(x, tpu=for_tpu, default=lambda x: x**3)

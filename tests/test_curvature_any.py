@@ -323,8 +323,8 @@ def _rule(with_tangent):
         return jnp.tanh(x), jnp.tanh(x)
 
     @own.backward
-    def _(y, dy):
-        return (dy * (1 - y * y),)
+    def _(y, g):
+        return (g * (1 - y * y),)
 
     if with_tangent:
 

@@ -82,9 +82,9 @@ def cube(x, *, scale=1.0):
 
 
 @cube.backward
-def _(residuals, dy, *, scale):
+def _(residuals, g, *, scale):
     (x,) = residuals
-    return (3 * scale * x**2 * dy,)
+    return (3 * scale * x**2 * g,)
 
 
 def custom(x):

@@ -32,8 +32,8 @@ def _(x):
 
 
 @sigmoid.backward
-def _(y, dy):
-    return (dy * y * (1 - y),)
+def _(y, g):
+    return (g * y * (1 - y),)
 
 
 @fnn.rule
@@ -42,9 +42,9 @@ def affine(W, x, b):
 
 
 @affine.backward
-def _(residuals, dy):
+def _(residuals, g):
     W, x, _ = residuals
-    return jnp.einsum("i,j->ij", dy, x), W.T @ dy, dy
+    return jnp.einsum("i,j->ij", g, x), W.T @ g, g
 
 
 @fnn.rule
@@ -53,9 +53,9 @@ def power(x, *, exponent=2):
 
 
 @power.backward
-def _(residuals, dy, *, exponent):
+def _(residuals, g, *, exponent):
     (x,) = residuals
-    return (dy * exponent * x ** (exponent - 1),)
+    return (g * exponent * x ** (exponent - 1),)
 
 
 @fnn.rule
@@ -88,9 +88,9 @@ def noisy(x, key, count, *, scale=1.0):
 
 
 @noisy.backward
-def _(residuals, dy, *, scale):
+def _(residuals, g, *, scale):
     x, key, _ = residuals
-    return dy[0] * jax.random.normal(key, x.shape, x.dtype) * scale, None, None
+    return g[0] * jax.random.normal(key, x.shape, x.dtype) * scale, None, None
 
 
 def power_by_loop(x, steps):
@@ -106,9 +106,9 @@ def looped(x):
 
 
 @looped.backward
-def _(residuals, dy):
+def _(residuals, g):
     (x,) = residuals
-    return (lax.fori_loop(0, 3 + 0 * jnp.int32(x.sum() > 0), lambda i, g: g * x, 4 * dy),)
+    return (lax.fori_loop(0, 3 + 0 * jnp.int32(x.sum() > 0), lambda i, c: c * x, 4 * g),)
 
 
 @looped.tangent
@@ -242,7 +242,7 @@ def test_only_the_moving_argument():
 def test_transposes_an_operation_that_is_linear():
     W, x, b = normal(0, 2, 3), normal(1, 3), normal(2, 2)
     dot = fnn.rule(lambda W, x: W @ x)
-    dot.backward(lambda residuals, dy: (jnp.outer(dy, residuals[1]), residuals[0].T @ dy))
+    dot.backward(lambda residuals, g: (jnp.outer(g, residuals[1]), residuals[0].T @ g))
 
     def transpose(dot):
         return lambda W, b: jax.linear_transpose(lambda x: dot(W, x), x)(b)
@@ -259,8 +259,8 @@ def test_operations_within_operations():
         return sigmoid(affine(W, x, x[:2]))
 
     @two.backward
-    def _(residuals, dy):
-        return jax.vjp(lambda W, x: sigmoid(affine(W, x, x[:2])), *residuals)[1](dy)
+    def _(residuals, g):
+        return jax.vjp(lambda W, x: sigmoid(affine(W, x, x[:2])), *residuals)[1](g)
 
     def plain(W, x):
         return jax.nn.sigmoid(W @ x + x[:2])
@@ -296,8 +296,8 @@ def test_tangent_of_some_results_and_arguments():
         return x * n, n, jnp.zeros_like(x)
 
     @scaled.backward
-    def _(residuals, dy):
-        return residuals[1] * dy[0], None
+    def _(residuals, g):
+        return residuals[1] * g[0], None
 
     @scaled.tangent
     def _(residuals, dx, dn):
@@ -373,8 +373,8 @@ def test_residuals_that_no_mapped_argument_reaches():
         return W @ x, W
 
     @project.backward
-    def _(W, dy):
-        return None, W.T @ dy
+    def _(W, g):
+        return None, W.T @ g
 
     W, X = normal(0, 2, 3), normal(1, 5, 3)
     same(lambda f: jax.grad(lambda X: squares(f, (None, 0))(W, X)), project, X)
@@ -387,8 +387,8 @@ def test_named_axes():
         return x - lax.pmean(x, "batch")
 
     @centered.backward
-    def _(residuals, dy):
-        return (dy - lax.pmean(dy, "batch"),)
+    def _(residuals, g):
+        return (g - lax.pmean(g, "batch"),)
 
     def loss(f):
         return lambda x: (jax.vmap(lambda x: f(x**2) ** 3, axis_name="batch")(x)).sum()
@@ -703,8 +703,8 @@ def test_a_number_arrives_as_an_array():
         return x * n.astype(x.dtype), n.astype(x.dtype)[None]
 
     @scaled.backward
-    def _(n, dy):
-        return dy * n[0], None
+    def _(n, g):
+        return g * n[0], None
 
     x = jnp.arange(3.0, dtype="bfloat16")
     for n in (2, 2.0, True, np.float32(2)):
@@ -718,7 +718,7 @@ def test_a_number_arrives_as_an_array():
     # As in plain JAX, a number doesn't widen what it meets.
     product = fnn.rule(lambda x, n: x * n)
     product.forward(lambda x, n: (x * n, n))
-    product.backward(lambda n, dy: (dy * n, None))
+    product.backward(lambda n, g: (g * n, None))
     assert jax.vjp(lambda x: product(x, 2), x)[0].dtype == x.dtype
 
 
@@ -727,7 +727,7 @@ def test_a_result_of_integers_only():
     def best(x):
         return jnp.argmax(x)
 
-    best.backward(lambda residuals, dy: (None,))
+    best.backward(lambda residuals, g: (None,))
     x = normal(0, 4)
     same(lambda f: jax.grad(lambda x: x[f(x)] ** 2), best, x)
     same(lambda f: pushed(f), best, x)
@@ -744,8 +744,8 @@ def test_arguments_by_keyword_defaults_and_star():
         return factor * sum(rest, first)
 
     @total.backward
-    def _(residuals, dy, *, factor):
-        return (factor * dy,) * len(residuals)
+    def _(residuals, g, *, factor):
+        return (factor * g,) * len(residuals)
 
     assert total.argument_names(3) == ("first", "rest[0]", "rest[1]")
     same(lambda f: jax.grad(lambda *xs: f(*xs, factor=3.0).sum(), (0, 1, 2)), total, x, x, x)
@@ -754,7 +754,7 @@ def test_arguments_by_keyword_defaults_and_star():
     def shifted(x, by=2.0):
         return x + by
 
-    shifted.backward(lambda residuals, dy: (dy, dy.sum()))
+    shifted.backward(lambda residuals, g: (g, g.sum()))
     close(shifted(x), x + 2.0)
     close(jax.grad(lambda x: shifted(x).sum())(x), jnp.ones(3))
 
@@ -820,9 +820,9 @@ def product(W, x):
 
 
 @product.backward
-def _(residuals, dy):
+def _(residuals, g):
     W, x = residuals
-    return jnp.einsum("i,j->ij", dy, x), W.T @ dy
+    return jnp.einsum("i,j->ij", g, x), W.T @ g
 
 
 def flops_and_bytes(f, *args):
@@ -857,8 +857,8 @@ def test_convolution_costs_what_plain_jax_does():
         return lax.conv(x[None], kernel, (1, 1), "SAME")[0]
 
     @conv.backward
-    def _(residuals, dy):
-        return jax.vjp(conv.definition, *residuals)[1](dy)
+    def _(residuals, g):
+        return jax.vjp(conv.definition, *residuals)[1](g)
 
     def loss(conv):
         return lambda kernel, X: jnp.sum(jax.vmap(conv, (None, 0))(kernel, X) ** 2)
@@ -882,7 +882,7 @@ def test_what_nobody_asks_for_costs_nothing():
     def kept(x):
         return jnp.floor(x)
 
-    kept.backward(lambda residuals, dy: (None,))
+    kept.backward(lambda residuals, g: (None,))
     # A gradient of None: what lies upstream isn't differentiated at all.
     f = jax.jit(jax.grad(lambda W: jnp.sum(kept(jnp.sin(W @ x)))))
     compiled = f.lower(W).compile()
@@ -910,9 +910,9 @@ def test_it_is_a_function_with_a_name():
 
 def test_a_rule_can_be_rewritten():
     f = fnn.rule(lambda x: 3 * x)
-    f.backward(lambda residuals, dy: (2 * dy,))
+    f.backward(lambda residuals, g: (2 * g,))
     assert (jax.grad(f)(1.0), jax.jvp(f, (1.0,), (1.0,))[1]) == (2, 2)
-    f.backward(lambda residuals, dy: (3 * dy,))
+    f.backward(lambda residuals, g: (3 * g,))
     assert (jax.grad(f)(1.0), jax.jvp(f, (1.0,), (1.0,))[1]) == (3, 3)
 
 
@@ -942,42 +942,42 @@ def wrong(backward, match, **others):
     close(product(W, x), W @ x)
 
 
-def outer(residuals, dy):
-    return jnp.outer(dy, residuals[1])
+def outer(residuals, g):
+    return jnp.outer(g, residuals[1])
 
 
 WRONG = {
     "missing": (None, r"no backward rule.*"),
     "not a tuple": (outer, r"tuple with one gradient for each of its 2 arguments \(W, x\)"),
-    "too few": (lambda r, dy: (outer(r, dy),), "returned 1 gradients.*2 arguments: W, x"),
-    "too many": (lambda r, dy: (outer(r, dy), None, None), "returned 3 gradients"),
+    "too few": (lambda r, g: (outer(r, g),), "returned 1 gradients.*2 arguments: W, x"),
+    "too many": (lambda r, g: (outer(r, g), None, None), "returned 3 gradients"),
     "shape": (
-        lambda r, dy: (outer(r, dy).T, None),
+        lambda r, g: (outer(r, g).T, None),
         r"argument 'W' has shape \(3, 2\), but 'W' has shape \(2, 3\)",
     ),
     "dtype": (
-        lambda r, dy: (outer(r, dy).astype("float32"), None),
+        lambda r, g: (outer(r, g).astype("float32"), None),
         r"argument 'W' has dtype float32, but 'W' of shape \(2, 3\) has dtype float64",
     ),
-    "structure": (lambda r, dy: ([outer(r, dy), None], None), "'W' has the wrong structure"),
+    "structure": (lambda r, g: ([outer(r, g), None], None), "'W' has the wrong structure"),
     "square": (
-        lambda r, dy: (outer(r, dy * dy), None),
+        lambda r, g: (outer(r, g * g), None),
         r"'W' \(shape \(2, 3\)\).*g \(shape \(2,\)",
     ),
-    "sine": (lambda r, dy: (outer(r, jnp.sin(dy)), None), "isn't linear in g"),
-    "relu": (lambda r, dy: (outer(r, jax.nn.relu(dy)), None), "isn't linear in g"),
-    "constant": (lambda r, dy: (2 + 0 * r[0], None), "doesn't depend on g"),
-    "affine": (lambda r, dy: (outer(r, dy + 1), None), r"constant term \(1.0\)"),
+    "sine": (lambda r, g: (outer(r, jnp.sin(g)), None), "isn't linear in g"),
+    "relu": (lambda r, g: (outer(r, jax.nn.relu(g)), None), "isn't linear in g"),
+    "constant": (lambda r, g: (2 + 0 * r[0], None), "doesn't depend on g"),
+    "affine": (lambda r, g: (outer(r, g + 1), None), r"constant term \(1.0\)"),
     "affine in a residual": (
-        lambda r, dy: (outer(r, dy) - r[0], None),
+        lambda r, g: (outer(r, g) - r[0], None),
         r"constant term \(of shape",
     ),
     "where": (
-        lambda r, dy: (jnp.where(r[0] > 0, outer(r, dy), 1.0), None),
+        lambda r, g: (jnp.where(r[0] > 0, outer(r, g), 1.0), None),
         "constant term",
     ),
     "second argument": (
-        lambda r, dy: (outer(r, dy), dy),
+        lambda r, g: (outer(r, g), g),
         r"'x' has shape \(2,\), but 'x' has shape \(3,\)",
     ),
 }
@@ -989,7 +989,7 @@ def test_wrong_rules(kind):
 
 
 def test_wrong_forward():
-    right = lambda r, dy: (jnp.outer(dy, r[1]), r[0].T @ dy)
+    right = lambda r, g: (jnp.outer(g, r[1]), r[0].T @ g)
     wrong(right, "must return a pair", forward=lambda W, x: W @ x)
     wrong(
         right,
@@ -1038,7 +1038,7 @@ def test_wrong_tangent(tangent, match):
     def product(W, x):
         return W @ x
 
-    product.backward(lambda r, dy: (jnp.outer(dy, r[1]), r[0].T @ dy))
+    product.backward(lambda r, g: (jnp.outer(g, r[1]), r[0].T @ g))
     product.tangent(tangent)
     W, x = normal(0, 2, 3), normal(1, 3)
     with pytest.raises(fnn.RuleError, match=match):
@@ -1051,10 +1051,10 @@ def test_a_backward_beside_a_tangent_must_be_linear_too():
     op.tangent(lambda residuals, dx: dx)
     for backward in (
         jnp.tanh,
-        lambda dy: dy * dy,
-        lambda dy: lax.fori_loop(0, 2, lambda i, c: c * c, dy),
+        lambda g: g * g,
+        lambda g: lax.fori_loop(0, 2, lambda i, c: c * c, g),
     ):
-        op.backward(lambda residuals, dy, b=backward: (b(dy),))
+        op.backward(lambda residuals, g, b=backward: (b(g),))
         with pytest.raises(fnn.RuleError, match="backward isn't linear in g.* goes through"):
             jax.grad(op)(1.0)
 
@@ -1079,7 +1079,7 @@ def test_a_backward_beside_a_tangent_must_be_linear_too():
 def test_linear_tangents(tangent):
     """Loops, branches and what else is linear, also where JAX can't transpose it."""
     op = fnn.rule(lambda x: 8 * x)
-    op.backward(lambda residuals, dy: (8 * dy,))
+    op.backward(lambda residuals, g: (8 * g,))
     op.tangent(tangent)
     assert abs(jax.jvp(op, (1.0,), (1.0,))[1] - 8) < 1e-6
     assert abs(jax.jvp(jax.grad(op), (1.0,), (1.0,))[1]) == 0
@@ -1090,7 +1090,7 @@ def test_wrong_signatures():
     with pytest.raises(
         fnn.RuleError, match=r"backward: its signature must be \(residuals, g, \*, slope\)"
     ):
-        f.backward(lambda residuals, dy: (dy,))
+        f.backward(lambda residuals, g: (g,))
     with pytest.raises(fnn.RuleError, match=r"forward: its signature must be \(x, \*, slope\)"):
         f.forward(lambda x, y, *, slope: (x, x))
     with pytest.raises(
@@ -1100,7 +1100,7 @@ def test_wrong_signatures():
 
 
 def test_right_rules_that_look_affine():
-    """Constants of zero beside dy, and constants that multiply it, are no affine terms."""
+    """Constants of zero beside g, and constants that multiply it, are no affine terms."""
     zeros = np.zeros(2)
 
     @fnn.rule
@@ -1108,9 +1108,9 @@ def test_right_rules_that_look_affine():
         return jnp.where(x > 0, x, 0.0)[:3]
 
     @first.backward
-    def _(residuals, dy):
+    def _(residuals, g):
         (x,) = residuals
-        padded = jnp.concatenate([dy, zeros])
+        padded = jnp.concatenate([g, zeros])
         return (jnp.where(x > 0, padded, 0.0) + jnp.zeros_like(x) + 0.0,)
 
     same(lambda f: jax.grad(lambda x: f(x).sum()), first, normal(0, 5))
@@ -1120,8 +1120,8 @@ def test_right_rules_that_look_affine():
         return x[jnp.array([2, 0])]
 
     @taken.backward
-    def _(residuals, dy):
-        return (jnp.zeros_like(residuals[0]).at[jnp.array([2, 0])].add(dy),)
+    def _(residuals, g):
+        return (jnp.zeros_like(residuals[0]).at[jnp.array([2, 0])].add(g),)
 
     same(lambda f: jax.hessian(lambda x: (f(x) ** 3).sum()), taken, normal(0, 5))
 
@@ -1143,7 +1143,7 @@ def test_wrong_arguments():
 def test_a_traced_value_from_outside_is_refused(transform):
     def f(w):
         times = fnn.rule(lambda x: w * x)
-        times.backward(lambda residuals, dy: (w * dy,))
+        times.backward(lambda residuals, g: (w * g,))
         return times(3.0)
 
     with pytest.raises(fnn.RuleError, match="uses a traced value .* Pass it as a positional"):
@@ -1155,7 +1155,7 @@ def test_a_traced_value_from_outside_is_refused(transform):
 def test_a_closed_over_array_is_a_constant():
     w = normal(0, 3)
     times = fnn.rule(lambda x: w * x)
-    times.backward(lambda residuals, dy: (w * dy,))
+    times.backward(lambda residuals, g: (w * g,))
     same(
         lambda f: jax.jit(jax.vmap(jax.hessian(lambda x: (f(x) ** 2).sum()))),
         times,
@@ -1171,8 +1171,8 @@ def test_without_a_forward_the_value_is_differentiated_by_the_rule():
         return jnp.maximum(x, 0)
 
     @ramp.backward
-    def _(residuals, dy):
-        return (jnp.where(residuals[0] > 0, dy, 0),)
+    def _(residuals, g):
+        return (jnp.where(residuals[0] > 0, g, 0),)
 
     def value(x):
         return jax.vjp(ramp, x)[0]

@@ -83,9 +83,9 @@ def linear(W, x):
 
 
 @linear.backward
-def _(residuals, dy):
+def _(residuals, g):
     W, x = residuals
-    return dy[:, None] * x, W.T @ dy
+    return g[:, None] * x, W.T @ g
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

@@ -67,8 +67,8 @@ def _(x):
 
 
 @wrong.backward
-def _(x, dy):
-    return (3 * x * dy,)
+def _(x, g):
+    return (3 * x * g,)
 
 
 def gradient_error():

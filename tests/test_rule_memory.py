@@ -22,7 +22,7 @@ X = jnp.arange(1.0, 4.0)
 
 def matvec():
     op = fnn.rule(lambda W, x: W @ x)
-    op.backward(lambda residuals, dy: (jnp.outer(dy, residuals[1]), residuals[0].T @ dy))
+    op.backward(lambda residuals, g: (jnp.outer(g, residuals[1]), residuals[0].T @ g))
     return op
 
 
@@ -63,8 +63,8 @@ def test_dtypes_and_promotion():
         return x + jnp.sum(jnp.zeros((), "float64"))
 
     @shifted.backward
-    def _(residuals, dy):
-        return (dy.astype(residuals[0].dtype),)
+    def _(residuals, g):
+        return (g.astype(residuals[0].dtype),)
 
     x = np.ones(2, np.float32)
     grad = jax.grad(lambda x: jnp.sum(shifted(x)))
@@ -82,7 +82,7 @@ def test_dtypes_and_promotion():
 
 def test_rank_promotion():
     op = fnn.rule(lambda x, y: jnp.sum(x + y))
-    op.backward(lambda residuals, dy: (dy * jnp.ones((2, 3)), None))
+    op.backward(lambda residuals, g: (g * jnp.ones((2, 3)), None))
     grad = jax.grad(op)
     for _ in range(2):
         grad(jnp.ones((2, 3)), X)
@@ -98,8 +98,8 @@ def test_random_bits():
         return x * jax.random.uniform(jax.random.key(0), x.shape)
 
     @noisy.backward
-    def _(residuals, dy):
-        return (dy * jax.random.uniform(jax.random.key(0), dy.shape),)
+    def _(residuals, g):
+        return (g * jax.random.uniform(jax.random.key(0), g.shape),)
 
     plain = lambda x: x * jax.random.uniform(jax.random.key(0), x.shape)
     for _ in range(2):
@@ -125,7 +125,7 @@ def test_a_named_axis():
     def share(x):
         return x / jax.lax.axis_size("batch")
 
-    share.backward(lambda residuals, dy: (dy / jax.lax.axis_size("batch"),))
+    share.backward(lambda residuals, g: (g / jax.lax.axis_size("batch"),))
     for size in (2, 4, 2):
         grad = jax.vmap(jax.grad(share), axis_name="batch")(jnp.ones(size))
         np.testing.assert_array_equal(grad, np.full(size, 1 / size))
@@ -153,7 +153,7 @@ def test_a_static_argument_that_changes():
     def times(x, *, setting):
         return setting.scale * x
 
-    times.backward(lambda residuals, dy, *, setting: (setting.scale * dy,))
+    times.backward(lambda residuals, g, *, setting: (setting.scale * g,))
     setting = Setting(2.0)
     for scale in (2.0, 5.0, 3.0):
         setting.scale = scale
@@ -176,8 +176,8 @@ def test_a_closure_that_changes():
         return scale * box[0] * array * x, [jnp.float32(scale)] * len(box)
 
     @times.backward
-    def _(residuals, dy):
-        return (scale * box[0] * array * dy,)
+    def _(residuals, g):
+        return (scale * box[0] * array * g,)
 
     x = jnp.asarray(2.0)
     assert all_derivatives(times, x) == (16, 8, 8, 8)
@@ -192,7 +192,7 @@ def test_a_closure_that_changes():
 def test_a_gradient_that_becomes_none():
     is_frozen = False
     op = fnn.rule(lambda x, y: x * y)
-    op.backward(lambda r, dy: (dy * r[1], None if is_frozen else dy * r[0]))
+    op.backward(lambda r, g: (g * r[1], None if is_frozen else g * r[0]))
     grad = jax.grad(op, (0, 1))
     assert grad(2.0, 3.0) == (3, 2)
     is_frozen = True
@@ -231,7 +231,7 @@ def test_a_dropped_rule_goes_with_its_closure(use):
     def used():
         big, owner = jnp.arange(3.0), Setting(2.0)
         op = fnn.rule(lambda x: x * big * owner.scale)
-        op.backward(lambda residuals, dy: (dy * big * owner.scale,))
+        op.backward(lambda residuals, g: (g * big * owner.scale,))
         USES[use](op)
         return weakref.ref(owner), weakref.ref(op)
 
@@ -257,7 +257,7 @@ def test_a_dropped_rule_that_calls_itself(use):
             y = op(x)
             return y, y
 
-        op.backward(lambda y, dy: (owner.scale * y * dy,))
+        op.backward(lambda y, g: (owner.scale * y * g,))
         USES[use](op)
         return weakref.ref(owner)
 
@@ -272,7 +272,7 @@ def test_a_jaxpr_keeps_its_rules():
 
     def f(x):
         op = fnn.rule(lambda x: x**2)
-        op.backward(lambda residuals, dy: (2 * residuals[0] * dy,))
+        op.backward(lambda residuals, g: (2 * residuals[0] * g,))
         return op(x)
 
     closed = jax.make_jaxpr(f)(2.0)
@@ -292,7 +292,7 @@ def test_names_are_no_identities():
             return x**power
 
         op = fnn.rule(op)
-        op.backward(lambda residuals, dy: (power * residuals[0] ** (power - 1) * dy,))
+        op.backward(lambda residuals, g: (power * residuals[0] ** (power - 1) * g,))
         return op
 
     square, cube = made(2), made(3)
@@ -308,8 +308,8 @@ def double(x):
     return 2 * x
 
 
-def double_backward(residuals, dy):
-    return (2 * dy,)
+def double_backward(residuals, g):
+    return (2 * g,)
 
 
 def test_a_rule_without_a_name_of_its_own_is_pickled_by_its_functions():

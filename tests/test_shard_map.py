@@ -132,17 +132,17 @@ def test_some_axes_manual(kind):
     must_agree(CASES["hard_tanh"], mesh, axis_names={"data"})
 
 
-# Ways to write the gate of a relu that lets through `dy` where x > 0.
+# Ways to write the gate of a relu that lets through `g` where x > 0.
 
 
 @jax.jit
-def masked_by_a_jitted_function(x, dy):
-    return jnp.where(x > 0, dy, jnp.zeros_like(dy))
+def masked_by_a_jitted_function(x, g):
+    return jnp.where(x > 0, g, jnp.zeros_like(g))
 
 
 @jax.custom_jvp
-def masked_by_a_function_with_a_jvp(x, dy):
-    return lax.select(x > 0, dy, lax.full_like(dy, 0))
+def masked_by_a_function_with_a_jvp(x, g):
+    return lax.select(x > 0, g, lax.full_like(g, 0))
 
 
 masked_by_a_function_with_a_jvp.defjvp(
@@ -155,51 +155,51 @@ masked_by_a_function_with_a_jvp.defjvp(
 NOTHING = jnp.float32(0)
 
 GATES = {
-    "where": lambda x, dy: jnp.where(x > 0, dy, 0),
-    "where of a float": lambda x, dy: jnp.where(x > 0, dy, 0.0),
-    "where of an array": lambda x, dy: jnp.where(x > 0, dy, np.zeros(4, np.float32)),
-    "where of zeros_like": lambda x, dy: jnp.where(x > 0, dy, jnp.zeros_like(x)),
-    "where of a closed-over array": lambda x, dy: jnp.where(x > 0, dy, NOTHING),
-    "where of zero times x": lambda x, dy: jnp.where(x > 0, dy, 0 * x),
-    "where of a converted zero": lambda x, dy: jnp.where(x > 0, dy, jnp.asarray(0, x.dtype)),
-    "where of the absolute value": lambda x, dy: jnp.where(x > 0, dy, jnp.abs(jnp.float32(0))),
-    "select": lambda x, dy: lax.select(x > 0, dy, lax.full_like(dy, 0)),
-    "select_n": lambda x, dy: lax.select_n(x > 0, jnp.zeros_like(dy), dy),
-    "nested": lambda x, dy: jnp.where(x > 5, 0, jnp.where(x > 0, dy, 0)),
-    "mask": lambda x, dy: dy * (x > 0),
-    "mask of floats": lambda x, dy: dy * (x > 0).astype(dy.dtype) + 0.0,
-    "heaviside": lambda x, dy: dy * jnp.heaviside(x, 0.0),
+    "where": lambda x, g: jnp.where(x > 0, g, 0),
+    "where of a float": lambda x, g: jnp.where(x > 0, g, 0.0),
+    "where of an array": lambda x, g: jnp.where(x > 0, g, np.zeros(4, np.float32)),
+    "where of zeros_like": lambda x, g: jnp.where(x > 0, g, jnp.zeros_like(x)),
+    "where of a closed-over array": lambda x, g: jnp.where(x > 0, g, NOTHING),
+    "where of zero times x": lambda x, g: jnp.where(x > 0, g, 0 * x),
+    "where of a converted zero": lambda x, g: jnp.where(x > 0, g, jnp.asarray(0, x.dtype)),
+    "where of the absolute value": lambda x, g: jnp.where(x > 0, g, jnp.abs(jnp.float32(0))),
+    "select": lambda x, g: lax.select(x > 0, g, lax.full_like(g, 0)),
+    "select_n": lambda x, g: lax.select_n(x > 0, jnp.zeros_like(g), g),
+    "nested": lambda x, g: jnp.where(x > 5, 0, jnp.where(x > 0, g, 0)),
+    "mask": lambda x, g: g * (x > 0),
+    "mask of floats": lambda x, g: g * (x > 0).astype(g.dtype) + 0.0,
+    "heaviside": lambda x, g: g * jnp.heaviside(x, 0.0),
     "jit": masked_by_a_jitted_function,
     "custom_jvp": masked_by_a_function_with_a_jvp,
-    "checkpoint": lambda x, dy: jax.checkpoint(lambda dy: jnp.where(x > 0, dy, 0))(dy),
-    "one_hot": lambda x, dy: jnp.where(
-        x > 0, jnp.sum(jax.nn.one_hot(jnp.arange(4), 4, dtype=dy.dtype) * dy[:, None], 0), 0
+    "checkpoint": lambda x, g: jax.checkpoint(lambda g: jnp.where(x > 0, g, 0))(g),
+    "one_hot": lambda x, g: jnp.where(
+        x > 0, jnp.sum(jax.nn.one_hot(jnp.arange(4), 4, dtype=g.dtype) * g[:, None], 0), 0
     ),
-    "multiply at": lambda x, dy: dy.at[jnp.arange(4)].multiply((x > 0).astype(dy.dtype)),
-    "add at": lambda x, dy: jnp.zeros_like(x).at[jnp.arange(4)].add(jnp.where(x > 0, dy, 0)),
-    "set at": lambda x, dy: jnp.zeros_like(x).at[:].set(jnp.where(x > 0, dy, 0)),
-    "set to zero at": lambda x, dy: jnp.where(x > 0, dy.at[0].set(0) + dy.at[1:].set(0), 0),
-    "update slice": lambda x, dy: jnp.where(
-        x > 0, lax.dynamic_update_slice(jnp.zeros(4, dy.dtype), dy, (0,)), 0
+    "multiply at": lambda x, g: g.at[jnp.arange(4)].multiply((x > 0).astype(g.dtype)),
+    "add at": lambda x, g: jnp.zeros_like(x).at[jnp.arange(4)].add(jnp.where(x > 0, g, 0)),
+    "set at": lambda x, g: jnp.zeros_like(x).at[:].set(jnp.where(x > 0, g, 0)),
+    "set to zero at": lambda x, g: jnp.where(x > 0, g.at[0].set(0) + g.at[1:].set(0), 0),
+    "update slice": lambda x, g: jnp.where(
+        x > 0, lax.dynamic_update_slice(jnp.zeros(4, g.dtype), g, (0,)), 0
     ),
-    "padded": lambda x, dy: jnp.where(x > 0, jnp.pad(dy, 1)[1:-1], 0),
-    "concatenated": lambda x, dy: jnp.concatenate([dy, jnp.zeros(3, dy.dtype)])[:4] * (x > 0),
-    "rolled": lambda x, dy: jnp.where(x > 0, jnp.roll(jnp.roll(dy, 1), -1), 0),
-    "cond": lambda x, dy: lax.cond(
-        x.shape[0] == 4, lambda dy: jnp.where(x > 0, dy, 0), jnp.zeros_like, dy
+    "padded": lambda x, g: jnp.where(x > 0, jnp.pad(g, 1)[1:-1], 0),
+    "concatenated": lambda x, g: jnp.concatenate([g, jnp.zeros(3, g.dtype)])[:4] * (x > 0),
+    "rolled": lambda x, g: jnp.where(x > 0, jnp.roll(jnp.roll(g, 1), -1), 0),
+    "cond": lambda x, g: lax.cond(
+        x.shape[0] == 4, lambda g: jnp.where(x > 0, g, 0), jnp.zeros_like, g
     ),
-    "map": lambda x, dy: lax.map(lambda v: jnp.where(v[0] > 0, v[1], 0), (x, dy)),
-    "scan": lambda x, dy: lax.scan(
+    "map": lambda x, g: lax.map(lambda v: jnp.where(v[0] > 0, v[1], 0), (x, g)),
+    "scan": lambda x, g: lax.scan(
         lambda c, v: (c + 0 * v[1], lax.cond(v[0] > 0, lambda d: d, jnp.zeros_like, v[1])),
-        jnp.zeros_like(dy[0]),
-        (x, dy),
+        jnp.zeros_like(g[0]),
+        (x, g),
     )[1],
-    "vmap": lambda x, dy: jax.vmap(lambda a, d: jnp.where(a > 0, d, 0))(x, dy),
-    "einsum": lambda x, dy: jnp.einsum("ij,j->i", jnp.diag((x > 0).astype(dy.dtype)), dy),
-    "barrier": lambda x, dy: jnp.where(x > 0, lax.optimization_barrier(dy), 0),
-    "relu's own derivative": lambda x, dy: jax.vjp(jax.nn.relu, x)[1](dy)[0],
-    "our relu's derivative": lambda x, dy: jax.vjp(fnn.ops.relu, x)[1](dy)[0],
-    "our relu's tangent": lambda x, dy: jax.jvp(fnn.ops.relu, (x,), (dy,))[1],
+    "vmap": lambda x, g: jax.vmap(lambda a, d: jnp.where(a > 0, d, 0))(x, g),
+    "einsum": lambda x, g: jnp.einsum("ij,j->i", jnp.diag((x > 0).astype(g.dtype)), g),
+    "barrier": lambda x, g: jnp.where(x > 0, lax.optimization_barrier(g), 0),
+    "relu's own derivative": lambda x, g: jax.vjp(jax.nn.relu, x)[1](g)[0],
+    "our relu's derivative": lambda x, g: jax.vjp(fnn.ops.relu, x)[1](g)[0],
+    "our relu's tangent": lambda x, g: jax.jvp(fnn.ops.relu, (x,), (g,))[1],
 }
 
 
@@ -213,7 +213,7 @@ def test_ways_to_write_a_mask(how):
     def gate(x):
         return jnp.maximum(x, 0)
 
-    gate.backward(lambda residuals, dy: (GATES[how](residuals[0], dy),))
+    gate.backward(lambda residuals, g: (GATES[how](residuals[0], g),))
     X = jnp.arange(-4.0, 4.0, dtype=jnp.float32).reshape(2, 4) + 0.5
 
     def local(x):
@@ -228,16 +228,16 @@ def test_ways_to_write_a_mask(how):
 
 
 CONSTANT_TERMS = {
-    "where": lambda x, dy: jnp.where(x > 0, dy, 1),
-    "where of x": lambda x, dy: jnp.where(x > 0, dy, x),
-    "set at": lambda x, dy: dy.at[0].set(1),
-    "add at": lambda x, dy: jnp.ones_like(x).at[0].add(dy[0]),
-    "update slice": lambda x, dy: lax.dynamic_update_slice(jnp.ones(4, dy.dtype), dy[:2], (0,)),
-    "padded": lambda x, dy: jnp.pad(dy[:2], 1, constant_values=1),
-    "cond": lambda x, dy: lax.cond(x[0] > 0, lambda d: d, jnp.ones_like, dy),
-    "loop": lambda x, dy: lax.fori_loop(0, 3, lambda i, c: c + dy, x),
-    "jit": lambda x, dy: jax.jit(lambda d: jnp.where(x > 0, d, 2))(dy),
-    "sum of an operation and dy": lambda x, dy: fnn.ops.sigmoid(x) + dy,
+    "where": lambda x, g: jnp.where(x > 0, g, 1),
+    "where of x": lambda x, g: jnp.where(x > 0, g, x),
+    "set at": lambda x, g: g.at[0].set(1),
+    "add at": lambda x, g: jnp.ones_like(x).at[0].add(g[0]),
+    "update slice": lambda x, g: lax.dynamic_update_slice(jnp.ones(4, g.dtype), g[:2], (0,)),
+    "padded": lambda x, g: jnp.pad(g[:2], 1, constant_values=1),
+    "cond": lambda x, g: lax.cond(x[0] > 0, lambda d: d, jnp.ones_like, g),
+    "loop": lambda x, g: lax.fori_loop(0, 3, lambda i, c: c + g, x),
+    "jit": lambda x, g: jax.jit(lambda d: jnp.where(x > 0, d, 2))(g),
+    "sum of an operation and g": lambda x, g: fnn.ops.sigmoid(x) + g,
 }
 
 
@@ -248,7 +248,7 @@ def test_constant_terms_are_found(how, inside):
     def gate(x):
         return jnp.maximum(x, 0)
 
-    gate.backward(lambda residuals, dy: (CONSTANT_TERMS[how](residuals[0], dy),))
+    gate.backward(lambda residuals, g: (CONSTANT_TERMS[how](residuals[0], g),))
     g = jax.grad(lambda x: jnp.sum(gate(x)))
     if inside == "shard_map":
         g = jax.shard_map(g, mesh=a_mesh(), in_specs=P("data"), out_specs=P("data"))
@@ -263,8 +263,8 @@ def test_an_argument_whose_gradient_is_zero():
     def product(x, y):
         return x * y
 
-    product.backward(lambda residuals, dy: (dy * residuals[1], jnp.zeros(residuals[1].shape)))
-    product.tangent(lambda residuals, dx, dy: dx * residuals[1])
+    product.backward(lambda residuals, g: (g * residuals[1], jnp.zeros(residuals[1].shape)))
+    product.tangent(lambda residuals, dx, g: dx * residuals[1])
     X = jnp.arange(4.0)
 
     def local(x, w):

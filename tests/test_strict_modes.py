@@ -67,7 +67,7 @@ def test_debug_nans_finds_an_operation_s_nan():
     with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
         fnn.ops.softmax(bad)
     log = fnn.rule(jnp.log)
-    log.backward(lambda residuals, dy: (dy / residuals[0],))
+    log.backward(lambda residuals, g: (g / residuals[0],))
     with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
         log(jnp.asarray(-1.0))
 
@@ -82,7 +82,7 @@ def a_logarithm(check=False):
             checkify.check(jnp.all(x > 0), "not positive")
         return jnp.log(x) * np.ones(1)[0]
 
-    log.backward(lambda residuals, dy: (dy / residuals[0],))
+    log.backward(lambda residuals, g: (g / residuals[0],))
     return log
 
 
