@@ -463,6 +463,7 @@ def test_the_root_of_the_output_hessian(name):
         close(others[2], H, atol=0.05 * jnp.abs(H).max())
 
 
+@exhaustive
 def test_a_language_model_has_a_fisher_matrix_and_samples():
     """Its loss is a mean over words: labels are drawn for each of them."""
     model = lambda p, xs: jnp.tanh(xs @ p["V"]) @ p["W"]

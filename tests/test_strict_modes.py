@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.experimental import checkify, jet
 from ops_table import CASES
+from sweeps import sweep
 
 import fnn
 
@@ -54,7 +55,7 @@ def test_operations(mode, wanted):
             jax.eval_shape(jax.vmap(derivatives(case.op)), *case.example(batch=(2,)))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", sweep(MODES, ["dtype_promotion", "debug_nans"]))
 def test_operations_without_jit(mode):
     with MODES[mode]():
         for name in ("relu", "softmax_cross_entropy", "huber"):

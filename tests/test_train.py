@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sweeps import sweep
 
 from fnn import ops
 from fnn.layers import Linear, chain
@@ -94,7 +95,10 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+QUICK = ["multi_transform", "accumulation", "hyperparameters", "noise, typed key", "adafactor"]
+
+
+@pytest.mark.parametrize("name", sweep(OPTIMIZERS, QUICK))
 def test_equals_a_loop_over_optax(name):
     optimizer = OPTIMIZERS[name]
 
@@ -130,7 +134,7 @@ EXTRA = {
 }
 
 
-@pytest.mark.parametrize("name", EXTRA)
+@pytest.mark.parametrize("name", sweep(EXTRA, ["polyak", "backtracking"]))
 def test_optimisers_with_extra_arguments(name):
     make, wanted = EXTRA[name]
     optimizer = optax.with_extra_args_support(make())
