@@ -583,6 +583,7 @@ def test_factors_of_weights_used_at_several_positions(kind):
     close(found.G[0], G)
 
 
+@exhaustive
 def test_factors_of_stacks_tables_and_the_empirical_fisher():
     model, params, xs = layers_in_a_scan()
     found = jax.jit(curvature.kronecker_factors(model, ops.softmax_cross_entropy))(
