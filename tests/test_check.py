@@ -394,10 +394,7 @@ def test_functions_and_arguments_of_any_size(size):
 @exhaustive
 @pytest.mark.parametrize(
     "x",
-    sweep(
-        [[1e-12, 3e-12], [1e12, 3e12], [1e-12, 1.5, 1e12], [1e6, 1e6 + 1, 0.0]],
-        quick=[[1e-12, 1.5, 1e12]],
-    ),
+    [[1e-12, 3e-12], [1e12, 3e12], [1e-12, 1.5, 1e12], [1e6, 1e6 + 1, 0.0]],
     ids=str,
 )
 def test_right_gradients_at_arguments_of_any_size(x):
@@ -428,7 +425,7 @@ ROUNDED = {
 
 
 @exhaustive
-@pytest.mark.parametrize("name", sweep(ROUNDED, ["exp(x) - 1"]))
+@pytest.mark.parametrize("name", ROUNDED)
 def test_rounding_that_the_values_do_not_show(name):
     """1 + x rounds by far more than the values at x = 1e-12 would suggest."""
     f, x = ROUNDED[name], np.array([1e-12, 3e-12])
@@ -458,7 +455,7 @@ def test_what_differences_do_not_resolve():
 
 
 @exhaustive
-@pytest.mark.parametrize("x", sweep([[1e12], [1e6, 1e6 + 1, 0.0]], quick=[[1e12]]), ids=str)
+@pytest.mark.parametrize("x", [[1e12], [1e6, 1e6 + 1, 0.0]], ids=str)
 def test_jumps_at_every_integer(x):
     def f(x):
         return jnp.floor(x) * x + jnp.round(x)
@@ -569,7 +566,7 @@ def test_a_wrong_slope_at_the_edge_of_the_domain():
 
 
 @exhaustive
-@pytest.mark.parametrize("dtype", sweep(["float16", "bfloat16", "float32"], quick=["bfloat16"]))
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_functions_that_compute_in_few_digits(dtype):
     def f(x):
         return 2 * jnp.sin(x.astype(dtype))
