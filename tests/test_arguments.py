@@ -117,7 +117,6 @@ def test_a_result_in_the_place_of_parameters():
     step = fnn.train_step(loss, optax.sgd(0.1))
     x, pair, outputs = data[0], (data, data), lambda z, t: z
     ways = [
-        lambda given: fnn.evaluate(loss, given, data),
         step.init,
         lambda given: fnn.grad(loss)(given, x),
         lambda given: fnn.value_and_grad(loss)(given, x),
@@ -135,6 +134,9 @@ def test_a_result_in_the_place_of_parameters():
             way(result)
         with pytest.raises(TypeError, match=r"a training State: pass its `.params`"):
             way(result.state)
+    with pytest.raises(TypeError, match=r"the FitResult of fnn.fit: pass its `.params`"):
+        fnn.evaluate(loss, result, data)
+    assert fnn.evaluate(loss, result.state, data) == fnn.evaluate(loss, result.params, data)
     with pytest.raises(TypeError, match=r"FitResult.*`.params`.*go on from its `.state`"):
         fnn.fit(loss, result, data, optax.sgd(0.1), epochs=1, shuffle=False)
     with pytest.raises(TypeError, match=r"FitResult.*`.state`"):
