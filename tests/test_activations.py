@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from sweeps import sweep
+from sweeps import exhaustive, sweep
 
 from fnn import ops
 
@@ -231,6 +231,7 @@ ours_at = values_and_slopes(ELEMENTWISE.values())
 plain_at = values_and_slopes([case.plain for case in ELEMENTWISE.values()])
 
 
+@exhaustive
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_shape_and_any_value(data):
@@ -331,6 +332,7 @@ def test_the_others_are_finite_too(name):
         assert all(r.dtype == x.dtype for r in found), x.dtype
 
 
+@exhaustive
 @dtypes
 def test_softmax_over_all_the_numbers_of_a_dtype(dtype):
     x = extremes(dtype)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from sweeps import sweep
+from sweeps import exhaustive, sweep
 
 from fnn import curvature, ops
 
@@ -49,6 +49,7 @@ def test_kfac_solves_a_linear_problem_in_any_units(scale):
     close(state.ratio, 1.0)
 
 
+@exhaustive
 def test_kfac_where_the_ratio_of_the_factors_overflows():
     """A large factor of inputs, a vanishing one of a saturated sigmoid: π² is beyond float32. The
     curvature is far below λ, so that the step is along −∇L / λ, as by hand in float64."""
@@ -68,6 +69,7 @@ def test_kfac_where_the_ratio_of_the_factors_overflows():
     close(update[0], wanted, 1e-3, 1e-16)
 
 
+@exhaustive
 def test_kfac_on_unscaled_pixels():
     """A saturated softmax has no curvature, and the model's minimum lies far beyond the loss's."""
     xs = jnp.round(16 * jax.random.uniform(KEY, (64, 32), "float32"))
@@ -89,6 +91,7 @@ def test_kfac_on_unscaled_pixels():
     assert losses[0] > 10 and losses.max() < 2 * losses[0] and losses[-1] < 1.5
 
 
+@exhaustive
 @pytest.mark.parametrize("scale", sweep([1e-12, 1e12], quick=[1e12]))
 def test_eigenvalues_and_natural_gradients_in_any_units(scale):
     """A squared norm of such numbers is out of float32's range."""

@@ -151,6 +151,7 @@ CURVATURE = {
 }
 
 
+@exhaustive
 @pytest.mark.parametrize("name", sweep(CURVATURE, ["ggn_diagonal"]))
 def test_a_second_call_for_curvature_compiles_nothing(name):
     call = lambda: CURVATURE[name](_model(jnp.ones(3)))
@@ -168,6 +169,7 @@ def test_gradients_outside_jit_are_those_inside(make):
     chex.assert_trees_all_close(by_vmap, theirs, rtol=1e-12)
 
 
+@exhaustive
 def test_jax_differentiates_a_gradient_outside_jit():
     """By the rules that stand in the loops' bodies, custom ones too."""
     f = loops(jnp.arange(1.0, 4.0))

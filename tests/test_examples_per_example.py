@@ -112,6 +112,7 @@ def test_attribution_is_the_change_of_the_loss_by_small_steps(monkeypatch):
         np.testing.assert_allclose(scores[n], weight * change, rtol=1e-4, atol=1e-4)
 
 
+@exhaustive
 def test_noise_scale(tmp_path):
     printed = run("noise_scale.py", "--quick", "--out", "pictures", folder=tmp_path)
     rows = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+)$", printed, re.MULTILINE)

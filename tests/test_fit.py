@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sweeps import sweep
 
 from fnn import ops
 from fnn.layers import Linear
@@ -184,7 +185,13 @@ def test_going_on_from_a_state():
 # ---------------------------------------------------------------------------------- kinds of data
 
 
-@pytest.mark.parametrize("kind", ["list", "function", "function of a key", "iterable", "endless"])
+@pytest.mark.parametrize(
+    "kind",
+    sweep(
+        ["list", "function", "function of a key", "iterable", "endless"],
+        quick=["list", "function of a key"],
+    ),
+)
 def test_batches_from_outside(kind):
     keys = []
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweeps import exhaustive
 
 import fnn
 
@@ -42,7 +43,13 @@ CASES = [(mode, "float32") for mode in MODES]
 CASES += [("dtype", "bfloat16"), ("rank", "float16")]
 
 
-@pytest.mark.parametrize(("mode", "dtype"), CASES)
+QUICK = [("dtype", "bfloat16"), ("rank", "float32"), ("leaks", "float32")]
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [pytest.param(*c, marks=() if c in QUICK else exhaustive) for c in CASES],
+)
 def test_a_graph_works_in_jax_strict_modes(mode, dtype, tmp_path):
     with MODES[mode]() if mode != "leaks" else contextlib.nullcontext():
         args = arguments(dtype)

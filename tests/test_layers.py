@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweeps import exhaustive
 
 import fnn
 from fnn import ops
@@ -313,7 +314,13 @@ BLOCK = residual(norm=LayerNorm(), hidden=Linear(4), act=jnp.tanh, drop=Dropout(
 
 
 @pytest.mark.parametrize(
-    "remat", [None, True, jax.checkpoint_policies.dots_saveable], ids=["no", "yes", "policy"]
+    "remat",
+    [
+        None,
+        pytest.param(True, marks=exhaustive),
+        pytest.param(jax.checkpoint_policies.dots_saveable, marks=exhaustive),
+    ],
+    ids=["no", "yes", "policy"],
 )
 def test_repeat_is_its_block_n_times(remat):
     net = repeat(BLOCK, 3, remat=remat)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from sweeps import sweep
+from sweeps import exhaustive, sweep
 
 from fnn import ops
 
@@ -198,6 +198,7 @@ def test_equal_to_optax_for_any_numbers(x, weights, y):
         jax.tree.map(lambda a, b: close(a, b, 1e-9), ours, theirs)
 
 
+@exhaustive
 def test_the_gaussian_with_a_variance():
     """Against scipy's log density, in all modes; and in float64 by differences."""
     prediction = jnp.stack([LOGITS, jnp.cos(LOGITS)], axis=-1)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sweeps import exhaustive, sweep
 
 import fnn
 from fnn import ops
@@ -124,6 +125,7 @@ def test_statistics_that_would_overflow_are_a_bad_step():
             step.finish(state)
 
 
+@exhaustive
 def test_going_on_is_the_same_as_going_through():
     loss = loss_of(NET)
     whole = fit(loss, epochs=4)
@@ -133,6 +135,7 @@ def test_going_on_is_the_same_as_going_through():
     assert fit(loss).history["loss"] == half.history["loss"]
 
 
+@exhaustive
 def test_a_line_search_evaluates_in_training_too():
     result = fit(loss_of(STEADY), optimizer=optax.lbfgs(), batch_size=24, epochs=15)
     assert result.history["loss"][-1] < 0.2 * result.history["loss"][0]
@@ -164,7 +167,7 @@ def test_each_example_draws_its_own_mask_and_evaluation_none():
 
 
 @pytest.mark.parametrize("named", [("key",), ("mode",), ("state",), ("key", "mode", "state")])
-@pytest.mark.parametrize("by", ["keyword", "position", "default"])
+@pytest.mark.parametrize("by", sweep(["keyword", "position", "default"], quick=["position"]))
 def test_a_loss_is_given_what_it_names(named, by):
     seen = {}
 

@@ -318,7 +318,8 @@ def squares(f, axes, out_axes=0):
 
 
 @pytest.mark.parametrize(
-    "axes", [(None, 0, None), (0, None, 0), (0, 0, 0), (2, 1, 1), (None, 1, 0)]
+    "axes",
+    sweep([(None, 0, None), (0, None, 0), (0, 0, 0), (2, 1, 1), (None, 1, 0)], [(0, None, 0)]),
 )
 def test_shared_and_mapped_arguments(axes):
     """A batch of 5; the mapped axis at any place."""
@@ -554,7 +555,7 @@ def test_vmap_of_vmap_under_shard_map(mesh):
     same(of, affine, W, X, b)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", sweep([AxisType.Auto, AxisType.Explicit], [AxisType.Explicit]))
 def test_jit_over_a_mesh(kind):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
     W, X, b = normal(0, 2, 3), normal(1, 8, 3), normal(2, 2)
@@ -596,7 +597,11 @@ def test_export(platform):
 
 
 @pytest.mark.parametrize(
-    "dtype", ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
+    "dtype",
+    sweep(
+        ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"],
+        quick=["bfloat16", "complex64"],
+    ),
 )
 def test_dtypes(dtype):
     tolerance = 2 * float(jnp.finfo(dtype).eps)

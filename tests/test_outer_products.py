@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweeps import sweep
 
 import fnn
 from fnn.operation.outer_products import with_matrix_products
@@ -49,7 +50,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex128"])
+@pytest.mark.parametrize("dtype", sweep(["float32", "bfloat16", "complex128"], ["bfloat16"]))
 def test_a_sum_of_outer_products(name, dtype):
     function, *args = PRODUCTS[name]
     args = [normal(*a.shape, dtype=dtype) for a in args]
@@ -88,7 +89,7 @@ def _(residuals, g):
     return g[:, None] * x, W.T @ g
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("depth", sweep([1, 2, 3], quick=[2]))
 def test_the_gradient_of_shared_weights_is_a_matrix_product(depth):
     W, x = normal(3, 7), normal(2, 4, 5, 7)[(0,) * (3 - depth)]
 

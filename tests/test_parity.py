@@ -49,8 +49,7 @@ def assert_close(ours, theirs, tolerance):
 # One of each kind: dense, convolutions, attention, recurrence, checkpoints, experts, solvers,
 # graphs, linear algebra, and a model of each other library.
 QUICK = ["mlp_activations", "cnn_per_example", "transformer_block", "checkpointed_layers", "lstm"]
-QUICK += ["mixture_of_experts", "neural_ode", "graph_network", "gaussian_process"]
-QUICK += ["nnx_mlp", "linen_attention", "equinox_cnn", "haiku_lstm"]
+QUICK += ["gaussian_process", "linen_attention"]
 
 
 @pytest.mark.parametrize("name", sweep(ZOO, QUICK))

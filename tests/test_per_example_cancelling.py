@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from sweeps import exhaustive
 
 import fnn.per_example as pe
 from fnn.per_example import exact_norms
@@ -294,6 +295,7 @@ def quadratic(p, e):
     return jnp.sum(p * e)
 
 
+@exhaustive
 @pytest.mark.parametrize(
     "dtype", ["float32", pytest.param("float64", marks=pytest.mark.exhaustive)]
 )

@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from sweeps import sweep
+from sweeps import exhaustive, sweep
 
 import fnn.per_example as pe
 
@@ -111,6 +111,7 @@ def test_everything_is_as_on_one_device(axes):
     assert gradient.sharding.is_equivalent_to(args[0]["W"].sharding, 2)
 
 
+@exhaustive
 def test_outside_jit_and_without_a_mesh_set():
     p, batch = data()
     small = lambda p, e: jnp.sum(jnp.tanh(p["W"] @ e[0].T) ** 2)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 from primitive_checks import check_cost, compare, jax_vjp, our_vjp, random_like
-from sweeps import sweep
+from sweeps import exhaustive, sweep
 
 import fnn.backprop
 from fnn.backprop.primitives import RULES, convolution, fourier, linear_algebra, matmul, pooling
@@ -650,6 +650,7 @@ def test_what_has_no_gradient_says_so(function):
         jax.make_jaxpr(lambda a: our_vjp(function, [a], g, RULES))(a)
 
 
+@exhaustive
 @pytest.mark.parametrize(
     "function",
     [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.experimental import checkify, jet
 from ops_table import CASES
-from sweeps import sweep
+from sweeps import exhaustive, sweep
 
 import fnn
 
@@ -42,7 +42,7 @@ def wanted():
     )
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", sweep(MODES, ["dtype_promotion", "debug_nans"]))
 def test_operations(mode, wanted):
     """Value, gradient and product with the Hessian; vmapped, these are traced."""
     with MODES[mode]():
@@ -55,7 +55,7 @@ def test_operations(mode, wanted):
             jax.eval_shape(jax.vmap(derivatives(case.op)), *case.example(batch=(2,)))
 
 
-@pytest.mark.parametrize("mode", sweep(MODES, ["dtype_promotion", "debug_nans"]))
+@pytest.mark.parametrize("mode", sweep(MODES, ["dtype_promotion"]))
 def test_operations_without_jit(mode):
     with MODES[mode]():
         for name in ("relu", "softmax_cross_entropy", "huber"):
@@ -105,6 +105,7 @@ def test_checkify_sees_into_operations():
         assert error_of(f, two**2, errors=checkify.user_checks) is None
 
 
+@exhaustive
 def test_jet_follows_the_rule():
     log = a_logarithm()
     series = ((1.0, 0.5, 0.25),)

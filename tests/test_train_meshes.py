@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from sweeps import exhaustive, sweep
 
 from fnn import ops
 from fnn.layers import BatchNorm, Dropout, Linear, chain
@@ -49,8 +50,11 @@ def alone():
 
 @pytest.mark.parametrize(
     ("kind", "in_context"),
-    [(AxisType.Explicit, True), (AxisType.Explicit, False), (AxisType.Auto, False)],
-    ids=["explicit, set_mesh", "explicit", "auto"],
+    [
+        pytest.param(AxisType.Explicit, True, id="explicit, set_mesh"),
+        pytest.param(AxisType.Explicit, False, id="explicit", marks=exhaustive),
+        pytest.param(AxisType.Auto, False, id="auto", marks=exhaustive),
+    ],
 )
 def test_a_mesh_gives_the_same_numbers(kind, in_context, alone):
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind, kind))
@@ -64,7 +68,7 @@ def test_a_mesh_gives_the_same_numbers(kind, in_context, alone):
         close(train(params, data), alone)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
+@pytest.mark.parametrize("kind", sweep([AxisType.Explicit, AxisType.Auto], [AxisType.Explicit]))
 def test_batch_statistics_are_those_of_the_whole_batch(kind):
     net = chain(hidden=Linear(8), norm=BatchNorm(), drop=Dropout(0.25), out=Linear(3))
     loss = supervised(net, ops.softmax_cross_entropy)

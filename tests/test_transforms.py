@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from sweeps import sweep
 
 import fnn
 
@@ -124,7 +125,7 @@ def test_a_jitted_gradient_traces_its_function_once(transform):
         gradient(jax.tree.map(lambda p, s=scale: s * p, PARAMS), X + scale)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", sweep([True, False], quick=[True]))
 def test_shard_map(check_vma):
     mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
     W, xs = normal(3, 3), normal(8, 3)

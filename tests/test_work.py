@@ -76,6 +76,7 @@ def test_two_and_two_epochs_are_four(whole):
     equal(train(jax.tree.map(np.asarray, two.state), epochs=2).state, whole.state)
 
 
+@exhaustive
 @pytest.mark.parametrize("data", [BATCHES, drawn], ids=["list", "key"])
 def test_streams_go_on_too(data):
     three = train(data=data, epochs=3)
@@ -83,6 +84,7 @@ def test_streams_go_on_too(data):
     equal(more.state, three.state)
 
 
+@exhaustive
 def test_an_iterator_goes_on_where_it_stands():
     data = iter(BATCHES * 4)
     stop = lambda epoch, state, record: epoch == 2
