@@ -10,8 +10,8 @@ KFAC (Martens & Grosse 2015) multiplies the gradient by an approximate inverse o
 All optimisers start from the same weights and draw batches of the same size. Adam and SGD with
 momentum try several learning rates, constant ones, and the rate with the lowest loss at the end
 is shown; KFAC takes its rate and its momentum from its quadratic model of the loss. It needs about
-an eighth of Adam's steps; but one of its steps, on a network as small as this and on a CPU, costs
-about fifteen of Adam's, so that by the clock it wins nothing here. The data are all 1797 digits
+a ninth of Adam's steps; but one of its steps, on a network as small as this and on a CPU, costs
+about eight of Adam's, so that by the clock it wins little here. The data are all 1797 digits
 of scikit-learn: the picture is about descent, not about digits that nobody has seen. In the
 folder out/ you find afterwards
 
