@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "per_example": "arguments text batch meshes frames jaxpr operation eager backprop",
     "curvature": "arguments text batch meshes jaxpr operation eager ops backprop per_example",
     "initializers": "arguments",
-    "layers": "arguments text ops initializers",
+    "layers": "arguments text meshes ops initializers",
     "models": "arguments ops initializers layers",
     "train": "arguments text batch meshes jaxpr operation eager ops backprop layers",
     "plot": "arguments",

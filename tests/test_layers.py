@@ -117,9 +117,11 @@ def test_maxout_is_the_largest_of_linear_functions():
 @pytest.mark.parametrize("layer", [Linear(3), Maxout(3), LayerNorm(), BatchNorm()], ids=repr)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64, jnp.int32])
 def test_parameters_are_float32_whatever_x_is(layer, dtype):
-    x = jax.ShapeDtypeStruct((4,), dtype)
     for enabled, wanted in ((False, jnp.float32), (True, jnp.float64)):
+        if dtype == jnp.float64 and not enabled:
+            continue
         with jax.enable_x64(enabled):
+            x = jax.ShapeDtypeStruct((4,), dtype)
             found = jax.eval_shape(layer.init, KEY, x), jax.eval_shape(layer.init_state, x)
             assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(wanted)}
 

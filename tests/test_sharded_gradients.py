@@ -40,7 +40,7 @@ SHARD_MAP = {
         "select": lambda w, x: jnp.where(x > 0.5, w, 0.0) + jnp.where(w > 0.5, w, 0.0) * x,
         "relu": lambda w, x: jax.nn.relu(w * x - 0.3) + jax.nn.relu6(9 * w) * x,
         "rem": lambda w, x: (5 * w) % x + jnp.floor(w) * x,
-        "special": lambda w, x: special.erf(w * x) * w,
+        "special": lambda w, x: lax.lgamma(w * x) * w,
         "complex": lambda w, x: jnp.abs(w + 1j * x) + jnp.imag(jnp.exp(1j * w)) * x,
         "cast": lambda w, x: w.astype(jnp.float32).astype(jnp.float64) * x,
     },

@@ -21,6 +21,7 @@ from fnn.layers.layer import (
     state_is_missing,
 )
 from fnn.layers.mode import EVALUATE, Mode
+from fnn.meshes import explicit_axes
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -129,7 +130,7 @@ class BatchNorm(Layer):
 
         def over_batch(x):
             mean = jnp.mean(x, axes)
-            return mean if mode.axis is None else lax.pmean(mean, mode.axis)
+            return mean if mode.axis is None else _mean_over(mode.axis, mean)
 
         mean = over_batch(wide)
         variance = over_batch(jnp.square(wide - mean))
@@ -139,6 +140,17 @@ class BatchNorm(Layer):
             lambda old, new: (self.decay * old + (1 - self.decay) * new).astype(old.dtype), old, new
         )
         return _normalised(self, params, x, mean, variance), state | {"statistics": mixed}
+
+
+def _mean_over(axis: str | tuple[str, ...], x: Any) -> Any:
+    """The mean over a mapped axis, or several."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    if sharding is None or not explicit_axes(sharding.mesh):
+        return lax.pmean(x, axis)
+    # JAX's pmean under vmap gives a wrong sharding there (0.10.2 and 0.12.0.1).
+    for name in axis if isinstance(axis, tuple) else (axis,):
+        x = jnp.mean(lax.all_gather(x, name), axis=0)
+    return x
 
 
 def _normalised(layer: Any, params: dict, x: Any, mean: Any, variance: Any) -> Any:
