@@ -157,9 +157,6 @@ class Repeat(Layer):
     def init_cache(self, length: int, *xs: Any) -> dict:
         return self._stacked(self.block.init_cache(length, *xs))
 
-    def __call__(self, params: Any, *xs: Any, mode: Mode = EVALUATE) -> Any:
-        return self.apply(params, {}, *xs, mode=mode)[0]
-
     def apply(
         self, params: Any, state: Any, x: Any, *others: Any, mode: Mode = EVALUATE
     ) -> tuple[Any, dict]:

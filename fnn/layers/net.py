@@ -99,9 +99,6 @@ class Network(Layer):
         parts = self._inputs_of_parts(length, *xs)
         return _by_kind({name: own_state(p, length, *types) for name, p, types in parts})
 
-    def __call__(self, params: Any, *xs: Any, mode: Mode = EVALUATE) -> Any:
-        return self.apply(params, {}, *xs, mode=mode)[0]
-
     def apply(self, params: Any, state: Any, *xs: Any, mode: Mode = EVALUATE) -> tuple[Any, dict]:
         _check_trees(self, params, state)
         if not isinstance(mode, Mode):

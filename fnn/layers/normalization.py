@@ -21,7 +21,7 @@ from fnn.layers.layer import (
     state_is_missing,
 )
 from fnn.layers.mode import EVALUATE, Mode
-from fnn.meshes import explicit_axes
+from fnn.meshes import explicit_mesh
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -144,8 +144,7 @@ class BatchNorm(Layer):
 
 def _mean_over(axis: str | tuple[str, ...], x: Any) -> Any:
     """The mean over a mapped axis, or several."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    if sharding is None or not explicit_axes(sharding.mesh):
+    if explicit_mesh(x) is None:
         return lax.pmean(x, axis)
     # JAX's pmean under vmap gives a wrong sharding there (0.10.2 and 0.12.0.1).
     for name in axis if isinstance(axis, tuple) else (axis,):

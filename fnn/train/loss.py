@@ -311,13 +311,10 @@ class Supervised:
                 f"{arguments.shapes(example)}."
             )
         x, target = example
-        new = state
-        if not isinstance(self.net, Layer):
-            output = self.net(params, x)
-        elif state is None:
-            output, _ = run(self.net, params, {}, (x,), mode)
+        if isinstance(self.net, Layer):
+            output, new = run(self.net, params, {} if state is None else state, (x,), mode)
         else:
-            output, new = run(self.net, params, state, (x,), mode)
+            output, new = self.net(params, x), state
         found = [self.loss(output, target)]
         if self.metrics:
             found.append({name: metric(output, target) for name, metric in self.metrics})
