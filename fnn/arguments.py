@@ -166,17 +166,6 @@ def array(where: str, name: str, value: Any) -> Any:
     return value
 
 
-def floating_dtype(where: str, name: str, value: Any) -> Any:
-    """The dtype of arrays with fractions: a name, numpy's or JAX's, of real or complex floats."""
-    try:
-        found = jnp.dtype(value)
-    except TypeError:
-        found = None
-    if value is None or found is None or not jnp.issubdtype(found, jnp.inexact):
-        raise TypeError(_wrong(where, name, "a floating dtype such as jnp.float32", value))
-    return value
-
-
 def no_result(where: str, name: str, value: Any) -> None:
     """Not what `fnn.fit` returns, nor a training state, where what is in it belongs."""
     fields = getattr(type(value), "_fields", ())

@@ -371,15 +371,11 @@ def _steepest(g: jax.Array) -> jax.Array:
 
 def _check_opt_state(optimizer, state: State) -> None:
     wanted = jax.eval_shape(lambda params: optimizer.init(params), state.params)
-    shapes = [
-        (jax.tree.structure(s), [x.shape for x in jax.tree.leaves(s)])
-        for s in (wanted, state.opt_state)
-    ]
-    if shapes[0] != shapes[1]:
+    if _form(wanted) != _form(state.opt_state):
         raise ValueError(
             "state.opt_state isn't this optimiser's state for state.params: their structures or "
             "shapes differ. Start again with step.init(params), which makes both.\n"
-            f"  wanted: {_structure(wanted)}\n  got:    {_structure(state.opt_state)}"
+            f"  wanted: {arguments.shapes(wanted)}\n  got:    {arguments.shapes(state.opt_state)}"
         )
 
 
@@ -387,8 +383,7 @@ def _checked_state(new: Any, old: Any) -> Any:
     """The network's new state, which must be built as the old one was; the old one for None."""
     if new is None:
         return old
-    trees = [(jax.tree.structure(t), list(map(jnp.shape, jax.tree.leaves(t)))) for t in (new, old)]
-    if trees[0] != trees[1]:
+    if _form(new) != _form(old):
         raise ValueError(
             "the loss must return a state of the structure and the shapes of the one that it gets, "
             f"{arguments.shapes(old)}, but it returned {arguments.shapes(new)}."
@@ -396,8 +391,9 @@ def _checked_state(new: Any, old: Any) -> Any:
     return jax.tree.map(jnp.asarray, new)
 
 
-def _structure(tree: Any) -> str:
-    return str(jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree)).replace("'", "")
+def _form(tree: Any) -> tuple[Any, list]:
+    """How a tree is built: its structure, and its arrays' shapes."""
+    return jax.tree.structure(tree), list(map(jnp.shape, jax.tree.leaves(tree)))
 
 
 def _typed_like(new: Any, old: Any) -> Any:
