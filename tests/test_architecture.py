@@ -33,9 +33,10 @@ MAY_IMPORT = {
     "check": "arguments text jaxpr operation eager backprop",
     "per_example": "arguments text batch meshes frames jaxpr operation eager backprop",
     "curvature": "arguments text batch meshes jaxpr operation eager ops backprop per_example",
+    "params": "arguments",
     "initializers": "arguments",
     "layers": "arguments text meshes ops initializers",
-    "models": "arguments ops initializers layers",
+    "models": "arguments ops params initializers layers",
     "train": "arguments text batch meshes jaxpr operation eager ops backprop layers",
     "plot": "arguments",
 }
@@ -52,7 +53,7 @@ ONLY = {
 EXTENDS_JAX = {"fnn.jaxpr", "fnn.operation.primitive"}
 
 # Not needed to import fnn: imported where they are used.
-EXTRAS = {"IPython", "lineax", "matplotlib", "pygraphviz", "rich"}
+EXTRAS = {"IPython", "lineax", "matplotlib", "pygraphviz", "rich", "safetensors"}
 
 
 class Import(NamedTuple):
