@@ -73,8 +73,19 @@ def _squareplus(x):
     return (x + jnp.sqrt(x * x + 4)) / 2
 
 
+def _normal(x, axes=-1, epsilon=1e-5):
+    return (x - jnp.mean(x, axes, keepdims=True)) / jnp.sqrt(
+        jnp.var(x, axes, keepdims=True) + epsilon
+    )
+
+
 nn = jax.nn
 CASES = {
+    "batch_norm": Case(
+        lambda x, *weights: ops.batch_norm(x, *weights)[0],
+        lambda x, scale, bias: scale[None] * _normal(x, 0) + bias[None],
+        ((3, 4), (4,), (4,)),
+    ),
     "celu": Case(ops.celu, nn.celu),
     "elu": Case(ops.elu, nn.elu),
     "gaussian_nll": Case(
@@ -89,11 +100,26 @@ CASES = {
         functools.partial(nn.gelu, approximate=False),
     ),
     "glu": Case(ops.glu, _halves(nn.sigmoid)),
+    "group_norm": Case(
+        functools.partial(ops.group_norm, groups=2),
+        lambda x, scale, bias: (
+            scale[None] * _normal(x.reshape(-1, 2, 2), (0, 2)).reshape(x.shape) + bias[None]
+        ),
+        ((2, 4), (4,), (4,)),
+    ),
     "hard_sigmoid": Case(ops.hard_sigmoid, nn.hard_sigmoid),
     "hard_silu": Case(ops.hard_silu, nn.hard_silu),
     "hard_tanh": Case(ops.hard_tanh, nn.hard_tanh),
     "huber": Case(ops.huber, _huber, ((4,), (4,))),
+    "instance_norm": Case(
+        ops.instance_norm,
+        lambda x, scale, bias: scale[None] * _normal(x, 0) + bias[None],
+        ((3, 4), (4,), (4,)),
+    ),
     "l2": Case(ops.l2, lambda w: jnp.sum(w * w)),
+    "layer_norm": Case(
+        ops.layer_norm, lambda x, scale, bias: scale * _normal(x) + bias, ((4,), (4,), (4,))
+    ),
     "leaky_relu": Case(ops.leaky_relu, functools.partial(nn.leaky_relu, negative_slope=0.1)),
     "log_sigmoid": Case(ops.log_sigmoid, nn.log_sigmoid),
     "log_softmax": Case(ops.log_softmax, nn.log_softmax),
@@ -103,6 +129,11 @@ CASES = {
     "multiclass_hinge": Case(ops.multiclass_hinge, _hinge, ((4,), None)),
     "relu": Case(ops.relu, nn.relu),
     "relu6": Case(ops.relu6, nn.relu6),
+    "rms_norm": Case(
+        ops.rms_norm,
+        lambda x, scale: scale * x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6),
+        ((4,), (4,)),
+    ),
     "selu": Case(ops.selu, nn.selu),
     "sigmoid": Case(ops.sigmoid, nn.sigmoid),
     "sigmoid_binary_cross_entropy": Case(

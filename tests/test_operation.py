@@ -400,6 +400,31 @@ def test_named_axes():
     same(lambda f: jax.hessian(loss(f)), centered, X)
 
 
+def test_none_among_the_residuals():
+    """It has no array, so vmap finds none there."""
+
+    @fnn.rule
+    def shifted(x, w=None):
+        return jnp.sin(x) if w is None else jnp.sin(x) + w
+
+    @shifted.forward
+    def _(x, w):
+        return shifted(x, w), (None, jnp.cos(x), None if w is None else w[:0])
+
+    @shifted.backward
+    def _(residuals, g):
+        _, cos, w = residuals
+        return g * cos, None if w is None else g
+
+    X = normal(0, 5, 3)
+    for args in ((), (normal(1, 3),)):
+
+        def transform(f, args=args):
+            return jax.hessian(lambda X: jnp.sum(jax.vmap(lambda x: f(x * x, *args))(X) ** 2))
+
+        same(transform, shifted, X)
+
+
 def test_spmd_axis_name():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     W, X, b = normal(0, 2, 3), normal(1, 8, 3), normal(2, 2)

@@ -4,7 +4,8 @@ Layer                                     the protocol, to derive one's own from
 network, chain, parallel, residual        networks made of layers
 repeat                                    the same block many times, in one loop
 Linear, Maxout, Dropout                   layers
-LayerNorm, BatchNorm                      normalisation
+LayerNorm, RMSNorm                        normalisation over features
+GroupNorm, InstanceNorm, BatchNorm        ... over positions, over the batch
 Mode, EVALUATE, training                  whether a call trains
 summary                                   a network as a table
 """
@@ -16,13 +17,15 @@ from fnn.layers.linear import Linear
 from fnn.layers.maxout import Maxout
 from fnn.layers.mode import EVALUATE, Mode, training
 from fnn.layers.net import Net, Network, network
-from fnn.layers.normalization import BatchNorm, LayerNorm
+from fnn.layers.normalization import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from fnn.layers.table import Summary, summary
 
 __all__ = [
     "EVALUATE",
     "BatchNorm",
     "Dropout",
+    "GroupNorm",
+    "InstanceNorm",
     "Layer",
     "LayerError",
     "LayerNorm",
@@ -31,6 +34,7 @@ __all__ = [
     "Mode",
     "Net",
     "Network",
+    "RMSNorm",
     "Summary",
     "chain",
     "network",

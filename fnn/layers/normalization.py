@@ -1,27 +1,25 @@
-"""Normalisation: `LayerNorm` over an example's features, `BatchNorm` over the batch."""
+"""Normalisation: over an example's features or positions, over the batch, and of weights."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import chex
-import jax
 import jax.numpy as jnp
-from jax import lax
 
-from fnn import arguments
+from fnn import arguments, ops
 from fnn.layers.layer import (
     Layer,
     LayerError,
     check_params,
     last_axis,
+    set_count,
     set_number,
     state_is_missing,
 )
 from fnn.layers.mode import EVALUATE, Mode
-from fnn.meshes import explicit_mesh
+from fnn.ops.normalization import standardize
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -29,7 +27,8 @@ class LayerNorm(Layer):
     """y = scale ∘ (x − μ) / √(σ² + ε) + bias, with the mean μ and the variance σ² of the last axis.
 
     x is `(..., features)`; each position is normalised by itself. Mean and variance are computed
-    in at least float32.
+    in at least float32 (see `fnn.ops.layer_norm`), and y has x's dtype. A mask, a second input,
+    says which features count: booleans that broadcast to x's shape.
 
     Parameters: `{"scale": (features,), "bias": (features,)}`, or those of them that are used.
 
@@ -52,16 +51,139 @@ class LayerNorm(Layer):
     def __post_init__(self) -> None:
         _check_options(self)
 
-    def init(self, key: chex.PRNGKey, x: Any) -> dict:
+    def init(self, key: chex.PRNGKey, x: Any, mask: Any = None) -> dict:
         return _scale_and_bias(self, last_axis(self, x))
 
-    def __call__(self, params: Any, x: Any, **mode: Any) -> Any:
+    def __call__(self, params: Any, x: Any, mask: Any = None, **mode: Any) -> Any:
+        weights = _weights(self, params, x)
+        return ops.layer_norm(x, *weights, mask, epsilon=self.epsilon)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class RMSNorm(Layer):
+    """y = scale ∘ x / √(mean(x²) + ε), the mean over the last axis.
+
+    LayerNorm without μ and bias. x is `(..., features)`; each position is normalised by itself.
+    The mean is computed in at least float32 (see `fnn.ops.rms_norm`), and y has x's dtype. A mask,
+    a second input, says which features count: booleans that broadcast to x's shape.
+
+    Parameters: `{"scale": (features,)}`, or `{}`.
+
+    Args:
+        epsilon: ε.
+        use_scale: whether there is a scale.
+
+    Raises:
+        TypeError, ValueError: an option isn't of its kind.
+        LayerError: (when called) x has no last axis, or the parameters aren't of these shapes.
+
+    Zhang, Sennrich, "Root mean square layer normalization", NeurIPS 2019.
+    """
+
+    epsilon: float = 1e-6
+    _: dataclasses.KW_ONLY
+    use_scale: bool = True
+
+    def __post_init__(self) -> None:
+        _check_options(self)
+
+    def init(self, key: chex.PRNGKey, x: Any, mask: Any = None) -> dict:
+        return _scale_and_bias(self, last_axis(self, x))
+
+    def __call__(self, params: Any, x: Any, mask: Any = None, **mode: Any) -> Any:
+        weights = _weights(self, params, x)
+        return ops.rms_norm(x, *weights, mask, epsilon=self.epsilon)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class GroupNorm(Layer):
+    """`LayerNorm` with mean and variance over all positions and a group of neighbouring features.
+
+    x is one example, `(..., features)`, as an image `(H, W, C)`. A mask, a second input, says
+    which entries count: booleans that broadcast to x's shape (`mask[..., None]` for positions).
+
+    Parameters: `{"scale": (features,), "bias": (features,)}`, or those of them that are used.
+
+    Args:
+        groups: how many; it divides the features.
+        epsilon: ε.
+        use_scale, use_bias: whether there is a scale, and a bias.
+
+    Raises:
+        TypeError, ValueError: an option isn't of its kind.
+        LayerError: (from init, and when called) x has no last axis, or not of features that
+            `groups` divides; or the parameters aren't of these shapes.
+
+    Wu, He, "Group normalization", ECCV 2018.
+    """
+
+    groups: int = 32
+    epsilon: float = 1e-5
+    _: dataclasses.KW_ONLY
+    use_scale: bool = True
+    use_bias: bool = True
+
+    def __post_init__(self) -> None:
+        set_count(self, "groups")
+        _check_options(self)
+
+    def init(self, key: chex.PRNGKey, x: Any, mask: Any = None) -> dict:
+        return _scale_and_bias(self, self._features(x))
+
+    def __call__(self, params: Any, x: Any, mask: Any = None, **mode: Any) -> Any:
+        self._features(x)
+        weights = _weights(self, params, x)
+        return ops.group_norm(x, *weights, mask, groups=self.groups, epsilon=self.epsilon)
+
+    def _features(self, x: Any) -> int:
         features = last_axis(self, x)
-        check_params(self, params, _shapes(self, features))
-        wide = _wide(x)
-        mean = jnp.mean(wide, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True)
-        return _normalised(self, params, x, mean, variance)
+        if features % self.groups:
+            raise LayerError(
+                f"{self} wants features (the last axis) that {self.groups} groups divide, but got "
+                f"an input of shape {x.shape}."
+            )
+        return features
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class InstanceNorm(Layer):
+    """`GroupNorm` with a group for each feature: mean and variance over the positions alone.
+
+    x is one example, `(..., features)`, as an image `(H, W, C)`. A mask, a second input, says
+    which entries count: booleans that broadcast to x's shape (`mask[..., None]` for positions).
+
+    Parameters: `{"scale": (features,), "bias": (features,)}`, or those of them that are used.
+
+    Args:
+        epsilon: ε.
+        use_scale, use_bias: whether there is a scale, and a bias. (PyTorch's has neither.)
+
+    Raises:
+        TypeError, ValueError: an option isn't of its kind.
+        LayerError: (when called) x has no positions, or the parameters aren't of these shapes.
+
+    Ulyanov, Vedaldi, Lempitsky, "Instance normalization", 2016.
+    """
+
+    epsilon: float = 1e-5
+    _: dataclasses.KW_ONLY
+    use_scale: bool = True
+    use_bias: bool = True
+
+    def __post_init__(self) -> None:
+        _check_options(self)
+
+    def init(self, key: chex.PRNGKey, x: Any, mask: Any = None) -> dict:
+        return _scale_and_bias(self, last_axis(self, x))
+
+    def __call__(self, params: Any, x: Any, mask: Any = None, **mode: Any) -> Any:
+        scale, bias = _weights(self, params, x)
+        if x.ndim == 1:
+            raise LayerError(
+                f"{self} takes its statistics over positions, but got an input of shape {x.shape}, "
+                "which has none: wanted (..., features)."
+            )
+        return ops.instance_norm(x, scale, bias, mask, epsilon=self.epsilon)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -74,6 +196,9 @@ class BatchNorm(Layer):
     `fnn.fit` does. In evaluation they are the running statistics of the state:
 
         state ← decay · state + (1 − decay) · (μ, n σ² / (n − 1)),    n numbers for each feature
+
+    A mask, a second input, says which entries count: booleans that broadcast to x's shape
+    (`mask[..., None]` for positions). Where none counts the state stays.
 
     Parameters: `{"scale": (features,), "bias": (features,)}`, or those of them that are used.
     State: `{"statistics": {"mean": (features,), "variance": (features,)}}`, at first 0 and 1,
@@ -103,80 +228,65 @@ class BatchNorm(Layer):
         set_number(self, "decay", least=0, most=1)
         _check_options(self)
 
-    def init(self, key: chex.PRNGKey, x: Any) -> dict:
+    def init(self, key: chex.PRNGKey, x: Any, mask: Any = None) -> dict:
         return _scale_and_bias(self, last_axis(self, x))
 
-    def init_state(self, x: Any) -> dict:
+    def init_state(self, x: Any, mask: Any = None) -> dict:
         shape, kind = (last_axis(self, x),), jnp.result_type(float)
         return {"statistics": {"mean": jnp.zeros(shape, kind), "variance": jnp.ones(shape, kind)}}
 
-    def apply(self, params: Any, state: Any, x: Any, mode: Mode = EVALUATE) -> tuple[Any, dict]:
-        features = last_axis(self, x)
-        check_params(self, params, _shapes(self, features))
+    def apply(
+        self, params: Any, state: Any, x: Any, mask: Any = None, mode: Mode = EVALUATE
+    ) -> tuple[Any, dict]:
+        features, (scale, bias) = last_axis(self, x), _weights(self, params, x)
         if not isinstance(state, dict) or "statistics" not in state:
             raise state_is_missing(self)
         old = state["statistics"]
         check_params(self, old, {"mean": (features,), "variance": (features,)})
         if not mode.train:
-            return _normalised(self, params, x, old["mean"], old["variance"]), state
-        axes, wide = tuple(range(x.ndim - 1)), _wide(x)
-        count = math.prod(x.shape[:-1]) * (1 if mode.axis is None else lax.axis_size(mode.axis))
-        if count == 1 and mode.axis is None:
+            given = x, old["mean"], old["variance"], scale, bias, mask
+            return standardize(*given, epsilon=self.epsilon), state
+        if x.size == features and mode.axis is None:
             raise LayerError(
                 f"{self} in training takes its statistics over the batch, but mode names no axis "
                 "of one: training(key, axis='batch') under vmap(..., axis_name='batch'), or "
                 "fnn.fit, which does that."
             )
-
-        def over_batch(x):
-            mean = jnp.mean(x, axes)
-            return mean if mode.axis is None else _mean_over(mode.axis, mean)
-
-        mean = over_batch(wide)
-        variance = over_batch(jnp.square(wide - mean))
-        unbiased = variance * (count / max(count - 1, 1))
-        new = {"mean": mean, "variance": unbiased}
-        mixed = jax.tree.map(
-            lambda old, new: (self.decay * old + (1 - self.decay) * new).astype(old.dtype), old, new
+        y, mean, variance, count = ops.batch_norm(
+            x, scale, bias, mask, axis_name=mode.axis, epsilon=self.epsilon
         )
-        return _normalised(self, params, x, mean, variance), state | {"statistics": mixed}
+        unbiased = variance * (count / jnp.maximum(count - 1, 1))
+
+        def mixed(old, new):
+            found = (self.decay * old + (1 - self.decay) * new.astype(old.dtype)).astype(old.dtype)
+            return jnp.where(count > 0, found, old)
+
+        new = {"mean": mixed(old["mean"], mean), "variance": mixed(old["variance"], unbiased)}
+        return y, state | {"statistics": new}
 
 
-def _mean_over(axis: str | tuple[str, ...], x: Any) -> Any:
-    """The mean over a mapped axis, or several."""
-    if explicit_mesh(x) is None:
-        return lax.pmean(x, axis)
-    # JAX's pmean under vmap gives a wrong sharding there (0.10.2 and 0.12.0.1).
-    for name in axis if isinstance(axis, tuple) else (axis,):
-        x = jnp.mean(lax.all_gather(x, name), axis=0)
-    return x
-
-
-def _normalised(layer: Any, params: dict, x: Any, mean: Any, variance: Any) -> Any:
-    y = (_wide(x) - mean) * lax.rsqrt(variance + layer.epsilon)
-    y = y.astype(x.dtype)
-    if layer.use_scale:
-        y = y * params["scale"]
-    return y + params["bias"] if layer.use_bias else y
-
-
-def _wide(x: Any) -> Any:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def _weights(layer: Any, params: Any, x: Any) -> Any:
+    """The scale, and the bias where the layer may have one; None for those that aren't used."""
+    check_params(layer, params, _shapes(layer, last_axis(layer, x)))
+    return [params.get(name) for name in _WEIGHTS if hasattr(layer, f"use_{name}")]
 
 
 def _shapes(layer: Any, features: int) -> dict[str, tuple[int, ...]]:
-    used = {"scale": layer.use_scale, "bias": layer.use_bias}
-    return {name: (features,) for name, is_used in used.items() if is_used}
+    return {name: (features,) for name in _WEIGHTS if getattr(layer, f"use_{name}", False)}
 
 
 def _scale_and_bias(layer: Any, features: int) -> dict:
-    starts = {"scale": jnp.ones, "bias": jnp.zeros}
-    shapes = _shapes(layer, features)
-    return {name: starts[name](shape, jnp.result_type(float)) for name, shape in shapes.items()}
+    shapes, kind = _shapes(layer, features), jnp.result_type(float)
+    return {name: _WEIGHTS[name](shape, kind) for name, shape in shapes.items()}
+
+
+# A scale starts from 1, a bias from 0.
+_WEIGHTS = {"scale": jnp.ones, "bias": jnp.zeros}
 
 
 def _check_options(layer: Any) -> None:
     name = type(layer).__name__
     set_number(layer, "epsilon", least=0)
     for option in ("use_scale", "use_bias"):
-        arguments.flag(name, option, getattr(layer, option))
+        if hasattr(layer, option):
+            arguments.flag(name, option, getattr(layer, option))

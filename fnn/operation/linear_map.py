@@ -252,9 +252,10 @@ def _linearize_mapped(mapped: MappedCall, leaves) -> tuple[list, Any, MappedLine
     out_axes = 0, residual_axes
     outs, residuals = mapped.axis.vmap(outs_and_residuals, mapped.in_axes, out_axes)(*leaves)
     inner = derivatives[0]
+    structure: Any = jax.tree.structure(residuals)
     linear = MappedLinearMap(
         inner,
-        tuple(jax.tree.leaves(residual_axes, is_leaf=lambda a: a is None)),
+        tuple(structure.flatten_up_to(residual_axes)),
         tuple(compress(mapped.in_axes, inner.takes)),
         tuple(compress(in_avals, inner.takes)),
         inner.takes,

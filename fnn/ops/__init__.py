@@ -3,6 +3,7 @@
 activations/sigmoids        S-shaped ones: sigmoid, tanh, ...
 activations/rectifiers      relu, leaky_relu, elu, maxout, ...
 activations/gated           a number times a gate: silu, gelu, glu, ...
+normalization               rms_norm, layer_norm, group_norm, instance_norm, batch_norm
 probabilities               softmax, log_softmax, logsumexp
 losses/classification       softmax_cross_entropy, multiclass_hinge, ...
 losses/regression           squared_error, huber, gaussian_nll
@@ -36,20 +37,25 @@ from fnn.ops.losses.classification import (
 )
 from fnn.ops.losses.regression import gaussian_nll, huber, squared_error
 from fnn.ops.losses.regularization import l2
+from fnn.ops.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from fnn.ops.probabilities import log_softmax, logsumexp, softmax
 
 __all__ = [
+    "batch_norm",
     "celu",
     "elu",
     "gaussian_nll",
     "geglu",
     "gelu",
     "glu",
+    "group_norm",
     "hard_sigmoid",
     "hard_silu",
     "hard_tanh",
     "huber",
+    "instance_norm",
     "l2",
+    "layer_norm",
     "leaky_relu",
     "log_sigmoid",
     "log_softmax",
@@ -59,6 +65,7 @@ __all__ = [
     "multiclass_hinge",
     "relu",
     "relu6",
+    "rms_norm",
     "selu",
     "sigmoid",
     "sigmoid_binary_cross_entropy",

@@ -74,6 +74,11 @@ def wide(x: chex.Array) -> jax.Array:
     return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
 
+def empty(x: chex.Array | None) -> jax.Array | None:
+    """A residual without entries, which only tells the dtype of x; None for None."""
+    return None if x is None else jnp.zeros((0,), x.dtype)
+
+
 def _wanted(op, name, x, what):
     return (
         f"{op}: argument '{name}' of shape {x.shape} has dtype {x.dtype}, wanted {what} "

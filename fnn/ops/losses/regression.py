@@ -10,7 +10,14 @@ import jax.numpy as jnp
 
 from fnn import arguments
 from fnn.operation import compiled_rule as rule
-from fnn.ops.arguments import is_floating, must_be_alike, must_be_real, must_not_be_complex, wide
+from fnn.ops.arguments import (
+    empty,
+    is_floating,
+    must_be_alike,
+    must_be_real,
+    must_not_be_complex,
+    wide,
+)
 
 
 @rule
@@ -41,7 +48,7 @@ def squared_error(prediction: chex.Array, target: chex.Array) -> jax.Array:
 @squared_error.forward
 def _(prediction, target):
     difference = prediction - target.astype(prediction.dtype)
-    return squared_error(prediction, target), (difference, _empty(target))
+    return squared_error(prediction, target), (difference, empty(target))
 
 
 @squared_error.backward
@@ -85,7 +92,7 @@ def huber(prediction: chex.Array, target: chex.Array, *, delta: float = 1.0) -> 
 def _(prediction, target, *, delta):
     d = prediction - target.astype(prediction.dtype)
     c = _clip(d, delta)
-    return _huber(d, c), (c, _empty(target))
+    return _huber(d, c), (c, empty(target))
 
 
 @huber.backward
@@ -140,7 +147,7 @@ def gaussian_nll(prediction: chex.Array, target: chex.Array) -> jax.Array:
 def _(prediction, target):
     _check_means_and_variances(prediction, target)
     w, root_precision = _standardised(prediction, target)
-    return _gaussian_nll(w, prediction), (w, root_precision, _empty(target))
+    return _gaussian_nll(w, prediction), (w, root_precision, empty(target))
 
 
 @gaussian_nll.backward
@@ -175,8 +182,3 @@ def _check_means_and_variances(prediction, target):
             f"{(*target.shape, 2)}: a mean and a log variance for each entry of 'target', along "
             "the last axis."
         )
-
-
-def _empty(x):
-    """A residual without entries, which only tells the dtype of x."""
-    return jnp.zeros((0,), x.dtype)
