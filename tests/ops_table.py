@@ -87,6 +87,12 @@ CASES = {
         ((3, 4), (4,), (4,)),
     ),
     "celu": Case(ops.celu, nn.celu),
+    "dropout": Case(
+        lambda x: ops.dropout(x, np.asarray([0, 3], np.uint32), rate=0.25),
+        lambda x: jnp.where(
+            jax.random.bernoulli(np.asarray([0, 3], np.uint32), 0.75, x.shape), x / 0.75, 0
+        ),
+    ),
     "elu": Case(ops.elu, nn.elu),
     "gaussian_nll": Case(
         ops.gaussian_nll,

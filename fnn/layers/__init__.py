@@ -3,7 +3,8 @@
 Layer                                     the protocol, to derive one's own from
 network, chain, parallel, residual        networks made of layers
 repeat                                    the same block many times, in one loop
-Linear, Maxout, Dropout                   layers
+Linear, Maxout                            layers
+Dropout, DropPath, DropConnect            what is left out in training
 LayerNorm, RMSNorm                        normalisation over features
 GroupNorm, InstanceNorm, BatchNorm        ... over positions, over the batch
 Mode, EVALUATE, training                  whether a call trains
@@ -11,7 +12,7 @@ summary                                   a network as a table
 """
 
 from fnn.layers.combinators import chain, parallel, repeat, residual
-from fnn.layers.dropout import Dropout
+from fnn.layers.dropout import DropConnect, Dropout, DropPath
 from fnn.layers.layer import Layer, LayerError
 from fnn.layers.linear import Linear
 from fnn.layers.maxout import Maxout
@@ -23,6 +24,8 @@ from fnn.layers.table import Summary, summary
 __all__ = [
     "EVALUATE",
     "BatchNorm",
+    "DropConnect",
+    "DropPath",
     "Dropout",
     "GroupNorm",
     "InstanceNorm",

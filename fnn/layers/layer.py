@@ -250,6 +250,15 @@ def set_count(layer: Layer, name: str) -> None:
     object.__setattr__(layer, name, value)
 
 
+def weight(layer: Layer, params: Any, name: str = "W") -> Any:
+    """The weight of a layer's parameters that a layer around it changes."""
+    if not isinstance(params, dict) or name not in params:
+        raise LayerError(
+            f"{layer} wants parameters with the key '{name}', but got {keys_of(params)}."
+        )
+    return params[name]
+
+
 def keys_of(params: Any) -> str:
     """What there is in the place of a dict of parameters, in a few words."""
     if isinstance(params, dict):

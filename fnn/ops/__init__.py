@@ -5,6 +5,7 @@ activations/rectifiers      relu, leaky_relu, elu, maxout, ...
 activations/gated           a number times a gate: silu, gelu, glu, ...
 normalization               rms_norm, layer_norm, group_norm, instance_norm, batch_norm
 probabilities               softmax, log_softmax, logsumexp
+dropout                     dropout
 losses/classification       softmax_cross_entropy, multiclass_hinge, ...
 losses/regression           squared_error, huber, gaussian_nll
 losses/regularization       l2
@@ -30,6 +31,7 @@ from fnn.ops.activations.sigmoids import (
     softsign,
     tanh,
 )
+from fnn.ops.dropout import dropout
 from fnn.ops.losses.classification import (
     multiclass_hinge,
     sigmoid_binary_cross_entropy,
@@ -43,6 +45,7 @@ from fnn.ops.probabilities import log_softmax, logsumexp, softmax
 __all__ = [
     "batch_norm",
     "celu",
+    "dropout",
     "elu",
     "gaussian_nll",
     "geglu",
