@@ -5,7 +5,7 @@ activations/rectifiers      relu, leaky_relu, elu, maxout, ...
 activations/gated           a number times a gate: silu, gelu, glu, ...
 normalization               rms_norm, layer_norm, group_norm, instance_norm, batch_norm
 probabilities               softmax, log_softmax, logsumexp
-dropout                     dropout
+stochastic                  dropout
 losses/classification       softmax_cross_entropy, multiclass_hinge, ...
 losses/regression           squared_error, huber, gaussian_nll
 losses/regularization       l2
@@ -31,7 +31,6 @@ from fnn.ops.activations.sigmoids import (
     softsign,
     tanh,
 )
-from fnn.ops.dropout import dropout
 from fnn.ops.losses.classification import (
     multiclass_hinge,
     sigmoid_binary_cross_entropy,
@@ -41,6 +40,7 @@ from fnn.ops.losses.regression import gaussian_nll, huber, squared_error
 from fnn.ops.losses.regularization import l2
 from fnn.ops.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from fnn.ops.probabilities import log_softmax, logsumexp, softmax
+from fnn.ops.stochastic import dropout
 
 __all__ = [
     "batch_norm",
