@@ -9,6 +9,7 @@ stochastic                  dropout
 losses/classification       softmax_cross_entropy, multiclass_hinge, ...
 losses/regression           squared_error, huber, gaussian_nll
 losses/regularization       l2
+sequences/attention         attention
 """
 
 from fnn.ops.activations.gated import geglu, gelu, glu, hard_silu, mish, silu, swiglu
@@ -40,9 +41,11 @@ from fnn.ops.losses.regression import gaussian_nll, huber, squared_error
 from fnn.ops.losses.regularization import l2
 from fnn.ops.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from fnn.ops.probabilities import log_softmax, logsumexp, softmax
+from fnn.ops.sequences.attention import attention
 from fnn.ops.stochastic import dropout
 
 __all__ = [
+    "attention",
     "batch_norm",
     "celu",
     "dropout",

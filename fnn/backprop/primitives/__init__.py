@@ -39,6 +39,7 @@ a backward of its own, stands in fnn/ops:
     ReLU, leaky ReLU, ELU, maxout            activations/rectifiers
     GELU, SiLU (swish), GLU                  activations/gated
     softmax                                  probabilities
+    attention                                sequences/attention
     cross-entropy, hinge loss (SVM)          losses/classification
     squared error                            losses/regression
     L2 regularisation                        losses/regularization
