@@ -308,7 +308,7 @@ class _Blocks:
         if self.causal and first_k > last_q:
             return False
         far = max(first_k - last_q, first_q - last_k)
-        return self.window is None or far < self.window - 1
+        return self.window is None or far < self.window
 
     def run(self, step, total):
         """step(total, i, j) over all pairs of blocks, in a loop unless there is only one."""
