@@ -59,6 +59,42 @@ def _hinge(scores, label):
     return jnp.sum(jnp.where(jnp.arange(scores.size) == label, 0, margins))
 
 
+def _lstm_step(z, h, c):
+    i, f, g, o = jnp.split(z, 4, -1)
+    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    return jax.nn.sigmoid(o) * jnp.tanh(c), c
+
+
+def _lstm(z, U, h, c):
+    hs = []
+    for z_t in z:
+        h, c = _lstm_step(z_t + U @ h, h, c)
+        hs.append(h)
+    return jnp.stack(hs)
+
+
+def _gru_step(z, u, h):
+    (r, q, n), (u_r, u_q, u_n) = jnp.split(z, 3, -1), jnp.split(u, 3, -1)
+    r, q = jax.nn.sigmoid(r + u_r), jax.nn.sigmoid(q + u_q)
+    return (1 - q) * jnp.tanh(n + r * u_n) + q * h
+
+
+def _gru(z, U, b, h):
+    hs = []
+    for z_t in z:
+        h = _gru_step(z_t, U @ h + jnp.pad(b, (4, 0)), h)
+        hs.append(h)
+    return jnp.stack(hs)
+
+
+def _rnn(z, U, h):
+    hs = []
+    for z_t in z:
+        h = jnp.tanh(z_t + U @ h)
+        hs.append(h)
+    return jnp.stack(hs)
+
+
 def _binary(logits, labels):
     z = _probabilities(labels)
     return -jnp.sum(z * jax.nn.log_sigmoid(logits) + (1 - z) * jax.nn.log_sigmoid(-logits))
@@ -122,6 +158,8 @@ CASES = {
         ),
         ((2, 4), (4,), (4,)),
     ),
+    "gru": Case(lambda *xs: ops.gru(*xs)[0], _gru, ((3, 6), (6, 2), (2,), (2,))),
+    "gru_cell": Case(ops.gru_cell, _gru_step, ((6,), (6,), (2,))),
     "hard_sigmoid": Case(ops.hard_sigmoid, nn.hard_sigmoid),
     "hard_silu": Case(ops.hard_silu, nn.hard_silu),
     "hard_tanh": Case(ops.hard_tanh, nn.hard_tanh),
@@ -139,6 +177,12 @@ CASES = {
     "log_sigmoid": Case(ops.log_sigmoid, nn.log_sigmoid),
     "log_softmax": Case(ops.log_softmax, nn.log_softmax),
     "logsumexp": Case(ops.logsumexp, nn.logsumexp),
+    "lstm": Case(lambda *xs: ops.lstm(*xs)[0], _lstm, ((3, 8), (8, 2), (2,), (2,))),
+    "lstm_cell": Case(
+        lambda z, c: jnp.concatenate(ops.lstm_cell(z, c)),
+        lambda z, c: jnp.concatenate(_lstm_step(z, None, c)),
+        ((8,), (2,)),
+    ),
     "maxout": Case(ops.maxout, lambda z: jnp.max(z, -2), ((2, 4),)),
     "mish": Case(ops.mish, nn.mish),
     "multiclass_hinge": Case(ops.multiclass_hinge, _hinge, ((4,), None)),
@@ -149,6 +193,7 @@ CASES = {
         lambda x, scale: scale * x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6),
         ((4,), (4,)),
     ),
+    "rnn": Case(lambda *xs: ops.rnn(*xs)[0], _rnn, ((3, 2), (2, 2), (2,))),
     "selu": Case(ops.selu, nn.selu),
     "sigmoid": Case(ops.sigmoid, nn.sigmoid),
     "sigmoid_binary_cross_entropy": Case(

@@ -7,6 +7,8 @@ Linear, Maxout                            layers
 Dropout, DropPath, DropConnect            what is left out in training
 LayerNorm, RMSNorm                        normalisation over features
 GroupNorm, InstanceNorm, BatchNorm        ... over positions, over the batch
+LSTM, GRU, RNN                            recurrent layers
+recurrent, bidirectional                  of a cell of one's own; from both ends
 Mode, EVALUATE, training                  whether a call trains
 summary                                   a network as a table
 """
@@ -19,10 +21,14 @@ from fnn.layers.maxout import Maxout
 from fnn.layers.mode import EVALUATE, Mode, training
 from fnn.layers.net import Net, Network, network
 from fnn.layers.normalization import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from fnn.layers.recurrence import GRU, LSTM, RNN, bidirectional, recurrent
 from fnn.layers.table import Summary, summary
 
 __all__ = [
     "EVALUATE",
+    "GRU",
+    "LSTM",
+    "RNN",
     "BatchNorm",
     "DropConnect",
     "DropPath",
@@ -39,9 +45,11 @@ __all__ = [
     "Network",
     "RMSNorm",
     "Summary",
+    "bidirectional",
     "chain",
     "network",
     "parallel",
+    "recurrent",
     "repeat",
     "residual",
     "summary",

@@ -114,6 +114,7 @@ class Layer:
     def __repr__(self) -> str:
         """`Linear(100, use_bias=False)`: as it is written, without what has its default."""
         fields = [f for f in dataclasses.fields(self) if f.repr]  # type: ignore[arg-type]
+        fields.sort(key=lambda f: bool(f.kw_only))
         shown, positional = [], True
         for field in fields:
             value = getattr(self, field.name)

@@ -194,6 +194,8 @@ class MappedLinearMap:
         """
         is_shared = [axis is None for axis in self.dx_axes]
         is_mapped = [not shared for shared in is_shared]
+        if self.rule.tangent is not None:
+            return self._all_summed(is_shared, residuals, gs)
         of_shared, of_mapped = iter(()), iter(())
         if any(is_shared):
             of_shared = iter(self.restrict(is_shared)._summed(residuals, gs))
@@ -204,14 +206,30 @@ class MappedLinearMap:
             of_mapped = iter(vmapped(list(residuals), list(gs)))
         return [next(of_shared if shared else of_mapped) for shared in is_shared]
 
+    def _all_summed(self, is_shared, residuals, gs) -> list:
+        """The gradients themselves, those of shared arguments summed.
+
+        A hand-written tangent need not be transposable. And what it stands for is a loop, which
+        must not run once for the arguments that are shared and once for the others.
+        """
+        out_axes = [0 if shared else a for shared, a in zip(is_shared, self.dx_axes, strict=True)]
+        axes = list(self.residual_axes), 0
+        vmapped = self.axis.vmap(self.linear.full_backward, axes, out_axes)
+
+        def gradients(residuals, gs):
+            return [
+                jnp.sum(dx, axis=0, dtype=dx.dtype) if shared else dx
+                for shared, dx in zip(is_shared, vmapped(residuals, gs), strict=True)
+            ]
+
+        if any(is_shared):
+            gradients = with_matrix_products(gradients)
+        return gradients(list(residuals), list(gs))
+
     def _summed(self, residuals, gs) -> list:
-        if self.rule.tangent is None:
-            tangent = functools.partial(self._tangent_at, residuals)
-            transposed = jax.linear_transpose(tangent, *self.dx_avals)
-            return with_matrix_products(transposed)(list(gs))
-        # A hand-written tangent need not be transposable: sum the gradients themselves.
-        vmapped = self.axis.vmap(self.linear.full_backward, (list(self.residual_axes), 0), 0)
-        return [jnp.sum(dx, axis=0, dtype=dx.dtype) for dx in vmapped(list(residuals), list(gs))]
+        tangent = functools.partial(self._tangent_at, residuals)
+        transposed = jax.linear_transpose(tangent, *self.dx_avals)
+        return with_matrix_products(transposed)(list(gs))
 
 
 def linear_map_of(equation: Equation) -> LinearMap | MappedLinearMap | None:

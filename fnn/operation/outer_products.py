@@ -4,10 +4,12 @@ The gradient of a weight is, for one example, an outer product: `g[:, None] * x`
 over a batch it is a matrix product, Σₙ dyₙ xₙᵀ = dYᵀ X. Compilers don't see that in general:
 written as a product with a sum after it, it may take two hundred times as long (measured on a
 CPU under two `vmap`s). So where fnn itself sums an operation's gradients over a batch, it looks
-for this pattern and puts a `dot_general` in its place:
+for these patterns and puts a `dot_general` in their place:
 
     reduce_sum(broadcast(a) * broadcast(b))  where a and b share summed axes and each has axes
                                              of its own
+    reduce_sum(dot_general(a, b))            where axes are summed over which the products are
+                                             stacked: they are contracted with the others
 """
 
 from __future__ import annotations
@@ -43,9 +45,11 @@ def with_matrix_products(function: Callable) -> Callable:
 
 def _run(flat: Program, args: Sequence) -> list:
     maker = {i: equation for equation in flat.equations for i in equation.outs}
-    products = {}
+    products: dict[tuple[int, ...], _Product | _Contraction] = {}
     for equation in flat.equations:
-        product = _sum_of_outer_products(equation, maker, flat)
+        product: _Product | _Contraction | None = _sum_of_outer_products(equation, maker, flat)
+        if product is None:
+            product = _sum_of_products(equation, maker, flat)
         if product is not None:
             products[equation.outs] = product
     # Each such sum is made from the two factors: its large operand may not be needed any more.
@@ -81,6 +85,47 @@ class _Product(NamedTuple):
         return [lax.reshape(lax.transpose(y, self.order), self.shape)]
 
 
+class _Contraction(NamedTuple):
+    """A sum of matrix products as one, of the type that they have, and then of the sum's type."""
+
+    factors: tuple[int, int]
+    params: dict
+    dtype: Any
+
+    def __call__(self, factors: Sequence) -> list:
+        return [lax.dot_general(*factors, **self.params).astype(self.dtype)]
+
+
+def _sum_of_products(equation: Equation, maker: dict, flat: Program) -> _Contraction | None:
+    """The equation as a matrix product, if it sums matrix products over the axes of their stack."""
+    if equation.name != "reduce_sum" or equation.params.get("out_sharding") is not None:
+        return None
+    dot = _made_by(equation.ins[0], maker)
+    if dot is None or dot.name != "dot_general" or dot.params.get("out_sharding") is not None:
+        return None
+    avals = [flat.avals[i] for i in (*dot.ins, *dot.outs)]
+    if any(sharding_of(aval) is not None for aval in avals):
+        return None
+    contract, batch = dot.params["dimension_numbers"]
+    summed = equation.params["axes"]
+    if not summed or any(d >= len(batch[0]) for d in summed):
+        return None
+    more = [[axes[d] for d in summed] for axes in batch]
+    left = [[a for d, a in enumerate(axes) if d not in summed] for axes in batch]
+    numbers = tuple([*c, *m] for c, m in zip(contract, more, strict=True)), tuple(left)
+    params = dot.params | {"dimension_numbers": numbers}
+    params["preferred_element_type"] = flat.avals[dot.outs[0]].dtype
+    return _Contraction((dot.ins[0], dot.ins[1]), params, flat.avals[equation.outs[0]].dtype)
+
+
+def _made_by(value: int, maker: dict[int, Equation]) -> Equation | None:
+    """The equation that made a value, before it was converted to another dtype."""
+    made = maker.get(value)
+    if made is None or made.name != "convert_element_type":
+        return made
+    return maker.get(made.ins[0])
+
+
 def _sum_of_outer_products(equation: Equation, maker: dict, flat: Program) -> _Product | None:
     """The equation as a matrix product, if it is such a sum.
 
@@ -89,9 +134,7 @@ def _sum_of_outer_products(equation: Equation, maker: dict, flat: Program) -> _P
     if equation.name != "reduce_sum" or equation.params.get("out_sharding") is not None:
         return None
     total = flat.avals[equation.outs[0]].dtype
-    mul = maker.get(equation.ins[0])
-    if mul is not None and mul.name == "convert_element_type":  # summed more precisely
-        mul = maker.get(mul.ins[0])
+    mul = _made_by(equation.ins[0], maker)  # it may be summed more precisely
     if mul is None or mul.name != "mul":
         return None
     out = flat.avals[mul.outs[0]]

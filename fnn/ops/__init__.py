@@ -6,6 +6,7 @@ activations/gated           a number times a gate: silu, gelu, glu, ...
 normalization               rms_norm, layer_norm, group_norm, instance_norm, batch_norm
 probabilities               softmax, log_softmax, logsumexp
 stochastic                  dropout
+recurrent                   lstm, gru, rnn over a sequence; lstm_cell, gru_cell
 losses/classification       softmax_cross_entropy, multiclass_hinge, ...
 losses/regression           squared_error, huber, gaussian_nll
 losses/regularization       l2
@@ -41,6 +42,7 @@ from fnn.ops.losses.regression import gaussian_nll, huber, squared_error
 from fnn.ops.losses.regularization import l2
 from fnn.ops.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from fnn.ops.probabilities import log_softmax, logsumexp, softmax
+from fnn.ops.recurrent import gru, gru_cell, lstm, lstm_cell, rnn
 from fnn.ops.sequences.attention import attention
 from fnn.ops.stochastic import dropout
 
@@ -55,6 +57,8 @@ __all__ = [
     "gelu",
     "glu",
     "group_norm",
+    "gru",
+    "gru_cell",
     "hard_sigmoid",
     "hard_silu",
     "hard_tanh",
@@ -66,12 +70,15 @@ __all__ = [
     "log_sigmoid",
     "log_softmax",
     "logsumexp",
+    "lstm",
+    "lstm_cell",
     "maxout",
     "mish",
     "multiclass_hinge",
     "relu",
     "relu6",
     "rms_norm",
+    "rnn",
     "selu",
     "sigmoid",
     "sigmoid_binary_cross_entropy",

@@ -24,6 +24,7 @@ Each module imports only from those above it:
 
     sides            what a value depends on: parameters, the example
     meetings         rules: where a parameter meets the example
+    operations       rules: the same in operations of fnn's own
     passages         rules: among parameters alone
     loops            rules: loops and checkpoints that hold both
     factors          the reverse sweep with these rules

@@ -10,7 +10,7 @@ What has no factors, or loses them, is a dense gradient and follows the rules as
 
 So this is the sweep of `fnn/backprop/sweep.py`, with other rules:
 
-    where a parameter meets the example     `meetings.py`
+    where a parameter meets the example     `meetings.py`, and `operations.py` for fnn's own
     among parameters alone                  `passages.py`
     loops and checkpoints that hold both    `loops.py`
     all else                                the usual rules
@@ -31,6 +31,7 @@ from fnn.backprop.sweep import RuleOf
 from fnn.frames import source_line
 from fnn.jaxpr import Equation, Program
 from fnn.operation import call_of
+from fnn.per_example import operations
 from fnn.per_example.loops import LOOPS
 from fnn.per_example.meetings import MEETINGS
 from fnn.per_example.passages import PASSAGES
@@ -101,6 +102,10 @@ def _where_they_meet(rule: Rule, is_parameter: Sequence[bool]) -> Rule:
         products: list = [None] * len(ins)
         left = list(needed)
         meet = MEETINGS.get(equation.name)
+        if call_of(equation) is not None:
+            found = operations.gradients(rule, equation, left, is_parameter, saved, g, opaque)
+            if found is not None:
+                return _as_terms(found, is_parameter, equation)
         for k, of_parameter in enumerate(is_parameter):
             if meet is not None and of_parameter and needed[k]:
                 term = meet(k, g[0], ins, equation.params)
@@ -108,13 +113,22 @@ def _where_they_meet(rule: Rule, is_parameter: Sequence[bool]) -> Rule:
                     products[k], left[k] = Terms((term,)), False
         if any(left):
             found = rule.backward(equation, left, saved, g, opaque)
-            for k, product in enumerate(found):
-                if left[k] and product is not None:
-                    dense = Dense(product, _used_in(equation))
-                    products[k] = Terms((dense,)) if is_parameter[k] else product
+            for k, product in enumerate(_as_terms(found, is_parameter, equation)):
+                if left[k]:
+                    products[k] = product
         return products
 
     return _keeping_inputs(rule, backward)
+
+
+def _as_terms(found: Sequence, is_parameter: Sequence[bool], equation: Equation) -> list:
+    """Gradients found as usual: of parameters as dense terms, those that aren't terms already."""
+    return [
+        Terms((Dense(product, _used_in(equation)),))
+        if of_parameter and product is not None and not isinstance(product, Terms)
+        else product
+        for product, of_parameter in zip(found, is_parameter, strict=True)
+    ]
 
 
 def _among_parameters(rule: Rule, flat: Program) -> Rule:

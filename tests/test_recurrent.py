@@ -1,0 +1,472 @@
+"""Recurrent operations and layers: against loops written out, PyTorch and Flax."""
+
+import functools
+from dataclasses import replace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from ops_table import _gru_step, _lstm_step
+from sweeps import exhaustive, sweep
+
+import fnn
+import fnn.per_example as pe
+from fnn import ops
+from fnn.layers import (
+    GRU,
+    LSTM,
+    RNN,
+    Dropout,
+    LayerError,
+    Linear,
+    bidirectional,
+    chain,
+    network,
+    recurrent,
+    repeat,
+    summary,
+    training,
+)
+
+STEPS, HIDDEN = 5, 3
+MASK = jnp.asarray([True, False, True, True, False])
+
+
+def R(i, *shape, dtype=jnp.float64):
+    return jnp.asarray(np.random.default_rng([i, *shape]).normal(size=shape), dtype)
+
+
+# ------------------------------------------------------------------------ whole sequences
+
+
+def plain(step):
+    """A sequence of steps, one after the other in Python; a masked step doesn't happen."""
+
+    def run(z, U, *carry, mask=None, reverse=False):
+        order = range(len(z))[::-1] if reverse else range(len(z))
+        hs = [None] * len(z)
+        for t in order:
+            if mask is None or mask[t]:
+                carry = step(z[t], U, *carry)
+            hs[t] = carry[0]
+        return jnp.stack(hs), carry
+
+    return run
+
+
+def plain_gru(z, U, b, h):
+    return (_gru_step(z, U @ h + jnp.pad(b, (2 * HIDDEN, 0)), h), b)
+
+
+def _gru(z, U, b, h, mask=None, reverse=False):
+    order = range(len(z))[::-1] if reverse else range(len(z))
+    hs = [None] * len(z)
+    for t in order:
+        if mask is None or mask[t]:
+            (h, _) = plain_gru(z[t], U, b, h)
+        hs[t] = h
+    return jnp.stack(hs), h
+
+
+def lstm_of(z, U, h, c):
+    return _lstm_step(z + U @ h, h, c)
+
+
+SEQUENCES = {
+    "lstm": (ops.lstm, plain(lstm_of), ((12,), (12, 3), (3,), (3,))),
+    "gru": (ops.gru, _gru, ((9,), (9, 3), (3,), (3,))),
+    "tanh": (ops.rnn, plain(lambda z, U, h: (jnp.tanh(z + U @ h),)), ((3,), (3, 3), (3,))),
+    "relu": (
+        functools.partial(ops.rnn, activation="relu"),
+        plain(lambda z, U, h: (jax.nn.relu(z + U @ h),)),
+        ((3,), (3, 3), (3,)),
+    ),
+}
+WAYS = [(name, masked, back) for name in SEQUENCES for masked in (0, 1) for back in (0, 1)]
+QUICK = [("lstm", 1, 1), ("gru", 1, 0), ("tanh", 1, 1)]
+
+
+def total(result):
+    """A function of all results, in which no two numbers play the same part."""
+    leaves = jax.tree.leaves(result)
+    return sum(jnp.sum(jnp.sin(a * jnp.arange(1, a.size + 1).reshape(a.shape))) for a in leaves)
+
+
+@pytest.mark.parametrize("way", sweep(WAYS, QUICK), ids=str)
+def test_a_sequence_is_its_steps(way):
+    """Values, gradients in both modes, and second derivatives."""
+    name, masked, back = way
+    op, reference, (step, *shapes) = SEQUENCES[name]
+    args = (R(0, STEPS, *step), *(R(i, *s) for i, s in enumerate(shapes, 1)))
+    mask = MASK if masked else None
+    of = tuple(range(len(args)))
+    ours = lambda *args: total(op(*args, mask, reverse=bool(back)))
+    known = None if mask is None else np.asarray(mask)
+    theirs = lambda *args: total(reference(*args, mask=known, reverse=bool(back)))
+
+    def everything(f, gradient):
+        g = lambda *args: gradient(f, of)(*args)
+        return f(*args), g(*args), jax.jvp(g, args, args)[1]
+
+    wanted = jax.jit(lambda: everything(theirs, jax.grad))()
+    found = jax.jit(lambda: [everything(ours, d) for d in (jax.grad, fnn.grad, jax.jacfwd)])()
+    for of_mode in found:
+        chex.assert_trees_all_close(of_mode, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_a_batch_s_gradient_is_one_loop_each_way_and_one_product():
+    """The weights' gradient isn't added up step by step, nor found by a loop of its own."""
+    U, zs = R(1, 12, 3), R(0, 4, STEPS, 12)
+
+    def loss(U, zs):
+        one = lambda z: jnp.sum(ops.lstm(z, U, jnp.zeros(3), jnp.zeros(3))[0] ** 2)
+        return jnp.sum(jax.vmap(one)(zs))
+
+    for gradient in (jax.grad, fnn.grad):
+        f = jax.jit(gradient(loss, (0, 1)))
+        jaxpr = str(jax.make_jaxpr(f)(U, zs).pretty_print(use_color=False))
+        text = f.lower(U, zs).as_text()
+        assert text.count("stablehlo.while") == 2, jaxpr
+        assert text.count("tensor<4x5x12xf64>, tensor<4x5x3xf64>) -> tensor<12x3xf64>") <= 1
+        products = [line for line in text.splitlines() if "dot_general" in line]
+        assert sum("-> tensor<12x3xf64>" in line for line in products) == 1
+        assert not any("-> tensor<4x12x3xf64>" in line for line in products)
+
+
+def test_a_masked_step_lets_nothing_through():
+    z = R(0, STEPS, 12).at[1].set(jnp.nan).at[4].set(jnp.inf)
+    args = z, R(1, 12, 3), R(2, 3), R(3, 3)
+    loss = lambda *args: total(ops.lstm(*args, MASK))
+    value, (dz, *rest) = jax.value_and_grad(loss, (0, 1, 2, 3))(*args)
+    chex.assert_tree_all_finite((value, dz, rest))
+    np.testing.assert_array_equal(dz[1], 0)
+    hs, (h, c) = ops.lstm(*args, jnp.zeros(STEPS, bool))
+    np.testing.assert_array_equal(hs, jnp.broadcast_to(args[2], (STEPS, 3)))
+    np.testing.assert_array_equal((h, c), args[2:])
+
+
+@pytest.mark.parametrize("dtype", sweep([jnp.float16, jnp.bfloat16], [jnp.bfloat16]))
+def test_half_precision(dtype):
+    """As in float32, within the rounding of what goes in and out; the memory isn't rounded."""
+    args = R(0, STEPS, 12), R(1, 12, 3), R(2, 3), R(3, 3)
+    half = [x.astype(dtype) for x in args]
+    c = half[3].astype(jnp.float32)
+    loss = lambda *args: sum(
+        jnp.sum(a.astype(jnp.float32) ** 2) for a in jax.tree.leaves(ops.lstm(*args))
+    )
+    found = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(*half[:3], c)
+    wanted = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(*(x.astype(jnp.float32) for x in half))
+    assert [g.dtype for g in found[1]] == [dtype] * 3 + [jnp.float32]
+    to_wide = lambda t: jax.tree.map(lambda a: np.asarray(a, np.float64), t)
+    chex.assert_trees_all_close(to_wide(found), to_wide(wanted), rtol=0.05, atol=0.05)
+
+
+def test_no_steps_and_large_numbers():
+    hs, (h, c) = ops.lstm(jnp.zeros((0, 12)), R(1, 12, 3), R(2, 3), R(3, 3))
+    assert hs.shape == (0, 3)
+    np.testing.assert_array_equal(h, R(2, 3))
+    for scale in (1e-12, 1e12):
+        args = scale * R(0, STEPS, 12), scale * R(1, 12, 3), R(2, 3), R(3, 3)
+        chex.assert_tree_all_finite(jax.grad(lambda *a: total(ops.lstm(*a)), (0, 1, 2, 3))(*args))
+
+
+def test_what_does_not_fit():
+    z, U, h = jnp.zeros((STEPS, 12)), jnp.zeros((12, 3)), jnp.zeros(3)
+    for bad, match in [
+        ((z, U.T, h, h), r"lstm: argument 'U' has shape \(3, 12\), wanted \(4 hidden, hidden\)"),
+        ((z[0], U, h, h), r"lstm: argument 'z' has shape \(12,\), wanted \(steps, 12\)"),
+        ((z, U, h, jnp.zeros(4)), r"lstm: argument 'c' has shape \(4,\), wanted \(3,\)"),
+        ((z, U, h, h, jnp.ones(4, bool)), r"lstm: argument 'mask' has shape \(4,\), wanted \(5,\)"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            ops.lstm(*bad)
+    with pytest.raises(TypeError, match="'mask' of shape .* has dtype float64, wanted booleans"):
+        ops.lstm(z, U, h, h, jnp.ones(5))
+    with pytest.raises(TypeError, match="'U' has dtype float32, wanted float64"):
+        ops.lstm(z, U.astype(jnp.float32), h, h)
+    with pytest.raises(TypeError, match="'z' .* wanted a real floating dtype"):
+        ops.rnn(jnp.zeros((2, 3), int), jnp.zeros((3, 3)), h)
+    with pytest.raises(ValueError, match="rnn: activation must be 'tanh' or 'relu'"):
+        ops.rnn(z[:, :3], U[:3], h, activation="sigmoid")
+    with pytest.raises(ValueError, match=r"lstm_cell: argument 'z' has shape \(5, 12\)"):
+        ops.lstm_cell(z, h)
+    with pytest.raises(ValueError, match=r"gru_cell: argument 'u' has shape \(12,\)"):
+        ops.gru_cell(jnp.zeros(9), jnp.zeros(12), h)
+
+
+@exhaustive
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_checked_by_differences(name):
+    op, _, (step, *shapes) = SEQUENCES[name]
+    args = (R(0, STEPS, *step), *(R(i, *s) for i, s in enumerate(shapes, 1)))
+    fnn.check_grads(lambda *args: total(op(*args, MASK)), *args)
+
+
+# ------------------------------------------------------------------------------------ layers
+
+KEY = jax.random.key(0)
+X = R(9, 7, 4)
+LAYERS = [LSTM(3), GRU(3), RNN(3), RNN(3, activation="relu")]
+
+
+@network(gate=Linear(3), new=Linear(3), drop=Dropout(0.5))
+def minimal(net, h, x):
+    """A minimal gated unit (Zhou et al. 2016)."""
+    f = jax.nn.sigmoid(net.gate(jnp.concatenate([h, x])))
+    h = (1 - f) * h + f * jnp.tanh(net.new(jnp.concatenate([f * h, x])))
+    return h, net.drop(h)
+
+
+OF_CELL = recurrent(minimal, lambda x: jnp.zeros(3, x.dtype))
+
+
+@pytest.mark.parametrize("layer", sweep([*LAYERS, OF_CELL], [LSTM(3), OF_CELL]), ids=repr)
+def test_a_recurrent_layer(layer):
+    """Masks, directions, checkpoints and the cache."""
+    params = layer.init(KEY, X)
+    junk = X.at[5:].set(jnp.nan)
+    backward = replace(layer, reverse=True)
+
+    def pieces(x):
+        cache = layer.init_cache(7, x[:1])
+        first, cache = layer.apply(params, cache, x[:1])
+        second, cache = layer.apply(params, cache, x[1:5])
+        third, cache = layer.apply(params, cache, x[5:])
+        return jnp.concatenate([first, second, third]), cache["cache"]["carry"]
+
+    @jax.jit
+    def ways():
+        return {
+            "plain": layer(params, X),
+            "length": layer(params, junk, 5),
+            "mask": layer(params, junk, jnp.arange(7) < 5),
+            "short": layer(params, X[:5]),
+            "back": backward(params, junk, 5),
+            "back short": backward(params, X[:5]),
+            "flipped": layer(params, X[:5][::-1])[::-1],
+            "remat": replace(layer, remat=True, return_carry=True)(params, X),
+            "remat back": replace(backward, remat=True)(params, junk, 5),
+            "carry": replace(layer, return_carry=True)(params, X),
+            "pieces": pieces(X),
+        }
+
+    found = ways()
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-8)
+    pad = lambda y: np.concatenate([y, np.zeros((2, 3))])
+    assert found["plain"].shape == (7, 3)
+    close(found["length"], pad(found["plain"][:5]))
+    close(found["mask"], pad(found["short"]))
+    close(found["back"], pad(found["flipped"]))
+    close(found["back short"], found["flipped"])
+    close(found["remat back"], found["back"])
+    for way in ("remat", "carry", "pieces"):
+        close(found[way][0], found["plain"])
+        chex.assert_trees_all_close(found[way][1], found["carry"][1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("layer", sweep([*LAYERS, OF_CELL], [GRU(3)]), ids=repr)
+def test_checkpoints_change_no_gradient(layer):
+    """Of any number of steps."""
+    params = layer.init(KEY, X)
+
+    def gradient(n, **options):
+        own = replace(layer, **options)
+        return jax.grad(lambda p: jnp.sum(own(p, X[:n]) ** 2))(params)
+
+    def both(remat):
+        return [gradient(n, remat=remat, reverse=n == 7) for n in (1, 6, 7)]
+
+    both = jax.jit(both, static_argnums=0)
+    chex.assert_trees_all_close(both(True), both(False), rtol=1e-6, atol=1e-9)
+
+
+def test_checkpoints_need_less_memory():
+    x = jax.ShapeDtypeStruct((1024, 4), jnp.float32)
+    temporaries = []
+    for remat in (False, True):
+        layer = LSTM(32, remat=remat)
+        params = jax.eval_shape(layer.init, KEY, x)
+        loss = lambda p, x, layer=layer: jnp.sum(layer(p, x)[-1])
+        made = jax.jit(jax.grad(loss)).lower(params, x).compile()
+        temporaries.append(made.memory_analysis().temp_size_in_bytes)
+    assert temporaries[1] < temporaries[0] / 5
+
+
+def test_as_pytorch_s():
+    torch = pytest.importorskip("torch")
+    x = np.array(X, np.float32)
+    for layer, theirs in (
+        (LSTM(3), torch.nn.LSTM(4, 3)),
+        (GRU(3), torch.nn.GRU(4, 3)),
+        (RNN(3), torch.nn.RNN(4, 3)),
+    ):
+        W, U, b, c = (p.detach().numpy() for p in theirs.parameters())
+        params = {"W": W, "U": U, "b": b + c}
+        if isinstance(layer, GRU):
+            params = {"W": W, "U": U, "b": b + np.where(np.arange(9) < 6, c, 0), "b_n": c[6:]}
+        y = layer({k: jnp.asarray(v, jnp.float32) for k, v in params.items()}, x)
+        wanted = theirs(torch.from_numpy(x))[0].detach().numpy()
+        np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_as_flax_s():
+    linen = pytest.importorskip("flax.linen")
+    x = X.astype(jnp.float32)
+    for layer, cell, gates, biased in (
+        (LSTM(3), linen.OptimizedLSTMCell(3), "ifgo", "h"),
+        (GRU(3), linen.GRUCell(3), "rzn", "i"),
+    ):
+        theirs = linen.RNN(cell)
+        params = layer.init(KEY, X)
+        params |= {"b": params["b"] + 0.5 * jnp.arange(len(params["b"]))}
+        if layer.gates == 3:
+            params["b_n"] = jnp.arange(3.0)
+        ((name, made),) = theirs.init(KEY, x)["params"].items()
+        own = {}
+        for k, gate in enumerate(gates):
+            rows = slice(3 * k, 3 * k + 3)
+            own[f"i{gate}"] = {"kernel": params["W"][rows].T}
+            own[f"h{gate}"] = {"kernel": params["U"][rows].T}
+            own[biased + gate]["bias"] = params["b"][rows]
+        if layer.gates == 3:
+            own["hn"]["bias"] = params["b_n"]
+        assert jax.tree.structure(own) == jax.tree.structure(made)
+        own = jax.tree.map(lambda a: a.astype(jnp.float32), own)
+        wanted = theirs.apply({"params": {name: own}}, x)
+        np.testing.assert_allclose(layer(params, x), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_where_parameters_start():
+    params = LSTM(64).init(KEY, jnp.zeros((5, 256)))
+    U = np.asarray(params["U"]).reshape(4, 64, 64)
+    eye = np.broadcast_to(np.eye(64), U.shape)
+    np.testing.assert_allclose(U @ U.swapaxes(1, 2), eye, atol=1e-9)
+    assert np.asarray(params["W"]).std() == pytest.approx(1 / 16, rel=0.05)
+    np.testing.assert_array_equal(params["b"].reshape(4, 64)[:, 0], [0, 1, 0, 0])
+
+
+def test_layers_on_layers():
+    net = chain(both=bidirectional(LSTM(3)), drop=Dropout(0.5), top=repeat(LSTM(6), 2))
+    params = net.init(KEY, X)
+    assert params["both"]["backward"]["W"].shape == (12, 4)
+    assert params["top"]["U"].shape == (2, 24, 6)
+    y = jax.jit(net)(params, X)
+    forward, backward = params["both"]["forward"], params["both"]["backward"]
+    both = LSTM(3)(forward, X), LSTM(3)(backward, X[::-1])[::-1]
+    h = first = jnp.concatenate(both, axis=-1)
+    for i in range(2):
+        h = LSTM(6)(jax.tree.map(lambda a, i=i: a[i], params["top"]), h)
+    np.testing.assert_allclose(y, h, rtol=1e-6)
+    top, own = repeat(LSTM(6), 2), params["top"]
+
+    @jax.jit
+    def others():
+        step, cache = top.apply(own, top.init_cache(7, first), first[:3])
+        rest, _ = top.apply(own, cache, first[3:])
+        return jnp.concatenate([step, rest]), top(own, first, 4), net(params, X, mode=training(KEY))
+
+    pieces, masked, trained = others()
+    np.testing.assert_allclose(pieces, y, rtol=1e-6)
+    np.testing.assert_allclose(masked[:4], y[:4], rtol=1e-6)
+    assert not np.allclose(trained, y)
+    of_steps = [summary(LSTM(6), jnp.zeros((n, 4))).flops for n in (1, 40)]
+    assert 40 * 2 * 24 * (4 + 6) < of_steps[1] < 1.1 * 40 * of_steps[0]
+
+
+def test_a_cell_draws_anew_in_each_step():
+    params = OF_CELL.init(KEY, X)
+    dropped = np.asarray(OF_CELL(params, X, mode=training(KEY))) == 0
+    assert dropped.any() and not (dropped == dropped[0]).all()
+
+
+@pytest.mark.parametrize("layer", sweep([LSTM(8), GRU(8), RNN(8)], [GRU(8)]), ids=repr)
+def test_per_example_gradients_stay_factored(layer):
+    """The weights meet the example in two products, whose factors are kept."""
+    xs, mask = R(3, 4, 3, 6), jnp.asarray([True, True, False])
+    params = layer.init(KEY, xs[0])
+    loss = lambda p, x: jnp.sum(jnp.sin(layer(p, x, mask)))
+
+    @jax.jit
+    def both(params, xs):
+        _, g = pe.grads(loss)(params, xs)
+        wanted = jax.vmap(jax.grad(loss), (None, 0))(params, xs)
+        return (pe.materialize(g), pe.norms(g)), wanted
+
+    (found, norms), wanted = both(params, xs)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-9, atol=1e-12)
+    flat = jax.vmap(lambda tree: ravel_pytree(tree)[0])(wanted)
+    np.testing.assert_allclose(norms, jnp.linalg.norm(flat, axis=1), rtol=1e-9)
+    _, g = jax.eval_shape(pe.grads(loss), params, xs)
+    kept = {row["path"]: row["kept"] for row in pe.explain(g)}
+    rows = layer.gates * 8
+    assert kept["['W']"] == f"A (3 × 6), G (3 × {rows})" or rows == 8
+    assert kept["['U']"] == f"A (3 × 8), G (3 × {rows})"
+
+
+def test_per_example_gradients_of_an_operation_mapped_over_groups():
+    """A product over two axes at once, of a weight that is made of the parameter."""
+    xs, p = R(3, 4, 2, 3, 16), {"U": R(4, 4, 16) / 4}
+
+    def loss(p, x):
+        U, zero = p["U"].T / 2, jnp.zeros(4)
+        return jnp.sum(jax.vmap(lambda z: ops.lstm(z, U, zero, zero)[0])(x) ** 2)
+
+    @jax.jit
+    def both():
+        return pe.materialize(pe.grads(loss)(p, xs)[1]), jax.vmap(jax.grad(loss), (None, 0))(p, xs)
+
+    chex.assert_trees_all_close(*both(), rtol=1e-9)
+    _, g = jax.eval_shape(pe.grads(lambda p, x: loss(p, x[:, :1])), p, xs)
+    assert "A (2 × 4), G (2 × 16)" in str(pe.explain(g))
+
+
+@exhaustive
+@pytest.mark.parametrize("layer", [LSTM(2), GRU(2), RNN(2), OF_CELL], ids=repr)
+def test_kronecker_factors(layer):
+    """Of one step, where Kronecker's approximation of the weights' block is the block."""
+    xs = R(3, 1, 1, 2)
+    params = layer.init(KEY, xs[0])
+    carry = jax.tree.map(lambda a: jnp.arange(1.0, 1 + a.size), layer.start(xs[0, 0]))
+    model = lambda p, x: jnp.sum(layer(p, x, None, carry), keepdims=True)[0, 0]
+    square = lambda y, _: y**2
+    found = fnn.curvature.kronecker_factors(model, square)(params, (xs, jnp.zeros(1)))
+    flat, unravel = ravel_pytree(params)
+    J = jax.grad(lambda v: model(unravel(v), xs[0]))(flat)
+    ggn = 2 * np.outer(J, J)
+    leaves = jax.tree.leaves(found, is_leaf=lambda f: hasattr(f, "to_dense"))
+    start = 0
+    for leaf, p in zip(leaves, jax.tree.leaves(params), strict=True):
+        here = slice(start, start := start + p.size)
+        np.testing.assert_allclose(leaf.to_dense(), ggn[here, here], rtol=1e-8, atol=1e-10)
+
+
+def test_wrong_shapes_of_layers():
+    net = chain(top=LSTM(3))
+    params = net.init(KEY, X)
+    for x, match in [
+        (X[:, :3], r"^top: LSTM\(3\) has a W of shape \(12, 4\).*\(steps, 4\), but got \(7, 3\)"),
+        (X[0], r"^top: LSTM\(3\) wants a sequence of shape \(steps, in\).* shape \(4,\)"),
+    ]:
+        with pytest.raises(LayerError, match=match):
+            net(params, x)
+    layer, own = LSTM(3), params["top"]
+    for args, match in [
+        ((X, jnp.ones(6, bool)), r"mask of booleans of shape \(7,\).*bool of shape \(6,\)"),
+        ((X, None, jnp.zeros(3)), r"carries \(float64\[3\].*but got float64\[3\]"),
+    ]:
+        with pytest.raises(LayerError, match=match):
+            layer(own, *args)
+    with pytest.raises(LayerError, match=r"U of shape \(12, 3\), but got one of shape \(3, 12\)"):
+        layer(own | {"U": own["U"].T}, X)
+    with pytest.raises(LayerError, match="has no cache"):
+        LSTM(3, reverse=True).init_cache(3, X)
+    with pytest.raises(LayerError, match="both a cache"):
+        layer.apply(own, layer.init_cache(3, X), X, None, layer.start(X[0]))
+    growing = recurrent(lambda h, x: (jnp.zeros(4), x), lambda x: jnp.zeros(3))
+    with pytest.raises(LayerError, match=r"recurrent\(.*carries float64\[3\].*got float64\[4\]"):
+        growing({}, X)
+    with pytest.raises(TypeError, match="bidirectional: forward must be a recurrent layer"):
+        bidirectional(Linear(3))
