@@ -14,6 +14,8 @@ import numpy as np
 
 from fnn import ops
 
+nn = jax.nn
+
 
 class Case(NamedTuple):
     """`op` and `reference` take the same; `shapes` those of the arrays, None for an integer label.
@@ -100,6 +102,23 @@ def _binary(logits, labels):
     return -jnp.sum(z * jax.nn.log_sigmoid(logits) + (1 - z) * jax.nn.log_sigmoid(-logits))
 
 
+def _focal(logits, labels):
+    z = _probabilities(labels)
+    p = nn.sigmoid(logits)
+    each = z * jax.nn.log_sigmoid(logits) + (1 - z) * jax.nn.log_sigmoid(-logits)
+    return -jnp.sum((z * (1 - p) + (1 - z) * p) ** 2 * each)
+
+
+def _cosine(x, y):
+    return jnp.sum(x * y) / jnp.sqrt(jnp.sum(x * x) * jnp.sum(y * y))
+
+
+def _two_letters(log_p):
+    """log p of all that three frames may say to spell 1, 2; 0 is the blank."""
+    said = [(1, 2, 0), (1, 0, 2), (0, 1, 2), (1, 1, 2), (1, 2, 2)]
+    return nn.logsumexp(jnp.stack([sum(log_p[t, c] for t, c in enumerate(w)) for w in said]))
+
+
 def _huber(a, b):
     d = jnp.abs(a - b)
     return jnp.sum(jnp.where(d <= 1, d * d / 2, d - 0.5))
@@ -121,7 +140,6 @@ def _attention(q, k, v):
     return jnp.einsum("nqk,knh->qnh", jax.nn.softmax(s), v)
 
 
-nn = jax.nn
 CASES = {
     "attention": Case(
         functools.partial(ops.attention, causal=True, block=2), _attention, ((3, 1, 2),) * 3
@@ -132,6 +150,13 @@ CASES = {
         ((3, 4), (4,), (4,)),
     ),
     "celu": Case(ops.celu, nn.celu),
+    "cosine_distance": Case(ops.cosine_distance, lambda x, y: 1 - _cosine(x, y), ((4,), (4,))),
+    "cosine_similarity": Case(ops.cosine_similarity, _cosine, ((4,), (4,))),
+    "ctc": Case(
+        lambda x: ops.ctc(x, np.asarray([1, 2])),
+        lambda x: -_two_letters(nn.log_softmax(x)),
+        ((3, 4),),
+    ),
     "dropout": Case(
         lambda x: ops.dropout(x, np.asarray([0, 3], np.uint32), rate=0.25),
         lambda x: jnp.where(
@@ -164,10 +189,20 @@ CASES = {
     "hard_silu": Case(ops.hard_silu, nn.hard_silu),
     "hard_tanh": Case(ops.hard_tanh, nn.hard_tanh),
     "huber": Case(ops.huber, _huber, ((4,), (4,))),
+    "info_nce": Case(
+        lambda x, keys: ops.info_nce(x, keys, np.asarray(1)),
+        lambda x, keys: -nn.log_softmax(10 * jax.vmap(_cosine, (None, 0))(x, keys))[1],
+        ((4,), (3, 4)),
+    ),
     "instance_norm": Case(
         ops.instance_norm,
         lambda x, scale, bias: scale[None] * _normal(x, 0) + bias[None],
         ((3, 4), (4,), (4,)),
+    ),
+    "kl_divergence": Case(
+        lambda p, q: ops.kl_divergence(p, nn.softmax(q)),
+        lambda p, q: jnp.sum(nn.softmax(q) * (nn.log_softmax(q) - p)),
+        ((4,), (4,)),
     ),
     "l2": Case(ops.l2, lambda w: jnp.sum(w * w)),
     "layer_norm": Case(
@@ -186,6 +221,12 @@ CASES = {
     "maxout": Case(ops.maxout, lambda z: jnp.max(z, -2), ((2, 4),)),
     "mish": Case(ops.mish, nn.mish),
     "multiclass_hinge": Case(ops.multiclass_hinge, _hinge, ((4,), None)),
+    "pinball": Case(
+        functools.partial(ops.pinball, quantile=0.8),
+        lambda f, t: jnp.sum(jnp.maximum(0.8 * (t - f), -0.2 * (t - f))),
+        ((4,), (4,)),
+    ),
+    "poisson_nll": Case(ops.poisson_nll, lambda s, t: jnp.sum(jnp.exp(s) - t * s), ((4,), (4,))),
     "relu": Case(ops.relu, nn.relu),
     "relu6": Case(ops.relu6, nn.relu6),
     "rms_norm": Case(
@@ -201,6 +242,9 @@ CASES = {
         _binary,
         ((4,), (4,)),
     ),
+    "sigmoid_focal": Case(
+        lambda x, z: ops.sigmoid_focal(x, _probabilities(z)), _focal, ((4,), (4,))
+    ),
     "silu": Case(ops.silu, nn.silu),
     "softmax": Case(ops.softmax, nn.softmax),
     "softmax_cross_entropy": Case(ops.softmax_cross_entropy, _cross_entropy, ((4,), None)),
@@ -215,6 +259,11 @@ CASES = {
     "squareplus": Case(ops.squareplus, _squareplus),
     "swiglu": Case(ops.swiglu, _halves(nn.silu)),
     "tanh": Case(ops.tanh, jnp.tanh),
+    "triplet": Case(
+        functools.partial(ops.triplet, margin=9.0),
+        lambda a, p, n: jnp.linalg.norm(a - p) - jnp.linalg.norm(a - n) + 9,
+        ((4,), (4,), (4,)),
+    ),
 }
 
 assert {name.split()[0] for name in CASES} == set(ops.__all__), "each operation has its row"

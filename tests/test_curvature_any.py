@@ -169,6 +169,8 @@ LOSSES = {
     "sigmoid": (ops.sigmoid_binary_cross_entropy, TARGETS > 0),
     "hinge": (ops.multiclass_hinge, LABELS),
     "huber": (ops.huber, TARGETS),
+    "pinball": (ops.pinball, TARGETS),
+    "Poisson": (ops.poisson_nll, jnp.round(TARGETS**2)),
     "Gaussian": (lambda z, t: ops.gaussian_nll(z[:2], t[0]) + z[2] ** 0, TARGETS),
     "Gaussian, mapped": (
         lambda z, t: jax.vmap(ops.gaussian_nll)(jnp.stack([z[:1], z[2:]], -1), t[:1]) @ t[1:2] ** 2,

@@ -64,6 +64,18 @@ def huber(f, t, delta=1.0):
     return jnp.sum(optax.huber_loss(f, t, delta=delta))
 
 
+def focal(x, z, gamma, alpha=0.5):
+    p = 1 / (1 + jnp.exp(-x))
+    balance = alpha * z + (1 - alpha) * (1 - z)
+    wrong = z * (1 - p) + (1 - z) * p
+    return -jnp.sum(balance * wrong**gamma * (z * jnp.log(p) + (1 - z) * jnp.log(1 - p)))
+
+
+def cosine(x, y):
+    return x @ y / jnp.sqrt((x @ x) * (y @ y))
+
+
+POSITIVE = jnp.asarray([0.2, 0.1, 0.4, 0.25, 0.05])
 CASES = {
     "cross entropy": Case(ops.softmax_cross_entropy, cross_entropy, 3),
     "cross entropy, smoothed": Case(
@@ -97,9 +109,36 @@ CASES = {
     "huber": Case(ops.huber, huber, TARGET),
     "huber, delta 2": Case(ops.huber, lambda f, t: huber(f, t, 2.0), TARGET, {"delta": 2.0}),
     "huber, integers": Case(ops.huber, huber, jnp.asarray([1, 0, 2, -1, 3])),
+    "pinball": Case(
+        ops.pinball,
+        lambda f, t: jnp.sum(jnp.maximum(0.8 * (t - f), -0.2 * (t - f))),
+        TARGET,
+        {"quantile": 0.8},
+    ),
+    "poisson": Case(
+        ops.poisson_nll, lambda s, t: jnp.sum(jnp.exp(s) - t * s), jnp.asarray([3, 0, 1, 2, 7])
+    ),
+    "poisson, full": Case(
+        ops.poisson_nll,
+        lambda s, t: -jnp.sum(t * s - jnp.exp(s) - jax.scipy.special.gammaln(t + 1)),
+        4 + TARGET,
+        {"full": True},
+    ),
+    "focal": Case(ops.sigmoid_focal, lambda x, z: 2 * focal(x, z, 2), jnp.asarray([0, 1, 1, 0, 1])),
+    "focal of shares": Case(
+        ops.sigmoid_focal,
+        lambda x, z: focal(x, z, 0.5, 0.25),
+        POSITIVE,
+        {"gamma": 0.5, "alpha": 0.25},
+    ),
+    "focal, gamma 0": Case(ops.sigmoid_focal, lambda x, z: binary(x, z), SHARES, {"gamma": 0}),
+    "divergence": Case(
+        ops.kl_divergence, lambda log_p, q: jnp.sum(q * (jnp.log(q) - log_p)), POSITIVE
+    ),
+    "cosine": Case(ops.cosine_similarity, cosine, TARGET),
 }
 QUICK = ["cross entropy, smoothed", "cross entropy of any weights", "hinge, margin 2.5", "binary"]
-QUICK += ["squared error", "huber, delta 2"]
+QUICK += ["squared error", "huber, delta 2", "poisson, full", "focal of shares", "cosine"]
 every = pytest.mark.parametrize("name", sweep(CASES, QUICK))
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 

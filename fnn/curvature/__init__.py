@@ -5,9 +5,9 @@ loss, and return a function of `(params, (inputs, targets))`. All are of the mea
 
 A loss's Hessian with respect to the outputs is known in closed form where its program shows one
 of fnn.ops' squared_error, softmax_cross_entropy, sigmoid_binary_cross_entropy, multiclass_hinge,
-huber or gaussian_nll. Weights, masks, means over words and slices of the outputs may stand around
-it. Any other loss is differentiated twice, a matrix of the outputs' size for each example (not so
-for the products, where its program shows that it is convex).
+huber, pinball, poisson_nll or gaussian_nll. Weights, masks, means over words and slices of the
+outputs may stand around it. Any other loss is differentiated twice, a matrix of the outputs' size
+for each example (not so for the products, where its program shows that it is convex).
 
 A loss that isn't convex in the outputs, as the Gaussian's with a variance among them, has a
 Hessian H with eigenvalues below zero. The generalised Gauss-Newton matrix here is then that of

@@ -51,6 +51,8 @@ _OPERATIONS = {
     "sigmoid_binary_cross_entropy": ((AFFINE,), Value(CONVEX)),
     "multiclass_hinge": ((AFFINE,), Value(AFFINE, 1)),
     "huber": ((AFFINE,), Value(CONVEX, 1)),
+    "pinball": ((AFFINE,), Value(AFFINE, 1)),
+    "poisson_nll": ((AFFINE,), Value(CONVEX)),
     "softplus": (_BENT_UP, Value(CONVEX, 1)),
     "logsumexp": (_BENT_UP, Value(CONVEX)),
     "log_softmax": ((AFFINE,), Value(CONCAVE, -1)),

@@ -3,11 +3,12 @@
     squared_error                 2 I
     softmax_cross_entropy         (diag(p) − p pᵀ) Σq,  p = softmax(z), Σq = 1 for an integer label
     sigmoid_binary_cross_entropy  diag(p (1 − p)),      p = σ(z)
-    multiclass_hinge              0
+    poisson_nll                   diag(eᶻ)
+    multiclass_hinge, pinball     0
     huber                         diag(|z − t| < δ); it is no −log of a known distribution
 
 All of these are the Fisher matrix too, the mean of ∇ℓ ∇ℓᵀ over labels drawn from the distribution
-whose −log the loss is; but for huber and the hinge, which are of no known distribution. For
+whose −log the loss is; but for huber, pinball and the hinge, which are of none that is used. For
 gaussian_nll, with mean m, log variance s and r = t − m, Hessian and Fisher matrix differ:
 
     H = e⁻ˢ (1  r      )        Fisher = (e⁻ˢ  0)
@@ -90,7 +91,15 @@ def _sigmoid_binary_cross_entropy() -> Known:
     return Known(lambda z, t, v: variance(z) * v, root, sample)
 
 
-def _multiclass_hinge() -> Known:
+def _poisson_nll() -> Known:
+    def sample(z, key):
+        return jnp.exp(z) - jax.random.poisson(key, jnp.exp(z)).astype(z.dtype)
+
+    root = lambda z, t: _diagonal(jnp.exp(z / 2))
+    return Known(lambda z, t, v: jnp.exp(z) * v, root, sample)
+
+
+def _linear_in_pieces() -> Known:
     return Known(
         lambda z, t, v: jnp.zeros_like(v), lambda z, t: jnp.zeros((0, *z.shape), z.dtype), None
     )
@@ -168,9 +177,11 @@ KNOWN: dict[Any, Callable[..., Known]] = {
     ops.squared_error.rule: _squared_error,
     ops.softmax_cross_entropy.rule: lambda label_smoothing: _softmax_cross_entropy(),
     ops.sigmoid_binary_cross_entropy.rule: _sigmoid_binary_cross_entropy,
-    ops.multiclass_hinge.rule: lambda margin: _multiclass_hinge(),
+    ops.multiclass_hinge.rule: lambda margin: _linear_in_pieces(),
     ops.huber.rule: _huber,
     ops.gaussian_nll.rule: _gaussian_nll,
+    ops.pinball.rule: lambda quantile: _linear_in_pieces(),
+    ops.poisson_nll.rule: lambda full: _poisson_nll(),
 }
 # These losses give a number for each position (..., classes); the others add up all entries.
 BY_POSITION = (ops.softmax_cross_entropy.rule, ops.multiclass_hinge.rule)

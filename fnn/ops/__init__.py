@@ -7,8 +7,10 @@ normalization               rms_norm, layer_norm, group_norm, instance_norm, bat
 probabilities               softmax, log_softmax, logsumexp
 stochastic                  dropout
 recurrent                   lstm, gru, rnn over a sequence; lstm_cell, gru_cell
-losses/classification       softmax_cross_entropy, multiclass_hinge, ...
-losses/regression           squared_error, huber, gaussian_nll
+losses/classification       softmax_cross_entropy, multiclass_hinge, sigmoid_focal, ...
+losses/regression           squared_error, huber, pinball, gaussian_nll, poisson_nll
+losses/similarity           cosine_similarity, triplet, info_nce
+losses/sequences            ctc
 losses/regularization       l2
 sequences/attention         attention
 """
@@ -34,12 +36,16 @@ from fnn.ops.activations.sigmoids import (
     tanh,
 )
 from fnn.ops.losses.classification import (
+    kl_divergence,
     multiclass_hinge,
     sigmoid_binary_cross_entropy,
+    sigmoid_focal,
     softmax_cross_entropy,
 )
-from fnn.ops.losses.regression import gaussian_nll, huber, squared_error
+from fnn.ops.losses.regression import gaussian_nll, huber, pinball, poisson_nll, squared_error
 from fnn.ops.losses.regularization import l2
+from fnn.ops.losses.sequences import ctc
+from fnn.ops.losses.similarity import cosine_distance, cosine_similarity, info_nce, triplet
 from fnn.ops.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from fnn.ops.probabilities import log_softmax, logsumexp, softmax
 from fnn.ops.recurrent import gru, gru_cell, lstm, lstm_cell, rnn
@@ -50,6 +56,9 @@ __all__ = [
     "attention",
     "batch_norm",
     "celu",
+    "cosine_distance",
+    "cosine_similarity",
+    "ctc",
     "dropout",
     "elu",
     "gaussian_nll",
@@ -63,7 +72,9 @@ __all__ = [
     "hard_silu",
     "hard_tanh",
     "huber",
+    "info_nce",
     "instance_norm",
+    "kl_divergence",
     "l2",
     "layer_norm",
     "leaky_relu",
@@ -75,6 +86,8 @@ __all__ = [
     "maxout",
     "mish",
     "multiclass_hinge",
+    "pinball",
+    "poisson_nll",
     "relu",
     "relu6",
     "rms_norm",
@@ -82,6 +95,7 @@ __all__ = [
     "selu",
     "sigmoid",
     "sigmoid_binary_cross_entropy",
+    "sigmoid_focal",
     "silu",
     "softmax",
     "softmax_cross_entropy",
@@ -91,4 +105,5 @@ __all__ = [
     "squareplus",
     "swiglu",
     "tanh",
+    "triplet",
 ]

@@ -186,15 +186,7 @@ def sigmoid_binary_cross_entropy(logits: chex.Array, labels: chex.Array) -> jax.
 
 @sigmoid_binary_cross_entropy.look
 def _(types, logits, labels):
-    if labels is None or not np.size(labels):
-        return
-    z = np.asarray(labels)
-    low, high = z.min(), z.max()
-    if low < 0 or high > 1:
-        raise ValueError(
-            f"sigmoid_binary_cross_entropy: labels must be from 0 to 1, but hold "
-            f"{low if low < 0 else high}. (Labels of -1 and 1: pass (labels + 1) / 2.)"
-        )
+    _look_at_answers("sigmoid_binary_cross_entropy", labels)
 
 
 @sigmoid_binary_cross_entropy.forward
@@ -209,7 +201,148 @@ def _(residuals, g):
     return d_logits, (-g * logits).astype(labels.dtype) if is_floating(labels) else None
 
 
+@rule
+def sigmoid_focal(
+    logits: chex.Array, labels: chex.Array, *, gamma: float = 2.0, alpha: float | None = None
+) -> jax.Array:
+    """Σᵢ mᵢ^γ cᵢ: `sigmoid_binary_cross_entropy`, with less weight for what is easily told.
+
+    cᵢ is its term, and mᵢ = z (1 − σ(x)) + (1 − z) σ(x) how wrong the answer is.
+
+    Args:
+        logits: x, floating, any shape: one logit for each question.
+        labels: z, the answers 0 and 1 (booleans, integers) or probabilities (floating), of
+            the same shape.
+        gamma: γ, at least 0, which gives the plain loss.
+        alpha: a factor of the answers 1, 1 − alpha being that of the answers 0; None for none.
+
+    Returns:
+        The loss, a scalar: the sum over all questions. (The paper divides it by how many are 1.)
+
+    Stable for logits of any size. Local gradient, with p = σ(x):
+    m^γ (p − z + γ c (1 − 2z) p (1 − p) / m) for the logits, m^γ (γ c (1 − 2p) / m − x) for floating
+    labels, times alpha's factor. Kept: logits and labels. Smooth, no kink; not convex.
+
+    Raises:
+        TypeError: the logits aren't real floating, or the labels aren't real.
+        ValueError: the shapes differ, gamma is below 0, or alpha isn't from 0 to 1.
+
+    Source: Lin, Goyal, Girshick, He, Dollár, "Focal loss for dense object detection", ICCV 2017.
+    """
+    must_be_alike("sigmoid_focal", logits=logits, labels=labels)
+    arguments.number("sigmoid_focal", "gamma", gamma, least=0)
+    if alpha is not None:
+        arguments.number("sigmoid_focal", "alpha", alpha, least=0, most=1)
+    _, z, c, weight, _ = _focal(logits, labels, gamma)
+    return jnp.sum(_balance(z, alpha) * weight * c).astype(logits.dtype)
+
+
+@sigmoid_focal.look
+def _(types, logits, labels, *, gamma, alpha):
+    _look_at_answers("sigmoid_focal", labels)
+
+
+@sigmoid_focal.forward
+def _(logits, labels, *, gamma, alpha):
+    return sigmoid_focal(logits, labels, gamma=gamma, alpha=alpha), (logits, labels)
+
+
+@sigmoid_focal.backward
+def _(residuals, g, *, gamma, alpha):
+    logits, labels = residuals
+    x, z, c, weight, wrong = _focal(logits, labels, gamma)
+    p, q = jax.nn.sigmoid(x), jax.nn.sigmoid(-x)
+    factor = wide(g) * weight * _balance(z, alpha)
+    d_logits = factor * (p - z + gamma * c * ((1 - 2 * z) * (p * q / wrong)))
+    if not is_floating(labels):
+        return d_logits.astype(logits.dtype), None
+    d_labels = factor * (gamma * c * ((q - p) / wrong) - x)
+    if alpha is not None:
+        d_labels = d_labels + wide(g) * weight * c * (2 * alpha - 1)
+    return d_logits.astype(logits.dtype), d_labels.astype(labels.dtype)
+
+
+def _focal(logits, labels, gamma):
+    """x and z in at least float32, c, m^γ, and m, 1 in its place where it is 0."""
+    x = wide(logits)
+    z = labels.astype(logits.dtype).astype(x.dtype)
+    c = jnp.where(x >= 0, x, 0) - x * z + jnp.log1p(jnp.exp(-jnp.abs(x)))
+    m = z * jax.nn.sigmoid(-x) + (1 - z) * jax.nn.sigmoid(x)
+    wrong = jnp.where(m > 0, m, 1)
+    weight = jnp.exp(gamma * jnp.log(wrong))
+    return x, z, c, weight if gamma == 0 else jnp.where(m > 0, weight, 0), wrong
+
+
+def _balance(z, alpha):
+    return 1 if alpha is None else alpha * z + (1 - alpha) * (1 - z)
+
+
+@rule
+def kl_divergence(log_predictions: chex.Array, targets: chex.Array) -> jax.Array:
+    """KL(q ‖ p) = Σᵢ qᵢ (log qᵢ − log pᵢ): how far predicted probabilities are from a distribution.
+
+    Args:
+        log_predictions: log p, floating, shape `(..., classes)`: `log_softmax(logits)`.
+        targets: q, probabilities, floating, of the same shape.
+
+    Returns:
+        The divergence, of shape `(...)`: a scalar for one distribution.
+
+    Local gradient: −q for log p, log q − log p + 1 for q. Kept: q and log q − log p. Where q is 0,
+    the term and its gradients are 0, whatever p is. Smooth elsewhere.
+
+    Raises:
+        TypeError: an argument isn't real floating.
+        ValueError: the shapes differ, or there are no classes.
+
+    Source: Kullback, Leibler, "On information and sufficiency", 1951.
+    """
+    op = "kl_divergence"
+    must_be_real(op, log_predictions=log_predictions, targets=targets)
+    must_be_alike(op, log_predictions=log_predictions, targets=targets)
+    if log_predictions.ndim == 0:
+        raise ValueError(f"{op}: argument 'log_predictions' has shape (), wanted (..., classes).")
+    q, difference = _log_ratio(log_predictions, targets)
+    return jnp.sum(q * difference, axis=-1).astype(log_predictions.dtype)
+
+
+@kl_divergence.forward
+def _(log_predictions, targets):
+    _, difference = _log_ratio(log_predictions, targets)
+    difference = difference.astype(log_predictions.dtype)
+    return kl_divergence(log_predictions, targets), (targets, difference)
+
+
+@kl_divergence.backward
+def _(residuals, g):
+    targets, difference = residuals
+    d, q = wide(g)[..., None], wide(targets)
+    slope = jnp.where(q == 0, 0, wide(difference) + 1)
+    return (-d * q.astype(d.dtype)).astype(g.dtype), (d * slope).astype(targets.dtype)
+
+
+def _log_ratio(log_predictions, targets):
+    """q, and log q − log p, or 0 where q is 0."""
+    log_p = wide(log_predictions)
+    q = targets.astype(log_p.dtype)
+    is_zero = q == 0
+    log_q = jnp.log(jnp.where(is_zero, 1, q))
+    return q, jnp.where(is_zero, 0, log_q - jnp.where(is_zero, 0, log_p))
+
+
 # ------------------------------------------------------------------------- labels and classes
+
+
+def _look_at_answers(op, labels):
+    if labels is None or not np.size(labels):
+        return
+    z = np.asarray(labels)
+    low, high = z.min(), z.max()
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"{op}: labels must be from 0 to 1, but hold {low if low < 0 else high}. (Labels of -1 "
+            "and 1: pass (labels + 1) / 2.)"
+        )
 
 
 def _look_at_classes(op, scores, labels):

@@ -182,3 +182,105 @@ def _check_means_and_variances(prediction, target):
             f"{(*target.shape, 2)}: a mean and a log variance for each entry of 'target', along "
             "the last axis."
         )
+
+
+@rule
+def poisson_nll(log_rate: chex.Array, target: chex.Array, *, full: bool = False) -> jax.Array:
+    """Σᵢ (e^sᵢ − tᵢ sᵢ), which is −log Poisson(t; eˢ) but for log t!: a regression of counts.
+
+    Args:
+        log_rate: s, the logarithm of the expected count, floating, any shape.
+        target: t, the counts, real, of the same shape.
+        full: whether log t! is added (log Γ(t + 1)), on which no gradient of s depends.
+
+    Returns:
+        The loss, a scalar: the sum over all entries.
+
+    Local gradient: eˢ − t for the log rate; −s for a floating target, and ψ(t + 1) − s if full.
+    Kept: eˢ − t; for a floating target also what its gradient is. Smooth, no kink, convex in s. eˢ
+    ends at a third of the dtype's largest number.
+
+    Raises:
+        TypeError: the log rate isn't real floating, or the target isn't real.
+        ValueError: the shapes differ.
+
+    Source: Cameron, Trivedi, "Regression analysis of count data", 1998 (Poisson regression).
+    """
+    must_be_alike("poisson_nll", log_rate=log_rate, target=target)
+    arguments.flag("poisson_nll", "full", full)
+    s = wide(log_rate)
+    t = target.astype(log_rate.dtype).astype(s.dtype)
+    each = _rate(s) - t * s
+    if full:
+        each = each + jax.scipy.special.gammaln(t + 1)
+    return jnp.sum(each).astype(log_rate.dtype)
+
+
+@poisson_nll.forward
+def _(log_rate, target, *, full):
+    t = target.astype(log_rate.dtype)
+    loss = poisson_nll(log_rate, target, full=full)
+    d = (wide(_rate(log_rate)) - wide(t)).astype(log_rate.dtype)
+    if not is_floating(target):
+        return loss, (d,)
+    slope = jax.scipy.special.digamma(wide(t) + 1) if full else 0
+    return loss, (d, (slope - wide(log_rate)).astype(target.dtype))
+
+
+@poisson_nll.backward
+def _(residuals, g, *, full):
+    d, *d_target = residuals
+    times = lambda d: (wide(g).astype(wide(d).dtype) * wide(d)).astype(d.dtype)
+    return times(d), times(d_target[0]) if d_target else None
+
+
+def _rate(s):
+    """eˢ, at most a third of the dtype's largest number."""
+    return jnp.exp(jnp.minimum(s, math.log(float(jnp.finfo(s.dtype).max)) - 1))
+
+
+@rule
+def pinball(prediction: chex.Array, target: chex.Array, *, quantile: float = 0.5) -> jax.Array:
+    """The quantile loss: Σᵢ of τ d where d > 0, (τ − 1) d elsewhere; d = tᵢ − fᵢ, τ = `quantile`.
+
+    Its mean is least where the prediction is the target's τ-quantile: 0.5 gives the median, half
+    the absolute error; 0.9 what nine targets of ten lie below.
+
+    Args:
+        prediction: f, floating, any shape.
+        target: t, real, of the same shape.
+        quantile: τ, from 0 to 1. (For several, add their losses.)
+
+    Returns:
+        The loss, a scalar: the sum over all entries.
+
+    Local gradient: −τ for the prediction where t > f, 1 − τ where t < f; the negative of it for a
+    floating target. Kept: the sign of t − f, one byte an entry. At the kink t = f it is 0.
+
+    Raises:
+        TypeError: the prediction isn't real floating, or the target isn't real.
+        ValueError: the shapes differ, or quantile isn't from 0 to 1.
+
+    Source: Koenker, Bassett, "Regression quantiles", Econometrica 1978.
+    """
+    must_be_alike("pinball", prediction=prediction, target=target)
+    arguments.number("pinball", "quantile", quantile, least=0, most=1)
+    f = wide(prediction)
+    d = target.astype(prediction.dtype).astype(f.dtype) - f
+    return jnp.sum(jnp.where(d > 0, quantile * d, (quantile - 1) * d)).astype(prediction.dtype)
+
+
+@pinball.forward
+def _(prediction, target, *, quantile):
+    t = target.astype(prediction.dtype)
+    sign = (t > prediction).astype(jnp.int8) - (t < prediction).astype(jnp.int8)
+    return pinball(prediction, target, quantile=quantile), (sign, empty(target))
+
+
+@pinball.backward
+def _(residuals, g, *, quantile):
+    sign, target = residuals
+    d = wide(g)
+    slope = jnp.where(sign > 0, -quantile, jnp.where(sign < 0, 1 - quantile, 0)).astype(d.dtype)
+    d_prediction = (d * slope).astype(g.dtype)
+    return d_prediction, (-d_prediction).astype(target.dtype) if is_floating(target) else None

@@ -1,0 +1,217 @@
+"""Losses against optax's and PyTorch's, extreme inputs, and what is refused."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fnn import curvature, ops
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+X, Y, Z = normal(0, 6, 4), normal(1, 6, 4), normal(2, 6, 4)
+Q = jax.nn.softmax(Z).at[0].set(jnp.asarray([0.0, 0.25, 0.75, 0.0]))
+QUERIES, KEYS = normal(3, 5, 4), normal(4, 5, 4)
+
+OPTAX = {
+    "kl_divergence": (
+        lambda x: ops.kl_divergence(jax.nn.log_softmax(x), Q),
+        lambda x: optax.kl_divergence(jax.nn.log_softmax(x), Q),
+    ),
+    "cosine_similarity": (
+        lambda x: ops.cosine_similarity(x, Y),
+        lambda x: optax.cosine_similarity(x, Y),
+    ),
+    "cosine_distance": (
+        lambda x: ops.cosine_distance(x, Y),
+        lambda x: optax.cosine_distance(x, Y),
+    ),
+    "sigmoid_focal": (
+        lambda x: ops.sigmoid_focal(x, Q, gamma=1.5, alpha=0.25),
+        lambda x: jnp.sum(optax.sigmoid_focal_loss(x, Q, gamma=1.5, alpha=0.25)),
+    ),
+    "triplet": (
+        lambda x: ops.triplet(x, Y, Z),
+        lambda x: optax.losses.triplet_margin_loss(x, Y, Z, eps=0),
+    ),
+    "info_nce": (
+        lambda x: ops.info_nce(x, Y, jnp.arange(6), temperature=0.5),
+        lambda x: optax.softmax_cross_entropy_with_integer_labels(
+            2 * jax.vmap(jax.vmap(optax.cosine_similarity, (None, 0)), (0, None))(x, Y),
+            jnp.arange(6),
+        ),
+    ),
+    "ctc": (
+        lambda x: ops.ctc(x, jnp.asarray([1, 3, 0]), jnp.arange(6) < 5, jnp.arange(3) < 2),
+        lambda x: optax.ctc_loss(
+            x[None, :5], jnp.zeros((1, 5)), jnp.asarray([[1, 3]]), jnp.zeros((1, 2))
+        )[0],
+    ),
+}
+
+
+def test_optax_s():
+    """Values and gradients."""
+
+    @jax.jit
+    def both(x):
+        found = {}
+        for name, pair in OPTAX.items():
+            found[name] = [(f(x), jax.grad(lambda x, f=f: jnp.sum(f(x)))(x)) for f in pair]
+        return found
+
+    for name, (ours, theirs) in both(X).items():
+        chex.assert_trees_all_close(ours, theirs, rtol=1e-9, atol=1e-12, custom_message=name)
+
+
+def test_pytorch_s():
+    torch = pytest.importorskip("torch")
+    F = torch.nn.functional
+    x, y, z, q = (torch.tensor(np.asarray(a)) for a in (X, Y, Z, Q))
+    counts = torch.tensor(np.asarray(jnp.round(Y**2)))
+    pairs = [
+        (ops.kl_divergence(X, Q), F.kl_div(x, q, reduction="none").sum(-1)),
+        (ops.cosine_similarity(X, Y), F.cosine_similarity(x, y)),
+        (ops.poisson_nll(X, jnp.round(Y**2)), F.poisson_nll_loss(x, counts, reduction="sum")),
+        (ops.triplet(X, Y, Z), F.triplet_margin_loss(x, y, z, eps=0, reduction="none")),
+        (
+            ops.gaussian_nll(jnp.stack([X, Z], -1), Y) - 12 * np.log(2 * np.pi),
+            F.gaussian_nll_loss(x, y, torch.exp(z), reduction="sum", eps=0),
+        ),
+        (
+            ops.ctc(X, jnp.asarray([1, 2])),
+            F.ctc_loss(
+                x.log_softmax(-1), torch.tensor([1, 2]), torch.tensor(6), torch.tensor(2),
+                reduction="sum",
+            ),
+        ),
+    ]  # fmt: skip
+    for ours, theirs in pairs:
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_extremes(dtype):
+    """Values may overflow where the loss does; no nan arises, and gradients are finite."""
+    largest = float(jnp.finfo(dtype).max)
+    sizes = [0, 1e-12, 1.0, 1e3, np.sqrt(largest) / 4, largest / 8]
+    x = jnp.asarray([s * sign for s in sizes for sign in (1, -1)], dtype)
+    pairs = jnp.stack(jnp.meshgrid(x, x), -1).reshape(-1, 2)
+    answers = jnp.asarray([0.0, 1.0], dtype)
+    excluded = jnp.asarray([-jnp.inf, 0.0], dtype)
+
+    losses = (
+        lambda x: ops.cosine_similarity(x, x[::-1]),
+        lambda x: ops.triplet(x, x[::-1], 0.5 * x),
+        lambda x: ops.sigmoid_focal(x, answers),
+        lambda x: ops.sigmoid_focal(x, answers, gamma=0.3, alpha=0.25),
+        lambda x: ops.pinball(x, jnp.zeros_like(x), quantile=0.1),
+        lambda x: ops.poisson_nll(x, answers),
+        lambda x: ops.kl_divergence(ops.log_softmax(x), answers),
+        lambda x: ops.info_nce(x, jnp.stack([x, x[::-1]]), jnp.asarray(1)),
+    )
+
+    @jax.jit
+    def derivatives(pairs):
+        of = lambda f: jax.vmap(jax.value_and_grad(f))(pairs)
+        return [of(f) for f in losses]
+
+    for k, (value, gradient) in enumerate(derivatives(pairs)):
+        assert value.dtype == gradient.dtype == dtype
+        assert not np.any(np.isnan(value)), k
+        assert np.all(np.isfinite(gradient)), k
+    value, (d, _) = jax.value_and_grad(ops.kl_divergence, (0, 1))(excluded, answers)
+    assert value == 0 and np.all(np.isfinite(d))
+
+
+def test_where_nothing_has_a_direction():
+    zero, x = jnp.zeros(4), X[0]
+    for f in (
+        lambda x, y: ops.cosine_similarity(x, y),
+        lambda x, y: ops.triplet(x, y, x),
+        lambda x, y: ops.info_nce(x, jnp.stack([x, y]), 0),
+    ):
+        derivatives = jax.jit(
+            lambda x, y, f=f: (
+                jax.grad(f, (0, 1))(x, y),
+                jax.jvp(jax.grad(f), (x, y), (y + 1, x))[1],
+            )  # fmt: skip
+        )
+        for args in ((zero, x), (x, zero), (zero, zero), (x, x)):
+            chex.assert_tree_all_finite(derivatives(*args))
+    assert ops.cosine_similarity(zero, x) == 0
+    assert ops.triplet(x, x, x + 100) == 0
+    assert jax.grad(ops.pinball)(x, x).tolist() == [0, 0, 0, 0]
+
+
+def test_a_sequence_that_cannot_be_spelt():
+    f = lambda x, labels: ops.ctc(x, jnp.asarray(labels, int))
+    value, gradient = jax.value_and_grad(f)(X[:2], [1, 2, 3])
+    assert value == jnp.inf and not np.any(gradient)
+    assert f(X[:2], [1, 1]) == jnp.inf and f(X[:3], [1, 1]) < jnp.inf  # a blank is between
+    assert f(X[:0], []) == 0
+    np.testing.assert_allclose(f(X, []), -jax.nn.log_softmax(X)[:, 0].sum())
+    assert jnp.isnan(f(X, [4]))
+
+
+def test_what_is_kept():
+    x, y = jnp.ones((32, 16)), jnp.ones((32, 16))
+    for f, entries in (
+        (lambda x: ops.sigmoid_focal(x, y), 2 * 8),
+        (lambda x: ops.poisson_nll(x, y > 0), 8),
+        (lambda x: ops.pinball(x, y), 1),
+        (lambda x: ops.triplet(x, y, -y), 2 * 8 + 1),
+        (lambda x: ops.cosine_similarity(x, y), 2 * 8 + 3),
+    ):
+        kept = jax.tree.leaves(jax.eval_shape(lambda x, f=f: jax.vjp(f, x)[1], x))
+        assert sum(k.size * k.dtype.itemsize for k in kept) <= entries * x.size
+
+
+def test_a_poisson_regression_s_fisher_matrix():
+    """It is the Hessian in the log rates, and what labels drawn from the network give."""
+    z = jnp.asarray([0.3, -0.7])
+    model = lambda p, x: p
+    batch = (jnp.zeros((1, 1)), jnp.asarray([[2.0, 0.0]]))
+    matrix = lambda make, **more: make(model, ops.poisson_nll, **more)(z, batch).to_dense()
+    exact = np.diag(np.exp(z))
+    np.testing.assert_allclose(matrix(curvature.ggn_vector_product), exact, rtol=1e-9)
+    draws = {"samples": 4000, "key": jax.random.key(0)}
+    drawn = matrix(curvature.fisher_vector_product, **draws)
+    np.testing.assert_allclose(drawn, exact, atol=0.15)
+
+
+def test_arguments():
+    for call, message in (
+        (lambda: ops.triplet(X, Y, Z[:3]), r"'negative' has shape \(3, 4\), wanted \(6, 4\)"),
+        (
+            lambda: ops.cosine_similarity(1.0, 2.0),
+            r"'x' has shape \(\), wanted \(\.\.\., features\)",
+        ),
+        (lambda: ops.info_nce(X, Y[0], 0), r"'keys' have shapes \(6, 4\) and \(4,\), wanted"),
+        (lambda: ops.info_nce(X[0], Y, 0, temperature=0), "info_nce: temperature must be"),
+        (lambda: ops.info_nce(X[0], Y, 6), "labels hold 6"),
+        (lambda: ops.pinball(X, X, quantile=1.5), "pinball: quantile must be"),
+        (lambda: ops.sigmoid_focal(X, Q, gamma=-1), "sigmoid_focal: gamma must be"),
+        (lambda: ops.sigmoid_focal(X, 2 * Q + 1), "sigmoid_focal: labels must be from 0 to 1"),
+        (lambda: ops.kl_divergence(X, Q[:, :2]), r"'targets' has shape \(6, 2\), wanted \(6, 4\)"),
+        (lambda: ops.ctc(X, jnp.asarray([[1]])), r"ctc: argument 'labels' has shape \(1, 1\)"),
+        (
+            lambda: ops.ctc(X, jnp.asarray([1]), jnp.ones(5, bool)),
+            r"'mask' .*\(5,\), wanted \(6,\)",
+        ),
+        (lambda: ops.ctc(X, jnp.asarray([1]), blank=4), "ctc: blank must be an integer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    for call, message in (
+        (lambda: ops.kl_divergence(X, jnp.ones((6, 4), int)), "wanted a real floating dtype"),
+        (lambda: ops.ctc(X, X[:, 0]), "ctc: argument 'labels' has dtype float64, wanted integers"),
+        (lambda: ops.poisson_nll(X, Y, full=1), "full must be True or False"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
