@@ -255,10 +255,20 @@ CASES = {
     ),
     "softplus": Case(ops.softplus, nn.softplus),
     "softsign": Case(ops.softsign, nn.soft_sign),
+    "spectral_norm": Case(
+        lambda W: ops.spectral_norm(W, np.asarray([0.6, 0.8]), np.asarray([0.48, 0.6, 0.64])),
+        lambda W: W / jnp.sum(np.outer([0.6, 0.8], [0.48, 0.6, 0.64]).astype(W.dtype) * W),
+        ((2, 3),),
+    ),
     "squared_error": Case(ops.squared_error, lambda a, b: jnp.sum((a - b) ** 2), ((4,), (4,))),
     "squareplus": Case(ops.squareplus, _squareplus),
     "swiglu": Case(ops.swiglu, _halves(nn.silu)),
     "tanh": Case(ops.tanh, jnp.tanh),
+    "weight_norm": Case(
+        ops.weight_norm,
+        lambda v, g: v * (g / jnp.sqrt(jnp.sum(v * v, -1)))[:, None],
+        ((2, 3), (2,)),
+    ),
     "triplet": Case(
         functools.partial(ops.triplet, margin=9.0),
         lambda a, p, n: jnp.linalg.norm(a - p) - jnp.linalg.norm(a - n) + 9,

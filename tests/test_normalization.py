@@ -23,6 +23,8 @@ from fnn.layers import (
     LayerNorm,
     Linear,
     RMSNorm,
+    SpectralNorm,
+    WeightNorm,
     chain,
     training,
 )
@@ -355,3 +357,102 @@ def test_the_gradient_of_one_example_of_a_batch_is_refused():
     loss = lambda p, x: jnp.sum(net.apply(p, state, x, mode=training(None, "batch"))[0])
     with pytest.raises(ValueError, match="depends on other examples"):
         fnn.per_example.grads(loss)(params, x[None])
+
+
+# ------------------------------------------------------------------------------------ weights
+
+
+def test_weight_norm():
+    layer = WeightNorm(Linear(3))
+    params = layer.init(KEY, X[0, 0])
+    assert jax.tree.map(jnp.shape, params) == {"v": (3, 6), "g": (3,), "b": (3,)}
+    np.testing.assert_allclose(layer(params, X), Linear(3)(Linear(3).init(KEY, X), X), rtol=1e-12)
+    params["g"] = 2 * params["g"]
+    params["v"] = params["v"] * jnp.asarray([[1e-200], [1.0], [1e200]])  # whose squares are none
+    wanted = 2 * (layer(layer.init(KEY, X[0, 0]), X))
+    np.testing.assert_allclose(layer(params, X), wanted, rtol=1e-12)
+    gradient = jax.grad(lambda p: jnp.sum(layer(p, X) ** 2))(params)
+    chex.assert_tree_all_finite(gradient)
+    along = np.sum(np.asarray(gradient["v"] * params["v"]), 1)  # the length of v changes nothing
+    assert np.all(np.abs(along) < 1e-9)
+    zero = jax.grad(lambda v: jnp.sum(ops.weight_norm(v, jnp.ones(2))))(jnp.zeros((2, 3)))
+    assert not np.any(zero)
+    with pytest.raises(LayerError, match=r"wants g of shape \(3,\), but got one of shape \(1,\)"):
+        layer(params | {"g": jnp.ones(1)}, X)
+    with pytest.raises(ValueError, match=r"weight_norm: argument 'g' .*\(2,\), wanted \(3,\)"):
+        ops.weight_norm(jnp.ones((3, 4)), jnp.ones(2))
+
+
+def test_spectral_norm():
+    layer = SpectralNorm(Linear(5))
+    params, state = layer.init(KEY, X[0, 0]), layer.init_state(X[0, 0])
+    assert jax.tree.map(jnp.shape, state) == {"statistics": {"u": (5,), "v": (6,)}}
+    train = jax.jit(lambda state: layer.apply(params, state, X, mode=training(None)))
+    for _ in range(200):
+        y, state = train(state)
+    sigma = np.linalg.svd(np.asarray(params["W"]), compute_uv=False)[0]
+    wanted = X @ params["W"].T / sigma + params["b"]
+    np.testing.assert_allclose(y, wanted, rtol=1e-6)
+    evaluated, same = layer.apply(params, state, X)
+    np.testing.assert_allclose(evaluated, wanted, rtol=1e-6)
+    assert same is state
+    # Moving W along itself changes nothing.
+    loss = lambda params: jnp.sum(layer.apply(params, state, X)[0] ** 3)
+    gradient = jax.grad(loss)(params)
+    assert abs(jnp.vdot(gradient["W"], params["W"])) < 1e-9 * jnp.linalg.norm(gradient["W"])
+    fresh, _ = layer.apply(params, layer.init_state(X[0, 0]), X)
+    assert np.all(np.isfinite(fresh))
+    with pytest.raises(LayerError, match="has a state"):
+        layer(params, X)
+    with pytest.raises(LayerError, match="wants a layer without a state"):
+        SpectralNorm(BatchNorm()).init_state(X)
+    with pytest.raises(ValueError, match=r"spectral_norm: argument 'v' .*\(4,\), wanted \(3,\)"):
+        ops.spectral_norm(jnp.ones((2, 3)), jnp.ones(2), jnp.ones(4))
+
+
+def test_norms_of_weights_are_pytorch_s():
+    torch = pytest.importorskip("torch")
+    parametrizations = torch.nn.utils.parametrizations
+    x = normal(9, 4, 6)
+    for make, wrap in (
+        (parametrizations.weight_norm, WeightNorm),
+        (parametrizations.spectral_norm, SpectralNorm),
+    ):
+        theirs = torch.nn.Linear(6, 5, dtype=torch.float64)
+        layer = wrap(Linear(5))
+        W = jnp.asarray(theirs.weight.detach().numpy())
+        b = jnp.asarray(theirs.bias.detach().numpy())
+        theirs = make(theirs)
+        params, state = {"W": W, "b": b}, {}
+        if wrap is WeightNorm:
+            params = {"v": W, "g": jnp.linalg.norm(W, axis=1), "b": b}
+        else:
+            theirs.eval()  # in training each call moves u and v
+            kept = theirs.parametrizations.weight[0]
+            state = {"u": jnp.asarray(kept._u.numpy()), "v": jnp.asarray(kept._v.numpy())}
+            state = {"statistics": state}
+        loss = lambda p, layer=layer, state=state: jnp.sum(layer.apply(p, state, x)[0] ** 2)
+        total = (theirs(torch.tensor(np.asarray(x))) ** 2).sum()
+        total.backward()
+        value, gradient = jax.value_and_grad(loss)(params)
+        np.testing.assert_allclose(value, total.item(), rtol=1e-9)
+        if wrap is WeightNorm:
+            pairs = {"v": theirs.parametrizations.weight.original1}
+            pairs["g"] = theirs.parametrizations.weight.original0
+        else:
+            pairs = {"W": theirs.parametrizations.weight.original}
+        for name, w in pairs.items():
+            wanted = w.grad.numpy().reshape(gradient[name].shape)
+            np.testing.assert_allclose(gradient[name], wanted, rtol=1e-7, atol=1e-9)
+
+
+def test_gradients_of_examples_through_norms_of_weights():
+    net = chain(a=WeightNorm(Linear(6)), f=jnp.tanh, b=SpectralNorm(Linear(3)))
+    batch = normal(7, 4, 5)
+    params, state = net.init(KEY, batch[0]), net.init_state(batch[0])
+    loss = lambda p, x: jnp.sum(jnp.sin(net.apply(p, state, x)[0]) ** 2)
+    formed = jax.jit(
+        lambda p, b: fnn.per_example.materialize(fnn.per_example.grads(loss)(p, b)[1])
+    )(params, batch)
+    wanted = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, batch)
+    chex.assert_trees_all_close(formed, wanted, rtol=1e-9, atol=1e-12)

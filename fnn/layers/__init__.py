@@ -7,6 +7,7 @@ Linear, Maxout                            layers
 Dropout, DropPath, DropConnect            what is left out in training
 LayerNorm, RMSNorm                        normalisation over features
 GroupNorm, InstanceNorm, BatchNorm        ... over positions, over the batch
+WeightNorm, SpectralNorm                  ... of a layer's weight
 LSTM, GRU, RNN                            recurrent layers
 recurrent, bidirectional                  of a cell of one's own; from both ends
 Mode, EVALUATE, training                  whether a call trains
@@ -20,7 +21,15 @@ from fnn.layers.linear import Linear
 from fnn.layers.maxout import Maxout
 from fnn.layers.mode import EVALUATE, Mode, training
 from fnn.layers.net import Net, Network, network
-from fnn.layers.normalization import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from fnn.layers.normalization import (
+    BatchNorm,
+    GroupNorm,
+    InstanceNorm,
+    LayerNorm,
+    RMSNorm,
+    SpectralNorm,
+    WeightNorm,
+)
 from fnn.layers.recurrence import GRU, LSTM, RNN, bidirectional, recurrent
 from fnn.layers.table import Summary, summary
 
@@ -44,7 +53,9 @@ __all__ = [
     "Net",
     "Network",
     "RMSNorm",
+    "SpectralNorm",
     "Summary",
+    "WeightNorm",
     "bidirectional",
     "chain",
     "network",

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from fnn import arguments, ops
 from fnn.layers.layer import (
     Layer,
     LayerError,
+    as_layer,
     check_params,
     last_axis,
+    run,
     set_count,
     set_number,
     state_is_missing,
+    weight,
 )
 from fnn.layers.mode import EVALUATE, Mode
-from fnn.ops.normalization import standardize
+from fnn.ops.normalization import power_iteration, standardize
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -263,6 +268,107 @@ class BatchNorm(Layer):
 
         new = {"mean": mixed(old["mean"], mean), "variance": mixed(old["variance"], unbiased)}
         return y, state | {"statistics": new}
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class WeightNorm(Layer):
+    """A layer whose weight is W = g v / ‖v‖, row by row: length and direction are trained apart.
+
+    Parameters: the layer's, but `{"v": (out, ...), "g": (out,)}` in the place of W. At first W is
+    the layer's own.
+
+    Args:
+        layer: a layer whose parameters have a W, such as `Linear(100)`.
+
+    Raises:
+        TypeError: layer is no layer.
+        LayerError: (from init) the layer has no W; (when called) the parameters don't fit.
+
+    Salimans, Kingma, "Weight normalization", NeurIPS 2016.
+    """
+
+    layer: Layer
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layer", as_layer(self.layer, "WeightNorm"))
+
+    def init(self, key: chex.PRNGKey, *xs: Any) -> dict:
+        own = self.layer.init(key, *xs)
+        v = weight(self, own)
+        lengths = jnp.linalg.norm(v.reshape(v.shape[0], -1), axis=1)
+        return {name: w for name, w in own.items() if name != "W"} | {"v": v, "g": lengths}
+
+    def init_state(self, *xs: Any) -> dict:
+        return self.layer.init_state(*xs)
+
+    def apply(self, params: Any, state: Any, *xs: Any, mode: Mode = EVALUATE) -> tuple[Any, dict]:
+        v = weight(self, params, "v")
+        g = weight(self, params, "g")
+        check_params(self, {"v": v, "g": g}, {"v": v.shape, "g": v.shape[:1]})
+        rest = {name: w for name, w in params.items() if name not in ("v", "g")}
+        return run(self.layer, rest | {"W": ops.weight_norm(v, g)}, state, xs, mode)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class SpectralNorm(Layer):
+    """A layer whose weight is divided by its largest singular value σ: W / σ lengthens no vector.
+
+    σ is uᵀ W v, with vectors u and v from the state that each training step brings closer to W's
+    first singular vectors. They depend on the weights alone, and have no gradient.
+
+    Parameters: the layer's. State: `{"statistics": {"u": (out,), "v": (in,)}}`, where a weight
+    `(out, ...)` is taken for a matrix; at first u is drawn from a fixed key, and v is 0, until a
+    training step. (Of a v of 0, σ is ‖Wᵀ u‖.)
+
+    Args:
+        layer: a layer without a state whose parameters have a W, such as `Linear(100)`.
+        iterations: of the power iteration in a training step.
+
+    Raises:
+        TypeError, ValueError: layer is no layer, iterations no positive integer.
+        LayerError: the layer has no W, or has a state; (when called) the state is missing.
+
+    Miyato, Kataoka, Koyama, Yoshida, "Spectral normalization for generative adversarial networks",
+    ICLR 2018.
+    """
+
+    layer: Layer
+    iterations: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layer", as_layer(self.layer, "SpectralNorm"))
+        set_count(self, "iterations")
+
+    def init(self, key: chex.PRNGKey, *xs: Any) -> dict:
+        params = self.layer.init(key, *xs)
+        weight(self, params)
+        return params
+
+    def init_state(self, *xs: Any) -> dict:
+        if self.layer.init_state(*xs):
+            raise LayerError(f"{self} wants a layer without a state.")
+        key = jax.random.key(0)
+        W = weight(self, jax.eval_shape(self.layer.init, key, *xs))
+        u = jax.random.normal(key, W.shape[:1], W.dtype)
+        u = u / jnp.linalg.norm(u)
+        return {"statistics": {"u": u, "v": jnp.zeros(W.size // max(W.shape[0], 1), W.dtype)}}
+
+    def apply(self, params: Any, state: Any, *xs: Any, mode: Mode = EVALUATE) -> tuple[Any, dict]:
+        W = weight(self, params)
+        if not isinstance(state, dict) or "statistics" not in state:
+            raise state_is_missing(self)
+        old = state["statistics"]
+        sizes = W.shape[0], math.prod(W.shape[1:])
+        check_params(self, old, {"u": sizes[:1], "v": sizes[1:]})
+        u, v = old["u"], old["v"]
+        u_next, v_next = power_iteration(W, u, v, iterations=self.iterations)
+        if mode.train:
+            u, v = u_next, v_next
+            state = state | {"statistics": {"u": u, "v": v}}
+        else:
+            v = jnp.where(jnp.any(v != 0), v, v_next)
+        W = ops.spectral_norm(W, u, v)
+        return run(self.layer, params | {"W": W}, {}, xs, mode)[0], state
 
 
 def _weights(layer: Any, params: Any, x: Any) -> Any:

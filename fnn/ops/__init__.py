@@ -3,7 +3,7 @@
 activations/sigmoids        S-shaped ones: sigmoid, tanh, ...
 activations/rectifiers      relu, leaky_relu, elu, maxout, ...
 activations/gated           a number times a gate: silu, gelu, glu, ...
-normalization               rms_norm, layer_norm, group_norm, instance_norm, batch_norm
+normalization               rms_norm, layer_norm, group_norm, instance_norm, batch_norm; of weights
 probabilities               softmax, log_softmax, logsumexp
 stochastic                  dropout
 recurrent                   lstm, gru, rnn over a sequence; lstm_cell, gru_cell
@@ -46,7 +46,15 @@ from fnn.ops.losses.regression import gaussian_nll, huber, pinball, poisson_nll,
 from fnn.ops.losses.regularization import l2
 from fnn.ops.losses.sequences import ctc
 from fnn.ops.losses.similarity import cosine_distance, cosine_similarity, info_nce, triplet
-from fnn.ops.normalization import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
+from fnn.ops.normalization import (
+    batch_norm,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    rms_norm,
+    spectral_norm,
+    weight_norm,
+)
 from fnn.ops.probabilities import log_softmax, logsumexp, softmax
 from fnn.ops.recurrent import gru, gru_cell, lstm, lstm_cell, rnn
 from fnn.ops.sequences.attention import attention
@@ -101,9 +109,11 @@ __all__ = [
     "softmax_cross_entropy",
     "softplus",
     "softsign",
+    "spectral_norm",
     "squared_error",
     "squareplus",
     "swiglu",
     "tanh",
     "triplet",
+    "weight_norm",
 ]

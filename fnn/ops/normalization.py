@@ -5,6 +5,8 @@
     group_norm      over positions and a group of the features
     instance_norm   over positions, for each feature by itself
     batch_norm      over positions and a mapped axis, for each feature by itself
+    weight_norm     of a weight: each row's length is a parameter of its own
+    spectral_norm   of a weight: divided by its largest singular value
 
 x is `(..., features)`. All keep x, and mean and 1 / deviation of each set of numbers; what is
 normalised is computed again in the backward pass. In a network x is often kept anyway, as a result
@@ -370,6 +372,103 @@ def _over(axis_name: str | tuple[str, ...] | None, x: jax.Array) -> jax.Array:
     for name in axis_name if isinstance(axis_name, tuple) else (axis_name,):
         x = jnp.sum(lax.all_gather(x, name), axis=0)
     return x
+
+
+# ----------------------------------------------------------------------------------- weights
+
+
+def weight_norm(v: chex.Array, g: chex.Array) -> jax.Array:
+    """W = g v / ‖v‖, row by row: the direction and the length of each row are trained apart.
+
+    Args:
+        v: floating, `(out, ...)`; a row is all that one output has.
+        g: the lengths, floating, `(out,)`.
+
+    Returns:
+        W, of v's shape and dtype. A row of v that is 0 gives 0, and has no gradient.
+
+    Raises:
+        TypeError: an argument isn't real floating.
+        ValueError: the shapes don't fit.
+
+    Source: Salimans, Kingma, "Weight normalization", NeurIPS 2016.
+    """
+    must_be_real("weight_norm", v=v, g=g)
+    if v.ndim == 0 or g.shape != v.shape[:1]:
+        raise ValueError(
+            f"weight_norm: argument 'g' has shape {g.shape}, wanted {v.shape[:1]}: a length for "
+            f"each row of 'v' of shape {v.shape}."
+        )
+    z = wide(v)
+    others = tuple(range(1, v.ndim))
+    largest = lax.stop_gradient(jnp.max(jnp.abs(z), others, keepdims=True, initial=0))
+    size = jnp.where(largest > 0, largest, 1)  # cancels: with it, no square overflows
+    square = jnp.sum(jnp.square(z / size), others, keepdims=True)
+    factor = _inverse_root(square) / size * g.astype(z.dtype).reshape(-1, *(1,) * (v.ndim - 1))
+    return (z * factor).astype(v.dtype)
+
+
+def spectral_norm(W: chex.Array, u: chex.Array, v: chex.Array) -> jax.Array:
+    """W / σ with σ = uᵀ W v, W's largest singular value where u and v are its singular vectors.
+
+    Args:
+        W: floating, `(out, ...)`, taken for a matrix `(out, in)` of all other axes together.
+        u, v: floating, `(out,)` and `(in,)`, held constant; `power_iteration` finds them.
+
+    Returns:
+        The weight whose product lengthens no vector, of W's shape and dtype; 0 where σ is 0.
+
+    Raises:
+        TypeError: an argument isn't real floating.
+        ValueError: the shapes don't fit.
+
+    Source: Miyato, Kataoka, Koyama, Yoshida, "Spectral normalization for generative adversarial
+    networks", ICLR 2018.
+    """
+    matrix = _matrix("spectral_norm", W, u=u, v=v)
+    u, v = (lax.stop_gradient(a).astype(matrix.dtype) for a in (u, v))
+    sigma = u @ (matrix @ v)
+    is_zero = sigma == 0
+    factor = jnp.where(is_zero, 0, 1 / jnp.where(is_zero, 1, sigma))
+    return (W.astype(matrix.dtype) * factor).astype(W.dtype)
+
+
+def power_iteration(
+    W: chex.Array, u: chex.Array, v: chex.Array, *, iterations: int = 1
+) -> tuple[jax.Array, jax.Array]:
+    """v ← Wᵀ u / ‖Wᵀ u‖, u ← W v / ‖W v‖: towards W's first singular vectors. It has no gradient.
+
+    Args:
+        W: floating, `(out, ...)`, taken for a matrix `(out, in)` of all other axes together.
+        u: floating, `(out,)`.
+        v: floating, `(in,)`; only its dtype matters.
+        iterations: how many times.
+
+    Returns:
+        u and v, unit vectors of the dtypes of u and v.
+    """
+    matrix = lax.stop_gradient(_matrix("power_iteration", W, u=u, v=v))
+    arguments.integer("power_iteration", "iterations", iterations, least=1)
+    left = lax.stop_gradient(u).astype(matrix.dtype)
+    for _ in range(iterations):
+        right = _of_length_one(left @ matrix)
+        left = _of_length_one(matrix @ right)
+    return left.astype(u.dtype), right.astype(v.dtype)
+
+
+def _of_length_one(x):
+    return x * _inverse_root(jnp.sum(jnp.square(x)))
+
+
+def _matrix(op, W, **vectors):
+    must_be_real(op, W=W, **vectors)
+    if W.ndim < 2:
+        raise ValueError(f"{op}: argument 'W' has shape {W.shape}, wanted (out, in, ...).")
+    matrix = wide(W).reshape(W.shape[0], math.prod(W.shape[1:]))
+    for (name, x), size in zip(vectors.items(), matrix.shape, strict=True):
+        if x.shape != (size,):
+            raise ValueError(f"{op}: argument '{name}' has shape {x.shape}, wanted ({size},).")
+    return matrix
 
 
 # ---------------------------------------------------------------------------------- formulas
