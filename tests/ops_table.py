@@ -209,6 +209,11 @@ CASES = {
         ops.layer_norm, lambda x, scale, bias: scale * _normal(x) + bias, ((4,), (4,), (4,))
     ),
     "leaky_relu": Case(ops.leaky_relu, functools.partial(nn.leaky_relu, negative_slope=0.1)),
+    "linear_softmax_cross_entropy": Case(
+        functools.partial(ops.linear_softmax_cross_entropy, block=3),
+        lambda h, W, label: _cross_entropy(W @ h, label),
+        ((2,), (4, 2), None),
+    ),
     "log_sigmoid": Case(ops.log_sigmoid, nn.log_sigmoid),
     "log_softmax": Case(ops.log_softmax, nn.log_softmax),
     "logsumexp": Case(ops.logsumexp, nn.logsumexp),

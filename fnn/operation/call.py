@@ -60,6 +60,14 @@ class Call:
         args = jax.tree.unflatten(self.in_tree, leaves)
         return jax.tree.leaves(self.rule.definition(*args, **dict(self.static)))
 
+    def vmapped(self, size: int, leaves, axes) -> list | None:
+        """The leaves of all examples' values, if the operation says how they are one call."""
+        function = self.rule.vmapped
+        assert function is not None
+        args, of_args = (jax.tree.unflatten(self.in_tree, x) for x in (leaves, axes))
+        value = function(size, of_args, *args, **dict(self.static))
+        return None if value is None else jax.tree.leaves(value)
+
     def leaf_names(self) -> list[str]:
         """For each array, the name of the argument that it belongs to."""
         trees = self.in_tree.children()

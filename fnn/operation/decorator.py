@@ -86,6 +86,17 @@ class Operation:
         self.rule.look = function
         return function
 
+    def vmapped(self, function: Callable) -> Callable:
+        """Register `function(size, axes, *args, **static)`, a vmapped call as one call; optional.
+
+        For an operation to which examples are but more of what it takes anyway: positions that
+        share the weights. `axes` has the arguments' structure, with the mapped axis of each array,
+        or None where the examples share it; `size` is the number of examples. It returns the values
+        of all examples, along their first axes, or None where this call is to be mapped as usual.
+        """
+        self.rule.vmapped = function
+        return function
+
     def argument_names(self, count: int) -> tuple[str, ...]:
         """The names of `count` positional arguments, numbered where `*args` gathers them."""
         return self.rule.argument_names(count)
@@ -119,14 +130,15 @@ class Operation:
         if found is self:
             return self.__qualname__
         rule = self.rule
-        roles = rule.forward, rule.backward, rule.tangent, rule.look
+        roles = rule.forward, rule.backward, rule.tangent, rule.look, rule.vmapped
         return _rebuilt, (self.definition, rule.compiled, *roles)
 
 
-def _rebuilt(definition, compiled, forward, backward, tangent, look) -> Operation:
+def _rebuilt(definition, compiled, forward, backward, tangent, look, vmapped) -> Operation:
     operation = Operation(definition, compiled)
     rule = operation.rule
     rule.forward, rule.backward, rule.tangent, rule.look = forward, backward, tangent, look
+    rule.vmapped = vmapped
     return operation
 
 

@@ -28,8 +28,8 @@ class Rule:
         name: the definition's name; JAX prints the operation under it.
         definition: the plain function.
         signature: the definition's.
-        forward, backward, tangent, look: the functions registered under these names, or None. What
-            they take and return stands at the methods of `Operation` that register them.
+        forward, backward, tangent, look, vmapped: the functions registered under these names, or
+            None. What they take and return stands at the methods of `Operation` that register them.
         compiled: whether a call outside jit is compiled, and its traced backward kept. It is so for
             the rules of `fnn.ops`, which depend on nothing that can change. Other rules run in
             Python then, as JAX's functions do, and see what their closures and static arguments
@@ -46,6 +46,7 @@ class Rule:
         self.backward: Callable | None = None
         self.tangent: Callable | None = None
         self.look: Callable | None = None
+        self.vmapped: Callable | None = None
         self.compiled = compiled
         self.version = 0
         self.memory: dict = {}

@@ -18,7 +18,7 @@ from jax.interpreters import ad, batching, mlir
 
 from fnn.jaxpr import is_inexact
 from fnn.meshes import same_varying_axes
-from fnn.operation.call import Axis, MappedCall
+from fnn.operation.call import Axis, Call, MappedCall
 from fnn.operation.experimental import register_experimental
 from fnn.operation.form import remembered
 from fnn.operation.linear_map import MappedLinearMap, linearize
@@ -91,6 +91,10 @@ def primitive_of_operation(name: str) -> Primitive:
         return outs, [next(dys) if has_tangent else None for has_tangent in inexact]
 
     def batch(axis, leaves, axes, *, call, keeper):
+        if call.rule.vmapped is not None and isinstance(call, Call):
+            outs = call.vmapped(axis.size, leaves, axes)
+            if outs is not None:
+                return outs, [0] * len(outs)
         mapped = MappedCall(call, axes, axis)
         outs = primitive.bind(*leaves, call=mapped, keeper=keeper)
         return outs, [0] * len(outs)

@@ -8,6 +8,7 @@ probabilities               softmax, log_softmax, logsumexp
 stochastic                  dropout
 recurrent                   lstm, gru, rnn over a sequence; lstm_cell, gru_cell
 losses/classification       softmax_cross_entropy, multiclass_hinge, sigmoid_focal, ...
+losses/output               linear_softmax_cross_entropy
 losses/regression           squared_error, huber, pinball, gaussian_nll, poisson_nll
 losses/similarity           cosine_similarity, triplet, info_nce
 losses/sequences            ctc
@@ -42,6 +43,7 @@ from fnn.ops.losses.classification import (
     sigmoid_focal,
     softmax_cross_entropy,
 )
+from fnn.ops.losses.output import linear_softmax_cross_entropy
 from fnn.ops.losses.regression import gaussian_nll, huber, pinball, poisson_nll, squared_error
 from fnn.ops.losses.regularization import l2
 from fnn.ops.losses.sequences import ctc
@@ -86,6 +88,7 @@ __all__ = [
     "l2",
     "layer_norm",
     "leaky_relu",
+    "linear_softmax_cross_entropy",
     "log_sigmoid",
     "log_softmax",
     "logsumexp",

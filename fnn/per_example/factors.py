@@ -108,7 +108,7 @@ def _where_they_meet(rule: Rule, is_parameter: Sequence[bool]) -> Rule:
                 return _as_terms(found, is_parameter, equation)
         for k, of_parameter in enumerate(is_parameter):
             if meet is not None and of_parameter and needed[k]:
-                term = meet(k, g[0], ins, equation.params)
+                term = meet(k, g[0] if len(g) == 1 else g, ins, equation.params)
                 if term is not None:
                     products[k], left[k] = Terms((term,)), False
         if any(left):

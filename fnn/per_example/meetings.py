@@ -4,8 +4,8 @@ A table of rules, one for each primitive in which the gradient has factors:
 
     meet(k, g, ins, params) -> term, or None where it has no factors after all
 
-k is the number of the argument that is the parameter, g the upstream gradient, ins the arguments,
-params the equation's parameters.
+k is the number of the argument that is the parameter, g the upstream gradient (of several results
+a list, with None for zero), ins the arguments, params the equation's parameters.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fnn.operation import Call
 from fnn.per_example.layout import Layout
 from fnn.per_example.terms import Convolution, Factored, Product, Rows
 
@@ -107,9 +109,38 @@ def _rows(table, axis: int, index, g) -> Rows:
     return Rows(index, g, Layout((), (size,), rest, tuple(order)))
 
 
+def _linear_cross_entropy(k, g, ins, params) -> Factored | None:
+    """∂L/∂W of a last layer and its loss in one is Gᵀh, with G the gradient by the logits.
+
+    G is what a bias would get that each position had for itself.
+    """
+    call = params["call"]
+    if k != 1 or not isinstance(call, Call):
+        return None
+    h, W, labels, *bias = ins
+    classes, features = W.shape
+    static = dict(call.static) | {"block": classes}
+
+    def at_position(h, label, g_loss, g_log_sum):
+        def loss(bias):
+            y, m, r = call.rule.definition(h, W, label, {"bias": bias}, **static)
+            return y, m + r
+
+        ys, pull = jax.vjp(loss, *(bias or [jnp.zeros(classes, W.dtype)]))
+        return pull(tuple(d.astype(y.dtype) for d, y in zip((g_loss, g_log_sum), ys, strict=True)))
+
+    positions = math.prod(labels.shape)
+    g_loss, _, g_log_sum = (jnp.zeros(labels.shape) if x is None else x for x in g)
+    flat = [lax.reshape(x, (positions,)) for x in (labels, g_loss, g_log_sum)]
+    h = lax.reshape(h, (positions, features))
+    (G,) = jax.vmap(at_position)(h, *flat)
+    return Product(h[None], G[None], Layout((), (classes,), (features,), (0, 1)))
+
+
 MEETINGS: dict[str, Callable[..., Factored | None]] = {
     "dot_general": _matrix_product,  # gᵀ x
     "conv_general_dilated": _convolution,  # x convolved with g
     "gather": _gather,  # g added to the rows that were looked up
     "dynamic_slice": _dynamic_slice,  # g added to one row
+    "linear_cross_entropy": _linear_cross_entropy,  # Gᵀ h, G by the logits
 }

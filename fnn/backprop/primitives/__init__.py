@@ -39,9 +39,15 @@ a backward of its own, stands in fnn/ops:
     ReLU, leaky ReLU, ELU, maxout            activations/rectifiers
     GELU, SiLU (swish), GLU                  activations/gated
     softmax                                  probabilities
+    layer norm, RMS norm, batch norm         normalization
+    dropout                                  stochastic
+    LSTM, GRU                                recurrent
     attention                                sequences/attention
     cross-entropy, hinge loss (SVM)          losses/classification
+    cross-entropy of a large vocabulary      losses/output
     squared error                            losses/regression
+    triplet loss, InfoNCE                    losses/similarity
+    CTC                                      losses/sequences
     L2 regularisation                        losses/regularization
 
 The table of rules is put together here and nowhere else; a primitive without a rule falls back

@@ -1,0 +1,325 @@
+"""A classifier's last layer and its loss in one, for as many classes as a vocabulary has.
+
+The logits, positions × classes, are by far the largest array of a language model. Here they are
+made block by block of classes, twice, and never held at once (Wijmans et al., "Cut your losses in
+large-vocabulary language models", arXiv:2411.09009).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fnn import arguments
+from fnn.meshes import as_varying
+from fnn.operation import compiled_rule as rule
+from fnn.ops.arguments import is_integer, must_be_real, wide
+
+
+def linear_softmax_cross_entropy(
+    h: chex.Array,
+    W: chex.Array,
+    labels: chex.Array,
+    *,
+    bias: chex.Array | None = None,
+    label_smoothing: float = 0.0,
+    ignore: int | None = None,
+    z_loss: float = 0.0,
+    block: int = 256,
+) -> jax.Array:
+    """`softmax_cross_entropy(h Wᵀ + bias, labels)`, without ever holding all logits.
+
+    Args:
+        h: what the last layer is given, floating, shape `(..., features)`; all but the last axis
+            are positions.
+        W: the last layer's weights, of h's dtype, shape `(classes, features)`.
+        labels: the right classes, integers of shape `(...)`.
+        bias: the last layer's bias, floating, shape `(classes,)`.
+        label_smoothing: ε in [0, 1): the target is (1 − ε) of the label and ε / classes of each.
+        ignore: a label that marks positions without a loss: 0 there, and a gradient of 0.
+        z_loss: adds z_loss · (log Σ e^logits)², which keeps the logits from drifting.
+        block: how many classes' logits are held at once, for all positions.
+
+    Returns:
+        The loss at each position, of shape `(...)` and h's dtype. The mean over those that count is
+        `jnp.sum(losses) / jnp.sum(labels != ignore)`.
+
+    Local gradient: with p = softmax(logits), target q and G = g (p − q): ∂h = G W, ∂W = Gᵀ h and
+    ∂bias = Σ G. Kept: h, W, the labels, and for each position the largest logit and the logarithm
+    of the sum. The logits are computed again, a third more products than when they are kept (in
+    a batch whose examples share W two thirds: h and W each have a pass of their own). Sums are in
+    at least float32. Smooth, no kink.
+
+    Raises:
+        TypeError: h or W isn't real floating, they differ in dtype, or the labels aren't integers.
+        ValueError: shapes that don't fit, no classes, an option out of range, or, where its value
+            is known, a label that names no class and isn't `ignore`. In compiled code such a label
+            gives NaN, and gradients of NaN.
+
+    Sources: Wijmans et al., arXiv:2411.09009; Szegedy et al., arXiv:1512.00567 (label smoothing);
+    de Brébisson and Vincent, arXiv:1604.08859 (z-loss).
+    """
+    where = "linear_softmax_cross_entropy"
+    _check(where, h, W, labels, bias)
+    arguments.number(where, "label_smoothing", label_smoothing, least=0, below=1)
+    arguments.number(where, "z_loss", z_loss, least=0)
+    if ignore is not None:
+        ignore = arguments.integer(where, "ignore", ignore)
+    loss, m, r = linear_cross_entropy(
+        h,
+        W,
+        labels,
+        {} if bias is None else {"bias": bias},
+        label_smoothing=float(label_smoothing),
+        ignore=ignore,
+        block=arguments.integer(where, "block", block, least=1),
+    )
+    if z_loss:
+        log_sum = m + r
+        penalty = jnp.asarray(z_loss, log_sum.dtype) * log_sum * log_sum
+        if ignore is not None:
+            penalty = jnp.where(_index(labels) == ignore, 0, penalty)
+        loss = loss + penalty
+    return loss.astype(h.dtype)
+
+
+@rule
+def linear_cross_entropy(h, W, labels, given, *, label_smoothing, ignore, block):
+    """`linear_softmax_cross_entropy` without z-loss, with what its backward needs: (loss, m, r).
+
+    `given` holds the bias, if there is one. At each position m is the largest logit and
+    r = log Σ e^(logit − m). m counts as a constant: r's derivative is that of log Σ e^logit, and
+    m's is 0. (Their sum would lose r where the logits are large.)
+    """
+    blocks = _Blocks.of(W, block)
+
+    def step(total, i):
+        largest, sums, target = total
+        s, q = _logits_and_target(h, W, labels, given, blocks, i, label_smoothing)
+        target = target + jnp.sum(jnp.where(q == 0, 0, q * s), axis=-1)
+        s = blocks.or_else(s, i, -jnp.inf)
+        new = jnp.maximum(largest, jnp.max(s, axis=-1))
+        shift = jnp.where(new == -jnp.inf, 0, new)
+        sums = sums * jnp.exp(largest - shift) + jnp.sum(jnp.exp(s - shift[..., None]), axis=-1)
+        return (new, sums, target), None
+
+    zero = _zeros(h, h.shape[:-1])
+    (largest, sums, target), _ = blocks.run(step, (zero - jnp.inf, zero, zero))
+    m, r = jnp.where(largest == -jnp.inf, 0, largest), jnp.log(sums)
+    return _at_labels((m - target) + r, labels, blocks, ignore), m, r
+
+
+@linear_cross_entropy.vmapped
+def _(size, axes, h, W, labels, given, **static):
+    """Examples that share the weights are so many more positions."""
+    h_axis, W_axis, labels_axis, of_given = axes
+    if W_axis is not None or any(a is not None for a in of_given.values()):
+        return None
+    in_front = lambda x, axis: (
+        jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+    )
+    h, labels = in_front(h, h_axis), in_front(labels, labels_axis)
+    return linear_cross_entropy(h, W, labels, given, **static)
+
+
+@linear_cross_entropy.look
+def _(types, h, W, labels, given, *, label_smoothing, ignore, block):
+    if labels is None:
+        return
+    y, classes = np.asarray(labels), types[1].shape[0]
+    y = y if ignore is None else y[y != ignore]
+    if y.size and (y.min() < 0 or y.max() >= classes):
+        wrong = y.min() if y.min() < 0 else y.max()
+        also = "" if ignore is None else f", or {ignore} to be ignored"
+        raise ValueError(
+            f"linear_softmax_cross_entropy: labels hold {wrong}, but there are {classes} classes: "
+            f"labels are 0, ..., {classes - 1}{also}."
+        )
+
+
+@linear_cross_entropy.forward
+def _(h, W, labels, given, **static):
+    loss, m, r = linear_cross_entropy(h, W, labels, given, **static)
+    return (loss, m, r), (h, W, labels, given, m, r)
+
+
+@linear_cross_entropy.backward
+def _(residuals, g, *, label_smoothing, ignore, block):
+    """G = g (p − q) + g_r p for each block of classes, and from it ∂h, ∂W and ∂bias."""
+    h, W, labels, given, m, r = residuals
+    blocks = _Blocks.of(W, block)
+    g_loss, _, g_r = g
+    g_loss = _at_labels(g_loss, labels, blocks, ignore)[..., None]
+    g_p = g_loss + g_r[..., None]
+
+    def step(dh, i):
+        p, q = _probabilities_and_target(residuals, blocks, i, label_smoothing)
+        G = g_p * p - g_loss * q
+        dh = dh + _product("...c,cf->...f", G, blocks.cut(W, i))
+        dW = _over_positions(G, h, W).astype(W.dtype)
+        return dh, (dW, jnp.sum(G, axis=tuple(range(h.ndim - 1))) if given else None)
+
+    dh, (dW, d_bias) = blocks.run(step, _zeros(h, h.shape))
+    d_given = {n: blocks.joined(d_bias).astype(x.dtype) for n, x in given.items()}
+    return dh.astype(h.dtype), blocks.joined(dW), None, d_given
+
+
+@linear_cross_entropy.tangent
+def _(residuals, dh, dW, d_labels, d_given, *, label_smoothing, ignore, block):
+    """ds = dh Wᵀ + h dWᵀ + dbias; dr = Σ p ds, and the loss moves by Σ (p − q) ds."""
+    h, W, labels, given, m, r = residuals
+    blocks = _Blocks.of(W, block)
+
+    def step(total, i):
+        d_loss, dr = total
+        p, q = _probabilities_and_target(residuals, blocks, i, label_smoothing)
+        ds = _product("...f,cf->...c", dh, blocks.cut(W, i))
+        ds = ds + _product("...f,cf->...c", h, blocks.cut(dW, i))
+        if given:
+            ds = _plus(ds, blocks.cut(d_given["bias"], i))
+        return (d_loss + jnp.sum((p - q) * ds, axis=-1), dr + jnp.sum(p * ds, axis=-1)), None
+
+    zero = _zeros(h, h.shape[:-1])
+    (d_loss, dr), _ = blocks.run(step, (zero, zero))
+    return _at_labels(d_loss, labels, blocks, ignore), None, dr
+
+
+class _Blocks(NamedTuple):
+    """How the classes are cut into `number` blocks of `size`; the last begins where it fits."""
+
+    classes: int
+    number: int
+    size: int
+
+    @staticmethod
+    def of(W, block: int) -> _Blocks:
+        number = math.ceil(W.shape[0] / block)
+        return _Blocks(W.shape[0], number, math.ceil(W.shape[0] / number))
+
+    def run(self, step: Callable, start: Any):
+        """step(total, i) over all blocks, in a loop unless there is only one."""
+        if self.number == 1:
+            total, of_block = step(start, 0)
+            return total, jax.tree.map(lambda x: x[None], of_block)
+        return lax.scan(step, start, jnp.arange(self.number, dtype=jnp.int32))
+
+    def first(self, i):
+        return jnp.minimum(i * self.size, self.classes - self.size)
+
+    def cut(self, x, i):
+        if self.number == 1:
+            return x
+        return lax.dynamic_slice_in_dim(x, self.first(i), self.size, 0)
+
+    def index(self, i):
+        return self.first(i) + jnp.arange(self.size, dtype=jnp.int32)
+
+    def or_else(self, x, i, other):
+        """x (..., size), with another number for the classes that an earlier block has too."""
+        if self.number * self.size == self.classes:
+            return x
+        is_own = self.index(i) >= i * self.size
+        return jnp.where(is_own.reshape((1,) * (x.ndim - 1) + is_own.shape), x, other)
+
+    def joined(self, x):
+        """Blocks (number, size, ...) as (classes, ...)."""
+        twice = self.number * self.size - self.classes
+        whole = x.reshape(self.number * self.size, *x.shape[2:])
+        if not twice:
+            return whole
+        end = (self.number - 1) * self.size
+        return jnp.concatenate([whole[:end], whole[end + twice :]])
+
+
+def _logits_and_target(h, W, labels, given, blocks: _Blocks, i, smoothing: float):
+    """The logits of a block of classes, and the target distribution there."""
+    s = _product("...f,cf->...c", h, blocks.cut(W, i))
+    if given:
+        s = _plus(s, blocks.cut(given["bias"], i))
+    labels = _index(labels)[..., None]
+    index = blocks.index(i).astype(labels.dtype).reshape(*(1,) * (h.ndim - 1), blocks.size)
+    rest = smoothing / blocks.classes
+    q = jnp.where(labels == index, 1 - smoothing + rest, rest).astype(s.dtype)
+    return s, blocks.or_else(q, i, 0)
+
+
+def _probabilities_and_target(residuals, blocks: _Blocks, i, smoothing: float):
+    h, W, labels, given, m, r = residuals
+    s, q = _logits_and_target(h, W, labels, given, blocks, i, smoothing)
+    s = s - m[..., None]
+    # Rounded otherwise than in forward, a very large logit may exceed the largest by much.
+    s = s - lax.stop_gradient(jnp.maximum(s, 0))
+    return blocks.or_else(jnp.exp(s - r[..., None]), i, 0), q
+
+
+def _plus(s, bias):
+    return s + bias.astype(s.dtype).reshape((1,) * (s.ndim - 1) + bias.shape)
+
+
+def _zeros(h, shape):
+    """Zeros to sum in, beside h's positions."""
+    return as_varying(jnp.zeros(shape, wide(h).dtype), jax.typeof(h))
+
+
+def _at_labels(x, labels, blocks: _Blocks, ignore):
+    """x, but 0 where the label is ignored, and NaN where it names no class."""
+    index = _index(labels)
+    is_class = (index >= 0) & (index < blocks.classes)
+    x = x * jnp.where(is_class, 1, jnp.nan).astype(x.dtype)
+    return x if ignore is None else jnp.where(index == ignore, 0, x)
+
+
+def _index(labels):
+    """Labels as signed integers wide enough to count classes."""
+    return jnp.asarray(labels, jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)
+
+
+def _product(numbers: str, a, b):
+    """A product summed in at least float32; float32 factors are rounded to the other's 16 bits."""
+    kind = wide(jnp.zeros((), a.dtype)).dtype
+    narrow = min(a.dtype, b.dtype, key=lambda d: jnp.finfo(d).bits)
+    return jnp.einsum(numbers, a.astype(narrow), b.astype(narrow), preferred_element_type=kind)
+
+
+def _over_positions(G, h, W):
+    """Gᵀ h (classes, features), summed over all positions."""
+    return _product("...c,...f->cf", G, h)
+
+
+def _check(op: str, h, W, labels, bias) -> None:
+    must_be_real(op, h=h, W=W)
+    arguments.array(op, "labels", labels)
+    if h.ndim == 0:
+        raise ValueError(f"{op}: argument 'h' has shape (), wanted (..., features).")
+    if W.ndim != 2 or W.shape[1] != h.shape[-1] or not W.shape[0]:
+        raise ValueError(
+            f"{op}: argument 'W' has shape {W.shape}, wanted (classes, {h.shape[-1]}) with at "
+            f"least one class, for h of shape {h.shape}."
+        )
+    if W.dtype != h.dtype:
+        raise TypeError(
+            f"{op}: argument 'W' of shape {W.shape} has dtype {W.dtype}, wanted h's, {h.dtype}."
+        )
+    if not is_integer(labels):
+        raise TypeError(
+            f"{op}: argument 'labels' of shape {labels.shape} has dtype {labels.dtype}, wanted "
+            f"integers of shape {h.shape[:-1]}."
+        )
+    if labels.shape != h.shape[:-1]:
+        raise ValueError(
+            f"{op}: argument 'labels' has shape {labels.shape}, wanted {h.shape[:-1]} for h of "
+            f"shape {h.shape}. (For a batch of examples, jax.vmap the loss.)"
+        )
+    if bias is not None:
+        must_be_real(op, bias=bias)
+        if bias.shape != W.shape[:1]:
+            raise ValueError(
+                f"{op}: argument 'bias' has shape {bias.shape}, wanted {W.shape[:1]}: (classes,)."
+            )
