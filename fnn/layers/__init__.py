@@ -8,6 +8,7 @@ Dropout, DropPath, DropConnect            what is left out in training
 LayerNorm, RMSNorm                        normalisation over features
 GroupNorm, InstanceNorm, BatchNorm        ... over positions, over the batch
 WeightNorm, SpectralNorm                  ... of a layer's weight
+MLP, MixerBlock                           blocks of linear layers
 LSTM, GRU, RNN                            recurrent layers
 recurrent, bidirectional                  of a cell of one's own; from both ends
 Mode, EVALUATE, training                  whether a call trains
@@ -19,6 +20,7 @@ from fnn.layers.dropout import DropConnect, Dropout, DropPath
 from fnn.layers.layer import Layer, LayerError
 from fnn.layers.linear import Linear
 from fnn.layers.maxout import Maxout
+from fnn.layers.mixer import MLP, MixerBlock
 from fnn.layers.mode import EVALUATE, Mode, training
 from fnn.layers.net import Net, Network, network
 from fnn.layers.normalization import (
@@ -34,6 +36,8 @@ from fnn.layers.recurrence import GRU, LSTM, RNN, bidirectional, recurrent
 from fnn.layers.table import Summary, summary
 
 __all__ = [
+    "MLP",
+    "MixerBlock",
     "EVALUATE",
     "GRU",
     "LSTM",
