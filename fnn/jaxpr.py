@@ -4,7 +4,7 @@ JAX traces a function to a list of equations, each with a primitive, parameters,
 outputs. Here this list becomes a `Program`: calls of jitted functions are inlined, and
 every value has a number, its place in the list of all values. All that depends on how a
 JAX version spells a jaxpr stands in this file (and, for primitives of our own, in
-`fnn/operation/primitive.py`).
+`primitive.py` and `twins.py` of `fnn/operation`).
 """
 
 from __future__ import annotations

@@ -140,6 +140,20 @@ def _attention(q, k, v):
     return jnp.einsum("nqk,knh->qnh", jax.nn.softmax(s), v)
 
 
+def _convolution(x, w):
+    numbers = ("NHWC", "OIHW", "NHWC")
+    return jax.lax.conv_general_dilated(x[None], w, (2, 1), "SAME", dimension_numbers=numbers)[0]
+
+
+def _conv_transpose(x, w):
+    pad = [(1, 1)] * 2
+    into = lambda x: jax.lax.conv_general_dilated(
+        x[None], w, (2, 2), pad, dimension_numbers=("NHWC", "OIHW", "NHWC")
+    )[0]
+    of = jax.ShapeDtypeStruct((2 * x.shape[0] - 1, 2 * x.shape[1] - 1, w.shape[1]), x.dtype)
+    return jax.linear_transpose(into, of)(x)[0]
+
+
 CASES = {
     "attention": Case(
         functools.partial(ops.attention, causal=True, block=2), _attention, ((3, 1, 2),) * 3
@@ -150,6 +164,16 @@ CASES = {
         ((3, 4), (4,), (4,)),
     ),
     "celu": Case(ops.celu, nn.celu),
+    "conv_transpose": Case(
+        functools.partial(ops.conv_transpose, stride=2, padding=1),
+        _conv_transpose,
+        ((2, 3, 2), (2, 3, 3, 3)),
+    ),
+    "convolution": Case(
+        functools.partial(ops.convolution, stride=(2, 1)),
+        _convolution,
+        ((4, 3, 2), (3, 2, 3, 3)),
+    ),
     "cosine_distance": Case(ops.cosine_distance, lambda x, y: 1 - _cosine(x, y), ((4,), (4,))),
     "cosine_similarity": Case(ops.cosine_similarity, _cosine, ((4,), (4,))),
     "ctc": Case(

@@ -27,9 +27,10 @@ MAY_IMPORT = {
     "frames": "",
     "jaxpr": "frames",
     "operation": "arguments meshes jaxpr",
+    "convolution": "meshes operation",
     "eager": "jaxpr operation",
-    "ops": "arguments meshes jaxpr operation",
-    "backprop": "arguments text meshes frames jaxpr operation eager",
+    "ops": "arguments meshes jaxpr operation convolution",
+    "backprop": "arguments text meshes frames jaxpr operation convolution eager",
     "check": "arguments text jaxpr operation eager backprop",
     "per_example": "arguments text batch meshes frames jaxpr operation eager backprop",
     "curvature": "arguments text batch meshes jaxpr operation eager ops backprop per_example",
@@ -50,7 +51,7 @@ ONLY = {
 }
 
 # JAX's interfaces for those who extend it: what a jaxpr looks like, and how to make a primitive.
-EXTENDS_JAX = {"fnn.jaxpr", "fnn.operation.primitive"}
+EXTENDS_JAX = {"fnn.jaxpr", "fnn.operation.primitive", "fnn.operation.twins"}
 
 # Not needed to import fnn: imported where they are used.
 EXTRAS = {"IPython", "lineax", "matplotlib", "pygraphviz", "rich", "safetensors"}

@@ -24,6 +24,10 @@ TOLERANCE = {"float32": 1e-5, "float64": 1e-13}
 TOLERANCE_OF = {"mixed_precision": 1e-2}
 # JAX 0.10 takes y + 1 for the derivative of y = eˣ − 1, which cancels; we take eˣ, as JAX 0.12.
 EXPONENTIALS_MORE = {"mlp_activations": 1.15, "weight_norm": 1.7}
+# Convolutions are computed by other formulas. XLA counts no products with the padding's zeros for
+# its own, and they make blocks of patches, whatever the batch.
+CONVOLUTIONS = {"unet": 1.02, "nnx_cnn": 1.2, "linen_cnn": 1.05, "haiku_cnn": 1.05}
+PATCHES = 2**20
 
 
 def compiled(function, *args):
@@ -62,12 +66,14 @@ def test_equal_to_jax_for_no_more_work(name):
     assert_close(ours(params, *data), theirs(params, *data), tolerance)
 
     flops, flops_jax = (c.cost_analysis().get("flops", 0) for c in (ours, theirs))
-    assert flops <= SLACK * flops_jax, f"{flops / flops_jax:.3f} times JAX's FLOPs"
+    most = CONVOLUTIONS.get(name, SLACK) * flops_jax
+    assert flops <= most, f"{flops / flops_jax:.3f} times JAX's FLOPs"
     functions, functions_jax = (c.cost_analysis().get("transcendentals", 0) for c in (ours, theirs))
     most = EXPONENTIALS_MORE.get(name, SLACK) * functions_jax
     assert functions <= most, f"{functions / functions_jax:.3f} times JAX's exp"
     memory, memory_jax = (c.memory_analysis().temp_size_in_bytes for c in (ours, theirs))
-    assert memory <= SLACK * memory_jax + BYTES, f"{memory / memory_jax:.3f} times JAX's bytes"
+    more = PATCHES if name in CONVOLUTIONS else BYTES
+    assert memory <= SLACK * memory_jax + more, f"{memory / memory_jax:.3f} times JAX's bytes"
 
 
 @pytest.mark.parametrize("name", sweep(ZOO, ["mlp_per_example", "gru_bidirectional"]))

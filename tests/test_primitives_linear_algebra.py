@@ -344,12 +344,15 @@ def test_convolution_keeps_dtypes():
         {"padding": ((-1, 2), (0, 0))},
     ],
 )
-def test_convolution_compiles_to_the_same_program(options):
+def test_convolution_takes_no_more_work(options):
     options = NHWC | options
     groups = options.get("feature_group_count", 1)
     x = normal(4, 12, 12, 8, dtype=jnp.float32)
     w = normal(3, 3, 8 // groups, 16, dtype=jnp.float32)
-    check_cost(lambda x, w: lax.conv_general_dilated(x, w, **options), x, w, rules=RULES, slack=1.0)
+    # On CPUs by other formulas: products with the padding's zeros are FLOPs too, for XLA those of
+    # a convolution aren't; and there are patches, in blocks.
+    fun, most = lambda x, w: lax.conv_general_dilated(x, w, **options), {"more_bytes": 2**21}
+    check_cost(fun, x, w, rules=RULES, slack=1.15, **most)
 
 
 def test_convolution_without_output():

@@ -37,6 +37,7 @@ Each module imports only from those above it:
     linear_map      the derivative of a call (`LinearMap`), and under vmap (`MappedLinearMap`)
     experimental    what jax.experimental's `jet` and `checkify` must know
     primitive       the two primitives, and all that JAX must know of them
+    twins           a JAX primitive a second time, computed otherwise on some platforms
     decorator       `rule`, and the `Operation` that it makes
 """
 
@@ -45,6 +46,7 @@ from fnn.operation.decorator import Operation, compiled_rule, rule
 from fnn.operation.form import RuleError
 from fnn.operation.linear_map import LinearMap, MappedLinearMap, linear_map_of, linearize
 from fnn.operation.primitive import new_primitive
+from fnn.operation.twins import bind_twin, twin
 
 __all__ = [
     "Call",
@@ -53,6 +55,7 @@ __all__ = [
     "MappedLinearMap",
     "Operation",
     "RuleError",
+    "bind_twin",
     "call_of",
     "compiled_rule",
     "linear_map_of",
@@ -60,4 +63,5 @@ __all__ = [
     "mapped_results",
     "new_primitive",
     "rule",
+    "twin",
 ]

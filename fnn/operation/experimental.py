@@ -18,8 +18,15 @@ from fnn.jaxpr import is_inexact, program
 def register_experimental(primitive: Any, definition: Callable) -> None:
     """Tell `jet` and `checkify` about a primitive that does `definition(*arrays, **params)`."""
 
+    several = primitive.multiple_results
+
     def series(primals, terms, **params):
-        return _taylor(lambda *xs: primitive.bind(*xs, **params), primals, terms)
+        def results(*xs):
+            found = primitive.bind(*xs, **params)
+            return found if several else [found]
+
+        outs, coefficients = _taylor(results, primals, terms)
+        return (outs, coefficients) if several else (outs[0], coefficients[0])
 
     def checked(*args, **params):
         # (A context in newer JAX,) the errors so far, those to look for, and the arrays.
@@ -32,7 +39,8 @@ def register_experimental(primitive: Any, definition: Callable) -> None:
         error, outs = check(*args[:start], *[values[i] for i in call.ins], **call.params)
         for i, out in zip(call.outs, outs, strict=True):
             values[i] = out
-        return error, [values[i] for i in flat.outputs]
+        found = [values[i] for i in flat.outputs]
+        return error, found if several else found[0]
 
     rules: dict = jet.jet_rules
     rules[primitive] = series

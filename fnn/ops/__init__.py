@@ -4,6 +4,7 @@ activations/sigmoids        S-shaped ones: sigmoid, tanh, ...
 activations/rectifiers      relu, leaky_relu, elu, maxout, ...
 activations/gated           a number times a gate: silu, gelu, glu, ...
 normalization               rms_norm, layer_norm, group_norm, instance_norm, batch_norm; of weights
+convolutions                convolution, conv_transpose
 probabilities               softmax, log_softmax, logsumexp
 stochastic                  dropout
 recurrent                   lstm, gru, rnn over a sequence; lstm_cell, gru_cell
@@ -36,6 +37,7 @@ from fnn.ops.activations.sigmoids import (
     softsign,
     tanh,
 )
+from fnn.ops.convolutions import conv_transpose, convolution
 from fnn.ops.losses.classification import (
     kl_divergence,
     multiclass_hinge,
@@ -66,6 +68,8 @@ __all__ = [
     "attention",
     "batch_norm",
     "celu",
+    "conv_transpose",
+    "convolution",
     "cosine_distance",
     "cosine_similarity",
     "ctc",

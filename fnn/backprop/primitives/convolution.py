@@ -32,6 +32,7 @@ from jax import lax
 from fnn.backprop.primitives.elementwise import in_dtype_of
 from fnn.backprop.primitives.matmul import gradient_sharding
 from fnn.backprop.rules import LocalRule, each
+from fnn.convolution import conv_general_dilated_p
 
 
 def _conv_x(
@@ -65,7 +66,7 @@ def _conv_x(
         n_x + n_w - 1 - n_g - low
         for n_x, n_w, n_g, low in zip(x_sizes, w_sizes, g_sizes, before, strict=True)
     ]
-    gradient = lax.conv_general_dilated_p.bind(
+    gradient = conv_general_dilated_p.bind(
         g,
         in_dtype_of(g, lax.rev(w, w_spec[2:])),
         window_strides=lhs_dilation,
@@ -113,7 +114,7 @@ def _conv_w(
         n_g - n_x + n_w - low - 1
         for n_x, n_w, n_g, low in zip(x_sizes, w_sizes, g_sizes, before, strict=True)
     ]
-    gradient = lax.conv_general_dilated_p.bind(
+    gradient = conv_general_dilated_p.bind(
         in_dtype_of(g, x),
         g,
         window_strides=rhs_dilation,

@@ -1,0 +1,326 @@
+"""Convolution on CPUs: by XLA's library where that is fast, by products and sums elsewhere.
+
+    y[n, o, f] = Σ over window places k and features c of x[n, o·stride + k, c] w[k, c, f]
+
+XLA's CPU library is fast where x is (batch, space..., features) and w (window..., in, out). Other
+orders of axes it brings into this one, but inside a loop it doesn't, and runs them up to a hundred
+times slower. So the axes are put in this order here. What the library is slow at goes otherwise:
+
+* The gradient of a weight is a convolution whose "window" is a whole image and whose output has
+  but few places. Of many features, it is faster as one product of the images' patches (im2col)
+  with g, made for a few images at a time, as many as fit into the cache.
+* With one feature in (a grey image; a depthwise convolution) there is no product to be done:
+  shifted copies of x are multiplied and added.
+* A stride's gradient is a convolution of an x with zeros between its entries. Those zeros are
+  left out: each of the stride's phases is a convolution with every stride-th entry of the window.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy
+from jax import lax
+
+from fnn.meshes import as_varying, sharding_of
+
+# The patches of so many bytes at a time: they stay in a core's cache.
+_CACHED = 2**20
+
+# From so many features on, a weight's gradient is faster as a product than by the library.
+_MANY = 64
+
+# So many multiplications and additions of shifted copies are faster than the library.
+_FEW = 49
+
+
+class _Window(NamedTuple):
+    """How a convolution meets its input, for each axis of space.
+
+    holes: the dilation of the window. between: that of x, the zeros between its entries plus 1.
+    """
+
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    between: tuple[int, ...]
+    holes: tuple[int, ...]
+
+
+def convolution(x, w, **params) -> jax.Array:
+    """`conv_general_dilated` with JAX's parameters."""
+    found = _by_formula(x, w, **params)
+    return lax.conv_general_dilated_p.bind(x, w, **params) if found is None else found
+
+
+def _by_formula(
+    x,
+    w,
+    *,
+    window_strides,
+    padding,
+    lhs_dilation,
+    rhs_dilation,
+    dimension_numbers,
+    feature_group_count,
+    batch_group_count,
+    precision,
+    preferred_element_type,
+    out_sharding=None,
+    **others,
+) -> jax.Array | None:
+    """The convolution by a formula of this file; None where XLA's own is left to do it."""
+    is_plain = x.dtype == w.dtype and x.dtype in (jnp.float32, jnp.float64)
+    if not is_plain or preferred_element_type not in (None, x.dtype) or others:
+        return None
+    if out_sharding is not None or any(sharding_of(a) is not None for a in (x, w)):
+        return None
+    x_spec, w_spec, y_spec = dimension_numbers
+    x = lax.transpose(x, (x_spec[0], *x_spec[2:], x_spec[1]))  # (batch, space..., in)
+    w = lax.transpose(w, (*w_spec[2:], w_spec[1], w_spec[0]))  # (window..., in, out)
+    window = _Window(*map(tuple, (window_strides, map(tuple, padding), lhs_dilation, rhs_dilation)))
+    out = _out_space(x, w, window)
+    if min(*x.shape, *w.shape, *out, 1) == 0:
+        return None
+    how = {"precision": precision}
+    places, out_places = math.prod(w.shape[:-2]), math.prod(out)
+    is_gradient = places > out_places and feature_group_count == 1  # of a weight
+    if is_gradient and (batch_group_count > 1 or out_places == 1 or x.shape[0] >= _MANY):
+        y = _place_by_place(x, w, window, out, batch_group_count, **how)
+    elif batch_group_count > 1:
+        return None
+    elif any(d > 1 for d in window.between):
+        y = _phase_by_phase(x, w, window, out, feature_group_count, **how)
+    else:
+        y = _window_by_window(x, w, window, out, feature_group_count, **how)
+    order = (y_spec[0], *y_spec[2:], y_spec[1])  # where each axis of y belongs
+    return lax.transpose(y, tuple(int(d) for d in numpy.argsort(order)))
+
+
+def _window_by_window(x, w, window: _Window, out, groups: int, **how) -> jax.Array:
+    if w.shape[-2] == 1 and math.prod(w.shape[:-2]) <= _FEW:
+        return _multiply_and_add(x, w, window, out, groups)
+    if groups > 1:
+        return _in_groups(x, w, window, out, groups, **how)
+    return _library(x, w, window, **how)
+
+
+def _library(x, w, window: _Window, **how) -> jax.Array:
+    """XLA's library, the axes in the order that it wants."""
+    n = x.ndim
+    numbers = lax.ConvDimensionNumbers(
+        (0, n - 1, *range(1, n - 1)), (n - 1, n - 2, *range(n - 2)), (0, n - 1, *range(1, n - 1))
+    )
+    strides, padding, between, holes = window
+    return lax.conv_general_dilated(x, w, strides, padding, between, holes, numbers, **how)
+
+
+def _multiply_and_add(x, w, window: _Window, out, groups: int) -> jax.Array:
+    """Σₖ x[o·stride + k] ∘ w[k], where each output feature comes of one input feature."""
+    x = _padded(x, window)
+    each = w.shape[-1] // groups  # the output features of each input feature
+    total: Any = None
+    for place in numpy.ndindex(*w.shape[:-2]):
+        patch = lax.expand_dims(_patch(x, place, out, window.strides, window.holes), (x.ndim,))
+        weight = lax.broadcast_in_dim(
+            lax.reshape(w[place], (groups, each)),
+            (*patch.shape[:-1], each),
+            (x.ndim - 1, x.ndim),
+        )
+        term = lax.mul(lax.broadcast_in_dim(patch, weight.shape, range(weight.ndim)), weight)
+        total = term if total is None else lax.add(total, term)
+    return lax.reshape(total, (x.shape[0], *out, w.shape[-1]))
+
+
+def _in_groups(x, w, window: _Window, out, groups: int, **how) -> jax.Array:
+    """A product of patches for each group of features, for some images at a time."""
+    *kernel, ins, outs = w.shape
+    count, rows = math.prod(kernel), math.prod(out)
+    # (window..., in, groups · out of a group) -> (groups, window · in, out of a group)
+    w = lax.reshape(w, (count * ins, groups, outs // groups))
+    w = lax.transpose(w, (1, 0, 2))
+
+    def of_some(x):
+        a = _patches(_padded(x, window), kernel, out, window.strides, window.holes, groups)
+        y = lax.dot_general(a, w, (((2,), (1,)), ((1,), (0,))), **how)
+        return lax.reshape(lax.transpose(y, (1, 0, 2)), (x.shape[0], *out, outs))
+
+    size = max(1, _CACHED // (rows * count * x.shape[-1] * x.dtype.itemsize))
+    whole, blocks, rest = _blocks(x, size)
+    if not blocks:
+        return of_some(x)
+    y = lax.reshape(lax.map(of_some, whole), (blocks * size, *out, outs))
+    return y if rest is None else lax.concatenate([y, of_some(rest)], 0)
+
+
+def _patches(x, kernel, out, strides, holes, groups: int) -> jax.Array:
+    """(images · out, groups, kernel · features of a group): what each output place sees of x."""
+    rows = (x.shape[0] * math.prod(out), groups, x.shape[-1] // groups)
+    found = [_patch(x, place, out, strides, holes) for place in numpy.ndindex(*kernel)]
+    return lax.concatenate([lax.reshape(patch, rows) for patch in found], 2)
+
+
+def _phase_by_phase(x, w, window: _Window, out, groups: int, **how) -> jax.Array:
+    """With `between − 1` zeros between the entries of x: y's phases, and then interleaved.
+
+    y[o] = Σₖ x̂[o·stride + k·hole − low], where x̂[i·between] = x[i] and else 0. Of a phase
+    o = o'·step + r, only every so-many-th k meets an entry of x.
+    """
+    strides, padding, between, holes = window
+    # o moves through the phases with `steps`; within one, x moves by `moves` for each o'.
+    common = [math.gcd(s, b) for s, b in zip(strides, between, strict=True)]
+    steps = [b // c for b, c in zip(between, common, strict=True)]
+    moves = [s // c for s, c in zip(strides, common, strict=True)]
+    sizes = [-(-n // step) for n, step in zip(out, steps, strict=True)]
+    phases = []
+    for phase in numpy.ndindex(*steps):
+        places, starts = [], []
+        for r, s, (low, _), b, d, n in zip(
+            phase, strides, padding, between, holes, w.shape, strict=False
+        ):
+            meets = [k for k in range(n) if (r * s + k * d - low) % b == 0]
+            places.append(meets)
+            starts.append([(r * s + k * d - low) // b for k in meets])
+        if not all(places):
+            phases.append(jnp.zeros((x.shape[0], *sizes, w.shape[-1]), x.dtype))
+            continue
+        taken, inner = w, []
+        for axis, (meets, at) in enumerate(zip(places, starts, strict=True)):
+            step = meets[1] - meets[0] if len(meets) > 1 else 1
+            taken = lax.slice_in_dim(taken, meets[0], meets[-1] + 1, step, axis)
+            hole = at[1] - at[0] if len(at) > 1 else 1
+            reach = (sizes[axis] - 1) * moves[axis] + at[-1] + 1
+            inner.append(((-at[0], reach - x.shape[axis + 1]), hole))
+        pads, inner_holes = zip(*inner, strict=True)
+        part = _Window(tuple(moves), pads, (1,) * len(steps), inner_holes)
+        phases.append(_window_by_window(x, taken, part, sizes, groups, **how))
+    # (phases..., batch, sizes..., features) -> (batch, size, phase, size, phase, ..., features)
+    count = len(steps)
+    y = lax.reshape(
+        lax.concatenate([lax.expand_dims(p, (0,)) for p in phases], 0), (*steps, *phases[0].shape)
+    )
+    pairs = [d for i in range(count) for d in (count + 1 + i, i)]
+    y = lax.transpose(y, (count, *pairs, y.ndim - 1))
+    whole = [n * step for n, step in zip(sizes, steps, strict=True)]
+    y = lax.reshape(y, (x.shape[0], *whole, w.shape[-1]))
+    return lax.slice(y, (0,) * y.ndim, (x.shape[0], *out, w.shape[-1]))
+
+
+def _place_by_place(x, w, window: _Window, out, groups: int, **how) -> jax.Array:
+    """A weight's gradient: (features, space..., images) with (space..., images, outs).
+
+    As a product of patches of some images with the images of w, summed over the images.
+    """
+    # As arrays of images: (images, space..., features), and (images, space..., outs).
+    x = lax.transpose(x, (x.ndim - 1, *range(1, x.ndim - 1), 0))
+    g = lax.transpose(w, (w.ndim - 2, *range(w.ndim - 2), w.ndim - 1))
+    sizes, outs, features = g.shape[1:-1], g.shape[-1], x.shape[-1]
+    ins, each = features // groups, outs // groups
+    strides, holes = window.holes, window.strides
+
+    def of_some(x, g):
+        x = _padded(x, window)
+        if ins == 1 and groups > 1:  # one feature in: sums, and no product
+            found = []
+            for place in numpy.ndindex(*out):
+                patch = _repeated(_patch(x, place, sizes, strides, holes), each)
+                found.append(lax.reduce_sum(lax.mul(patch, g), range(g.ndim - 1)))
+            return lax.concatenate([lax.reshape(f, (groups, 1, each)) for f in found], 1)
+        if groups > 1:
+            a = _patches(x, out, sizes, strides, holes, groups)
+            b = lax.reshape(g, (a.shape[0], groups, each))
+            return lax.dot_general(a, b, (((0,), (0,)), ((1,), (1,))), **how)
+        # (places · features, images · sizes): whole rows of x are copied.
+        x = lax.transpose(x, (x.ndim - 1, *range(x.ndim - 1)))
+        rows = lax.reshape(g, (math.prod(g.shape[:-1]), outs))
+        found = []
+        for place in numpy.ndindex(*out):
+            patch = _patch(x, place, sizes, strides, holes, first=2)
+            found.append(lax.reshape(patch, (features, rows.shape[0])))
+        a = lax.concatenate(found, 0) if len(found) > 1 else found[0]
+        return lax.dot_general(a, rows, (((1,), (0,)), ((), ())), **how)
+
+    if math.prod(out) == 1:  # there are no patches to be made
+        total = of_some(x, g)
+    else:
+        bytes_each = math.prod(sizes) * math.prod(out) * features * x.dtype.itemsize
+        total = _sum_of_blocks(of_some, x, g, max(1, _CACHED // bytes_each))
+    # (groups, places..., ins, each) -> (ins, places..., groups, each)
+    y = lax.reshape(total, (groups, *out, ins, each))
+    last = y.ndim - 1
+    y = lax.transpose(y, (last - 1, *range(1, last - 1), 0, last))
+    return lax.reshape(y, (ins, *out, outs))
+
+
+def _sum_of_blocks(function, x, g, size: int):
+    """Σ function(x, g) over blocks of so many images, one after the other."""
+    xs, blocks, x_rest = _blocks(x, size)
+    gs, _, g_rest = _blocks(g, size)
+    if not blocks:
+        return function(x, g)
+    one = jax.eval_shape(function, x[:size], g[:size])
+    start = jnp.zeros(one.shape, one.dtype)
+    for a in (x, g):  # under shard_map, what the loop carries varies over devices as they do
+        start = as_varying(start, jax.typeof(a))
+    add = lambda total, pair: (lax.add(total, function(*pair)), None)
+    total, _ = lax.scan(add, start, (xs, gs))
+    return total if x_rest is None else lax.add(total, function(x_rest, g_rest))
+
+
+def _blocks(x, size: int) -> tuple:
+    """x as (blocks, size, ...), how many blocks there are, and what is left over.
+
+    No blocks where all of it is one.
+    """
+    blocks, rest = divmod(x.shape[0], size)
+    if x.shape[0] <= size:
+        return x, 0, None
+    whole = lax.reshape(lax.slice_in_dim(x, 0, blocks * size), (blocks, size, *x.shape[1:]))
+    return whole, blocks, lax.slice_in_dim(x, blocks * size, x.shape[0]) if rest else None
+
+
+def _repeated(x, times: int) -> jax.Array:
+    """Each feature so many times, one beside the other."""
+    if times == 1:
+        return x
+    wide = lax.broadcast_in_dim(x, (*x.shape, times), range(x.ndim))
+    return lax.reshape(wide, (*x.shape[:-1], x.shape[-1] * times))
+
+
+def _out_space(x, w, window: _Window) -> list[int]:
+    found = []
+    for n, k, stride, (low, high), between, hole in zip(
+        x.shape[1:-1], w.shape[:-2], *window, strict=True
+    ):
+        size = (1 + between * (n - 1) if n else 0) + low + high
+        reach = 1 + hole * (k - 1) if k else 0
+        found.append(max(0, (size - reach) // stride + 1))
+    return found
+
+
+def _padded(x, window: _Window):
+    """x with its zeros around and between."""
+    pads = [
+        (low, high, d - 1) for (low, high), d in zip(window.padding, window.between, strict=True)
+    ]
+    if not any(itertools.chain(*pads)):
+        return x
+    return lax.pad(x, lax.full_like(x, 0, shape=()), [(0, 0, 0), *pads, (0, 0, 0)])
+
+
+def _patch(x, place: Sequence[int], out: Sequence[int], strides, holes, first: int = 1) -> Any:
+    """What one place of the window meets: x[:, o·stride + place·hole, :] for all o.
+
+    first: the number of x's first axis of space.
+    """
+    start, stop, step = [0] * x.ndim, list(x.shape), [1] * x.ndim
+    for axis, (k, n, stride, hole) in enumerate(
+        zip(place, out, strides, holes, strict=True), first
+    ):
+        start[axis], step[axis] = k * hole, stride
+        stop[axis] = start[axis] + (n - 1) * stride + 1
+    return lax.slice(x, start, stop, step)

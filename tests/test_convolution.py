@@ -1,0 +1,311 @@
+"""Convolution and its transpose: against JAX's own, and against PyTorch's."""
+
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from jax import export, lax
+from sweeps import exhaustive
+from test_primitives_linear_algebra import convolutions
+
+import fnn
+from fnn import ops
+from fnn.convolution import conv_general_dilated_p, cpu
+
+R = lambda seed, *shape, dtype=None: jnp.asarray(
+    np.random.default_rng(seed).normal(size=shape), dtype
+)
+NUMBERS = ("NHWC", "HWIO", "NHWC")
+
+
+def parameters_of(x, w, **options):
+    """The parameters of JAX's primitive."""
+    (equation,) = jax.make_jaxpr(lambda x, w: lax.conv_general_dilated(x, w, **options))(x, w).eqns
+    return equation.params
+
+
+def derivatives(f):
+    """Values, gradients, products with the Hessian; of one, and of three under vmap."""
+    loss = lambda x, w: jnp.sum(jnp.sin(f(x, w)))
+    grad = jax.grad(loss, (0, 1))
+
+    def found(x, w):
+        xs, ws = jnp.stack([x, 2 * x, x + 1], 1), jnp.stack([w, w * 2, w - 1], -1)
+        summed = lambda xs, w: jnp.sum(jax.vmap(loss, (1, None))(xs, w))
+        return {
+            "grad": grad(x, w),
+            "jvp": jax.jvp(f, (x, w), (x + 1, 3 * w)),
+            "Hessian": jax.jvp(grad, (x, w), (x + 1, 3 * w)),
+            "vmap of x": jax.vmap(f, (1, None))(xs, w),
+            "vmap of w": jax.vmap(f, (None, -1))(x, ws),
+            "vmap of both": jax.vmap(f, (1, -1))(xs, ws),
+            "grad of vmap": jax.grad(summed, (0, 1))(xs, w),
+            "vmap of grad": jax.vmap(grad, (1, None))(xs, w),
+        }
+
+    return found
+
+
+def must_agree(f, plain, *args, tolerance=2e-4):
+    ours, theirs = jax.jit(lambda *a: (derivatives(f)(*a), derivatives(plain)(*a)))(*args)
+    jax.tree.map(lambda a, b: close(a, b, tolerance), ours, theirs)
+
+
+def close(a, b, tolerance=2e-4):
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1, jnp.abs(b).max()))
+
+
+# One of each formula of fnn/convolution/cpu.py, forward and backward.
+FORMULAS = {
+    "product": ((2, 6, 5, 64), (3, 3, 64, 2), {}),
+    "library": ((2, 6, 5, 3), (3, 3, 3, 4), {}),
+    "one place": ((2, 6, 5, 3), (1, 1, 3, 4), {"window_strides": (2, 1)}),
+    "strided": (
+        (2, 6, 7, 3),
+        (3, 2, 3, 4),
+        {"window_strides": (2, 3), "padding": ((1, 0), (2, 1))},
+    ),
+    "grey": ((2, 6, 5, 1), (3, 3, 1, 4), {"rhs_dilation": (1, 2)}),
+    "depthwise": ((2, 6, 5, 3), (3, 3, 1, 6), {"feature_group_count": 3}),
+    "groups": ((2, 6, 5, 4), (3, 3, 2, 6), {"feature_group_count": 2, "window_strides": (2, 1)}),
+    "transpose": (
+        (2, 3, 4, 2),
+        (3, 4, 2, 3),
+        {"lhs_dilation": (2, 3), "padding": ((1, 2), (3, 0))},
+    ),
+    "cropped": ((2, 6, 5, 2), (3, 1, 2, 3), {"padding": ((-1, 2), (0, -2))}),
+}
+
+
+BOTH = list(itertools.product(FORMULAS, (None, 1)))
+QUICK = [("product", 1), ("depthwise", 1), ("groups", 1), ("strided", None), ("grey", None)]
+QUICK += [("transpose", None)]
+
+
+@pytest.mark.parametrize(
+    "name, cached", [pytest.param(*c, marks=() if c in QUICK else exhaustive) for c in BOTH]
+)
+def test_formulas_agree_with_jax(name, cached, monkeypatch):
+    """Also where each image is a block of its own, and then one is left over."""
+    if cached is not None:
+        monkeypatch.setattr(cpu, "_CACHED", cached)
+    x, w, options = FORMULAS[name]
+    options = {"window_strides": (1, 1), "padding": "SAME"} | options
+    x, w = R(0, 3, *x[1:], dtype="float32"), R(1, *w, dtype="float32")
+    params = parameters_of(x, w, dimension_numbers=NUMBERS, **options)
+    # New functions each time: else JAX would remember the other block size's program.
+    ours = lambda x, w: conv_general_dilated_p.bind(x, w, **params)
+    plain = lambda x, w: lax.conv_general_dilated_p.bind(x, w, **params)
+    must_agree(ours, plain, x, w)
+
+
+@exhaustive
+@settings(max_examples=60, deadline=None)
+@given(convolutions())
+def test_any_convolution_agrees_with_jax(case):
+    x, w, options = case
+    with jax.enable_x64(True):
+        x, w = R(0, *x, dtype="float64"), R(1, *w, dtype="float64")
+        params = parameters_of(x, w, **options)
+        ours = lambda x, w: conv_general_dilated_p.bind(x, w, **params)
+        plain = lambda x, w: lax.conv_general_dilated_p.bind(x, w, **params)
+        must_agree(ours, plain, x, w, tolerance=1e-10)
+
+
+def network(x, w, v):
+    y = jax.nn.relu(ops.convolution(x, w))
+    return jnp.sum(ops.convolution(y, v, stride=2) ** 2)
+
+
+def test_in_a_loop_the_library_gets_the_order_of_axes_that_it_wants():
+    """XLA runs other convolutions in a loop a hundred times slower."""
+    x, w, v = R(0, 2, 3, 9, 9, 4), R(1, 8, 4, 3, 3), R(2, 6, 8, 3, 3)
+    step = lambda c, x: (jax.tree.map(jnp.add, c, jax.grad(network, (0, 1, 2))(x, *c[1:])), None)
+    loop = jax.jit(lambda x, w, v: lax.scan(step, (x[0], w, v), x))
+    text = loop.lower(x, w, v).compile().as_text()
+    labels = re.findall(r"dim_labels=(\S+?)[,\s]", text)
+    assert labels and set(labels) == {"b01f_01io->b01f"}
+
+
+def test_a_weights_gradient_takes_little_memory():
+    """However large the batch: the patches of some images at a time."""
+    x, w = jax.ShapeDtypeStruct((256, 28, 28, 16), "float32"), R(0, 16, 16, 3, 3, dtype="float32")
+    loss = lambda conv: lambda w, x: jnp.sum(conv(x, w) ** 2)
+    plain = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "OIHW", "NHWC"),
+    )
+    ours, theirs = (
+        jax.jit(jax.grad(loss(f))).lower(w, x).compile().memory_analysis().temp_size_in_bytes
+        for f in (ops.convolution, plain)
+    )
+    assert ours <= theirs + 4 * cpu._CACHED
+
+
+def test_other_platforms_get_their_own_convolution():
+    x, w, v = R(0, 3, 9, 9, 4), R(1, 8, 4, 3, 3), R(2, 6, 8, 3, 3)
+    for platform in ("cuda", "tpu"):
+        program = export.export(jax.jit(jax.grad(network, (0, 1, 2))), platforms=[platform])(
+            x, w, v
+        )
+        text = program.mlir_module()
+        assert "while" not in text and "dot_general" not in text
+        assert text.count("stablehlo.convolution") == 6
+
+
+def test_gradients_of_fnn_too():
+    x, w, v = R(0, 3, 9, 9, 4), R(1, 8, 4, 3, 3), R(2, 6, 8, 3, 3)
+    ours, plain = jax.jit(
+        lambda *a: (fnn.grad(network, (0, 1, 2))(*a), jax.grad(network, (0, 1, 2))(*a))
+    )(x, w, v)
+    jax.tree.map(close, ours, plain)
+    names = [node.operation for node in fnn.graph(network)(x, w, v).nodes]
+    assert names.count("conv_general_dilated") == 2
+
+
+# ------------------------------------------------------------------------------------- options
+
+
+def test_same_and_circular_padding_by_hand():
+    x, w = jnp.arange(1.0, 6.0)[:, None], jnp.asarray([[[1.0, 10.0, 100.0]]])
+    at = lambda **options: ops.convolution(x, w, **options)[:, 0].tolist()
+    assert at() == [210, 321, 432, 543, 54]
+    assert at(padding="valid") == [321, 432, 543]
+    assert at(padding="circular") == [215, 321, 432, 543, 154]
+    assert at(padding=((0, 2),)) == [321, 432, 543, 54, 5]
+    assert at(stride=2) == [210, 432, 54]
+    assert at(dilation=2) == [310, 420, 531, 42, 53]
+
+
+def test_the_transpose_is_the_transpose():
+    w = R(0, 6, 2, 3, 2)
+    for stride, padding, dilation in [
+        ((2, 3), 1, 1),
+        (2, ((0, 1), (1, 0)), (1, 2)),
+        (1, "valid", 2),
+    ]:
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": 2}
+        x = R(1, 7, 9, 4)
+        into = functools.partial(ops.convolution, w=w, **options)
+        y = into(x)
+        g = R(2, *y.shape)
+        short = ops.conv_transpose(g, w, **options)
+        more = tuple(n - m for n, m in zip(x.shape[:2], short.shape[:2], strict=True))
+        found = ops.conv_transpose(g, w, output_padding=more, **options)
+        close(found, jax.linear_transpose(into, x)(g)[0], 1e-4)
+
+
+def test_one_dimension_three_and_none():
+    x, w = R(0, 2, 3, 5, 4, 6, 2), R(1, 3, 2, 2, 1, 3)
+    ours = ops.convolution(x, w, padding="valid")
+    axes = ("NDHWC", "OIDHW", "NDHWC")
+    plain = lax.conv_general_dilated(
+        x.reshape(6, 5, 4, 6, 2), w, (1, 1, 1), "VALID", dimension_numbers=axes
+    )
+    close(ours, plain.reshape(2, 3, 4, 4, 4, 3))
+    close(ops.convolution(x, w[:, :, 0, 0, 0]), x @ w[:, :, 0, 0, 0].T)
+    assert ops.convolution(jnp.ones((0, 5, 2)), jnp.ones((3, 2, 3))).shape == (0, 5, 3)
+
+
+def test_dtypes():
+    for x, w, y in [("bfloat16", "bfloat16", "bfloat16"), ("bfloat16", "float32", "float32")]:
+        found = ops.convolution(R(0, 5, 2, dtype=x), R(1, 3, 2, 3, dtype=w))
+        assert found.dtype == y
+
+
+TORCH = list(itertools.product((1, 2), (0, 1, "same"), (1, 2), (1, 2, 4), (2, 3)))
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(TORCH, id="all", marks=exhaustive), TORCH[::9]], ids=["all", "some"]
+)
+def test_as_pytorch(case):
+    torch = pytest.importorskip("torch")
+    image = lambda x: torch.tensor(np.moveaxis(np.asarray(x), -1, 1).copy())
+    for stride, padding, dilation, groups, size in case:
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        x, w = R(0, 2, 9, 8, 4, dtype="float32"), R(1, 8, 4 // groups, size, size, dtype="float32")
+        functional, weight = torch.nn.functional, torch.tensor(np.asarray(w))
+        if padding != "same" or stride == 1 and size % 2:
+            theirs = functional.conv2d(image(x), weight, **options)
+            close(ops.convolution(x, w, **options), np.moveaxis(theirs.numpy(), 1, -1))
+        if padding != "same":
+            v = R(2, 4, 8 // groups, size, size, dtype="float32")
+            options["output_padding"] = max(stride, dilation) - 1
+            theirs = functional.conv_transpose2d(image(x), torch.tensor(np.asarray(v)), **options)
+            close(ops.conv_transpose(x, v, **options), np.moveaxis(theirs.numpy(), 1, -1))
+
+
+WRONG = [
+    ({"w": (3, 3, 3, 3)}, "'w' has shape (3, 3, 3, 3), wanted (out, 2 / 1, *window)"),
+    ({"w": (3, 1, 3, 3), "groups": 2}, "with an out that 2 groups divide"),
+    ({"w": (3,)}, "'w' has shape (3,), wanted a weight"),
+    ({"x": (2,)}, "'x' has shape (2,), wanted (..., *space, in) with 2 axes"),
+    ({"padding": "valid", "x": (2, 5, 2)}, "smaller than the (3, 3) that the window"),
+    ({"padding": "sum"}, "padding must be"),
+    ({"padding": (1,)}, "for each of the 2 axes of space, but got (1,)"),
+    ({"padding": ((1, 2, 3), 1)}, "pairs are (low, high)"),
+    ({"stride": (1, 2, 3)}, "one for each of the 2 axes of space, but got (1, 2, 3)"),
+    ({"stride": 0}, "stride must be"),
+]
+
+
+@pytest.mark.parametrize("wrong, message", WRONG, ids=range(len(WRONG)))
+def test_what_does_not_fit(wrong, message):
+    shapes = {"x": (5, 5, 2), "w": (3, 2, 3, 3)} | {k: v for k, v in wrong.items() if k in "xw"}
+    options = {k: v for k, v in wrong.items() if k not in "xw"}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ops.convolution(*(jnp.ones(s) for s in shapes.values()), **options)
+
+
+def test_what_does_not_fit_the_transpose():
+    x = jnp.ones((5, 2))
+    with pytest.raises(ValueError, match=r"wanted \(2, out / groups, \*window\)"):
+        ops.conv_transpose(x, jnp.ones((3, 2, 3)))
+    with pytest.raises(ValueError, match="output_padding must be less than the stride"):
+        ops.conv_transpose(x, jnp.ones((2, 3, 3)), output_padding=1)
+    with pytest.raises(TypeError, match="floating"):
+        ops.conv_transpose(jnp.ones((5, 2), int), jnp.ones((2, 3, 3)))
+
+
+# ------------------------------------------------------------------- per example, and curvature
+
+
+def test_per_example_gradients_stay_factored():
+    p = {"w": R(0, 12, 8, 3, 3), "d": R(1, 12, 6, 3, 3), "t": R(2, 12, 8, 3, 3)}
+
+    def loss(p, x):
+        h = jnp.tanh(ops.convolution(x, p["w"], stride=2, padding="circular"))
+        h = jnp.tanh(ops.convolution(h, p["d"], groups=2))
+        return jnp.sum(ops.conv_transpose(h, p["t"], stride=2, padding=1) ** 2)
+
+    def both(p, xs):
+        losses, g = fnn.per_example.grads(loss)(p, xs)
+        kept.extend(type(t).__name__ for leaf in g.values() for t in leaf.terms)
+        plain = jax.vmap(jax.grad(loss), (None, 0))(p, xs)
+        return fnn.per_example.materialize(g), fnn.per_example.norms(g), plain
+
+    kept = []
+    found, norms, plain = jax.jit(both)(p, R(3, 3, 4, 4, 8))
+    jax.tree.map(close, found, plain)
+    squares = sum(jnp.sum(g.reshape(3, -1) ** 2, 1) for g in plain.values())
+    close(norms, jnp.sqrt(squares))
+    assert kept == ["Convolution"] * 3
+
+
+def test_kronecker_factors():
+    """With one position they are exact: the block itself."""
+    w, xs = R(0, 3, 2, 2, 2), R(1, 4, 2, 2, 2)
+    model = lambda p, x: ops.convolution(x, p["w"], padding="valid").reshape(-1)
+    loss = lambda z, y: 0.5 * jnp.sum((z - y) ** 2)
+    found = fnn.curvature.kronecker_factors(model, loss)({"w": w}, (xs, jnp.zeros((4, 3))))
+    rows = xs.transpose(0, 3, 1, 2).reshape(4, 8)
+    expected = jnp.einsum("op,ij->oipj", jnp.eye(3), rows.T @ rows / 4).reshape(24, 24)
+    close(found["w"].to_dense(), expected)
