@@ -241,3 +241,47 @@ def orthogonal(key, shape, dtype=jnp.float32, *, gain: float = 1.0) -> jax.Array
     fans(shape)
     exact = dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
     return jax.nn.initializers.orthogonal(gain, column_axis=0)(key, shape, exact).astype(dtype)
+
+
+def identity(key, shape, dtype=jnp.float32, *, gain: float = 1.0) -> jax.Array:
+    """gain where an output's number is an input's, at the middle of the window; elsewhere 0.
+
+    A linear layer, or a convolution with padding "same", then begins as the identity times gain,
+    on the first channels if it has more inputs than outputs or the reverse. Of a window of even
+    size the middle is the earlier of two: there "same" leaves each pixel in its place.
+
+    Le, Jaitly, Hinton, "A simple way to initialize recurrent networks of rectified linear units",
+    arXiv:1504.00941; Zagoruyko, Komodakis, "DiracNets", arXiv:1706.00388.
+
+    Raises:
+        ValueError: the shape has fewer than two axes.
+    """
+    del key
+    arguments.number("identity", "gain", gain)
+    fans(shape)
+    out, in_, *window = shape
+    return _in_the_middle(gain * jnp.eye(out, in_, dtype=dtype), window)
+
+
+def delta_orthogonal(key, shape, dtype=jnp.float32, *, gain: float = 1.0) -> jax.Array:
+    """`orthogonal` at the middle of a convolution's window, and 0 around it.
+
+    With padding "same" it keeps the length of what it is given, through any depth.
+
+    Xiao, Bahri, Sohl-Dickstein, Schoenholz, Pennington, "Dynamical isometry and a mean field theory
+    of CNNs", ICML 2018.
+
+    Raises:
+        ValueError: the shape has fewer than two axes.
+    """
+    fans(shape)
+    out, in_, *window = shape
+    return _in_the_middle(orthogonal(key, (out, in_), dtype, gain=gain), window)
+
+
+def _in_the_middle(W: jax.Array, window: Sequence[int]) -> jax.Array:
+    """A weight `(out, in, *window)` that is W in the middle and 0 elsewhere."""
+    whole = jnp.zeros((*W.shape, *window), W.dtype)
+    if 0 in window:
+        return whole
+    return whole.at[(slice(None), slice(None), *((n - 1) // 2 for n in window))].set(W)

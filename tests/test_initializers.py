@@ -96,6 +96,31 @@ def test_orthogonal(shape, dtype):
     np.testing.assert_allclose(gram, 4 * np.eye(len(gram)), atol=tolerance)
 
 
+def same_padded(x, W):
+    """A convolution of x (H, W, C) with "same" padding."""
+    dims = ("NHWC", "OIHW", "NHWC")
+    return jax.lax.conv_general_dilated(x[None], W, (1, 1), "SAME", dimension_numbers=dims)[0]
+
+
+@pytest.mark.parametrize("window", [(3, 5), (2, 4)])
+def test_convolutions_that_start_as_the_identity(window):
+    x = jax.random.normal(KEY, (6, 7, 3), jnp.float32)
+    W = init.identity(KEY, (3, 3, *window))
+    np.testing.assert_allclose(same_padded(x, W), x, rtol=1e-6)
+    more = same_padded(x, init.identity(KEY, (5, 3, *window), gain=2.0))
+    np.testing.assert_allclose(more, jnp.pad(2 * x, ((0, 0), (0, 0), (0, 2))), rtol=1e-6)
+    turned = same_padded(x, init.delta_orthogonal(KEY, (3, 3, *window)))
+    length = lambda x: np.linalg.norm(x, axis=-1)
+    np.testing.assert_allclose(length(turned), length(x), rtol=1e-5)
+    assert not np.allclose(turned, x)
+
+
+def test_identity_of_a_linear_layer():
+    np.testing.assert_array_equal(init.identity(KEY, (2, 3)), np.eye(2, 3))
+    assert init.identity(KEY, (2, 2, 0)).shape == (2, 2, 0)
+    assert init.delta_orthogonal(KEY, (4, 2), jnp.bfloat16).dtype == jnp.bfloat16
+
+
 def test_truncated_normal():
     W = np.asarray(init.truncated_normal(KEY, (300, 300), jnp.float32, stddev=0.5))
     assert np.abs(W).max() <= 1.0
@@ -111,7 +136,9 @@ def test_plain_ones():
     assert init.normal(KEY, (200, 200), jnp.float32).std() == pytest.approx(0.01, rel=0.02)
 
 
-@pytest.mark.parametrize("initializer", [init.he_normal, init.xavier_uniform, init.orthogonal])
+@pytest.mark.parametrize(
+    "initializer", [init.he_normal, init.xavier_uniform, init.orthogonal, init.delta_orthogonal]
+)
 def test_needs_two_axes(initializer):
     with pytest.raises(ValueError, match=r"\(out, in\).*the shape is \(5,\).*zeros"):
         initializer(KEY, (5,), jnp.float32)
