@@ -6,6 +6,7 @@ grad, value_and_grad, vjp   backpropagation by the hand-written rules
 check_rule, check_grads     rules against autodiff against finite differences
 ops                         activations and losses
 layers, initializers        networks, as pure functions of their parameters
+models                      whole networks
 params                      parameters by path, and their files
 train_step, fit             training
 per_example                 per-example gradients, kept factored
@@ -13,7 +14,7 @@ curvature                   Gauss-Newton, Hessian, Fisher, KFAC
 plot                        pictures of training
 """
 
-from fnn import curvature, initializers, layers, ops, params, per_example, plot
+from fnn import curvature, initializers, layers, models, ops, params, per_example, plot
 from fnn.backprop import Graph, grad, graph, value_and_grad, vjp
 from fnn.check import GradientError, check_grads, check_rule
 from fnn.layers import summary
@@ -49,6 +50,7 @@ __all__ = [
     "graph",
     "initializers",
     "layers",
+    "models",
     "ops",
     "params",
     "per_example",
