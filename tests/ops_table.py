@@ -89,6 +89,14 @@ def _gru(z, U, b, h):
     return jnp.stack(hs)
 
 
+def _linear_recurrence(a, b, x):
+    xs = []
+    for b_t in b:
+        x = a * x + b_t
+        xs.append(x)
+    return jnp.stack(xs)
+
+
 def _rnn(z, U, h):
     hs = []
     for z_t in z:
@@ -238,6 +246,7 @@ CASES = {
         lambda h, W, label: _cross_entropy(W @ h, label),
         ((2,), (4, 2), None),
     ),
+    "linear_recurrence": Case(ops.linear_recurrence, _linear_recurrence, ((2,), (3, 2), (2,))),
     "log_sigmoid": Case(ops.log_sigmoid, nn.log_sigmoid),
     "log_softmax": Case(ops.log_softmax, nn.log_softmax),
     "logsumexp": Case(ops.logsumexp, nn.logsumexp),

@@ -11,6 +11,7 @@ WeightNorm, SpectralNorm                  ... of a layer's weight
 MLP, MixerBlock                           blocks of linear layers
 LSTM, GRU, RNN                            recurrent layers
 recurrent, bidirectional                  of a cell of one's own; from both ends
+LRU                                       a diagonal state space
 Mode, EVALUATE, training                  whether a call trains
 summary                                   a network as a table
 """
@@ -33,14 +34,15 @@ from fnn.layers.normalization import (
     WeightNorm,
 )
 from fnn.layers.recurrence import GRU, LSTM, RNN, bidirectional, recurrent
+from fnn.layers.state_space import LRU
 from fnn.layers.table import Summary, summary
 
 __all__ = [
-    "MLP",
-    "MixerBlock",
     "EVALUATE",
     "GRU",
+    "LRU",
     "LSTM",
+    "MLP",
     "RNN",
     "BatchNorm",
     "DropConnect",
@@ -53,6 +55,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "Maxout",
+    "MixerBlock",
     "Mode",
     "Net",
     "Network",

@@ -8,6 +8,7 @@ convolutions                convolution, conv_transpose
 probabilities               softmax, log_softmax, logsumexp
 stochastic                  dropout
 recurrent                   lstm, gru, rnn over a sequence; lstm_cell, gru_cell
+state_space                 linear_recurrence
 losses/classification       softmax_cross_entropy, multiclass_hinge, sigmoid_focal, ...
 losses/output               linear_softmax_cross_entropy
 losses/regression           squared_error, huber, pinball, gaussian_nll, poisson_nll
@@ -62,6 +63,7 @@ from fnn.ops.normalization import (
 from fnn.ops.probabilities import log_softmax, logsumexp, softmax
 from fnn.ops.recurrent import gru, gru_cell, lstm, lstm_cell, rnn
 from fnn.ops.sequences.attention import attention
+from fnn.ops.state_space import linear_recurrence
 from fnn.ops.stochastic import dropout
 
 __all__ = [
@@ -92,6 +94,7 @@ __all__ = [
     "l2",
     "layer_norm",
     "leaky_relu",
+    "linear_recurrence",
     "linear_softmax_cross_entropy",
     "log_sigmoid",
     "log_softmax",
