@@ -97,6 +97,12 @@ def _linear_recurrence(a, b, x):
     return jnp.stack(xs)
 
 
+def _two_of_three(z):
+    p = jax.nn.softmax(z)
+    best = jnp.sort(p, axis=-1)[:, :0:-1]
+    return best / best.sum(-1, keepdims=True)
+
+
 def _rnn(z, U, h):
     hs = []
     for z_t in z:
@@ -312,6 +318,7 @@ CASES = {
         lambda a, p, n: jnp.linalg.norm(a - p) - jnp.linalg.norm(a - n) + 9,
         ((4,), (4,), (4,)),
     ),
+    "top_k_routing": Case(lambda z: ops.top_k_routing(z, 2).weights, _two_of_three, ((4, 3),)),
 }
 
 assert {name.split()[0] for name in CASES} == set(ops.__all__), "each operation has its row"

@@ -12,12 +12,14 @@ MLP, MixerBlock                           blocks of linear layers
 LSTM, GRU, RNN                            recurrent layers
 recurrent, bidirectional                  of a cell of one's own; from both ends
 LRU                                       a diagonal state space
+MixtureOfExperts                          many layers, each position through a few
 Mode, EVALUATE, training                  whether a call trains
 summary                                   a network as a table
 """
 
 from fnn.layers.combinators import chain, parallel, repeat, residual
 from fnn.layers.dropout import DropConnect, Dropout, DropPath
+from fnn.layers.experts import MixtureOfExperts
 from fnn.layers.layer import Layer, LayerError
 from fnn.layers.linear import Linear
 from fnn.layers.maxout import Maxout
@@ -56,6 +58,7 @@ __all__ = [
     "Linear",
     "Maxout",
     "MixerBlock",
+    "MixtureOfExperts",
     "Mode",
     "Net",
     "Network",

@@ -292,6 +292,15 @@ def in_loop(block: Layer, times: int) -> Iterator[Note]:
 
 
 @contextlib.contextmanager
+def in_copies(block: Layer, count: int) -> Iterator[Note]:
+    """Tell who watches of a block of which copies run side by side; in paths it is called "*"."""
+    now = _watched.get()
+    inner = now and now._replace(path=(*now.path, "*"), times=now.times * count)
+    with _watched_as(inner):
+        yield inner.watch(inner.path, block, inner.times) if inner else _unwatched
+
+
+@contextlib.contextmanager
 def _watched_as(value: _Watched | None) -> Iterator[None]:
     token = _watched.set(value)
     try:

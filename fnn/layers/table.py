@@ -117,7 +117,10 @@ class _Call(NamedTuple):
 
 
 def _calls(layer: Layer, params: Any, state: Any, xs: tuple) -> list[_Call]:
-    """The call of a layer, and those of its parts in order; bodies of loops are called ""."""
+    """The call of a layer, and those of its parts in order.
+
+    The body of a loop is called "", and a block of which there are copies "*".
+    """
     seen: list[_Call] = []
 
     def watch(path: tuple[str, ...], layer: Layer, times: int) -> Callable:
@@ -140,12 +143,12 @@ def _rows(net: Layer, xs: tuple) -> list[Row]:
     """The network's own row, and those of its parts in the order in which they are called."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     params, state = jax.eval_shape(net.init, key, *xs), jax.eval_shape(net.init_state, *xs)
-    calls = [c for c in _calls(net, params, state, xs) if c.path[-1:] != ("",)]
+    calls = [c for c in _calls(net, params, state, xs) if c.path[-1:] not in (("",), ("*",))]
     rows: list[Row] = []
     for path, layer, times, (params, state, xs, y) in calls:
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
         flops = _flops(layer, params, state, xs)
-        place = tuple(name for name in path if name)
+        place = tuple(name for name in path if name not in ("", "*"))
         rows.append(
             Row(
                 place,

@@ -9,6 +9,7 @@ probabilities               softmax, log_softmax, logsumexp
 stochastic                  dropout
 recurrent                   lstm, gru, rnn over a sequence; lstm_cell, gru_cell
 state_space                 linear_recurrence
+experts                     top_k_routing
 losses/classification       softmax_cross_entropy, multiclass_hinge, sigmoid_focal, ...
 losses/output               linear_softmax_cross_entropy
 losses/regression           squared_error, huber, pinball, gaussian_nll, poisson_nll
@@ -39,6 +40,7 @@ from fnn.ops.activations.sigmoids import (
     tanh,
 )
 from fnn.ops.convolutions import conv_transpose, convolution
+from fnn.ops.experts import top_k_routing
 from fnn.ops.losses.classification import (
     kl_divergence,
     multiclass_hinge,
@@ -124,6 +126,7 @@ __all__ = [
     "squareplus",
     "swiglu",
     "tanh",
+    "top_k_routing",
     "triplet",
     "weight_norm",
 ]
