@@ -14,6 +14,13 @@ import numpy as np
 
 from fnn import ops
 
+
+def _rotary(x):
+    a, b = jnp.split(x, 2, -1)
+    turned = (a + 1j * b) * np.exp(1j * np.arange(x.shape[0]))[:, None].astype("complex64")
+    return jnp.concatenate([turned.real, turned.imag], -1).astype(x.dtype)
+
+
 nn = jax.nn
 
 
@@ -169,6 +176,10 @@ def _conv_transpose(x, w):
 
 
 CASES = {
+    "alibi_slopes": Case(
+        lambda x: x * ops.alibi_slopes(4).astype(x.dtype),
+        lambda x: x * np.asarray([1 / 4, 1 / 16, 1 / 64, 1 / 256], x.dtype),
+    ),
     "attention": Case(
         functools.partial(ops.attention, causal=True, block=2), _attention, ((3, 1, 2),) * 3
     ),
@@ -202,6 +213,7 @@ CASES = {
         ),
     ),
     "elu": Case(ops.elu, nn.elu),
+    "embedding": Case(ops.embedding, lambda E, i: E[i], ((4, 2), None)),
     "gaussian_nll": Case(
         ops.gaussian_nll,
         lambda z, t: -jnp.sum(jax.scipy.stats.norm.logpdf(t, z[..., 0], jnp.exp(z[..., 1] / 2))),
@@ -279,6 +291,7 @@ CASES = {
         ((4,), (4,)),
     ),
     "rnn": Case(lambda *xs: ops.rnn(*xs)[0], _rnn, ((3, 2), (2, 2), (2,))),
+    "rotary": Case(ops.rotary, _rotary, ((3, 2),)),
     "selu": Case(ops.selu, nn.selu),
     "sigmoid": Case(ops.sigmoid, nn.sigmoid),
     "sigmoid_binary_cross_entropy": Case(
@@ -290,6 +303,10 @@ CASES = {
         lambda x, z: ops.sigmoid_focal(x, _probabilities(z)), _focal, ((4,), (4,))
     ),
     "silu": Case(ops.silu, nn.silu),
+    "sinusoidal_positions": Case(
+        lambda x: x + ops.sinusoidal_positions(jnp.arange(4), 1)[:, 0].astype(x.dtype),
+        lambda x: x + np.sin(np.arange(4)).astype(x.dtype),
+    ),
     "softmax": Case(ops.softmax, nn.softmax),
     "softmax_cross_entropy": Case(ops.softmax_cross_entropy, _cross_entropy, ((4,), None)),
     "softmax_cross_entropy of distributions": Case(

@@ -8,7 +8,10 @@ Dropout, DropPath, DropConnect            what is left out in training
 LayerNorm, RMSNorm                        normalisation over features
 GroupNorm, InstanceNorm, BatchNorm        ... over positions, over the batch
 WeightNorm, SpectralNorm                  ... of a layer's weight
-MLP, MixerBlock                           blocks of linear layers
+MLP, GatedMLP, MixerBlock                 blocks of linear layers
+Embedding                                 of tokens
+PositionEmbedding, SinusoidalPositions    of positions
+Attention                                 multi-head attention: self, cross, grouped-query; a cache
 LSTM, GRU, RNN                            recurrent layers
 recurrent, bidirectional                  of a cell of one's own; from both ends
 LRU                                       a diagonal state space
@@ -17,9 +20,12 @@ Mode, EVALUATE, training                  whether a call trains
 summary                                   a network as a table
 """
 
+from fnn.layers.attention import Attention
 from fnn.layers.combinators import chain, parallel, repeat, residual
 from fnn.layers.dropout import DropConnect, Dropout, DropPath
+from fnn.layers.embedding import Embedding, PositionEmbedding, SinusoidalPositions
 from fnn.layers.experts import MixtureOfExperts
+from fnn.layers.gated import GatedMLP
 from fnn.layers.layer import Layer, LayerError
 from fnn.layers.linear import Linear
 from fnn.layers.maxout import Maxout
@@ -75,4 +81,9 @@ __all__ = [
     "residual",
     "summary",
     "training",
+    "Attention",
+    "Embedding",
+    "PositionEmbedding",
+    "SinusoidalPositions",
+    "GatedMLP",
 ]

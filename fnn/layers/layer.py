@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -94,6 +94,21 @@ class Layer:
         if "mode" in mode and not takes_mode(type(self).__call__):
             mode = {}
         return self(params, *args, **mode), state
+
+    def extend(self, params: Any, cache: Any, *xs: Any) -> tuple[Any, dict]:
+        """The outputs for the positions that come next, and the cache that remembers them too.
+
+            cache = net.init_cache(100, tokens)
+            y, cache = net.extend(params, cache, tokens)     any number of them at a time
+
+        The same as `apply` in evaluation: a cache is a state.
+        """
+        if not isinstance(cache, dict) or "cache" not in cache:
+            raise LayerError(
+                f"{type(self).__name__}.extend wants what init_cache(length, x) returns, but got "
+                f"{keys_of(cache)}. (A network without a cache computes all positions at once.)"
+            )
+        return run(self, params, cache, xs, EVALUATE)
 
     def _make(self, key: Any, length: int | None, *xs: Any) -> tuple[dict, dict, Any]:
         """Parameters, state and output at once: a layer made of layers does it in one pass.
@@ -237,6 +252,14 @@ def check_params(layer: Layer, params: Any, shapes: Mapping[str, tuple[int, ...]
         if found != shape:
             shown = f"one of shape {found}" if found is not None else arguments.show(params[name])
             raise LayerError(f"{layer} wants {name} of shape {shape}, but got {shown}.")
+
+
+def check_parts(layer: Layer, params: Any, names: Sequence[str]) -> None:
+    """Raise a LayerError unless a layer's parameters are a dict with these keys."""
+    if not isinstance(params, dict) or set(params) != set(names):
+        raise LayerError(
+            f"{layer} wants parameters with the keys {sorted(names)}, but got {keys_of(params)}."
+        )
 
 
 def set_number(layer: Layer, name: str, **bounds: Any) -> None:

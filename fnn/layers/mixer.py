@@ -9,6 +9,7 @@ from typing import Any
 import chex
 
 from fnn import arguments, ops
+from fnn.initializers import Initializer, he_normal
 from fnn.layers.combinators import chain
 from fnn.layers.dropout import Dropout
 from fnn.layers.layer import Layer, LayerError, last_axis, set_count, set_number
@@ -50,6 +51,7 @@ class MLP(_MadeOfParts):
         activation: f.
         dropout: the rate of dropout.
         use_bias: whether there are b₁ and b₂.
+        weight_init, output_init: initialisers of W₁ and of W₂.
 
     Raises:
         TypeError, ValueError: an option isn't of its kind.
@@ -62,9 +64,14 @@ class MLP(_MadeOfParts):
     activation: Callable = ops.gelu
     dropout: float = 0.0
     use_bias: bool = True
+    weight_init: Initializer = he_normal
+    output_init: Initializer = he_normal
 
     def __post_init__(self) -> None:
         set_count(self, "hidden")
+        for option in ("weight_init", "output_init"):
+            form = "an initialiser, a function (key, shape, dtype)"
+            arguments.function("MLP", option, getattr(self, option), form)
         if self.features is not None:
             set_count(self, "features")
         arguments.function("MLP", "activation", self.activation, "a function of an array")
@@ -74,10 +81,10 @@ class MLP(_MadeOfParts):
     def _network(self, x: Any) -> Network:
         features = self.features or last_axis(self, x)
         return chain(
-            hidden=Linear(self.hidden, use_bias=self.use_bias),
+            hidden=Linear(self.hidden, use_bias=self.use_bias, weight_init=self.weight_init),
             activation=self.activation,
             dropout=Dropout(self.dropout),
-            output=Linear(features, use_bias=self.use_bias),
+            output=Linear(features, use_bias=self.use_bias, weight_init=self.output_init),
             dropout_of_output=Dropout(self.dropout),
         )
 

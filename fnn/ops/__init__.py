@@ -17,6 +17,8 @@ losses/similarity           cosine_similarity, triplet, info_nce
 losses/sequences            ctc
 losses/regularization       l2
 sequences/attention         attention
+sequences/embedding         embedding
+sequences/positions         rotary, sinusoidal_positions, alibi_slopes
 """
 
 from fnn.ops.activations.gated import geglu, gelu, glu, hard_silu, mish, silu, swiglu
@@ -65,10 +67,13 @@ from fnn.ops.normalization import (
 from fnn.ops.probabilities import log_softmax, logsumexp, softmax
 from fnn.ops.recurrent import gru, gru_cell, lstm, lstm_cell, rnn
 from fnn.ops.sequences.attention import attention
+from fnn.ops.sequences.embedding import embedding
+from fnn.ops.sequences.positions import alibi_slopes, rotary, sinusoidal_positions
 from fnn.ops.state_space import linear_recurrence
 from fnn.ops.stochastic import dropout
 
 __all__ = [
+    "alibi_slopes",
     "attention",
     "batch_norm",
     "celu",
@@ -79,6 +84,7 @@ __all__ = [
     "ctc",
     "dropout",
     "elu",
+    "embedding",
     "gaussian_nll",
     "geglu",
     "gelu",
@@ -112,11 +118,13 @@ __all__ = [
     "relu6",
     "rms_norm",
     "rnn",
+    "rotary",
     "selu",
     "sigmoid",
     "sigmoid_binary_cross_entropy",
     "sigmoid_focal",
     "silu",
+    "sinusoidal_positions",
     "softmax",
     "softmax_cross_entropy",
     "softplus",

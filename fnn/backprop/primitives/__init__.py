@@ -39,10 +39,13 @@ a backward of its own, stands in fnn/ops:
     ReLU, leaky ReLU, ELU, maxout            activations/rectifiers
     GELU, SiLU (swish), GLU                  activations/gated
     softmax                                  probabilities
+    convolution                              convolutions
     layer norm, RMS norm, batch norm         normalization
     dropout                                  stochastic
     LSTM, GRU                                recurrent
     attention                                sequences/attention
+    embedding                                sequences/embedding
+    rotary and sinusoidal positions          sequences/positions
     cross-entropy, hinge loss (SVM)          losses/classification
     cross-entropy of a large vocabulary      losses/output
     squared error                            losses/regression

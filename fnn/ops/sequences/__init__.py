@@ -1,4 +1,4 @@
-"""Operations over the positions of a sequence: attention.
+"""Operations over the positions of a sequence: attention, embeddings of tokens and of positions.
 
 A sequence has its positions along the first axis, `(positions, ...)`, for one example.
 """

@@ -1,0 +1,227 @@
+"""`Attention`: multi-head attention, of a sequence to itself or to another one, with a cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fnn import arguments
+from fnn.initializers import Initializer, xavier_uniform, zeros
+from fnn.layers.layer import Layer, LayerError, check_parts, last_axis, set_count
+from fnn.layers.linear import Linear, check_options
+from fnn.layers.mode import EVALUATE, Mode
+from fnn.ops import alibi_slopes, attention, rotary
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Attention(Layer):
+    """y = W_o [head₁; …; headₙ] + b_o, with headᵢ = softmax(qᵢ kᵢᵀ / √features) vᵢ.
+
+        layer(params, x)                    self-attention: q, k and v are made of x
+        layer(params, x, memory)            cross-attention: k and v are made of memory
+        layer(params, x, None, mask)        mask: booleans that broadcast to (heads, queries, keys),
+        layer(params, x, memory, mask)      true where a query may attend to a key
+
+    x is one sequence `(positions, in)`, and y has its shape; the memory is `(positions, any)`. The
+    scores of all positions are never held at once: see `fnn.ops.attention`.
+
+    With a cache (`init_cache(length, x)`) self-attention goes on from the positions before: it adds
+    its keys and values to the cache's, and looks at all of them. It must be causal for that; else
+    there is no cache. Beyond the cache's length the output is NaN. Cross-attention has no cache.
+
+    Parameters: `{"q": {"W": (heads · features, in), "b"}, "k": {"W": (kv_heads · features, …),
+    "b"}, "v": {…}, "out": {"W": (in, heads · features), "b"}}`, without the "b" unless `use_bias`.
+    State: none, or `{"cache": {"k": (length, kv_heads, features), "v", "position": ()}}`.
+
+    Args:
+        heads: how many.
+        kv_heads: how many heads k and v have, a divisor of `heads`: fewer for grouped-query
+            attention, 1 for multi-query attention; as many as `heads` unless given.
+        features: how many each head has; in / heads unless given.
+        causal: whether a position attends only to itself and those before.
+        window: if given, a position attends only to those less than `window` away from it.
+        rotary: if given, q and k are turned by rotary position embedding of this base (10000 in
+            the paper).
+        alibi: whether scores fall with the distance, as `fnn.ops.alibi_slopes` says.
+        use_bias: whether q, k, v and out have a bias.
+        qkv_bias: the same of q, k and v alone; as `use_bias` unless given.
+        weight_init, out_init: initialisers of the W of q, k and v, and of out (as theirs unless
+            given).
+        bias_init: initialiser of all b.
+        block: how many queries and keys are looked at together, at most.
+
+    Raises:
+        TypeError, ValueError: an option isn't of its kind.
+        LayerError: (when called) x or memory isn't `(positions, in)`, or the parameters don't fit.
+
+    Vaswani et al., "Attention is all you need", arXiv:1706.03762, section 3.2; Ainslie et al.,
+    arXiv:2305.13245 (grouped-query); Su et al., arXiv:2104.09864 (rotary); Press et al.,
+    arXiv:2108.12409 (ALiBi).
+    """
+
+    heads: int
+    _: dataclasses.KW_ONLY
+    kv_heads: int | None = None
+    features: int | None = None
+    causal: bool = False
+    window: int | None = None
+    rotary: float | None = None
+    alibi: bool = False
+    use_bias: bool = True
+    qkv_bias: bool | None = None
+    weight_init: Initializer = xavier_uniform
+    out_init: Initializer | None = None
+    bias_init: Initializer = zeros
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        for option in ("heads", "block"):
+            set_count(self, option)
+        for option in ("kv_heads", "features", "window"):
+            if getattr(self, option) is not None:
+                set_count(self, option)
+        for option in ("causal", "alibi"):
+            arguments.flag("Attention", option, getattr(self, option))
+        check_options(self)
+        if self.qkv_bias is not None:
+            arguments.flag("Attention", "qkv_bias", self.qkv_bias)
+        if self.rotary is not None:
+            base = arguments.number("Attention", "rotary", self.rotary, above=0)
+            object.__setattr__(self, "rotary", float(base))
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(
+                f"Attention: kv_heads must divide heads, {self.heads}, but got {self.kv_heads}."
+            )
+        if self.out_init is not None:
+            form = "an initialiser, a function (key, shape, dtype)"
+            arguments.function("Attention", "out_init", self.out_init, form)
+
+    def init(self, key: chex.PRNGKey, x: Any, memory: Any = None, mask: Any = None) -> dict:
+        key = arguments.key(f"{self}.init", "key", key)
+        memory = x if memory is None else memory
+        parts = self._parts(x)
+        heads = jax.ShapeDtypeStruct((x.shape[0], parts["q"].features), x.dtype)
+        inputs = {"q": x, "k": memory, "v": memory, "out": heads}
+        keys = jax.random.split(key, len(parts))
+        return {
+            name: part.init(own, inputs[name])
+            for (name, part), own in zip(parts.items(), keys, strict=True)
+        }
+
+    def init_cache(self, length: int, x: Any, memory: Any = None, mask: Any = None) -> dict:
+        length = arguments.integer("Attention.init_cache", "length", length, least=1)
+        if memory is not None or not self.causal:
+            return {}
+        shape = length, self._kv_heads, self._features(x)
+        return {
+            "cache": {
+                "k": jnp.zeros(shape, x.dtype),
+                "v": jnp.zeros(shape, x.dtype),
+                "position": jnp.zeros((), jnp.int32),
+            }
+        }
+
+    def apply(
+        self,
+        params: Any,
+        state: Any,
+        x: Any,
+        memory: Any = None,
+        mask: Any = None,
+        mode: Mode = EVALUATE,
+    ) -> tuple[Any, dict]:
+        parts = self._parts(x)
+        if memory is not None and getattr(memory, "ndim", 0) != 2:
+            raise LayerError(
+                f"{self} wants a memory of shape (positions, features), but got "
+                f"{arguments.show(memory)}."
+            )
+        check_parts(self, params, list(parts))
+        source = x if memory is None else memory
+        features = self._features(x)
+
+        def heads_of(name: str, x: Any) -> Any:
+            return parts[name](params[name], x).reshape(x.shape[0], -1, features)
+
+        q, k, v = heads_of("q", x), heads_of("k", source), heads_of("v", source)
+        cache = state.get("cache") if memory is None else None
+        start = 0 if cache is None else cache["position"]
+        if self.rotary is not None:
+            q = self._turned(q, start)
+            k = self._turned(k, start if memory is None else 0)
+        options: dict[str, Any] = {"causal": self.causal, "window": self.window, "mask": mask}
+        if self.alibi:
+            options["slopes"] = alibi_slopes(self.heads)
+        if cache is None:
+            y = attention(q, k, v, block=self.block, **options)
+        else:
+            y, state = self._continued(q, k, v, options, state)
+        y = parts["out"](params["out"], y.reshape(x.shape[0], -1))
+        return y, state
+
+    def _continued(self, q: Any, k: Any, v: Any, options: dict, state: dict) -> tuple[Any, dict]:
+        """Attention to the cache's keys and these, and the state with these added."""
+        cache = state["cache"]
+        start, length, count = cache["position"], cache["k"].shape[0], q.shape[0]
+        if count > length or (arguments.is_known(start) and int(start) + count > length):
+            raise LayerError(
+                f"{self}: the cache has room for {length} positions, of which "
+                f"{start if arguments.is_known(start) else 'some'} are taken; {count} more don't "
+                "fit. Make it longer: init_cache(length, x)."
+            )
+        put = lambda old, new: lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 0)
+        k, v = put(cache["k"], k), put(cache["v"], v)
+        positions = start + jnp.arange(count, dtype=jnp.int32)
+        # As many scores at once as in a block of many queries.
+        block = max(self.block, self.block**2 // max(count, 1))
+        y = attention(
+            q,
+            k.astype(q.dtype),
+            v.astype(q.dtype),
+            q_positions=positions,
+            block=block,
+            **options,
+        )
+        y = jnp.where(start + count <= length, y, jnp.asarray(jnp.nan, y.dtype))
+        return y, state | {"cache": {"k": k, "v": v, "position": start + count}}
+
+    def _turned(self, x: Any, start: Any) -> Any:
+        assert self.rotary is not None
+        positions = start + jnp.arange(x.shape[0], dtype=jnp.int32)
+        return rotary(x, positions, base=self.rotary)
+
+    @property
+    def _kv_heads(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    def _features(self, x: Any) -> int:
+        inputs = last_axis(self, x)
+        if len(x.shape) != 2:
+            raise LayerError(f"{self} wants an input of shape (positions, in), but got {x.shape}.")
+        if self.features is not None:
+            return self.features
+        if inputs % self.heads:
+            raise LayerError(
+                f"{self} wants an input (positions, in) with in a multiple of its {self.heads} "
+                f"heads, or features=, how many each head has; but got {x.shape}."
+            )
+        return inputs // self.heads
+
+    def _parts(self, x: Any) -> dict[str, Linear]:
+        features = self._features(x)
+        qkv_bias = self.use_bias if self.qkv_bias is None else self.qkv_bias
+
+        def linear(features: int, init: Initializer, use_bias: bool) -> Linear:
+            return Linear(features, use_bias=use_bias, weight_init=init, bias_init=self.bias_init)
+
+        return {
+            "q": linear(self.heads * features, self.weight_init, qkv_bias),
+            "k": linear(self._kv_heads * features, self.weight_init, qkv_bias),
+            "v": linear(self._kv_heads * features, self.weight_init, qkv_bias),
+            "out": linear(last_axis(self, x), self.out_init or self.weight_init, self.use_bias),
+        }
