@@ -13,7 +13,7 @@ from fnn.backprop import primitives
 from fnn.jaxpr import program
 
 RULE = re.compile(r"^ {4}(\S.*?) {2,}([a-z_0-9]+) +([a-z_]+)$", re.MULTILINE)
-OPERATION = re.compile(r"^ {4}(\S.*?) {2,}([a-z/]+)$", re.MULTILINE)
+OPERATION = re.compile(r"^ {4}(\S.*?) {2,}([a-z_/]+)$", re.MULTILINE)
 
 x, W = jnp.ones(4), jnp.ones((3, 4))
 image, kernel = jnp.ones((1, 6, 6, 2)), jnp.ones((3, 3, 2, 5))

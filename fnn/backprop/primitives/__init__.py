@@ -42,8 +42,8 @@ a backward of its own, stands in fnn/ops:
     convolution                              convolutions
     layer norm, RMS norm, batch norm         normalization
     dropout                                  stochastic
-    routing in a mixture of experts          experts
-    state-space scan                         state_space
+    mixture of experts                       experts
+    linear recurrence                        state_space
     LSTM, GRU                                recurrent
     attention                                sequences/attention
     embedding                                sequences/embedding
