@@ -176,12 +176,27 @@ def _conv_transpose(x, w):
 
 
 CASES = {
+    "adaptive_average_pool": Case(
+        functools.partial(ops.adaptive_average_pool, sizes=(2,)),
+        lambda x: jnp.stack([x[:2].mean(0), x[1:].mean(0)]),
+        ((3, 2),),
+    ),
+    "adaptive_max_pool": Case(
+        functools.partial(ops.adaptive_max_pool, sizes=(2,)),
+        lambda x: jnp.stack([x[:2].max(0), x[1:].max(0)]),
+        ((3, 2),),
+    ),
     "alibi_slopes": Case(
         lambda x: x * ops.alibi_slopes(4).astype(x.dtype),
         lambda x: x * np.asarray([1 / 4, 1 / 16, 1 / 64, 1 / 256], x.dtype),
     ),
     "attention": Case(
         functools.partial(ops.attention, causal=True, block=2), _attention, ((3, 1, 2),) * 3
+    ),
+    "average_pool": Case(
+        functools.partial(ops.average_pool, window=(2,), stride=1, padding=((0, 1),)),
+        lambda x: (x + jnp.pad(x[1:], ((0, 1), (0, 0)))) / 2,
+        ((3, 2),),
     ),
     "batch_norm": Case(
         lambda x, *weights: ops.batch_norm(x, *weights)[0],
@@ -274,6 +289,11 @@ CASES = {
         lambda z, c: jnp.concatenate(_lstm_step(z, None, c)),
         ((8,), (2,)),
     ),
+    "max_pool": Case(
+        functools.partial(ops.max_pool, window=(2,), stride=1, padding="same"),
+        lambda x: jnp.maximum(x, jnp.concatenate([x[1:], x[-1:] - 1])),
+        ((3, 2),),
+    ),
     "maxout": Case(ops.maxout, lambda z: jnp.max(z, -2), ((2, 4),)),
     "mish": Case(ops.mish, nn.mish),
     "multiclass_hinge": Case(ops.multiclass_hinge, _hinge, ((4,), None)),
@@ -282,9 +302,24 @@ CASES = {
         lambda f, t: jnp.sum(jnp.maximum(0.8 * (t - f), -0.2 * (t - f))),
         ((4,), (4,)),
     ),
+    "pixel_shuffle": Case(
+        functools.partial(ops.pixel_shuffle, scale=2),
+        lambda x: x.reshape(2, 2, 2).transpose(1, 0, 2).reshape(2, 4, 1),
+        ((1, 2, 4),),
+    ),
+    "pixel_unshuffle": Case(
+        functools.partial(ops.pixel_unshuffle, scale=2),
+        lambda x: x.reshape(2, 2, 2).transpose(1, 0, 2).reshape(1, 2, 4),
+        ((2, 4, 1),),
+    ),
     "poisson_nll": Case(ops.poisson_nll, lambda s, t: jnp.sum(jnp.exp(s) - t * s), ((4,), (4,))),
     "relu": Case(ops.relu, nn.relu),
     "relu6": Case(ops.relu6, nn.relu6),
+    "resize": Case(
+        functools.partial(ops.resize, sizes=(3,), method="bilinear"),
+        lambda x: jnp.stack([x[0], (x[0] + x[1]) / 2, x[1]]),
+        ((2, 2),),
+    ),
     "rms_norm": Case(
         ops.rms_norm,
         lambda x, scale: scale * x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6),
@@ -325,6 +360,9 @@ CASES = {
     "squareplus": Case(ops.squareplus, _squareplus),
     "swiglu": Case(ops.swiglu, _halves(nn.silu)),
     "tanh": Case(ops.tanh, jnp.tanh),
+    "upsample": Case(
+        functools.partial(ops.upsample, scale=(2,)), lambda x: jnp.repeat(x, 2, 0), ((2, 2),)
+    ),
     "weight_norm": Case(
         ops.weight_norm,
         lambda v, g: v * (g / jnp.sqrt(jnp.sum(v * v, -1)))[:, None],

@@ -51,7 +51,7 @@ _LINEAR = {
     "imag",
 }
 _BILINEAR = {"dot_general", "conv_general_dilated", "mul"}
-_PIECEWISE_LINEAR_OPERATIONS = {"relu", "leaky_relu", "maxout", "hard_tanh", "relu6"}
+_PIECEWISE_LINEAR_OPERATIONS = {"relu", "leaky_relu", "maxout", "hard_tanh", "relu6", "window_max"}
 _NOT_DIFFERENTIATED = {
     "eq",
     "ne",

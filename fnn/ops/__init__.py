@@ -5,6 +5,8 @@ activations/rectifiers      relu, leaky_relu, elu, maxout, ...
 activations/gated           a number times a gate: silu, gelu, glu, ...
 normalization               rms_norm, layer_norm, group_norm, instance_norm, batch_norm; of weights
 convolutions                convolution, conv_transpose
+pooling                     max_pool, average_pool, adaptive_max_pool, adaptive_average_pool
+upsampling                  upsample, resize, pixel_shuffle, pixel_unshuffle
 probabilities               softmax, log_softmax, logsumexp
 stochastic                  dropout
 recurrent                   lstm, gru, rnn over a sequence; lstm_cell, gru_cell
@@ -64,6 +66,12 @@ from fnn.ops.normalization import (
     spectral_norm,
     weight_norm,
 )
+from fnn.ops.pooling import (
+    adaptive_average_pool,
+    adaptive_max_pool,
+    average_pool,
+    max_pool,
+)
 from fnn.ops.probabilities import log_softmax, logsumexp, softmax
 from fnn.ops.recurrent import gru, gru_cell, lstm, lstm_cell, rnn
 from fnn.ops.sequences.attention import attention
@@ -71,10 +79,14 @@ from fnn.ops.sequences.embedding import embedding
 from fnn.ops.sequences.positions import alibi_slopes, rotary, sinusoidal_positions
 from fnn.ops.state_space import linear_recurrence
 from fnn.ops.stochastic import dropout
+from fnn.ops.upsampling import pixel_shuffle, pixel_unshuffle, resize, upsample
 
 __all__ = [
+    "adaptive_average_pool",
+    "adaptive_max_pool",
     "alibi_slopes",
     "attention",
+    "average_pool",
     "batch_norm",
     "celu",
     "conv_transpose",
@@ -109,13 +121,17 @@ __all__ = [
     "logsumexp",
     "lstm",
     "lstm_cell",
+    "max_pool",
     "maxout",
     "mish",
     "multiclass_hinge",
     "pinball",
+    "pixel_shuffle",
+    "pixel_unshuffle",
     "poisson_nll",
     "relu",
     "relu6",
+    "resize",
     "rms_norm",
     "rnn",
     "rotary",
@@ -136,5 +152,6 @@ __all__ = [
     "tanh",
     "top_k_routing",
     "triplet",
+    "upsample",
     "weight_norm",
 ]
