@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "curvature": "arguments text batch meshes jaxpr operation eager ops backprop per_example",
     "params": "arguments",
     "initializers": "arguments",
-    "layers": "arguments text meshes ops initializers",
+    "layers": "arguments text meshes ops params initializers",
     "models": "arguments ops params initializers layers",
     "train": "arguments text batch meshes jaxpr operation eager ops backprop layers",
     "plot": "arguments",

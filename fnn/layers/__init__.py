@@ -16,10 +16,12 @@ LSTM, GRU, RNN                            recurrent layers
 recurrent, bidirectional                  of a cell of one's own; from both ends
 LRU                                       a diagonal state space
 MixtureOfExperts                          many layers, each position through a few
+lora, adapted, merge                      fine-tuning by low-rank adapters
 Mode, EVALUATE, training                  whether a call trains
 summary                                   a network as a table
 """
 
+from fnn.layers.adapters import AdaptedWeight, adapted, lora, merge
 from fnn.layers.attention import Attention
 from fnn.layers.combinators import chain, parallel, repeat, residual
 from fnn.layers.dropout import DropConnect, Dropout, DropPath
@@ -52,10 +54,14 @@ __all__ = [
     "LSTM",
     "MLP",
     "RNN",
+    "AdaptedWeight",
+    "Attention",
     "BatchNorm",
     "DropConnect",
     "DropPath",
     "Dropout",
+    "Embedding",
+    "GatedMLP",
     "GroupNorm",
     "InstanceNorm",
     "Layer",
@@ -68,12 +74,17 @@ __all__ = [
     "Mode",
     "Net",
     "Network",
+    "PositionEmbedding",
     "RMSNorm",
+    "SinusoidalPositions",
     "SpectralNorm",
     "Summary",
     "WeightNorm",
+    "adapted",
     "bidirectional",
     "chain",
+    "lora",
+    "merge",
     "network",
     "parallel",
     "recurrent",
@@ -81,9 +92,4 @@ __all__ = [
     "residual",
     "summary",
     "training",
-    "Attention",
-    "Embedding",
-    "PositionEmbedding",
-    "SinusoidalPositions",
-    "GatedMLP",
 ]
