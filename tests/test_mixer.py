@@ -28,6 +28,17 @@ def norm(p, x):
     return p["scale"] * (x - np.mean(x, -1, keepdims=True)) / deviation + p["bias"]
 
 
+def gradients(loss, params, batch):
+    """Of the examples: factored, and formed from the factors."""
+
+    @jax.jit
+    def of(params, batch):
+        grads = fnn.per_example.grads(loss)(params, batch)[1]
+        return grads, fnn.per_example.materialize(grads)
+
+    return of(params, batch)
+
+
 def test_mlp():
     layer = MLP(8)
     params = layer.init(KEY, X)
@@ -53,8 +64,9 @@ def test_mixer_block():
     wanted = u + by_hand(params["channels"], norm(params["norm_channels"], u))
     np.testing.assert_allclose(layer(params, X), wanted, rtol=1e-9)
     blocks = repeat(MixerBlock(7, 8, dropout=0.5), 3)
-    params = blocks.init(KEY, X)
-    y, other = (blocks(params, X, mode=training(key)) for key in (KEY, jax.random.key(1)))
+    params = jax.jit(blocks.init)(KEY, X)
+    run = jax.jit(lambda key: blocks(params, X, mode=training(key)))
+    y, other = run(KEY), run(jax.random.key(1))
     assert y.shape == X.shape and not np.allclose(y, other)
     assert "MixerBlock" in str(fnn.layers.summary(chain(mix=layer, out=MLP(4)), X))
     with pytest.raises(LayerError, match=r"MixerBlock\(7, 8\) wants .*\(patches, channels\)"):
@@ -66,9 +78,9 @@ def test_gradients_of_examples():
     batch = jnp.asarray(np.random.default_rng(1).normal(size=(3, 2, 3)))
     params = layer.init(KEY, batch[0])
     loss = lambda p, x: jnp.sum(jnp.sin(layer(p, x)))
-    grads = jax.jit(fnn.per_example.grads(loss))(params, batch)[1]
+    grads, formed = gradients(loss, params, batch)
     wanted = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, batch)
-    chex.assert_trees_all_close(fnn.per_example.materialize(grads), wanted, rtol=1e-9, atol=1e-12)
+    chex.assert_trees_all_close(formed, wanted, rtol=1e-9, atol=1e-12)
     text = str(fnn.per_example.explain(grads))
     # Of the MLP across channels the patches are positions: two, whose factors are fewer numbers
     # than the gradient. Of the one across patches, the three channels: more numbers.

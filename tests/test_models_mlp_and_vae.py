@@ -21,6 +21,17 @@ def linear(p, x):
     return p["W"] @ x + p["b"]
 
 
+def gradients(loss, params, batch):
+    """Of the examples: factored, and formed from the factors."""
+
+    @jax.jit
+    def of(params, batch):
+        grads = fnn.per_example.grads(loss)(params, batch)[1]
+        return grads, fnn.per_example.materialize(grads)
+
+    return of(params, batch)
+
+
 def test_mlp():
     net = models.mlp(3, (6, 5))
     params = net.init(KEY, X[0])
@@ -42,9 +53,9 @@ def test_gradients_of_examples_of_an_mlp():
     net = models.mlp(3, (8, 8), norm=LayerNorm(), activation=jnp.tanh)
     params = net.init(KEY, X[0])
     loss = lambda p, x: fnn.ops.softmax_cross_entropy(net(p, x), 1)
-    grads = jax.jit(fnn.per_example.grads(loss))(params, X)[1]
+    grads, formed = gradients(loss, params, X)
     wanted = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, X)
-    chex.assert_trees_all_close(fnn.per_example.materialize(grads), wanted, rtol=1e-9, atol=1e-12)
+    chex.assert_trees_all_close(formed, wanted, rtol=1e-9, atol=1e-12)
     text = str(fnn.per_example.explain(grads))
     assert len(re.findall(r"\['W'\] .*gradient is Gᵀ A", text)) == 3
 
@@ -91,9 +102,9 @@ def test_gradients_of_examples_of_a_vae():
         x, key = example
         return models.negative_elbo(MODEL(p, x, mode=training(key)), x)
 
-    grads = jax.jit(fnn.per_example.grads(loss))(params, (X, keys))[1]
+    grads, formed = gradients(loss, params, (X, keys))
     wanted = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, (X, keys))
-    chex.assert_trees_all_close(fnn.per_example.materialize(grads), wanted, rtol=1e-9, atol=1e-12)
+    chex.assert_trees_all_close(formed, wanted, rtol=1e-9, atol=1e-12)
     text = str(fnn.per_example.explain(grads))
     assert len(re.findall(r"\['W'\] .*gradient is Gᵀ A", text)) == 4 + 1 - ("its factors" in text)
 

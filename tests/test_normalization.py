@@ -142,10 +142,10 @@ def test_what_does_not_count_may_be_anything():
 @pytest.mark.parametrize(
     ("dtype", "shift", "size", "tolerance"),
     [
-        ("float32", 0, 1e-12, 1e-5),
+        pytest.param("float32", 0, 1e-12, 1e-5, marks=exhaustive),
         ("float32", 0, 1e12, 1e-5),
         ("float32", 1e12, 1e8, 2e-2),  # of which a unit in the last place is 65,536
-        ("bfloat16", 1000, 100, 2e-2),
+        pytest.param("bfloat16", 1000, 100, 2e-2, marks=exhaustive),
         ("float16", 0, 1e4, 2e-3),  # whose squares are no float16
     ],
 )
@@ -350,6 +350,22 @@ def test_gradients_of_examples():
         assert re.search(rf"\['{part}'\]\['W'\] .*gradient is Gᵀ A", text), text
 
 
+@exhaustive
+def test_kronecker_factors():
+    """Of weights beside a norm, products; of scales and biases, blocks that are the GGN's."""
+    net = chain(a=Linear(4), layer=LayerNorm(), b=Linear(4), rms=RMSNorm(), c=Linear(3))
+    batch = normal(7, 5, 4), jnp.arange(5) % 3
+    params = net.init(KEY, batch[0][0])
+    both = lambda make: jax.jit(lambda p, b: make(net, ops.softmax_cross_entropy)(p, b))
+    factors = both(fnn.curvature.kronecker_factors)(params, batch)
+    diagonal = both(fnn.curvature.ggn_diagonal)(params, batch)
+    for part in ("a", "b", "c"):
+        assert isinstance(factors[part]["W"], fnn.curvature.Kronecker)
+    for part, name in (("layer", "scale"), ("layer", "bias"), ("rms", "scale"), ("c", "b")):
+        found = jnp.diag(factors[part][name].to_dense())
+        np.testing.assert_allclose(found, diagonal[part][name], rtol=1e-9)
+
+
 def test_the_gradient_of_one_example_of_a_batch_is_refused():
     net = chain(Linear(3), BatchNorm())
     x = normal(8, 4)
@@ -371,11 +387,11 @@ def test_weight_norm():
     params["v"] = params["v"] * jnp.asarray([[1e-200], [1.0], [1e200]])  # whose squares are none
     wanted = 2 * (layer(layer.init(KEY, X[0, 0]), X))
     np.testing.assert_allclose(layer(params, X), wanted, rtol=1e-12)
-    gradient = jax.grad(lambda p: jnp.sum(layer(p, X) ** 2))(params)
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(layer(p, X) ** 2)))(params)
     chex.assert_tree_all_finite(gradient)
     along = np.sum(np.asarray(gradient["v"] * params["v"]), 1)  # the length of v changes nothing
     assert np.all(np.abs(along) < 1e-9)
-    zero = jax.grad(lambda v: jnp.sum(ops.weight_norm(v, jnp.ones(2))))(jnp.zeros((2, 3)))
+    zero = jax.jit(jax.grad(lambda v: jnp.sum(ops.weight_norm(v, jnp.ones(2)))))(jnp.zeros((2, 3)))
     assert not np.any(zero)
     with pytest.raises(LayerError, match=r"wants g of shape \(3,\), but got one of shape \(1,\)"):
         layer(params | {"g": jnp.ones(1)}, X)
@@ -398,7 +414,7 @@ def test_spectral_norm():
     assert same is state
     # Moving W along itself changes nothing.
     loss = lambda params: jnp.sum(layer.apply(params, state, X)[0] ** 3)
-    gradient = jax.grad(loss)(params)
+    gradient = jax.jit(jax.grad(loss))(params)
     assert abs(jnp.vdot(gradient["W"], params["W"])) < 1e-9 * jnp.linalg.norm(gradient["W"])
     fresh, _ = layer.apply(params, layer.init_state(X[0, 0]), X)
     assert np.all(np.isfinite(fresh))
