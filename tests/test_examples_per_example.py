@@ -1,30 +1,10 @@
 """The examples on per-example gradients run from end to end, on few steps."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from running import ROOT, run
 from sweeps import exhaustive
-
-ROOT = Path(__file__).parent.parent
-
-
-def run(script: str, *arguments: str, folder: Path) -> str:
-    """What an example prints, run as a reader would: without our tests' settings."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / script), *arguments],
-        cwd=folder,
-        env=environment | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @exhaustive
