@@ -768,9 +768,29 @@ def test_summary():
     parts = sum(rows[p,].flops for p in ("body", "skip", "output"))
     assert table.flops == pytest.approx(parts, rel=0.01)
     text = str(table)
-    assert re.search(r"\n  hidden +Linear\(100\) +float32\[100\] +78,500 +156,900\n", text)
+    assert re.search(r"\n  hidden +Linear\(100\) +float32\[100\] +78,500 +156,900 +3,136\n", text)
     assert re.search(r"total .*float32\[10\] +89,600 +\d", text)
+    # Of each Linear its input; of jax.nn.relu a mask of one byte for each number.
+    assert rows["body", "hidden"].kept == 4 * 784
+    assert rows["output",].kept == 4 * 100
+    assert table.kept == 4 * 784 + 100 + 4 * 100 + 4 * 100
     assert len({len(line) for line in text.splitlines() if "─" not in line}) <= 2
+
+
+def test_summary_counts_what_is_kept():
+    """Each array once; of a loop, what all rounds keep; of checkpoints, where they start."""
+    block = residual(hidden=Linear(16), act=ops.tanh)
+    x = jax.ShapeDtypeStruct((3, 16), jnp.float32)
+    with jax.enable_x64(False):
+        kept = lambda net: summary(net, x).kept
+        assert kept(block) == 4 * 2 * 48  # the input, and tanh's output
+        assert kept(chain(block, block)) == 4 * 4 * 48
+        assert kept(chain(lambda x: x * 2, lambda x: x + 1)) == 0
+        assert kept(chain(ops.tanh, ops.tanh)) == 4 * 2 * 48
+        rounds, again = (summary(chain(repeat(block, 5, remat=r)), x) for r in (None, True))
+        # With the weights' transposes, which the rounds of a loop keep as well.
+        assert rounds.kept == 5 * 4 * (2 * 48 + 256) and again.kept == 5 * 4 * 48
+        assert rounds.rows[2].kept == again.rows[2].kept == 5 * 4 * 48
 
 
 def test_summary_of_one_layer_of_a_function_and_of_a_tree():

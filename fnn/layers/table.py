@@ -1,4 +1,4 @@
-"""`summary`: a network as a table of its layers, output shapes, parameters and FLOPs."""
+"""`summary`: a network as a table of its layers: outputs, parameters, FLOPs, and what is kept."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Row:
         parameters: how many numbers it learns, its parts' included.
         flops: floating-point operations of its forward pass on one example, as counted by
             XLA in the compiled program; None where XLA doesn't say.
+        kept: how many bytes its backward pass keeps of its forward pass on one example.
         has_parts: whether rows of its parts follow.
     """
 
@@ -33,6 +34,7 @@ class Row:
     output: Any
     parameters: int
     flops: int | None
+    kept: int
     has_parts: bool
 
 
@@ -52,23 +54,28 @@ class Summary:
         """The floating-point operations of one forward pass on one example."""
         return self.rows[0].flops
 
+    @property
+    def kept(self) -> int:
+        """The bytes that one example's backward pass keeps of its forward pass."""
+        return self.rows[0].kept
+
     def __str__(self):
-        head = ("layer", "", "output", "parameters", "FLOPs")
+        head = ("layer", "", "output", "parameters", "FLOPs", "bytes kept")
         lines = []
         for row in self.rows[1:] or self.rows:
             name = "  " * (len(row.path) - 1) + row.path[-1] if row.path else ""
             what = row.layer.partition("(")[0] if row.has_parts else row.layer
             count = f"{row.parameters:,}" if row.parameters or row.has_parts else ""
-            lines.append((name, what, _shapes(row.output), count, _count(row.flops)))
+            lines.append((name, what, _shapes(row.output), count, *_numbers(row)))
         whole = self.rows[0]
-        total = ("total", "", _shapes(whole.output), f"{whole.parameters:,}", _count(whole.flops))
-        return text.table(head, lines, right=(3, 4), total=total)
+        total = ("total", "", _shapes(whole.output), f"{whole.parameters:,}", *_numbers(whole))
+        return text.table(head, lines, right=(3, 4, 5), total=total)
 
     __repr__ = __str__
 
 
 def summary(net: Layer | Callable, *xs: Any) -> Summary:
-    """A table of a network's layers, their output shapes, parameters and FLOPs.
+    """A table of a network's layers: output shapes, parameters, FLOPs, and bytes kept.
 
     Nothing is computed and no parameter is made: layers are traced by shape and compiled to
     count their FLOPs. The parts of a network inside a network are indented. A part that is called
@@ -89,14 +96,21 @@ def summary(net: Layer | Callable, *xs: Any) -> Summary:
     2·in·out; comparisons count, and functions like exp and tanh, which XLA counts apart as
     transcendentals, do not. A training step takes about three times as many an example.
 
+    The bytes kept are those of the arrays that `jax.vjp` of the layer, in evaluation, keeps from
+    the forward pass on one example for the gradients of its parameters and inputs: each array once,
+    the layer's input among them where it is kept. What doesn't depend on the example doesn't count:
+    the parameters, and what is made of them alone, such as a weight's transpose. A row is of its
+    layer by itself. What two layers keep, one as its output and the next as its input, stands in
+    the rows of both, and once in the row of the network that holds them, and in the total.
+
     >>> print(summary(chain(hidden=Linear(100), activation=relu, output=Linear(10)), x))
-    layer                    output        parameters    FLOPs
-    ──────────  ───────────  ────────────  ──────────  ───────
-    hidden      Linear(100)  float32[100]      78,500  156,900
-    activation  relu         float32[100]                  100
-    output      Linear(10)   float32[10]        1,010    2,010
-    ──────────  ───────────  ────────────  ──────────  ───────
-    total                    float32[10]       79,510  159,010
+    layer                    output        parameters    FLOPs  bytes kept
+    ──────────  ───────────  ────────────  ──────────  ───────  ──────────
+    hidden      Linear(100)  float32[100]      78,500  156,900       3,136
+    activation  relu         float32[100]                  100         400
+    output      Linear(10)   float32[10]        1,010    2,010         400
+    ──────────  ───────────  ────────────  ──────────  ───────  ──────────
+    total                    float32[10]       79,510  159,010       3,536
     """
     net = as_layer(net, "summary")
     for path, leaf in jax.tree_util.tree_leaves_with_path(xs):
@@ -156,6 +170,7 @@ def _rows(net: Layer, xs: tuple) -> list[Row]:
                 y,
                 0 if any(row.path == place for row in rows) else times * count,
                 flops if flops is None else times * flops,
+                times * _kept(layer, params, state, xs),
                 any(c.path[: len(path)] == path != c.path for c in calls),
             )
         )
@@ -174,6 +189,29 @@ def _flops(layer: Layer, params: Any, state: Any, xs: tuple) -> int | None:
         if path.count("") == 1 and path[-1] == "" and total is not None:
             total += (times - 1) * (_flops(block, *types[:3]) or 0)
     return total
+
+
+def _kept(layer: Layer, params: Any, state: Any, xs: tuple) -> int:
+    """The bytes of what `jax.vjp` keeps of what depends on the example."""
+
+    def residuals(params, state, xs):
+        def call(params, xs):
+            return run(layer, params, state, xs, EVALUATE)[0]
+
+        return jax.tree.leaves(jax.vjp(call, params, xs)[1])
+
+    jaxpr = jax.make_jaxpr(residuals)(params, state, xs).jaxpr
+    of_example = set(jaxpr.invars[len(jax.tree.leaves((params, state))) :])
+    is_number = lambda v: hasattr(v, "val")
+    for equation in jaxpr.eqns:
+        if any(not is_number(v) and v in of_example for v in equation.invars):
+            of_example.update(equation.outvars)
+    kept = {v for v in jaxpr.outvars if not is_number(v)} & of_example
+    return sum(v.aval.size * v.aval.dtype.itemsize for v in kept)
+
+
+def _numbers(row: Row) -> tuple[str, str]:
+    return _count(row.flops), f"{row.kept:,}" if row.kept else ""
 
 
 def _shapes(output) -> str:
