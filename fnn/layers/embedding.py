@@ -119,6 +119,13 @@ class PositionEmbedding(_Positions):
         arguments.key(f"{self}.init", "key", key)
         return {"P": initial(self, self.init_table, key, (self.length, last_axis(self, x)))}
 
+    def init_cache(self, length: int, x: Any) -> dict:
+        if length > self.length:
+            raise LayerError(
+                f"{self} has {self.length} positions, fewer than a cache of length {length} needs."
+            )
+        return super().init_cache(length, x)
+
     def _at(self, params: Any, positions: Any, x: Any) -> Any:
         if x.shape[0] > self.length:
             raise LayerError(

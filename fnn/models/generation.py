@@ -1,0 +1,113 @@
+"""`generate`: a language model continues a text, token by token."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fnn import arguments
+from fnn.layers import Layer
+
+
+def generate(
+    net: Layer,
+    params: Any,
+    prompt: chex.Array,
+    n: int,
+    key: chex.PRNGKey | None = None,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    inputs: tuple = (),
+) -> jax.Array:
+    """The next n tokens after a prompt, each drawn from what the network says of it.
+
+    One compiled program: the prompt at once, then a loop of one token at a time with the cache of
+    keys and values. For several prompts of one length, `jax.vmap` it over prompts and keys.
+
+    Args:
+        net: a network from tokens `(positions,)` to logits `(positions, vocabulary)` that has a
+            cache: `gpt2`, `llama`, or one of your own with causal `Attention` or recurrent layers.
+        params: its parameters.
+        prompt: tokens, integers of shape `(positions,)`, at least one.
+        n: how many tokens to add.
+        key: to draw with; not needed for temperature 0.
+        temperature: the logits are divided by it. 1 draws from the network's own distribution, 0
+            takes the likeliest token each time.
+        top_k: if given, only among the k likeliest tokens.
+        top_p: if given, only among the fewest likeliest tokens that together have at least this
+            probability (nucleus sampling), after temperature and top_k.
+        inputs: what the network takes before the tokens: `(source,)` of `transformer`.
+
+    Returns:
+        The n tokens, int32.
+
+    Raises:
+        TypeError, ValueError: an option isn't of its kind, the key is missing, or the prompt is
+            empty.
+        LayerError: the network has no cache, or fewer positions than prompt and n need.
+
+    Fan, Lewis, Dauphin, "Hierarchical neural story generation", arXiv:1805.04833 (top k); Holtzman
+    et al., "The curious case of neural text degeneration", arXiv:1904.09751 (top p).
+    """
+    where = "generate"
+    n = arguments.integer(where, "n", n, least=1)
+    arguments.number(where, "temperature", temperature, least=0)
+    is_greedy = arguments.is_known(temperature) and float(temperature) == 0
+    if top_k is not None:
+        top_k = arguments.integer(where, "top_k", top_k, least=1)
+    if top_p is not None:
+        arguments.number(where, "top_p", top_p, above=0, most=1)
+    if key is None and not is_greedy:
+        raise ValueError(f"{where}: key must be given to draw tokens with (unless temperature=0).")
+    prompt = jnp.asarray(arguments.array(where, "prompt", prompt))
+    if not jnp.issubdtype(prompt.dtype, jnp.integer) or prompt.ndim != 1 or not prompt.size:
+        raise ValueError(
+            f"{where}: prompt must be at least one token, integers of shape (positions,), but got "
+            f"{arguments.show(prompt)}."
+        )
+    key = jax.random.key(0) if key is None else arguments.key(where, "key", key)
+    return _generate(
+        net, params, prompt, inputs, key, temperature, top_p, n=n, top_k=top_k, is_greedy=is_greedy
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("net", "n", "top_k", "is_greedy"))
+def _generate(net, params, prompt, inputs, key, temperature, top_p, *, n, top_k, is_greedy):
+    def draw(logits, key):
+        if is_greedy:
+            return jnp.argmax(logits).astype(jnp.int32)
+        logits = likely(logits / temperature, top_k, top_p)
+        return jax.random.categorical(key, logits).astype(jnp.int32)
+
+    def step(carry, key):
+        cache, logits = carry
+        token = draw(logits, key)
+        y, cache = net.extend(params, cache, *inputs, token[None])
+        return (cache, y[-1]), token
+
+    cache = net.init_cache(prompt.size + n, *inputs, prompt)
+    y, cache = net.extend(params, cache, *inputs, prompt.astype(jnp.int32))
+    keys = jax.random.split(key, n)
+    (_, logits), tokens = lax.scan(step, (cache, y[-1]), keys[:-1])
+    return jnp.append(tokens, draw(logits, keys[-1]))
+
+
+def likely(logits: jax.Array, top_k: int | None, top_p: Any) -> jax.Array:
+    """The logits `(vocabulary,)`, with −inf for those that are not to be drawn."""
+    ordered = jnp.sort(logits, descending=True)
+    least = ordered[-1]
+    if top_k is not None and top_k < logits.size:
+        least = ordered[top_k - 1]
+        ordered = jnp.where(jnp.arange(logits.size) < top_k, ordered, -jnp.inf)
+    if top_p is not None:
+        p = jax.nn.softmax(ordered.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+        before = jnp.cumsum(p) - p
+        least = jnp.maximum(least, jnp.min(jnp.where(before < top_p, ordered, jnp.inf)))
+    return jnp.where(logits >= least, logits, -jnp.inf)

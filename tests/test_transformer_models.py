@@ -1,0 +1,242 @@
+"""GPT-2, Llama, BERT, ViT and the encoder-decoder transformer."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from sweeps import exhaustive, sweep
+
+import fnn
+from fnn import layers, models, ops
+from fnn.models.generation import likely
+
+KEY = jax.random.key(0)
+TOKENS = jnp.asarray([3, 1, 4, 1, 5], jnp.int32)
+VOCABULARY = 11
+
+
+def tiny_gpt2(depth=2, length=12):
+    return models.gpt2(VOCABULARY, length, features=8, depth=depth, heads=2)
+
+
+def tiny_llama(depth=2):
+    return models.llama(VOCABULARY, features=8, depth=depth, heads=4, kv_heads=2, hidden=12)
+
+
+def tiny_transformer():
+    return models.transformer(VOCABULARY, features=8, depth=2, heads=2, hidden=12)
+
+
+LANGUAGE = {"gpt2": tiny_gpt2(), "llama": tiny_llama()}
+
+
+def params_of(net, *xs):
+    """Large enough for the tokens to matter."""
+    return jax.tree.map(lambda x: 3 * x, net.init(KEY, *xs))
+
+
+WORDS = jax.ShapeDtypeStruct((4,), jnp.int32)
+COUNTS = {
+    "gpt2": (models.gpt2, (WORDS,), 124_439_808),
+    "llama": (models.llama, (WORDS,), 6_738_415_616),
+    "bert": (models.bert, (WORDS,), 109_482_240),
+    "vit": (models.vit, (jax.ShapeDtypeStruct((224, 224, 3), jnp.float32),), 86_567_656),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_as_many_parameters_as_published(name):
+    make, xs, count = COUNTS[name]
+    params = jax.eval_shape(make().init, KEY, *xs)
+    assert sum(x.size for x in jax.tree.leaves(params)) == count
+
+
+@pytest.mark.parametrize("name", sweep(LANGUAGE, ["llama"]))
+def test_the_program_is_as_long_for_any_depth(name):
+    make = {"gpt2": tiny_gpt2, "llama": tiny_llama}[name]
+
+    def equations(depth):
+        net = make(depth)
+        loss = lambda params: jnp.sum(net(params, TOKENS, TOKENS))
+        return str(jax.make_jaxpr(jax.grad(loss))(net.init(KEY, TOKENS))).count("\n")
+
+    assert equations(2) == equations(24)
+
+
+@pytest.mark.parametrize("name", sweep(LANGUAGE, ["gpt2"]))
+def test_losses_of_targets(name):
+    """As those of the logits."""
+    net = LANGUAGE[name]
+    params, targets = params_of(net, TOKENS), TOKENS[::-1]
+    logits = net(params, TOKENS)
+    wanted = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    chex.assert_trees_all_close(net(params, TOKENS, targets), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sweep([*LANGUAGE, "transformer"], ["llama"]))
+def test_generation_is_the_network_s(name):
+    """The likeliest token each time, as found by passes over the whole text."""
+    net = LANGUAGE.get(name) or tiny_transformer()
+    inputs = () if name in LANGUAGE else (TOKENS[:3],)
+    params = params_of(net, *inputs, TOKENS)
+    found = models.generate(net, params, TOKENS, 6, temperature=0, inputs=inputs)
+    text = jnp.zeros(11, jnp.int32).at[:5].set(TOKENS)
+    whole = jax.jit(net)
+    for i in range(5, 11):
+        best = jnp.argmax(whole(params, *inputs, text)[i - 1])
+        text = text.at[i].set(best.astype(jnp.int32))
+    np.testing.assert_array_equal(found, text[5:])
+    assert len(set(np.asarray(found))) > 1
+    drawn = models.generate(net, params, TOKENS, 6, KEY, top_k=1, inputs=inputs)
+    np.testing.assert_array_equal(drawn, found)
+
+
+def test_what_is_likely():
+    logits = jnp.log(jnp.asarray([0.1, 0.4, 0.2, 0.3]))
+    kept = lambda **options: list(
+        jnp.isfinite(likely(logits, **{"top_k": None, "top_p": None} | options))
+    )
+    assert kept() == [True] * 4
+    assert kept(top_k=2) == [False, True, False, True]
+    assert kept(top_k=9) == [True] * 4
+    assert kept(top_p=0.39) == [False, True, False, False]
+    assert kept(top_p=0.65) == [False, True, False, True]
+    assert kept(top_p=0.75) == [False, True, True, True]
+    # Of the two likeliest the first has more than half.
+    assert kept(top_k=2, top_p=0.5) == [False, True, False, False]
+
+
+def test_generation_draws():
+    net = tiny_gpt2(depth=1)
+    params = params_of(net, TOKENS)
+    keys = jax.random.split(KEY, 400)
+    first = jax.vmap(lambda k: models.generate(net, params, TOKENS, 1, k, temperature=2.0))(keys)
+    p = jax.nn.softmax(net(params, TOKENS)[-1] / 2)
+    frequencies = np.bincount(np.asarray(first)[:, 0], minlength=VOCABULARY) / 400
+    assert np.max(np.abs(frequencies - p)) < 0.1
+    for wrong, options in (
+        ("key must be given", {}),
+        ("temperature must be", {"key": KEY, "temperature": -1.0}),
+        ("top_k must be", {"key": KEY, "top_k": 0}),
+        ("top_p must be", {"key": KEY, "top_p": 1.5}),
+    ):
+        with pytest.raises(ValueError, match=f"generate: {wrong}"):
+            models.generate(net, params, TOKENS, 2, **options)
+    with pytest.raises(ValueError, match="generate: prompt must be at least one token"):
+        models.generate(net, params, TOKENS[:0], 2, KEY)
+    with pytest.raises(
+        layers.LayerError, match="has 12 positions, fewer than a cache of length 15"
+    ):
+        models.generate(net, params, TOKENS, 10, KEY)
+
+
+def test_the_future_stays_hidden():
+    """What comes later in the text changes nothing before; of the source all counts but masked."""
+    net = tiny_transformer()
+    source, mask = TOKENS, jnp.arange(5) != 2
+    params = params_of(net, source, TOKENS)
+    f = jax.jit(lambda source, tokens: net(params, source, tokens, mask))
+    y = f(source, TOKENS)
+    later = f(source, TOKENS.at[3].set(7))
+    np.testing.assert_allclose(y[:3], later[:3], rtol=1e-5)
+    assert jnp.max(jnp.abs(y[3:] - later[3:])) > 1e-3
+    np.testing.assert_allclose(y, f(source.at[2].set(9), TOKENS), rtol=1e-5)
+    assert jnp.max(jnp.abs(y - f(source.at[1].set(9), TOKENS))) > 1e-3
+
+
+def test_bert_reads_both_ways():
+    net = models.bert(VOCABULARY, 8, features=8, depth=2, heads=2, hidden=12)
+    params = params_of(net, TOKENS)
+    f = jax.jit(lambda tokens, mask: net(params, tokens, None, mask))
+    every, some = jnp.ones(5, bool), jnp.arange(5) < 4
+    x, pooled = f(TOKENS, every)
+    changed, _ = f(TOKENS.at[4].set(9), every)
+    assert jnp.max(jnp.abs(x[0] - changed[0])) > 1e-4
+    short, of_short = net(params, TOKENS[:4])
+    np.testing.assert_allclose(f(TOKENS, some)[0][:4], short, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(f(TOKENS, some)[1], of_short, rtol=1e-4, atol=1e-5)
+
+
+def test_vit_s_patches_are_a_convolution():
+    net = models.vit(3, image=8, patch=4, features=6, depth=1, heads=2, hidden=8)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8, 2)))
+    params = net.init(KEY, x)
+    parts = dict(net.parts)
+    found = parts["patches"](params["patches"], parts["cut"]({}, x))
+    kernel = params["patches"]["W"].reshape(6, 2, 4, 4)
+    wanted = lax.conv(x.transpose(2, 0, 1)[None], kernel, (4, 4), "VALID")[0]
+    np.testing.assert_allclose(found, wanted.reshape(6, 4).T, rtol=1e-5, atol=1e-6)
+    assert net(params, x).shape == (3,)
+    with pytest.raises(layers.LayerError, match=r"wants an image of shape \(8, 8, channels\)"):
+        net(params, x[:4])
+
+
+def test_options():
+    for make, words in (
+        (lambda: models.gpt2(heads=7), "gpt2: heads must divide features, 768, but got 7"),
+        (lambda: models.llama(depth=0), "llama: depth must be"),
+        (lambda: models.vit(patch=15), "vit: patch must divide image, 224, but got 15"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make()
+
+
+@exhaustive
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_per_example_gradients_of(name):
+    """Factored, but for biases and scales; as those of one example after the other."""
+    net = LANGUAGE[name]
+    texts = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, (3, 3)), jnp.int32)
+    params = params_of(net, texts[0])
+    loss = lambda params, text: jnp.mean(net(params, text[:-1], text[1:]))
+    _, found = jax.jit(fnn.per_example.grads(loss))(params, texts)
+    wanted = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, texts)
+    chex.assert_trees_all_close(fnn.per_example.materialize(found), wanted, rtol=1e-3, atol=1e-5)
+    norms = jnp.sqrt(sum(jnp.sum(x.reshape(3, -1) ** 2, 1) for x in jax.tree.leaves(wanted)))
+    np.testing.assert_allclose(fnn.per_example.norms(found), norms, rtol=1e-4)
+    kept = {row["path"]: row["kept"] for row in fnn.per_example.explain(found)}
+    for path, how in kept.items():
+        if "blocks" in path and "['W']" in path:
+            assert "A (" in how, (path, how)
+
+
+@exhaustive
+def test_kronecker_factors_of_a_gpt():
+    """Of one example and one position, where they are exact for the last block's weights."""
+    net = tiny_llama(depth=1)
+    tokens, targets = TOKENS[None, :1], TOKENS[None, 1]
+    params = params_of(net, tokens[0])
+    model = lambda params, tokens: net(params, tokens)[-1]
+    found = jax.jit(fnn.curvature.kronecker_factors(model, ops.softmax_cross_entropy))(
+        params, (tokens, targets)
+    )
+    W = params["output"]["W"]
+
+    def outputs(W):
+        return model(params | {"output": {"W": W}}, tokens[0])
+
+    J = jax.jacobian(outputs)(W).reshape(VOCABULARY, -1)
+    p = jax.nn.softmax(outputs(W))
+    wanted = J.T @ (jnp.diag(p) - jnp.outer(p, p)) @ J
+    dense = found["output"]["W"].to_dense().reshape(wanted.shape)
+    np.testing.assert_allclose(dense, wanted, rtol=1e-3, atol=1e-5)
+
+
+@exhaustive
+def test_a_gpt_learns_by_heart():
+    net = tiny_gpt2()
+    texts = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, (4, 8)), jnp.int32)
+
+    def loss(params, text, mode):
+        return jnp.mean(net(params, text[:-1], text[1:], mode=mode))
+
+    result = fnn.fit(
+        loss, net.init(KEY, texts[0]), texts, optimizer=optax.adam(1e-2), epochs=300, batch_size=4,
+        key=KEY,
+    )  # fmt: skip
+    params = result.params
+    losses = [float(jnp.mean(net(params, t[:-1], t[1:]))) for t in texts]
+    assert max(losses) < 1, losses
