@@ -4,6 +4,9 @@ Layer                                     the protocol, to derive one's own from
 network, chain, parallel, residual        networks made of layers
 repeat                                    the same block many times, in one loop
 Linear, Maxout                            layers
+Conv, ConvTranspose, SqueezeExcite        convolution
+MaxPool, AveragePool, ...                 pooling: also adaptive and global
+Upsample, PixelShuffle                    more pixels
 Dropout, DropPath, DropConnect            what is left out in training
 LayerNorm, RMSNorm                        normalisation over features
 GroupNorm, InstanceNorm, BatchNorm        ... over positions, over the batch
@@ -24,6 +27,7 @@ summary                                   a network as a table
 from fnn.layers.adapters import AdaptedWeight, adapted, lora, merge
 from fnn.layers.attention import Attention
 from fnn.layers.combinators import chain, parallel, repeat, residual
+from fnn.layers.convolution import Conv, ConvTranspose, SqueezeExcite
 from fnn.layers.dropout import DropConnect, Dropout, DropPath
 from fnn.layers.embedding import Embedding, PositionEmbedding, SinusoidalPositions
 from fnn.layers.experts import MixtureOfExperts
@@ -43,11 +47,31 @@ from fnn.layers.normalization import (
     SpectralNorm,
     WeightNorm,
 )
+from fnn.layers.pooling import (
+    AdaptiveAveragePool,
+    AdaptiveMaxPool,
+    AveragePool,
+    GlobalAveragePool,
+    GlobalMaxPool,
+    MaxPool,
+)
 from fnn.layers.recurrence import GRU, LSTM, RNN, bidirectional, recurrent
 from fnn.layers.state_space import LRU
 from fnn.layers.table import Summary, summary
+from fnn.layers.upsampling import PixelShuffle, Upsample
 
 __all__ = [
+    "Conv",
+    "ConvTranspose",
+    "SqueezeExcite",
+    "MaxPool",
+    "AveragePool",
+    "AdaptiveAveragePool",
+    "AdaptiveMaxPool",
+    "GlobalAveragePool",
+    "GlobalMaxPool",
+    "Upsample",
+    "PixelShuffle",
     "EVALUATE",
     "GRU",
     "LRU",

@@ -1,0 +1,262 @@
+"""Convolutional layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+
+from fnn import arguments, ops
+from fnn.initializers import Initializer, he_normal, zeros
+from fnn.layers.layer import Layer, LayerError, check_params, check_parts, initial, set_count
+from fnn.layers.linear import Linear, check_options
+from fnn.ops.convolutions import Padding, Sizes, sizes_of
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Conv(Layer):
+    """y = W ∗ x + b: the same weights at each place of an image.
+
+        y[o, f] = b[f] + Σ W[f, c, k] x[o·stride + k·dilation − pad, c]    over places k, features c
+
+    One example x is `(height, width, in)` and gives `(out_height, out_width, features)`; axes in
+    front are more images. With a window of another number of sizes x has as many axes of space:
+    `Conv(16, (3,))` is for sequences `(time, in)`.
+
+    Parameters: `{"W": (features, in / groups, *window), "b": (features,)}`, or `{"W"}`.
+
+    Args:
+        features: how many outputs at each place.
+        window: its sizes: one number for the two axes of an image, or one for each axis.
+        stride, dilation: one number, or one for each axis.
+        padding: "same", "valid", "circular", a number of zeros at both ends of each axis, or
+            numbers or pairs (low, high) for each: see `fnn.ops.convolution`.
+        groups: into how many groups the features are divided; those of one see no other.
+        use_bias: whether there is a b.
+        weight_init: initialiser of W. He's is made for a relu that follows.
+        bias_init: initialiser of b.
+
+    Raises:
+        TypeError, ValueError: an option isn't of its kind.
+        LayerError: (when called) x isn't such an image, or the parameters aren't of these shapes.
+
+    LeCun et al., "Backpropagation applied to handwritten zip code recognition", 1989.
+
+    >>> layer = Conv(16, 3, stride=2)
+    >>> params = layer.init(jax.random.key(0), jnp.zeros((28, 28, 1)))
+    >>> params["W"].shape, layer(params, jnp.ones((28, 28, 1))).shape
+    ((16, 1, 3, 3), (14, 14, 16))
+    """
+
+    features: int
+    window: Sizes
+    _: dataclasses.KW_ONLY
+    stride: Sizes = 1
+    padding: Padding = "same"
+    dilation: Sizes = 1
+    groups: int = 1
+    use_bias: bool = True
+    weight_init: Initializer = he_normal
+    bias_init: Initializer = zeros
+
+    def __post_init__(self) -> None:
+        set_options(self, "stride", "dilation")
+        if isinstance(self.padding, str):
+            arguments.choice("Conv", "padding", self.padding, ("same", "valid", "circular"))
+
+    def init(self, key: chex.PRNGKey, x: Any) -> dict:
+        return initial_weights(self, key, self._shapes(x))
+
+    def __call__(self, params: Any, x: Any, **mode: Any) -> Any:
+        check_params(self, params, self._shapes(x))
+        y = ops.convolution(
+            x,
+            params["W"],
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+        return y + params["b"] if self.use_bias else y
+
+    def _shapes(self, x: Any) -> dict[str, tuple[int, ...]]:
+        window = window_of(self)
+        ins = image_features(self, x, len(window))
+        if ins % self.groups:
+            raise LayerError(
+                f"{self} wants a number of features that {self.groups} groups divide, but got an "
+                f"input of shape {x.shape}."
+            )
+        return shapes_of(self, (self.features, ins // self.groups, *window))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class ConvTranspose(Layer):
+    """y = Wᵀ ∗ x + b, the transpose of a convolution: with a stride, upsampling by learned weights.
+
+        y[o·stride + k·dilation − pad, f] += W[c, f, k] x[o, c]       and then b is added
+
+    One example x is `(height, width, in)`; axes in front are more images. The output has
+    `size · stride` entries along each axis with "same" padding, else (size − 1) · stride − low −
+    high + dilation · (window − 1) + output_padding + 1, as PyTorch's.
+
+    Parameters: `{"W": (in, features / groups, *window), "b": (features,)}`, or `{"W"}`.
+
+    Args:
+        features: how many outputs at each place.
+        window: its sizes: one number for the two axes of an image, or one for each axis.
+        stride, padding, dilation, groups: those of the convolution that this is the transpose of;
+            see `fnn.ops.conv_transpose`.
+        output_padding: how many entries more the output gets at the end of each axis.
+        use_bias: whether there is a b.
+        weight_init: initialiser of W.
+        bias_init: initialiser of b.
+
+    Raises:
+        TypeError, ValueError: an option isn't of its kind.
+        LayerError: (when called) x isn't such an image, or the parameters aren't of these shapes.
+
+    Dumoulin, Visin, "A guide to convolution arithmetic for deep learning", arXiv:1603.07285.
+    """
+
+    features: int
+    window: Sizes
+    _: dataclasses.KW_ONLY
+    stride: Sizes = 1
+    padding: Padding = "same"
+    output_padding: Sizes = 0
+    dilation: Sizes = 1
+    groups: int = 1
+    use_bias: bool = True
+    weight_init: Initializer = he_normal
+    bias_init: Initializer = zeros
+
+    def __post_init__(self) -> None:
+        set_options(self, "stride", "dilation")
+        space = len(window_of(self))
+        sizes_of("ConvTranspose", "output_padding", self.output_padding, space, least=0)
+        if isinstance(self.padding, str):
+            arguments.choice("ConvTranspose", "padding", self.padding, ("same", "valid"))
+
+    def init(self, key: chex.PRNGKey, x: Any) -> dict:
+        return initial_weights(self, key, self._shapes(x))
+
+    def __call__(self, params: Any, x: Any, **mode: Any) -> Any:
+        check_params(self, params, self._shapes(x))
+        y = ops.conv_transpose(
+            x,
+            params["W"],
+            stride=self.stride,
+            padding=self.padding,
+            output_padding=self.output_padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+        return y + params["b"] if self.use_bias else y
+
+    def _shapes(self, x: Any) -> dict[str, tuple[int, ...]]:
+        window = window_of(self)
+        ins = image_features(self, x, len(window))
+        return shapes_of(self, (ins, self.features // self.groups, *window))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class SqueezeExcite(Layer):
+    """y = x · g(W₂ f(W₁ mean(x) + b₁) + b₂): each feature scaled by what all of the image shows.
+
+    x is `(height, width, features)`, the mean that over its space; axes in front are more images.
+
+    Parameters: `{"reduce": {"W": (hidden, features), "b"}, "expand": {"W": (features, hidden),
+    "b"}}`.
+
+    Args:
+        hidden: how many numbers the image is squeezed into (a sixteenth of the features, in the
+            paper).
+        activation: f.
+        gate: g.
+
+    Raises:
+        TypeError, ValueError: an option isn't of its kind.
+        LayerError: (when called) x is no image, or the parameters aren't of these shapes.
+
+    Hu, Shen, Sun, "Squeeze-and-excitation networks", arXiv:1709.01507.
+    """
+
+    hidden: int
+    activation: Callable = ops.relu
+    gate: Callable = ops.sigmoid
+
+    def __post_init__(self) -> None:
+        set_count(self, "hidden")
+        for name in ("activation", "gate"):
+            arguments.function("SqueezeExcite", name, getattr(self, name), "a function of arrays")
+
+    def init(self, key: chex.PRNGKey, x: Any) -> dict:
+        reduce, expand = self._parts(x)
+        keys = jax.random.split(arguments.key(f"{self}.init", "key", key))
+        features = jax.ShapeDtypeStruct(x.shape[-1:], x.dtype)
+        hidden = jax.ShapeDtypeStruct((self.hidden,), x.dtype)
+        return {"reduce": reduce.init(keys[0], features), "expand": expand.init(keys[1], hidden)}
+
+    def __call__(self, params: Any, x: Any, **mode: Any) -> Any:
+        reduce, expand = self._parts(x)
+        check_parts(self, params, ["reduce", "expand"])
+        mean = ops.adaptive_average_pool(x, 1)
+        hidden = self.activation(reduce(params["reduce"], mean))
+        return x * self.gate(expand(params["expand"], hidden))
+
+    def _parts(self, x: Any) -> tuple[Linear, Linear]:
+        return Linear(self.hidden), Linear(image_features(self, x, 2))
+
+
+# ------------------------------------------------------------------- what the layers have in common
+
+
+def set_options(layer: Any, *names: str) -> None:
+    """Check the counts of a convolutional layer, its window and the options named."""
+    where = type(layer).__name__
+    check_options(layer)
+    set_count(layer, "features")
+    set_count(layer, "groups")
+    space = len(window_of(layer))
+    for name in names:
+        sizes_of(where, name, getattr(layer, name), space)
+    if layer.features % layer.groups:
+        raise ValueError(
+            f"{where}: features must be a multiple of groups, but got features={layer.features}, "
+            f"groups={layer.groups}."
+        )
+
+
+def window_of(layer: Any, name: str = "window") -> tuple[int, ...]:
+    """A layer's window, a size for each axis of space: two where it is one number."""
+    value = getattr(layer, name)
+    space = len(value) if isinstance(value, (tuple, list)) else 2
+    return sizes_of(type(layer).__name__, name, value, space)
+
+
+def image_features(layer: Layer, x: Any, space: int) -> int:
+    """The features of an image with so many axes of space."""
+    shape = getattr(x, "shape", None)
+    if shape is None or len(shape) < space + 1:
+        got = arguments.show(x) if shape is None else f"shape {shape}"
+        wanted = {1: "(length, in)", 2: "(height, width, in)"}.get(space, "(*space, in)")
+        raise LayerError(f"{layer} wants an array of shape {wanted} as its input, but got {got}.")
+    return shape[-1]
+
+
+def shapes_of(layer: Any, W: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    return {"W": W, "b": (layer.features,)} if layer.use_bias else {"W": W}
+
+
+def initial_weights(layer: Any, key: Any, shapes: dict[str, tuple[int, ...]]) -> dict:
+    keys = jax.random.split(arguments.key(f"{layer}.init", "key", key))
+    made = {"W": layer.weight_init, "b": layer.bias_init}
+    return {
+        name: initial(layer, made[name], own, shapes[name])
+        for (name, own) in zip(made, keys, strict=True)
+        if name in shapes
+    }
