@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import ops
+from fnn.ops.stochastic import kept
 
 
 def _rotary(x):
@@ -223,9 +224,7 @@ CASES = {
     ),
     "dropout": Case(
         lambda x: ops.dropout(x, np.asarray([0, 3], np.uint32), rate=0.25),
-        lambda x: jnp.where(
-            jax.random.bernoulli(np.asarray([0, 3], np.uint32), 0.75, x.shape), x / 0.75, 0
-        ),
+        lambda x: jnp.where(kept(np.asarray([0, 3], np.uint32), x.shape, 0.25), x / 0.75, 0),
     ),
     "elu": Case(ops.elu, nn.elu),
     "embedding": Case(ops.embedding, lambda E, i: E[i], ((4, 2), None)),

@@ -12,15 +12,15 @@ from sweeps import exhaustive, sweep
 import fnn
 from fnn import ops
 from fnn.layers import DropConnect, Dropout, DropPath, LayerError, Linear, chain, training
+from fnn.ops.stochastic import kept
 
 KEY = jax.random.key(7)
 X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)))
 RATE = 0.4
 
 
-def plain(x, key, shape=None):
-    keep = jax.random.bernoulli(key, 1 - RATE, x.shape if shape is None else shape)
-    return jnp.where(keep, x / (1 - RATE), 0)
+def plain(x, key):
+    return jnp.where(kept(key, x.shape, RATE), x / (1 - 26214 / 2**16), 0)
 
 
 def ours(x, key):
@@ -72,6 +72,20 @@ def test_as_the_plain_formula(use):
     chex.assert_trees_all_close(everything(ours), everything(plain), rtol=1e-12)
 
 
+def test_the_draws():
+    """Each entry lives with the chance that it should, whatever the others do."""
+    for rate in (0.1, 0.5, 0.97):
+        m = np.asarray(jax.jit(lambda rate=rate: kept(KEY, (1000, 201), rate))())
+        deviation = np.sqrt(rate * (1 - rate))
+        assert abs(m.mean() - (1 - rate)) < 4 * deviation / np.sqrt(m.size)
+        for shift in (1, 100, 101):  # the other half of the same bits is 101 places on
+            both = (m[:, shift:] & m[:, :-shift]).mean()
+            assert abs(both - (1 - rate) ** 2) < 4 * deviation / np.sqrt(m[:, shift:].size)
+    assert kept(KEY, (), 0.5).shape == () and kept(KEY, (0, 3), 0.5).shape == (0, 3)
+    tiny = ops.dropout(jnp.ones(10), KEY, rate=1e-9)
+    np.testing.assert_allclose(tiny, 1, rtol=2**-15)
+
+
 def test_draws_that_are_shared():
     x = jnp.ones((6, 5, 4))
     y = np.asarray(ops.dropout(x, KEY, rate=0.5, shared=(0, 1)))
@@ -118,10 +132,11 @@ def test_over_devices(kind):
     x = jax.device_put(jnp.ones((8, 4)), jax.NamedSharding(mesh, P("data")))
     keys = jax.device_put(jax.random.split(KEY, 8), jax.NamedSharding(mesh, P("data")))
     loss = lambda x: jnp.sum(jax.vmap(ours)(x, keys) ** 2)
-    wanted = 2 * jax.vmap(plain)(np.ones((8, 4)), jax.random.split(KEY, 8)) / (1 - RATE)
+    ones, twice = np.ones((8, 4)), lambda x, key: plain(plain(x, key), key)
+    wanted = 2 * jax.vmap(twice)(ones, jax.random.split(KEY, 8))
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(x), wanted)
     one = lambda x: jnp.sum(ours(x, KEY) ** 2)
-    wanted = 2 * plain(np.ones((8, 4)), KEY) / (1 - RATE)
+    wanted = 2 * twice(ones, KEY)
     np.testing.assert_allclose(jax.jit(jax.grad(one))(x), wanted)
 
 
