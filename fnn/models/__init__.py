@@ -5,6 +5,9 @@ vae, negative_elbo,
 decode                   variational autoencoder
 vit                      vision transformer
 gpt2, llama              language models
+lstm_language_model      language model of LSTMs
+state_space_language_model
+                         language model of linear recurrences
 bert                     encoder of text
 transformer              encoder and decoder, from one sequence to another
 generate                 how a language model continues a text
@@ -18,18 +21,22 @@ from fnn.models.encoder_decoder import transformer
 from fnn.models.generation import generate
 from fnn.models.language import gpt2, llama
 from fnn.models.perceptron import mlp
+from fnn.models.recurrent_language import lstm_language_model
+from fnn.models.state_space_language import state_space_language_model
 from fnn.models.vision_transformer import vit
 
 __all__ = [
+    "Reconstruction",
     "bert",
+    "decode",
     "generate",
     "gpt2",
     "llama",
-    "transformer",
-    "vit",
-    "Reconstruction",
-    "decode",
+    "lstm_language_model",
     "mlp",
     "negative_elbo",
+    "state_space_language_model",
+    "transformer",
     "vae",
+    "vit",
 ]
