@@ -3,6 +3,11 @@
 mlp                      multilayer perceptron
 vae, negative_elbo,
 decode                   variational autoencoder
+lenet                    LeNet-5
+resnet18, resnet50,
+resnet                   residual networks
+convnext                 ConvNeXt-T and its kind
+unet                     U-Net, an image in and a map out
 vit                      vision transformer
 gpt2, llama              language models
 lstm_language_model      language model of LSTMs
@@ -16,10 +21,12 @@ Each is a function of hyperparameters that returns a `Network` of `fnn.layers`, 
 """
 
 from fnn.models.autoencoder import Reconstruction, decode, negative_elbo, vae
+from fnn.models.conv_next import convnext
 from fnn.models.encoder import bert
 from fnn.models.encoder_decoder import transformer
 from fnn.models.generation import generate
 from fnn.models.language import gpt2, llama
+from fnn.models.lenet5 import lenet
 from fnn.models.perceptron import mlp
 from fnn.models.recurrent_language import lstm_language_model
 from fnn.models.state_space_language import state_space_language_model
@@ -27,6 +34,17 @@ from fnn.models.vision_transformer import vit
 
 __all__ = [
     "Reconstruction",
+from fnn.models.residual import resnet, resnet18, resnet50
+from fnn.models.u_net import unet
+from fnn.models.vision_transformer import vit
+
+__all__ = [
+    "convnext",
+    "lenet",
+    "resnet",
+    "resnet18",
+    "resnet50",
+    "unet",
     "bert",
     "decode",
     "generate",
