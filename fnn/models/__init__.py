@@ -29,12 +29,8 @@ from fnn.models.language import gpt2, llama
 from fnn.models.lenet5 import lenet
 from fnn.models.perceptron import mlp
 from fnn.models.recurrent_language import lstm_language_model
-from fnn.models.state_space_language import state_space_language_model
-from fnn.models.vision_transformer import vit
-
-__all__ = [
-    "Reconstruction",
 from fnn.models.residual import resnet, resnet18, resnet50
+from fnn.models.state_space_language import state_space_language_model
 from fnn.models.u_net import unet
 from fnn.models.vision_transformer import vit
 
@@ -45,6 +41,7 @@ __all__ = [
     "resnet18",
     "resnet50",
     "unet",
+    "Reconstruction",
     "bert",
     "decode",
     "generate",
