@@ -64,6 +64,49 @@ def parameters(shape):
     return st.tuples(st.fixed_dictionaries({"W": numbers((2, 3)), "b": numbers((2,))}))
 
 
+def small(shape):
+    return numbers(shape).map(lambda x: np.clip(x, -4, 4))
+
+
+def small_pair(shape):
+    return st.tuples(small(shape), small(shape))
+
+
+def with_scale(shape):
+    return st.tuples(small(shape), small(shape[-1:]))
+
+
+def with_scale_and_bias(shape):
+    return st.tuples(small(shape), small(shape[-1:]), small(shape[-1:]))
+
+
+def gates_and_memory(gates, copies=1):
+    """For a recurrent cell: so many gates' numbers, once or twice, and the memory's."""
+    wide = lambda shape: (*shape[:-1], gates * shape[-1])
+    return lambda shape: st.tuples(*[small(wide(shape))] * copies, small(shape))
+
+
+def with_key(shape):
+    return st.tuples(numbers(shape), st.just(np.asarray([0, 3], np.uint32)))
+
+
+def far_apart(count):
+    """Vectors of which no two are alike, and none is 0."""
+    places = (10.0, -10.0, 25.0)
+    return lambda shape: st.tuples(
+        *(small(shape).map(lambda x, p=p: x + p) for p in places[:count])
+    )
+
+
+def scores_and_positive_distribution(shape):
+    weights = st.lists(st.integers(1, 3), min_size=4, max_size=4)
+    return st.tuples(small((4,)), weights.map(lambda w: np.array(w) / sum(w)))
+
+
+def logits_and_uncertain_targets(shape):
+    return st.tuples(small(shape), numbers(shape).map(lambda x: np.clip(x, 0.1, 0.9)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """An operation with its arguments (a strategy for a shape) and static configuration."""
@@ -117,6 +160,18 @@ OPERATIONS = [
     case(fnn.ops.huber, pair, delta=0.5),
     case(fnn.ops.gaussian_nll, predictions_and_targets),
     case(fnn.ops.l2, parameters),
+    case(fnn.ops.rms_norm, with_scale, NOT_EMPTY, epsilon=0.1),
+    case(fnn.ops.layer_norm, with_scale_and_bias, NOT_EMPTY, epsilon=0.1),
+    case(fnn.ops.group_norm, with_scale_and_bias, NOT_EMPTY, groups=2, epsilon=0.1),
+    case(fnn.ops.lstm_cell, gates_and_memory(4), NOT_EMPTY),
+    case(fnn.ops.gru_cell, gates_and_memory(3, copies=2), NOT_EMPTY),
+    case(fnn.ops.dropout, with_key, rate=0.4),
+    case(fnn.ops.kl_divergence, scores_and_positive_distribution),
+    case(fnn.ops.sigmoid_focal, logits_and_uncertain_targets, gamma=1.5, alpha=0.25),
+    case(fnn.ops.pinball, pair, quantile=0.8),
+    case(fnn.ops.poisson_nll, small_pair),
+    case(fnn.ops.cosine_similarity, far_apart(2), NOT_EMPTY),
+    case(fnn.ops.triplet, far_apart(3), NOT_EMPTY, margin=100.0),
 ]
 
 
