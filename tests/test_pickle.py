@@ -17,17 +17,24 @@ import pytest
 import fnn
 from fnn import ops
 from fnn.layers import (
+    MLP,
     BatchNorm,
     Dropout,
+    DropPath,
+    GroupNorm,
     LayerNorm,
     Linear,
     Maxout,
+    RMSNorm,
+    SpectralNorm,
+    WeightNorm,
     chain,
     network,
     parallel,
     repeat,
     residual,
 )
+from fnn.params import PathError
 from fnn.train import NonFiniteError, TrainStep, fit, train_step
 
 A = np.random.default_rng(0).normal(size=(8, 3))
@@ -98,6 +105,7 @@ def exceptions():
 EXAMPLES = {
     "NonFiniteError": nonfinite_error,
     "GradientError": gradient_error,
+    "PathError": lambda: PathError("load", ("a.W",), (), {"b": ("float32[3]", "float32[4]")}),
 }
 
 
@@ -148,6 +156,14 @@ def test_an_error_comes_out_of_a_pool():
         Linear(3, weight_init=fnn.initializers.he_uniform, use_bias=False),
         BY_NAME,
         dataclasses.replace(BY_NAME, parts={"hidden": Linear(5), "output": Linear(2)}),
+        chain(
+            WeightNorm(Linear(4)),
+            RMSNorm(),
+            DropPath(0.5),
+            GroupNorm(2),
+            SpectralNorm(Linear(3)),
+            MLP(5),
+        ),
         chain(repeat(residual(LayerNorm(), Linear(4), Dropout(0.5)), 3), BatchNorm()),
     ],
     ids=str,

@@ -275,7 +275,8 @@ class WeightNorm(Layer):
     """A layer whose weight is W = g v / ‖v‖, row by row: length and direction are trained apart.
 
     Parameters: the layer's, but `{"v": (out, ...), "g": (out,)}` in the place of W. At first W is
-    the layer's own.
+    the layer's own. (The gradient of v has a part along v, row by row: `fnn.per_example` keeps it
+    whole, not as factors.)
 
     Args:
         layer: a layer whose parameters have a W, such as `Linear(100)`.
@@ -318,7 +319,7 @@ class SpectralNorm(Layer):
 
     Parameters: the layer's. State: `{"statistics": {"u": (out,), "v": (in,)}}`, where a weight
     `(out, ...)` is taken for a matrix; at first u is drawn from a fixed key, and v is 0, until a
-    training step. (Of a v of 0, σ is ‖Wᵀ u‖.)
+    training step. (Of a v of 0, σ is ‖Wᵀ u‖.) `fnn.per_example` keeps W's gradient whole.
 
     Args:
         layer: a layer without a state whose parameters have a W, such as `Linear(100)`.
