@@ -23,3 +23,12 @@ def test_vae(tmp_path):
     (pixels,) = re.findall(r"independent of each other: (-[\d.]+)", printed)
     assert float(bound) > float(pixels) + 0.5
     assert is_a_picture(tmp_path / "out" / "vae.png")
+
+
+def test_digits_convolution(tmp_path):
+    printed = run("digits_convolution.py", "--quick", folder=tmp_path)
+    validated = re.findall(r"dropout 0\.\d +([\d.]+)%", printed)
+    assert len(validated) == 3
+    (mean,) = re.findall(r"accuracy on 360 test digits: .*; mean ([\d.]+)%", printed)
+    assert float(mean) > 50  # after one epoch; by chance 10
+    assert is_a_picture(tmp_path / "out" / "convolution.png")
