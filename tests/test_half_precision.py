@@ -58,6 +58,38 @@ FUNCTIONS = {
         lambda x: ops.gaussian_nll(jnp.stack([x, x], -1)[::3], jnp.zeros_like(x)[::3]),
         lambda x: jnp.sum((x + x * x * jnp.exp(-x) + np.log(2 * np.pi))[::3]) / 2,
     ),
+    "layer_norm": (
+        lambda x: ops.layer_norm(x),
+        lambda x: (x - jnp.mean(x)) / jnp.sqrt(jnp.var(x) + 1e-5),
+    ),
+    "rms_norm": (
+        lambda x: ops.rms_norm(x * 256),
+        lambda x: x * 256 / jnp.sqrt(jnp.mean((x * 256) ** 2) + 1e-6),
+    ),
+    "group_norm": (
+        lambda x: ops.group_norm(x.reshape(-1, 2), groups=1),
+        lambda x: ((x - jnp.mean(x)) / jnp.sqrt(jnp.var(x) + 1e-5)).reshape(-1, 2),
+    ),
+    "batch_norm": (
+        lambda x: ops.batch_norm(x[:, None])[0],
+        lambda x: ((x - jnp.mean(x)) / jnp.sqrt(jnp.var(x) + 1e-5))[:, None],
+    ),
+    "poisson_nll": (
+        lambda x: ops.poisson_nll(x[::2], jnp.ones(MANY // 2)),
+        lambda x: jnp.sum((jnp.exp(x) - x)[::2]),
+    ),
+    "pinball": (
+        lambda x: ops.pinball(x, jnp.zeros_like(x), quantile=0.25),
+        lambda x: jnp.sum(jnp.maximum(-x / 4, 3 * x / 4)),
+    ),
+    "sigmoid_focal": (
+        lambda x: ops.sigmoid_focal(x, jnp.ones(MANY)),
+        lambda x: -jnp.sum(jax.nn.sigmoid(-x) ** 2 * jax.nn.log_sigmoid(x)),
+    ),
+    "cosine_similarity": (
+        lambda x: ops.cosine_similarity(x, x[::-1]),
+        lambda x: x @ x[::-1] / (x @ x),
+    ),
     "maxout": (
         lambda x: ops.maxout(jnp.round(x * 0), axis=0),
         None,  # the gradient is shared by all
