@@ -162,6 +162,28 @@ def test_empty_axes():
 
 
 @exhaustive
+def test_a_batch_on_an_explicit_mesh():
+    kind = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=kind, devices=jax.devices()[:2])
+    h, W, b, labels = example(batch=(4,))
+
+    def total(h, W, b, labels):
+        each = jax.vmap(functools.partial(ours, block=4, label_smoothing=0.1), (0, None, None, 0))
+        return jnp.sum(each(h, W, b, labels) ** 2)
+
+    gradient = jax.jit(jax.grad(total, (0, 1, 2)))
+    wanted = gradient(h, W, b, labels)
+
+    def placed(x, spec):
+        return jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.P(*spec)))
+
+    data = "data"
+    with jax.set_mesh(mesh):
+        found = gradient(placed(h, [data]), placed(W, []), placed(b, []), placed(labels, [data]))
+    chex.assert_trees_all_close(*(jax.tree.map(np.asarray, x) for x in (found, wanted)), rtol=1e-5)
+
+
+@exhaustive
 @pytest.mark.parametrize("name", OPTIONS)
 def test_check_grads(name):
     h, W, b, labels = example(jnp.float64)

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from fnn import arguments
-from fnn.meshes import as_varying
+from fnn.meshes import as_varying, broadcast, explicit_mesh, sharding_of
 from fnn.operation import compiled_rule as rule
 from fnn.ops.arguments import is_integer, must_be_real, wide
 
@@ -98,7 +98,8 @@ def linear_cross_entropy(h, W, labels, given, *, label_smoothing, ignore, block)
     r = log Σ e^(logit − m). m counts as a constant: r's derivative is that of log Σ e^logit, and
     m's is 0. (Their sum would lose r where the logits are large.)
     """
-    blocks = _Blocks.of(W, block)
+    blocks, shape = _Blocks.of(W, block), labels.shape
+    h, labels = _flat(h, 1), _flat(labels)
 
     def step(total, i):
         largest, sums, target = total
@@ -110,10 +111,11 @@ def linear_cross_entropy(h, W, labels, given, *, label_smoothing, ignore, block)
         sums = sums * jnp.exp(largest - shift) + jnp.sum(jnp.exp(s - shift[..., None]), axis=-1)
         return (new, sums, target), None
 
-    zero = _zeros(h, h.shape[:-1])
+    zero = _zeros(h, labels)
     (largest, sums, target), _ = blocks.run(step, (zero - jnp.inf, zero, zero))
     m, r = jnp.where(largest == -jnp.inf, 0, largest), jnp.log(sums)
-    return _at_labels((m - target) + r, labels, blocks, ignore), m, r
+    loss = _at_labels((m - target) + r, labels, blocks, ignore)
+    return loss.reshape(shape), m.reshape(shape), r.reshape(shape)
 
 
 @linear_cross_entropy.vmapped
@@ -153,9 +155,10 @@ def _(h, W, labels, given, **static):
 @linear_cross_entropy.backward
 def _(residuals, g, *, label_smoothing, ignore, block):
     """G = g (p − q) + g_r p for each block of classes, and from it ∂h, ∂W and ∂bias."""
-    h, W, labels, given, m, r = residuals
+    shape = residuals[0].shape
+    residuals = h, W, labels, given, m, r = _flat_residuals(residuals)
     blocks = _Blocks.of(W, block)
-    g_loss, _, g_r = g
+    g_loss, g_r = _flat(g[0]), _flat(g[2])
     g_loss = _at_labels(g_loss, labels, blocks, ignore)[..., None]
     g_p = g_loss + g_r[..., None]
 
@@ -166,16 +169,17 @@ def _(residuals, g, *, label_smoothing, ignore, block):
         dW = _over_positions(G, h, W).astype(W.dtype)
         return dh, (dW, jnp.sum(G, axis=tuple(range(h.ndim - 1))) if given else None)
 
-    dh, (dW, d_bias) = blocks.run(step, _zeros(h, h.shape))
+    dh, (dW, d_bias) = blocks.run(step, _zeros(h, h))
     d_given = {n: blocks.joined(d_bias).astype(x.dtype) for n, x in given.items()}
-    return dh.astype(h.dtype), blocks.joined(dW), None, d_given
+    return dh.reshape(shape).astype(h.dtype), blocks.joined(dW), None, d_given
 
 
 @linear_cross_entropy.tangent
 def _(residuals, dh, dW, d_labels, d_given, *, label_smoothing, ignore, block):
     """ds = dh Wᵀ + h dWᵀ + dbias; dr = Σ p ds, and the loss moves by Σ (p − q) ds."""
-    h, W, labels, given, m, r = residuals
-    blocks = _Blocks.of(W, block)
+    shape = residuals[2].shape
+    residuals = h, W, labels, given, m, r = _flat_residuals(residuals)
+    blocks, dh = _Blocks.of(W, block), _flat(dh, 1)
 
     def step(total, i):
         d_loss, dr = total
@@ -186,9 +190,10 @@ def _(residuals, dh, dW, d_labels, d_given, *, label_smoothing, ignore, block):
             ds = _plus(ds, blocks.cut(d_given["bias"], i))
         return (d_loss + jnp.sum((p - q) * ds, axis=-1), dr + jnp.sum(p * ds, axis=-1)), None
 
-    zero = _zeros(h, h.shape[:-1])
+    zero = _zeros(h, labels)
     (d_loss, dr), _ = blocks.run(step, (zero, zero))
-    return _at_labels(d_loss, labels, blocks, ignore), None, dr
+    d_loss = _at_labels(d_loss, labels, blocks, ignore)
+    return d_loss.reshape(shape), None, dr.reshape(shape)
 
 
 class _Blocks(NamedTuple):
@@ -259,13 +264,30 @@ def _probabilities_and_target(residuals, blocks: _Blocks, i, smoothing: float):
     return blocks.or_else(jnp.exp(s - r[..., None]), i, 0), q
 
 
+def _flat(x, kept: int = 0):
+    """x with all positions on one axis, but for the last `kept` axes.
+
+    On a mesh with explicit axes, where a batch may be divided among devices, they stay.
+    """
+    if explicit_mesh(x) is not None:
+        return x
+    count = math.prod(x.shape[: x.ndim - kept])
+    return x.reshape(count, *x.shape[x.ndim - kept :])
+
+
+def _flat_residuals(residuals):
+    h, W, labels, given, m, r = residuals
+    return _flat(h, 1), W, _flat(labels), given, _flat(m), _flat(r)
+
+
 def _plus(s, bias):
     return s + bias.astype(s.dtype).reshape((1,) * (s.ndim - 1) + bias.shape)
 
 
-def _zeros(h, shape):
-    """Zeros to sum in, beside h's positions."""
-    return as_varying(jnp.zeros(shape, wide(h).dtype), jax.typeof(h))
+def _zeros(h, like):
+    """Zeros to sum in, of the shape and sharding of `like`."""
+    zero = jnp.zeros((), wide(h).dtype)
+    return as_varying(broadcast(zero, jax.typeof(like), ()), jax.typeof(h))
 
 
 def _at_labels(x, labels, blocks: _Blocks, ignore):
@@ -281,16 +303,18 @@ def _index(labels):
     return jnp.asarray(labels, jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)
 
 
-def _product(numbers: str, a, b):
+def _product(numbers: str, a, b, out_sharding=None):
     """A product summed in at least float32; float32 factors are rounded to the other's 16 bits."""
     kind = wide(jnp.zeros((), a.dtype)).dtype
     narrow = min(a.dtype, b.dtype, key=lambda d: jnp.finfo(d).bits)
-    return jnp.einsum(numbers, a.astype(narrow), b.astype(narrow), preferred_element_type=kind)
+    a, b = a.astype(narrow), b.astype(narrow)
+    options = {} if out_sharding is None else {"out_sharding": out_sharding}
+    return jnp.einsum(numbers, a, b, preferred_element_type=kind, **options)
 
 
 def _over_positions(G, h, W):
     """Gᵀ h (classes, features), summed over all positions."""
-    return _product("...c,...f->cf", G, h)
+    return _product("...c,...f->cf", G, h, sharding_of(W))
 
 
 def _check(op: str, h, W, labels, bias) -> None:
