@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sweeps import exhaustive, sweep
 
 import fnn
 import fnn.per_example as pe
@@ -68,7 +69,7 @@ def test_adapted_and_merged():
     chex.assert_trees_all_equal(whole["embed"], PARAMS["embed"])
     for x in (X, R(2, 5, 4), np.asarray(R(2, 5, 4))):
         found = jax.jit(net)(adapted(PARAMS, TRAINED, scale=0.5), x)
-        np.testing.assert_allclose(found, net(whole, x), rtol=1e-9)
+        np.testing.assert_allclose(found, jax.jit(net)(whole, x), rtol=1e-9)
     half = {"W": jnp.ones((3, 4), jnp.bfloat16)}
     assert merge(half, lora(half, "W", 2, KEY))["W"].dtype == jnp.bfloat16
 
@@ -94,7 +95,7 @@ def loss(adapters, x):
     return jnp.sum(jnp.sin(net(adapted(PARAMS, adapters), x)))
 
 
-@pytest.mark.parametrize("gradient", [jax.grad, fnn.grad])
+@pytest.mark.parametrize("gradient", sweep([jax.grad, fnn.grad], [fnn.grad]))
 def test_gradients(gradient):
     merged = lambda a: jnp.sum(jnp.sin(net(merge(PARAMS, a), X)))
     found = jax.jit(lambda a: gradient(loss)(a, X))(TRAINED)
@@ -148,6 +149,7 @@ def test_fit_trains_the_adapters_alone():
     )
 
 
+@exhaustive
 def test_recurrent_layers():
     """The product with the inputs is adapted; the loop's own weight has to be merged."""
     for layer in (LSTM(3), GRU(3)):

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
-from sweeps import exhaustive
+from sweeps import exhaustive, sweep
 
 import fnn
 from fnn import models, ops
@@ -65,6 +65,7 @@ def test_a_model_is_its_formula_whole_and_in_pieces(name):
     assert not np.allclose(trained, y)
 
 
+@exhaustive
 def test_options():
     tied = models.lstm_language_model(8, 6, 1, tied=True)
     params = tied.init(KEY, TOKENS)
@@ -135,7 +136,7 @@ def test_factors_are_kept():
     assert kept["['output']['W']"] == "A (4 × 48), G (4 × 64)"
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sweep(MODELS, ["lstm"]))
 def test_training(name):
     """A text that repeats itself is learned."""
     net = {
@@ -151,6 +152,7 @@ def test_training(name):
     assert result.history["loss"][-1] < 0.3
 
 
+@exhaustive
 def test_summaries():
     for net in (LSTMS, models.state_space_language_model(8, 6, 2, remat=True)):
         table = summary(net, TOKENS)

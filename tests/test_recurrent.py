@@ -86,7 +86,7 @@ SEQUENCES = {
     ),
 }
 WAYS = [(name, masked, back) for name in SEQUENCES for masked in (0, 1) for back in (0, 1)]
-QUICK = [("lstm", 1, 1), ("gru", 1, 0), ("tanh", 1, 1)]
+QUICK = [("lstm", 1, 1), ("gru", 1, 0)]
 
 
 def total(result):
@@ -223,7 +223,7 @@ def minimal(net, h, x):
 OF_CELL = recurrent(minimal, lambda x: jnp.zeros(3, x.dtype))
 
 
-@pytest.mark.parametrize("layer", sweep([*LAYERS, OF_CELL], [LSTM(3), OF_CELL]), ids=repr)
+@pytest.mark.parametrize("layer", sweep([*LAYERS, OF_CELL], [GRU(3), OF_CELL]), ids=repr)
 def test_a_recurrent_layer(layer):
     """Masks, directions, checkpoints and the cache."""
     params = layer.init(KEY, X)
@@ -267,7 +267,7 @@ def test_a_recurrent_layer(layer):
         chex.assert_trees_all_close(found[way][1], found["carry"][1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("layer", sweep([*LAYERS, OF_CELL], [GRU(3)]), ids=repr)
+@pytest.mark.parametrize("layer", sweep([*LAYERS, OF_CELL], [RNN(3)]), ids=repr)
 def test_checkpoints_change_no_gradient(layer):
     """Of any number of steps."""
     params = layer.init(KEY, X)
@@ -277,7 +277,7 @@ def test_checkpoints_change_no_gradient(layer):
         return jax.grad(lambda p: jnp.sum(own(p, X[:n]) ** 2))(params)
 
     def both(remat):
-        return [gradient(n, remat=remat, reverse=n == 7) for n in (1, 6, 7)]
+        return [gradient(n, remat=remat, reverse=n == 7) for n in (1, 7)]
 
     both = jax.jit(both, static_argnums=0)
     chex.assert_trees_all_close(both(True), both(False), rtol=1e-6, atol=1e-9)
@@ -312,6 +312,7 @@ def test_as_pytorch_s():
         np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-6)
 
 
+@exhaustive
 def test_as_flax_s():
     linen = pytest.importorskip("flax.linen")
     x = X.astype(jnp.float32)

@@ -166,6 +166,7 @@ def test_where_the_layer_starts():
     assert np.mean(np.abs(s[2000:]) ** 2) == pytest.approx(1, rel=0.15)
 
 
+@exhaustive
 def test_a_long_sequence():
     layer = LRU(8)
     x = R(0, 65_536, 2, dtype=jnp.float32)
@@ -177,6 +178,17 @@ def test_a_long_sequence():
 
 def test_per_example_gradients_stay_factored():
     """The products' weights; λ, γ and D are used elementwise."""
+    big = LRU(64)
+    x = jax.ShapeDtypeStruct((2, 3, 48), jnp.float64)
+    params = jax.eval_shape(big.init, KEY, jax.ShapeDtypeStruct((3, 48), jnp.float64))
+    _, g = jax.eval_shape(pe.grads(lambda p, x: jnp.sum(big(p, x) ** 2)), params, x)
+    kept = {row["path"]: row["kept"] for row in pe.explain(g)}
+    assert "A (3 × 48), G (3 × 64)" in kept["['B']"], kept
+    assert "A (3 × 64), G (3 × 48)" in kept["['C']"], kept
+
+
+@exhaustive
+def test_per_example_gradients_are_right():
     layer, xs = LRU(6), R(0, 4, 3, 5)
     params = layer.init(KEY, xs[0])
     loss = lambda p, x: jnp.sum(jnp.sin(layer(p, x)))
@@ -191,13 +203,6 @@ def test_per_example_gradients_stay_factored():
     chex.assert_trees_all_close(found, wanted, rtol=1e-9, atol=1e-12)
     flat = jax.vmap(lambda tree: ravel_pytree(tree)[0])(wanted)
     np.testing.assert_allclose(norms, jnp.linalg.norm(flat, axis=1), rtol=1e-9)
-    big = LRU(64)
-    x = jax.ShapeDtypeStruct((2, 3, 48), jnp.float64)
-    params = jax.eval_shape(big.init, KEY, jax.ShapeDtypeStruct((3, 48), jnp.float64))
-    _, g = jax.eval_shape(pe.grads(lambda p, x: jnp.sum(big(p, x) ** 2)), params, x)
-    kept = {row["path"]: row["kept"] for row in pe.explain(g)}
-    assert "A (3 × 48), G (3 × 64)" in kept["['B']"], kept
-    assert "A (3 × 64), G (3 × 48)" in kept["['C']"], kept
 
 
 @exhaustive
@@ -211,6 +216,7 @@ def test_kronecker_factors():
         assert found[name].to_dense().shape == (params[name].size,) * 2
 
 
+@exhaustive
 def test_in_networks():
     net = chain(Linear(4), repeat(residual(LRU(6)), 2))
     x = R(0, 5, 3)
@@ -220,10 +226,13 @@ def test_in_networks():
     first, cache = net.apply(params, cache, x[:2])
     rest, cache = net.apply(params, cache, x[2:])
     np.testing.assert_allclose(jnp.concatenate([first, rest]), y, rtol=1e-9)
+
+
+def test_wrong_shapes_of_the_layer():
     with pytest.raises(LayerError, match=r"^0: LRU\(6\) wants a sequence .* got shape \(4,\)"):
         chain(LRU(6)).init(KEY, jnp.zeros(4))
     with pytest.raises(LayerError, match=r"LRU\(6\) wants B of shape \(2, 6, 5\), but got one of"):
         LRU(6)(LRU(6).init(KEY, jnp.zeros((2, 4))), jnp.zeros((2, 5)))
     with pytest.raises(ValueError, match="LRU: most must be a number above 0.9 and below 1"):
         LRU(6, most=0.5)
-    assert "LRU(6)" in str(summary(LRU(6), x))
+    assert "LRU(6)" in str(summary(LRU(6), jnp.zeros((2, 4))))
