@@ -64,7 +64,11 @@ def close(a, b, tolerance=2e-4):
 FORMULAS = {
     "product": ((2, 6, 5, 64), (3, 3, 64, 2), {}),
     "library": ((2, 6, 5, 3), (3, 3, 3, 4), {}),
-    "one place": ((2, 6, 5, 3), (1, 1, 3, 4), {"window_strides": (2, 1)}),
+    "one place": (
+        (2, 6, 5, 3),
+        (1, 1, 3, 4),
+        {"window_strides": (2, 1), "padding": ((1, 2), (0, -1))},
+    ),
     "strided": (
         (2, 6, 7, 3),
         (3, 2, 3, 4),

@@ -26,7 +26,10 @@ TOLERANCE_OF = {"mixed_precision": 1e-2}
 EXPONENTIALS_MORE = {"mlp_activations": 1.15, "weight_norm": 1.7}
 # Convolutions are computed by other formulas. XLA counts no products with the padding's zeros for
 # its own, and they make blocks of patches, whatever the batch.
-CONVOLUTIONS = {"unet": 1.02, "nnx_cnn": 1.2, "linen_cnn": 1.05, "haiku_cnn": 1.05}
+CONVOLUTIONS = dict.fromkeys(
+    ("cnn", "cnn_per_example", "resnet", "unet", "linen_cnn", "equinox_cnn", "haiku_cnn"), 1.15
+)
+CONVOLUTIONS |= {"nnx_cnn": 1.2}
 PATCHES = 2**20
 
 

@@ -11,6 +11,7 @@ times slower. So the axes are put in this order here. What the library is slow a
   with g, made for a few images at a time, as many as fit into the cache.
 * With one feature in (a grey image; a depthwise convolution) there is no product to be done:
   shifted copies of x are multiplied and added.
+* A window of one place is a product alone.
 * A stride's gradient is a convolution of an x with zeros between its entries. Those zeros are
   left out: each of the stride's phases is a convolution with every stride-th entry of the window.
 """
@@ -93,6 +94,8 @@ def _by_formula(
         y = _place_by_place(x, w, window, out, batch_group_count, **how)
     elif batch_group_count > 1:
         return None
+    elif places == 1 and feature_group_count == 1 and _moves_one_way(window):
+        y = _pixel_by_pixel(x, w, window, **how)
     elif any(d > 1 for d in window.between):
         y = _phase_by_phase(x, w, window, out, feature_group_count, **how)
     else:
@@ -109,6 +112,21 @@ def _window_by_window(x, w, window: _Window, out, groups: int, **how) -> jax.Arr
     return _library(x, w, window, **how)
 
 
+def _moves_one_way(window: _Window) -> bool:
+    """Is there no stride, or are there no zeros between the entries of x?"""
+    return all(s == 1 for s in window.strides) or all(d == 1 for d in window.between)
+
+
+def _pixel_by_pixel(x, w, window: _Window, **how) -> jax.Array:
+    """A window of one place: the product of some pixels with w, or of all, and zeros between."""
+    w = lax.reshape(w, w.shape[-2:])
+    product = lambda x: lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), **how)
+    if any(s > 1 for s in window.strides):
+        x = _padded(x, window)
+        return product(lax.slice(x, (0,) * x.ndim, x.shape, (1, *window.strides, 1)))
+    return _padded(product(x), window)
+
+
 def _library(x, w, window: _Window, **how) -> jax.Array:
     """XLA's library, the axes in the order that it wants."""
     n = x.ndim
@@ -121,7 +139,8 @@ def _library(x, w, window: _Window, **how) -> jax.Array:
 
 def _multiply_and_add(x, w, window: _Window, out, groups: int) -> jax.Array:
     """Σₖ x[o·stride + k] ∘ w[k], where each output feature comes of one input feature."""
-    x = _padded(x, window)
+    # Behind barriers: else what makes x is computed anew for each place, and y for each use.
+    x = _padded(lax.optimization_barrier(x), window)
     each = w.shape[-1] // groups  # the output features of each input feature
     total: Any = None
     for place in numpy.ndindex(*w.shape[:-2]):
@@ -133,7 +152,7 @@ def _multiply_and_add(x, w, window: _Window, out, groups: int) -> jax.Array:
         )
         term = lax.mul(lax.broadcast_in_dim(patch, weight.shape, range(weight.ndim)), weight)
         total = term if total is None else lax.add(total, term)
-    return lax.reshape(total, (x.shape[0], *out, w.shape[-1]))
+    return lax.optimization_barrier(lax.reshape(total, (x.shape[0], *out, w.shape[-1])))
 
 
 def _in_groups(x, w, window: _Window, out, groups: int, **how) -> jax.Array:
@@ -143,6 +162,8 @@ def _in_groups(x, w, window: _Window, out, groups: int, **how) -> jax.Array:
     # (window..., in, groups · out of a group) -> (groups, window · in, out of a group)
     w = lax.reshape(w, (count * ins, groups, outs // groups))
     w = lax.transpose(w, (1, 0, 2))
+
+    x = lax.optimization_barrier(x)
 
     def of_some(x):
         a = _patches(_padded(x, window), kernel, out, window.strides, window.holes, groups)
@@ -220,6 +241,7 @@ def _place_by_place(x, w, window: _Window, out, groups: int, **how) -> jax.Array
     g = lax.transpose(w, (w.ndim - 2, *range(w.ndim - 2), w.ndim - 1))
     sizes, outs, features = g.shape[1:-1], g.shape[-1], x.shape[-1]
     ins, each = features // groups, outs // groups
+    x, g = lax.optimization_barrier((x, g))
     strides, holes = window.holes, window.strides
 
     def of_some(x, g):

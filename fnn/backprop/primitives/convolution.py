@@ -25,7 +25,9 @@ Nothing is conjugated for complex numbers: that is JAX's convention.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from jax import lax
 
@@ -33,6 +35,8 @@ from fnn.backprop.primitives.elementwise import in_dtype_of
 from fnn.backprop.primitives.matmul import gradient_sharding
 from fnn.backprop.rules import LocalRule, each
 from fnn.convolution import conv_general_dilated_p
+from fnn.eager import apply
+from fnn.jaxpr import Equation
 
 
 def _conv_x(
@@ -164,6 +168,18 @@ def _merge_axis(x, axis: int, into: int):
     return lax.reshape(x, shape, order)
 
 
+class _Convolution(LocalRule):
+    """JAX's convolution, whose value is computed as its gradients are: see `fnn/convolution`."""
+
+    def forward(
+        self, equation: Equation, needed: Sequence[bool], ins: Sequence, opaque: bool
+    ) -> tuple[list, Any]:
+        outs = apply(dataclasses.replace(equation, primitive=conv_general_dilated_p), ins)
+        return outs, (ins, outs)
+
+
 RULES: dict[str, LocalRule] = {
-    "conv_general_dilated": each(_conv_x, _conv_w, local_gradient=("g * flipped w", "x * g")),
+    "conv_general_dilated": _Convolution(
+        *each(_conv_x, _conv_w, local_gradient=("g * flipped w", "x * g"))
+    ),
 }
