@@ -1,4 +1,4 @@
-"""Every operation of `fnn.ops`, forward and backward, against autodiff of its definition.
+"""Activations, norms and losses, forward and backward, against autodiff of their definitions.
 
     python benchmarks/rules.py [--only relu gelu] [--markdown]
 
@@ -48,7 +48,7 @@ def cases() -> dict[str, tuple[Callable, tuple]]:
     found = {
         name: (getattr(ops, name), (x,))
         for name in ops.__all__
-        if name not in ("maxout", "l2") and not _is_loss(name)
+        if name != "maxout" and _family(name) in ("activations", "probabilities")
     }
     found["gelu, exact"] = (functools.partial(ops.gelu, approximate=False), (x,))
     found["maxout"] = (ops.maxout, (x.reshape(4, -1),))
@@ -62,12 +62,25 @@ def cases() -> dict[str, tuple[Callable, tuple]]:
     found["sigmoid_binary_cross_entropy"] = (ops.sigmoid_binary_cross_entropy, (x, jnp.round(p)))
     for name in ("squared_error", "huber"):
         found[name] = (getattr(ops, name), (x, p))
+    positions, scale, bias = arrays((32, 16), (16,), (16,))
+    for name in ("layer_norm", "group_norm", "instance_norm"):
+        op = functools.partial(ops.group_norm, groups=4) if name == "group_norm" else None
+        found[name] = (op or getattr(ops, name), (positions, scale, bias))
+    found["rms_norm"] = (ops.rms_norm, (positions, scale))
+    found["batch_norm"] = (lambda *args: ops.batch_norm(*args)[0], (positions, scale, bias))
+    found["dropout"] = (functools.partial(ops.dropout, rate=0.1), (x, jax.random.PRNGKey(0)))
+    found["sigmoid_focal"] = (ops.sigmoid_focal, (x, jnp.round(p)))
+    found["poisson_nll"] = (ops.poisson_nll, (x, jnp.arange(SIZE) % 5))
+    for name in ("pinball", "cosine_similarity"):
+        found[name] = (getattr(ops, name), (x, p))
+    found["kl_divergence"] = (ops.kl_divergence, (jnp.log(p), p))
+    found["triplet"] = (ops.triplet, (x, p, -x))
     found["l2"] = (ops.l2, ({"W": x.reshape(16, -1), "b": x},))
     return found
 
 
-def _is_loss(name: str) -> bool:
-    return getattr(fnn.ops, name).__module__.startswith("fnn.ops.losses")
+def _family(name: str) -> str:
+    return getattr(fnn.ops, name).__module__.split(".")[2]
 
 
 def without_rules(function: Callable) -> Callable:

@@ -173,9 +173,8 @@ def _polar(x):
     small, size = _scaled(x)
     square = jnp.sum(jnp.square(small), axis=-1, keepdims=True)
     is_zero = square == 0
-    safe = jnp.where(is_zero, 1, square)
-    root, inverse = (jnp.where(is_zero, 0, f(safe)) for f in (jnp.sqrt, lax.rsqrt))
-    return root * size, small * inverse, inverse / size
+    inverse = jnp.where(is_zero, 0, lax.rsqrt(jnp.where(is_zero, 1, square)))
+    return square * inverse * size, small * inverse, inverse / size
 
 
 def _scaled(x):
