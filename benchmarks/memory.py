@@ -74,13 +74,64 @@ def cases() -> dict[str, Case]:
     x, scale, bias = arrays((4096, 1024), (1024,), (1024,))
     found["layer norm, 4096 × 1024"] = Case(ops.layer_norm, _layer_norm, (x, scale, bias))
     found["RMS norm, 4096 × 1024"] = Case(ops.rms_norm, _rms_norm, (x, scale))
+    images, scale, bias = arrays((32, 16, 16, 128), (128,), (128,))
+    found["group norm, 32 × 16 × 16 × 128"] = Case(
+        jax.vmap(functools.partial(ops.group_norm, groups=8), (0, None, None)),
+        _group_norm,
+        (images, scale, bias),
+    )
+    found["batch norm, 32 × 16 × 16 × 128"] = Case(
+        _over_batch,
+        lambda x, scale, bias: _normal(x, (0, 1, 2)) * scale + bias,
+        (images, scale, bias),
+    )
+    x, weights = arrays((1024, 256), (12, 256, 256))
+    keys = jax.random.split(jax.random.key(0), 12)
+    for name, run in (("one after the other", _in_turn), ("in a loop", _in_loop)):
+        found[f"dropout in 12 blocks, {name}"] = Case(
+            run(functools.partial(ops.dropout, rate=0.1)), run(_dropout), (x, weights, keys)
+        )
     found["rotary positions, 2048 × 4 × 64"] = Case(ops.rotary, _rotary, qkv[:1])
     return found
 
 
+def _normal(x, axes):
+    return (x - x.mean(axes, keepdims=True)) / jnp.sqrt(x.var(axes, keepdims=True) + 1e-5)
+
+
 def _layer_norm(x, scale, bias):
-    y = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
-    return y * scale + bias
+    return _normal(x, -1) * scale + bias
+
+
+def _group_norm(x, scale, bias):
+    return _normal(x.reshape(*x.shape[:-1], 8, -1), (1, 2, 4)).reshape(x.shape) * scale + bias
+
+
+def _over_batch(x, scale, bias):
+    of_one = lambda x: ops.batch_norm(x, scale, bias, axis_name="batch")[0]
+    return jax.vmap(of_one, axis_name="batch")(x)
+
+
+def _dropout(x, key):
+    return jnp.where(jax.random.bernoulli(key, 0.9, x.shape), x / 0.9, 0)
+
+
+def _block(drop, x, W, key):
+    return x + drop(jnp.sin(x @ W / 16), key)
+
+
+def _in_turn(drop):
+    def run(x, weights, keys):
+        for W, key in zip(weights, keys, strict=True):
+            x = _block(drop, x, W, key)
+        return x
+
+    return run
+
+
+def _in_loop(drop):
+    step = lambda x, own: (_block(drop, x, *own), None)
+    return lambda x, weights, keys: jax.lax.scan(step, x, (weights, keys))[0]
 
 
 def _rms_norm(x, scale):
