@@ -1214,3 +1214,42 @@ def test_without_a_forward_the_value_is_differentiated_by_the_rule():
     assert jax.grad(value)(0.0) == jax.grad(ramp)(0.0) == 0.0
     mapped = jax.grad(lambda x: jnp.sum(jax.vmap(value)(x)))(jnp.zeros(3))
     np.testing.assert_array_equal(mapped, jnp.zeros(3))
+
+
+def a_linear_layer_of_positions():
+    """x (positions, in), whose examples are more positions where they share W."""
+
+    @fnn.rule
+    def linear(x, W):
+        return x @ W.T
+
+    @linear.backward
+    def _(residuals, g):
+        x, W = residuals
+        return g @ W, jnp.einsum("...o,...i->oi", g, x)
+
+    @linear.vmapped
+    def _(size, axes, x, W):
+        if axes[1] is not None:
+            return None
+        return linear(jnp.moveaxis(x, axes[0], 0), W)
+
+    return linear
+
+
+def test_a_vmapped_call_as_one_call():
+    linear = a_linear_layer_of_positions()
+    x, W = jnp.ones((4, 3, 2)), jnp.arange(10.0).reshape(5, 2)
+    mapped = jax.vmap(linear, (1, None), out_axes=1)
+    assert "vmapped" not in str(jax.make_jaxpr(mapped)(x, W))
+    np.testing.assert_allclose(mapped(x, W), x @ W.T)
+    total = lambda f: lambda x, W: jnp.sum(jnp.sin(f(x, W)))
+    found, wanted = (
+        jax.jit(jax.grad(total(f), (0, 1)))(x, W) for f in (mapped, lambda x, W: x @ W.T)
+    )
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5)
+    # Each with a weight of its own: mapped as ever, twice.
+    Ws = jnp.stack([W] * 4)
+    own = jax.vmap(jax.vmap(linear, (0, None)), (None, 0))
+    assert "vmapped" in str(jax.make_jaxpr(own)(x, Ws))
+    np.testing.assert_allclose(own(x, Ws), jnp.stack([x @ W.T] * 4))

@@ -226,6 +226,17 @@ def test_kronecker_factors_of_a_gpt():
 
 
 @exhaustive
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_exported_for_accelerators(name):
+    net = LANGUAGE[name]
+    params = net.init(KEY, TOKENS)
+    loss = jax.jit(jax.value_and_grad(lambda params, x: jnp.mean(net(params, x, x))))
+    generated = jax.jit(lambda params, x: models.generate(net, params, x, 4, KEY, top_p=0.9))
+    for f in (loss, generated):
+        assert jax.export.export(f, platforms=["cuda", "tpu"])(params, TOKENS).nr_devices == 1
+
+
+@exhaustive
 def test_a_gpt_learns_by_heart():
     net = tiny_gpt2()
     texts = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, (4, 8)), jnp.int32)
