@@ -407,6 +407,29 @@ def test_per_example_gradients_stay_factored(layer):
     assert kept["['U']"] == f"A (3 × 8), G (3 × {rows})"
 
 
+def test_per_example_gradients_of_operations_of_ones_own():
+    """The product in either order, and rearranged; one that isn't a product stays dense."""
+
+    @fnn.rule
+    def times(v, w, s, x):
+        return (x @ v) * (x @ w.T) * s
+
+    @times.backward
+    def _(residuals, g):
+        v, w, s, x = residuals
+        a, b = x @ v, x @ w.T
+        return x.T @ (g * b * s), (x.T @ (g * a * s)).T, jnp.sum(g * a * b, 0), None
+
+    p, xs = {"v": R(0, 5, 4), "w": R(1, 4, 5), "s": R(2, 4)}, R(3, 3, 2, 5)
+    loss = lambda p, x: jnp.sum(times(p["v"], p["w"], p["s"], x))
+    _, g = pe.grads(loss)(p, xs)
+    wanted = jax.vmap(jax.grad(loss), (None, 0))(p, xs)
+    chex.assert_trees_all_close(pe.materialize(g), wanted, rtol=1e-9)
+    kept = {row["path"]: row["kept"] for row in pe.explain(g)}
+    factors = "A (2 × 5), G (2 × 4)"
+    assert kept == {"['v']": factors, "['w']": factors, "['s']": "dense"}
+
+
 def test_per_example_gradients_of_an_operation_mapped_over_groups():
     """A product over two axes at once, of a weight that is made of the parameter."""
     xs, p = R(3, 4, 2, 3, 16), {"U": R(4, 4, 16) / 4}
