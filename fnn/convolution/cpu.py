@@ -138,21 +138,30 @@ def _library(x, w, window: _Window, **how) -> jax.Array:
 
 
 def _multiply_and_add(x, w, window: _Window, out, groups: int) -> jax.Array:
-    """Σₖ x[o·stride + k] ∘ w[k], where each output feature comes of one input feature."""
-    # Behind barriers: else what makes x is computed anew for each place, and y for each use.
-    x = _padded(lax.optimization_barrier(x), window)
-    each = w.shape[-1] // groups  # the output features of each input feature
-    total: Any = None
-    for place in numpy.ndindex(*w.shape[:-2]):
-        patch = lax.expand_dims(_patch(x, place, out, window.strides, window.holes), (x.ndim,))
-        weight = lax.broadcast_in_dim(
-            lax.reshape(w[place], (groups, each)),
-            (*patch.shape[:-1], each),
-            (x.ndim - 1, x.ndim),
-        )
-        term = lax.mul(lax.broadcast_in_dim(patch, weight.shape, range(weight.ndim)), weight)
-        total = term if total is None else lax.add(total, term)
-    return lax.optimization_barrier(lax.reshape(total, (x.shape[0], *out, w.shape[-1])))
+    """Σₖ x[o·stride + k] ∘ w[k], where each output feature comes of one input feature.
+
+    For some images at a time, in a loop: what uses y can't be fused into it, which would compute
+    it again for each use.
+    """
+    outs = w.shape[-1]
+    each = outs // groups  # the output features of each input feature
+
+    def of_some(x):
+        x = _padded(x, window)
+        total: Any = None
+        for place in numpy.ndindex(*w.shape[:-2]):
+            patch = lax.expand_dims(_patch(x, place, out, window.strides, window.holes), (x.ndim,))
+            weight = lax.broadcast_in_dim(
+                lax.reshape(w[place], (groups, each)),
+                (*patch.shape[:-1], each),
+                (x.ndim - 1, x.ndim),
+            )
+            term = lax.mul(lax.broadcast_in_dim(patch, weight.shape, range(weight.ndim)), weight)
+            total = term if total is None else lax.add(total, term)
+        return lax.reshape(total, (x.shape[0], *out, outs))
+
+    bytes_each = math.prod(out) * outs * x.dtype.itemsize
+    return _block_by_block(of_some, x, max(1, _CACHED // 8 // bytes_each))
 
 
 def _in_groups(x, w, window: _Window, out, groups: int, **how) -> jax.Array:
@@ -162,7 +171,7 @@ def _in_groups(x, w, window: _Window, out, groups: int, **how) -> jax.Array:
     # (window..., in, groups · out of a group) -> (groups, window · in, out of a group)
     w = lax.reshape(w, (count * ins, groups, outs // groups))
     w = lax.transpose(w, (1, 0, 2))
-
+    # Behind a barrier: else what makes x may be computed anew for each place.
     x = lax.optimization_barrier(x)
 
     def of_some(x):
@@ -171,11 +180,7 @@ def _in_groups(x, w, window: _Window, out, groups: int, **how) -> jax.Array:
         return lax.reshape(lax.transpose(y, (1, 0, 2)), (x.shape[0], *out, outs))
 
     size = max(1, _CACHED // (rows * count * x.shape[-1] * x.dtype.itemsize))
-    whole, blocks, rest = _blocks(x, size)
-    if not blocks:
-        return of_some(x)
-    y = lax.reshape(lax.map(of_some, whole), (blocks * size, *out, outs))
-    return y if rest is None else lax.concatenate([y, of_some(rest)], 0)
+    return _block_by_block(of_some, x, size)
 
 
 def _patches(x, kernel, out, strides, holes, groups: int) -> jax.Array:
@@ -291,6 +296,16 @@ def _sum_of_blocks(function, x, g, size: int):
     add = lambda total, pair: (lax.add(total, function(*pair)), None)
     total, _ = lax.scan(add, start, (xs, gs))
     return total if x_rest is None else lax.add(total, function(x_rest, g_rest))
+
+
+def _block_by_block(function, x, size: int) -> jax.Array:
+    """function(x), of so many images at a time."""
+    whole, blocks, rest = _blocks(x, size)
+    if not blocks:
+        return function(x)
+    y = lax.map(function, whole)
+    y = lax.reshape(y, (blocks * size, *y.shape[2:]))
+    return y if rest is None else lax.concatenate([y, function(rest)], 0)
 
 
 def _blocks(x, size: int) -> tuple:
