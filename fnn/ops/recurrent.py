@@ -328,7 +328,7 @@ def _push(cell, kept, dz, dU, db, d_first, reverse):
     """The tangents of all that `_run` returns."""
     before = _before(kept, reverse)
     du = _products(dU, before[0])
-    du = du if db is None else du + wide(db)
+    du = du if db is None else du + wide(db)[None]
 
     def step(d_old, given):
         dz, du, here, gates, old, new = jax.tree.map(_wide_floats, given)
