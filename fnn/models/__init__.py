@@ -16,12 +16,14 @@ state_space_language_model
 bert                     encoder of text
 transformer              encoder and decoder, from one sequence to another
 generate                 how a language model continues a text
+load_torch, to_torch     PyTorch's parameters as ours, and back
 
 Each is a function of hyperparameters that returns a `Network` of `fnn.layers`, for one example.
 """
 
 from fnn.models.autoencoder import Reconstruction, decode, negative_elbo, vae
 from fnn.models.conv_next import convnext
+from fnn.models.conversion import load_torch, to_torch
 from fnn.models.encoder import bert
 from fnn.models.encoder_decoder import transformer
 from fnn.models.generation import generate
@@ -35,6 +37,8 @@ from fnn.models.u_net import unet
 from fnn.models.vision_transformer import vit
 
 __all__ = [
+    "load_torch",
+    "to_torch",
     "convnext",
     "lenet",
     "resnet",
