@@ -40,6 +40,8 @@ a backward of its own, stands in fnn/ops:
     GELU, SiLU (swish), GLU                  activations/gated
     softmax                                  probabilities
     convolution                              convolutions
+    max pooling, average pooling             pooling
+    upsampling                               upsampling
     layer norm, RMS norm, batch norm         normalization
     dropout                                  stochastic
     mixture of experts                       experts
