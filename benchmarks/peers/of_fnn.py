@@ -7,10 +7,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
-from peers import GPT, LEARNING_RATE, Training, count, data
 
 import fnn
 from fnn import models, ops
+from peers import GPT, LEARNING_RATE, Training, count, data
 
 
 def training(model: str, **sizes: int) -> Training:

@@ -58,11 +58,12 @@ class ResNet(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
-        self.norm1, self.norm2 = (nnx.LayerNorm(width, rngs=rngs) for _ in range(2))
-        self.attention = nnx.MultiHeadAttention(heads, width, decode=False, rngs=rngs)
-        self.up = nnx.Linear(width, 4 * width, rngs=rngs)
-        self.down = nnx.Linear(4 * width, width, rngs=rngs)
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs, dtype: Any = None):
+        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        self.norm1, self.norm2 = (nnx.LayerNorm(width, **options) for _ in range(2))
+        self.attention = nnx.MultiHeadAttention(heads, width, decode=False, **options)
+        self.up = nnx.Linear(width, 4 * width, **options)
+        self.down = nnx.Linear(4 * width, width, **options)
 
     def __call__(self, x, mask=None):
         x = x + self.attention(self.norm1(x), mask=mask)
@@ -87,11 +88,21 @@ class ViT(nnx.Module):
 
 
 class GPT2(nnx.Module):
-    def __init__(self, blocks: int, width: int, heads: int, length: int, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(256, width, rngs=rngs)
-        self.positions = nnx.Embed(length, width, rngs=rngs)
-        self.blocks = nnx.List([Block(width, heads, rngs) for _ in range(blocks)])
-        self.norm = nnx.LayerNorm(width, rngs=rngs)
+    def __init__(
+        self,
+        blocks: int,
+        width: int,
+        heads: int,
+        length: int,
+        rngs: nnx.Rngs,
+        vocabulary: int = 256,
+        dtype: Any = None,
+    ):
+        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        self.embed = nnx.Embed(vocabulary, width, **options)
+        self.positions = nnx.Embed(length, width, **options)
+        self.blocks = nnx.List([Block(width, heads, **options) for _ in range(blocks)])
+        self.norm = nnx.LayerNorm(width, **options)
 
     def __call__(self, x):
         mask = nnx.make_causal_mask(x)
@@ -113,7 +124,7 @@ class LSTM(nnx.Module):
         return self.head(self.second(self.first(self.embed(x), rngs=rngs), rngs=rngs))
 
 
-def training(model: str, **sizes: int) -> Training:
+def training(model: str, **sizes: Any) -> Training:
     """The functional way that Flax's guide to performance recommends."""
     rngs = nnx.Rngs(0)
     made = {
