@@ -57,7 +57,7 @@ def must_agree(f, plain, *args, tolerance=2e-4):
 
 
 def close(a, b, tolerance=2e-4):
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1, jnp.abs(b).max()))
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * jnp.abs(b).max(initial=1))
 
 
 # One of each formula of fnn/convolution/cpu.py, forward and backward.

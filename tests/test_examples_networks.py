@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from running import is_a_picture, run
 from sweeps import exhaustive
 
@@ -32,3 +33,32 @@ def test_digits_convolution(tmp_path):
     (mean,) = re.findall(r"accuracy on 360 test digits: .*; mean ([\d.]+)%", printed)
     assert float(mean) > 50  # after one epoch; by chance 10
     assert is_a_picture(tmp_path / "out" / "convolution.png")
+
+
+def test_language(tmp_path):
+    printed = run("language.py", "--quick", folder=tmp_path)
+    found = dict(re.findall(r"^    ([\d.]+)  (.+)$", printed, re.MULTILINE)[::-1])
+    bits = {name.split(",")[0]: float(value) for value, name in found.items()}
+    assert bits["bz2"] < bits["gzip"] < 3
+    for name in ("GPT", "LSTM"):
+        assert f"{name}, " in printed and bits[name] < 6  # after fifty steps; at first 8
+    assert printed.count("    def read(self, ") == 2  # what each writes
+    assert is_a_picture(tmp_path / "out" / "language.png")
+
+
+def test_lora(tmp_path):
+    printed = run("lora.py", "--quick", folder=tmp_path)
+    rows = re.findall(r"^    (.+?) +([\d,]+) +([\d.]+) +([\d.]+)$", printed, re.MULTILINE)
+    assert [name.split()[0] for name, *_ in rows] == ["trained", "LoRA", "all"]
+    base, adapters, everything = (float(of_second) for *_, of_second in rows)
+    assert adapters < base and everything < base
+    sizes = [int(size.replace(",", "")) for _, size, *_ in rows]
+    assert sizes[1] < sizes[0] / 5 and sizes[2] == sizes[0]
+    assert is_a_picture(tmp_path / "out" / "lora.png")
+
+
+def test_interoperation(tmp_path):
+    for library in ("diffrax", "numpyro", "optimistix"):
+        pytest.importorskip(library)
+    printed = run("interoperation.py", folder=tmp_path)
+    assert len(re.findall(r"posterior means {'W': Array", printed)) == 2
