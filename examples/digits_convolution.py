@@ -37,7 +37,7 @@ except ImportError as error:
     line = 'pip install "scikit-learn>=1.5" "matplotlib>=3.9"'
     raise SystemExit(f"{error}. For this example: {line}") from None
 
-EPOCHS = 40
+EPOCHS = 30
 STARTS = 3
 BATCH = 64
 LEARNING_RATE = 0.005  # of adamw: an epoch of warmup, then falling to zero along a cosine

@@ -81,9 +81,9 @@ def compressed(text: np.ndarray, compress: Callable[[bytes], bytes]) -> float:
 def counted(train: np.ndarray, test: np.ndarray, order: int = 4) -> float:
     """Bits for each byte by the frequencies of what follows the last `order` bytes.
 
-        p(c | context) = (count(context c) + distinct · p(c | shorter)) / (count(context) + distinct)
+        p(c | context) = (count(context c) + d · p(c | shorter context)) / (count(context) + d)
 
-    with `distinct` the number of different bytes that follow the context (Witten, Bell 1991).
+    with d the number of different bytes that follow the context (Witten, Bell 1991).
     """
     train, test = train.astype(np.uint64), test.astype(np.uint64)
     p = np.full(len(test), 1 / 256)
@@ -116,9 +116,9 @@ def counted(train: np.ndarray, test: np.ndarray, order: int = 4) -> float:
 
 def networks() -> dict[str, tuple[Layer, float, int]]:
     """Each with its learning rate and its number of steps, which take about as long."""
-    gpt = gpt2(256, 2 * LENGTH, features=128, depth=3, heads=4, dropout=0.0)
-    lstm = lstm_language_model(256, 256, layers=1, dropout=0.0)
-    return {"GPT": (gpt, 3e-3, 500), "LSTM": (lstm, 5e-3, 900)}
+    gpt = gpt2(256, 512, features=96, depth=2, heads=3, dropout=0.0)
+    lstm = lstm_language_model(256, 192, layers=1, dropout=0.0)
+    return {"GPT": (gpt, 5e-3, 600), "LSTM": (lstm, 5e-3, 600)}
 
 
 def bits(net: Layer, params: Any, text: jax.Array) -> jax.Array:
@@ -159,8 +159,13 @@ def train(net: Layer, text: jax.Array, rate: float, steps: int) -> tuple[Any, np
 def tested(net: Layer, params: Any, text: jax.Array) -> float:
     """Bits a byte of the second halves of windows that cover the text."""
     starts = jnp.linspace(0, len(text) - LENGTH - 1, TESTED).astype(jnp.int32)
-    of_windows = jax.jit(lambda params, w: jax.lax.map(lambda w: bits(net, params, w), w, batch_size=32))
-    return float(jnp.mean(of_windows(params, windows(text, starts))[:, LENGTH // 2 :]))
+
+    @jax.jit
+    def of_windows(params, windows):
+        each = jax.lax.map(lambda window: bits(net, params, window), windows, batch_size=32)
+        return jnp.mean(each[:, LENGTH // 2 :])
+
+    return float(of_windows(params, windows(text, starts)))
 
 
 def draw(curves: dict[str, np.ndarray], others: dict[str, float], path: Path) -> None:
@@ -208,7 +213,9 @@ def main() -> None:
         )
         sample = generate(net, params, prompt, 240, jax.random.key(1), temperature=0.7)
         text = bytes(np.concatenate([prompt, sample]).astype(np.uint8).tolist())
-        print(f"\n{name}, {time.perf_counter() - start:.0f} seconds; at temperature 0.7 it writes:\n")
+        print(
+            f"\n{name}, {time.perf_counter() - start:.0f} seconds; at temperature 0.7 it writes:\n"
+        )
         print("    " + text.decode(errors="replace").replace("\n", "\n    "))
     if not arguments.quick:
         name = f"four bytes counted in {len(train_text) / 1e6:.1f} million"
