@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from fnn import arguments, ops
 from fnn.layers.convolution import image_features, window_of
@@ -83,7 +84,38 @@ class AveragePool(Layer):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class AdaptiveAveragePool(Layer):
+class _Adaptive(Layer):
+    """What `AdaptiveAveragePool` and `AdaptiveMaxPool` have in common: all but `pool`."""
+
+    sizes: Sizes
+    pool: ClassVar[Callable]
+
+    def __post_init__(self) -> None:
+        window_of(self, "sizes")
+
+    def __call__(self, params: Any, x: Any, **mode: Any) -> Any:
+        _check_call(self, params, x, "sizes")
+        return self.pool(x, self.sizes)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class _Global(Layer):
+    """What `GlobalAveragePool` and `GlobalMaxPool` have in common: all but `pool`."""
+
+    space: int = 2
+    pool: ClassVar[Callable]
+
+    def __post_init__(self) -> None:
+        arguments.integer(type(self).__name__, "space", self.space, least=1)
+
+    def __call__(self, params: Any, x: Any, **mode: Any) -> Any:
+        check_params(self, params, {})
+        features = image_features(self, x, self.space)
+        return self.pool(x, (1,) * self.space).reshape(*x.shape[: -1 - self.space], features)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class AdaptiveAveragePool(_Adaptive):
     """Means over windows such that the output has `sizes`: see `fnn.ops.adaptive_average_pool`.
 
     One example x is `(height, width, features)`; axes in front are more images.
@@ -96,18 +128,11 @@ class AdaptiveAveragePool(Layer):
         LayerError: (when called) x is no such image.
     """
 
-    sizes: Sizes
-
-    def __post_init__(self) -> None:
-        window_of(self, "sizes")
-
-    def __call__(self, params: Any, x: Any, **mode: Any) -> Any:
-        _check_call(self, params, x, "sizes")
-        return ops.adaptive_average_pool(x, self.sizes)
+    pool = staticmethod(ops.adaptive_average_pool)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class AdaptiveMaxPool(Layer):
+class AdaptiveMaxPool(_Adaptive):
     """Maxima over windows such that the output has `sizes`: see `fnn.ops.adaptive_max_pool`.
 
     One example x is `(height, width, features)`; axes in front are more images.
@@ -120,18 +145,11 @@ class AdaptiveMaxPool(Layer):
         LayerError: (when called) x is no such image.
     """
 
-    sizes: Sizes
-
-    def __post_init__(self) -> None:
-        window_of(self, "sizes")
-
-    def __call__(self, params: Any, x: Any, **mode: Any) -> Any:
-        _check_call(self, params, x, "sizes")
-        return ops.adaptive_max_pool(x, self.sizes)
+    pool = staticmethod(ops.adaptive_max_pool)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class GlobalAveragePool(Layer):
+class GlobalAveragePool(_Global):
     """The mean over all of space: `(height, width, features)` becomes `(features,)`.
 
     Args:
@@ -144,17 +162,11 @@ class GlobalAveragePool(Layer):
     Lin, Chen, Yan, "Network in network", arXiv:1312.4400.
     """
 
-    space: int = 2
-
-    def __post_init__(self) -> None:
-        arguments.integer("GlobalAveragePool", "space", self.space, least=1)
-
-    def __call__(self, params: Any, x: Any, **mode: Any) -> Any:
-        return _over_space(self, params, x, ops.adaptive_average_pool)
+    pool = staticmethod(ops.adaptive_average_pool)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class GlobalMaxPool(Layer):
+class GlobalMaxPool(_Global):
     """The maximum over all of space: `(height, width, features)` becomes `(features,)`.
 
     Args:
@@ -165,13 +177,7 @@ class GlobalMaxPool(Layer):
         LayerError: (when called) x is no such image.
     """
 
-    space: int = 2
-
-    def __post_init__(self) -> None:
-        arguments.integer("GlobalMaxPool", "space", self.space, least=1)
-
-    def __call__(self, params: Any, x: Any, **mode: Any) -> Any:
-        return _over_space(self, params, x, ops.adaptive_max_pool)
+    pool = staticmethod(ops.adaptive_max_pool)
 
 
 def _check(layer: Any, *names: str) -> None:
@@ -186,9 +192,3 @@ def _check(layer: Any, *names: str) -> None:
 def _check_call(layer: Layer, params: Any, x: Any, name: str) -> None:
     check_params(layer, params, {})
     image_features(layer, x, len(window_of(layer, name)))
-
-
-def _over_space(layer: Any, params: Any, x: Any, pool: Any) -> Any:
-    check_params(layer, params, {})
-    features = image_features(layer, x, layer.space)
-    return pool(x, (1,) * layer.space).reshape(*x.shape[: -1 - layer.space], features)

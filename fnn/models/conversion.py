@@ -166,23 +166,18 @@ def to_torch(
     layout = layouts[arguments.choice("to_torch", "library", chosen, tuple(layouts))]
     flat = by_path.flatten({"params": params, "state": state or {}})
     parts: dict[str, list[np.ndarray]] = {}
+    axis: dict[str, int] = {}
     for entry in layout.entries(model):
         if entry.ours not in flat:
             hint = "; pass state=" if entry.ours.startswith("state.") else ""
             raise KeyError(f"to_torch: {entry.ours} is missing{hint}")
         own = np.asarray(flat[entry.ours])
         own = own if entry.block is None else own[entry.block]
-        if entry.part == (0, 1):
-            parts[entry.theirs] = [_theirs(entry, own)]
-        else:
-            parts.setdefault(entry.theirs, []).append(_theirs(entry, own))
-    axis = {entry.theirs: -1 if entry.transposed else 0 for entry in layout.entries(model)}
-    joined = {
-        name: p[0] if len(p) == 1 else np.concatenate(p, axis[name]) for name, p in parts.items()
-    }
-    heads = tuple(layout.optional)
+        parts.setdefault(entry.theirs, []).append(_theirs(entry, own))
+        axis[entry.theirs] = -1 if entry.transposed else 0
+    joined = {name: np.concatenate(pieces, axis[name]) for name, pieces in parts.items()}
     made = {
-        name if name in heads else layout.prefix + name: np.ascontiguousarray(a).reshape(a.shape)
+        name if name in layout.optional else layout.prefix + name: np.ascontiguousarray(a)
         for name, a in joined.items()
     }
     for name, other in layout.optional.items():
@@ -290,13 +285,17 @@ def _depth(model: Network) -> int:
     return dict(model.parts)["blocks"].n
 
 
-def _pair(ours: str, theirs: str, block: int | None = None, **options: Any) -> Iterator[Entry]:
+def _pair(
+    ours: str,
+    theirs: str,
+    block: int | None = None,
+    part: tuple[int, int] = (0, 1),
+    transposed: bool = False,
+) -> Iterator[Entry]:
     """A weight or a scale, and a bias, as our linear layers and norms have them."""
-    is_norm = "norm" in ours.rpartition(".")[2]
-    yield Entry(f"{ours}.{'scale' if is_norm else 'W'}", f"{theirs}.weight", block, **options)
-    if options.get("transposed"):
-        options = options | {"transposed": False}
-    yield Entry(f"{ours}.{'bias' if is_norm else 'b'}", f"{theirs}.bias", block, **options)
+    weight, bias = ("scale", "bias") if "norm" in ours.rpartition(".")[2] else ("W", "b")
+    yield Entry(f"{ours}.{weight}", f"{theirs}.weight", block, part, transposed)
+    yield Entry(f"{ours}.{bias}", f"{theirs}.bias", block, part)
 
 
 def _tokens(model: Network, theirs: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
