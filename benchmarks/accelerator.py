@@ -1,6 +1,7 @@
-"""What large work takes on a GPU or TPU, against the same in Flax NNX and plain JAX.
+"""What large work takes on a GPU or TPU, against the same in Flax NNX, plain JAX and PyTorch.
 
-    python benchmarks/accelerator.py [--only gpt2 resnet50 norms attention] [--tiny] [--markdown]
+    python benchmarks/accelerator.py [--only gpt2 resnet50 norms attention]
+        [--tiny] [--torch] [--markdown]
 
     gpt2         a step of AdamW of GPT-2, 124 million parameters, 8 texts of 1024 tokens, bfloat16
     resnet50     a step of SGD of ResNet-50, 64 images of 224 x 224, bfloat16
@@ -10,14 +11,17 @@
 `a second` are tokens, images or positions; `of peak` is the share of the floating-point operations
 that a product of two 8192 x 8192 matrices of bfloat16 reaches on this device, of those that the
 work needs (recomputation doesn't count); `memory` is what the compiler asks for beside arguments
-and results. --tiny makes all sizes small, to see that it runs.
+and results, of PyTorch the most that was in use. All programs are compiled at the same time, and
+then run one after the other. --tiny makes all sizes small, to see that it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import functools
 import importlib
+import os
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -190,6 +194,13 @@ def nnx_gpt2(tiny: bool = False) -> Program:
     return ours._replace(function=peer.step, types=(peer.state, *ours.types[1:]))
 
 
+def nnx_resnet50(tiny: bool = False) -> Program:
+    """Flax NNX's, by Adam instead of SGD."""
+    ours = resnet50(tiny)
+    peer = importlib.import_module("peers.of_nnx").training("resnet50", dtype=HALF)
+    return ours._replace(function=peer.step, types=(peer.state, *ours.types[1:]))
+
+
 def norms_one_by_one(tiny: bool = False) -> Program:
     """vmap of jax.grad: every example's gradient is formed."""
     net, *_ = _gpt2(tiny)
@@ -205,7 +216,7 @@ def norms_one_by_one(tiny: bool = False) -> Program:
 
 PEERS: dict[str, dict[str, Callable[[bool], Program]]] = {
     "gpt2": {"Flax NNX": nnx_gpt2},
-    "resnet50": {},
+    "resnet50": {"Flax NNX": nnx_resnet50},
     "norms": {"vmap(jax.grad)": norms_one_by_one},
     "attention": {"jax.nn.dot_product_attention": jax_attention},
 }
@@ -231,18 +242,22 @@ def filled(types: Any) -> Any:
     return jax.tree.unflatten(tree, [fill(i, t) for i, t in enumerate(leaves)])
 
 
-def seconds(program: Program, calls: int) -> tuple[float, float]:
+def compiled(build: Callable[[bool], Program], tiny: bool) -> tuple[Program, Any]:
+    program = build(tiny)
+    return program, program.function.lower(*program.types).compile()
+
+
+def seconds(program: Program, run: Any, calls: int) -> tuple[float, float]:
     """The least time of a call, and the bytes that the compiler asks for."""
-    compiled = program.function.lower(*program.types).compile()
     arguments = list(filled(program.types))
     least = float("inf")
-    for _ in range(calls):
+    for _ in range(calls + 1):
         began = time.perf_counter()
-        result = jax.block_until_ready(program.function(*arguments))
+        result = jax.block_until_ready(run(*arguments))
         least = min(least, time.perf_counter() - began)
         if program.carries:
             arguments[0] = result
-    return least, compiled.memory_analysis().temp_size_in_bytes
+    return least, run.memory_analysis().temp_size_in_bytes
 
 
 def peak(tiny: bool) -> float:
@@ -264,21 +279,49 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=OURS, default=list(OURS))
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--calls", type=int, default=10)
+    parser.add_argument("--torch", action="store_true", help="PyTorch too, on an NVIDIA GPU")
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     print(machine())
     most = peak(options.tiny)
     print(f"a product of matrices: {most / 1e12:.2f} TFLOP a second")
+    builds = {
+        (name, library): build
+        for name in options.only
+        for library, build in {"fnn": OURS[name], **PEERS[name]}.items()
+        if library != "Flax NNX" or installed("flax", "pip install flax")
+    }
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = {
+            which: pool.submit(compiled, build, options.tiny) for which, build in builds.items()
+        }
     rows = []
-    for name in options.only:
-        for library, build in {"fnn": OURS[name], **PEERS[name]}.items():
-            if library == "Flax NNX" and not installed("flax", "pip install flax"):
-                continue
-            program = build(options.tiny)
-            least, memory = seconds(program, options.calls)
-            rate = f"{program.count / least:,.0f} {program.unit}"
-            share = f"{program.flops / least / most:.0%}" if program.flops else "-"
-            rows.append([name, library, rate, share, f"{memory / 1e6:,.0f} MB"])
+
+    def add(name: str, library: str, program: Program, least: float, memory: float) -> None:
+        rate = f"{program.count / least:,.0f} {program.unit}"
+        share = f"{program.flops / least / most:.0%}" if program.flops else "-"
+        rows.append([name, library, rate, share, f"{memory / 1e6:,.0f} MB"])
+        print(" | ".join(rows[-1]), flush=True)
+
+    programs = {}
+    for (name, library), future in futures.items():
+        try:
+            program, run = future.result()
+            programs.setdefault(name, program)
+            add(name, library, program, *seconds(program, run, options.calls))
+        except Exception as error:  # of memory, for one: the others are still worth knowing
+            print(f"{name} of {library}: {error!r:.300}", flush=True)
+        futures[name, library] = None
+    if options.torch:
+        peer = importlib.import_module("peers.accelerated_torch")
+        for name, program in programs.items():
+            for library in ("PyTorch", "PyTorch compiled"):
+                try:
+                    found = peer.seconds(name, options.tiny, "comp" in library, options.calls)
+                    add(name, library, program, *found)
+                except Exception as error:
+                    print(f"{name} of {library}: {error!r:.300}", flush=True)
+    rows.sort(key=lambda row: options.only.index(row[0]))
     heads = ["work", "library", "a second", "of peak", "memory"]
     print(f"\n{table(heads, rows, options.markdown)}")
 

@@ -57,6 +57,50 @@ class ResNet(nnx.Module):
         return self.head(jnp.mean(x, axis=(1, 2)))
 
 
+class Bottleneck(nnx.Module):
+    def __init__(self, features: int, out: int, stride: int, rngs: nnx.Rngs, dtype: Any):
+        conv = functools.partial(nnx.Conv, use_bias=False, rngs=rngs, dtype=dtype)
+        norm = functools.partial(nnx.BatchNorm, rngs=rngs, dtype=dtype)
+        self.convs = nnx.List(
+            [
+                conv(features, out, (1, 1)),
+                conv(out, out, (3, 3), strides=stride),
+                conv(out, 4 * out, (1, 1)),
+            ]
+        )
+        self.norms = nnx.List([norm(out), norm(out), norm(4 * out)])
+        self.shortcut = nnx.data(None)
+        if features != 4 * out:
+            project = conv(features, 4 * out, (1, 1), strides=stride)
+            self.shortcut = nnx.data(nnx.Sequential(project, norm(4 * out)))
+
+    def __call__(self, x):
+        y = x
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            y = norm(conv(y if i == 0 else nnx.relu(y)))
+        return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+
+
+class ResNet50(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs, dtype: Any = None):
+        options: dict[str, Any] = {"rngs": rngs, "dtype": dtype}
+        self.stem = nnx.Conv(3, 64, (7, 7), strides=2, padding=3, use_bias=False, **options)
+        self.norm = nnx.BatchNorm(64, **options)
+        blocks, features = [], 64
+        for i, (out, depth) in enumerate(zip((64, 128, 256, 512), (3, 4, 6, 3), strict=True)):
+            for j in range(depth):
+                stride = 2 if i and j == 0 else 1
+                blocks.append(Bottleneck(features, out, stride, **options))
+                features = 4 * out
+        self.blocks = nnx.Sequential(*blocks)
+        self.head = nnx.Linear(features, 1000, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.stem(x)))
+        x = self.blocks(nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))))
+        return self.head(jnp.mean(x.astype(jnp.float32), axis=(1, 2)))
+
+
 class Block(nnx.Module):
     def __init__(self, width: int, heads: int, rngs: nnx.Rngs, dtype: Any = None):
         options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
@@ -130,6 +174,7 @@ def training(model: str, **sizes: Any) -> Training:
     made = {
         "lenet": lenet,
         "resnet": ResNet,
+        "resnet50": lambda rngs: ResNet50(rngs, **sizes),
         "vit": ViT,
         "gpt": lambda rngs: GPT2(**(GPT | sizes), rngs=rngs),
         "lstm": LSTM,

@@ -81,14 +81,14 @@ class ViT(nn.Module):
 
 
 class GPT2(nn.Module):
-    def __init__(self, blocks: int, width: int, heads: int, length: int):
+    def __init__(self, blocks: int, width: int, heads: int, length: int, vocabulary: int = 256):
         super().__init__()
-        self.embed, self.positions = nn.Embedding(256, width), nn.Embedding(length, width)
+        self.embed, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.blocks = nn.Sequential(*(Block(width, heads, True) for _ in range(blocks)))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x):
-        x = self.embed(x) + self.positions(torch.arange(x.shape[1]))
+        x = self.embed(x) + self.positions(torch.arange(x.shape[1], device=x.device))
         return self.norm(self.blocks(x)) @ self.embed.weight.T
 
 

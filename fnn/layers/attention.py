@@ -53,7 +53,8 @@ class Attention(Layer):
         weight_init, out_init: initialisers of the W of q, k and v, and of out (as theirs unless
             given).
         bias_init: initialiser of all b.
-        block: how many queries and keys are looked at together, at most.
+        block: how many queries and keys are looked at together, at most; as `ops.attention` chooses
+            unless given.
 
     Raises:
         TypeError, ValueError: an option isn't of its kind.
@@ -77,12 +78,11 @@ class Attention(Layer):
     weight_init: Initializer = xavier_uniform
     out_init: Initializer | None = None
     bias_init: Initializer = zeros
-    block: int = 128
+    block: int | None = None
 
     def __post_init__(self) -> None:
-        for option in ("heads", "block"):
-            set_count(self, option)
-        for option in ("kv_heads", "features", "window"):
+        set_count(self, "heads")
+        for option in ("kv_heads", "features", "window", "block"):
             if getattr(self, option) is not None:
                 set_count(self, option)
         for option in ("causal", "alibi"):
@@ -178,7 +178,8 @@ class Attention(Layer):
         k, v = put(cache["k"], k), put(cache["v"], v)
         positions = start + jnp.arange(count, dtype=jnp.int32)
         # As many scores at once as in a block of many queries.
-        block = max(self.block, self.block**2 // max(count, 1))
+        size = self.block or 128
+        block = max(size, size**2 // max(count, 1))
         y = attention(
             q,
             k.astype(q.dtype),

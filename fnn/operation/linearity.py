@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from fnn.jaxpr import Equation, Program, close, is_inexact, program, scan_layout
+from fnn.operation.call import call_of
 
 ZERO, CONSTANT, LINEAR = "is zero", "is constant", "is linear"
 _KNOWN = (ZERO, CONSTANT, LINEAR)
@@ -191,10 +192,19 @@ class _Reader:
             elif LINEAR not in ins:
                 outs.append(ZERO if alone and alone[k] else CONSTANT)
             elif alone and alone[k] is None and self.strict:
-                outs.append(_nonlinear(equation))
+                outs.append(self.inside(equation, avals, ins, k))
             else:  # linear, or there is no telling
                 outs.append(self.still_a_number(equation, k))
         return outs
+
+    def inside(self, equation: Equation, avals: list, ins: list[str], k: int) -> str:
+        """By what an operation of fnn computes: its derivative is handed what it is linear in."""
+        call = call_of(equation)
+        if call is not None:
+            kind = self.body(jax.make_jaxpr(call.primal)(*avals), ins)[k]
+            if kind in _KNOWN:
+                return kind
+        return _nonlinear(equation)
 
     def still_a_number(self, equation: Equation, k: int) -> str:
         """Linear, unless it is a comparison or is rounded to integers."""

@@ -117,3 +117,10 @@ def axis_of(op: str, x: chex.Array, axis: int) -> int:
     if axis is None or isinstance(axis, tuple):
         raise TypeError(f"{op}: axis must be an integer, but got {arguments.show(axis)}.")
     return axes_of(op, x, axis)[0]
+
+
+def block_size(op: str, given: int | None, *, on_cpu: int, elsewhere: int) -> int:
+    """The option `block`; unless it is given, what is fast where JAX computes."""
+    if given is None:
+        return on_cpu if jax.default_backend() == "cpu" else elsewhere
+    return arguments.integer(op, "block", given, least=1)

@@ -20,7 +20,7 @@ from jax import lax
 from fnn import arguments
 from fnn.meshes import as_varying, broadcast, explicit_mesh, sharding_of
 from fnn.operation import compiled_rule as rule
-from fnn.ops.arguments import is_integer, must_be_real, wide
+from fnn.ops.arguments import block_size, is_integer, must_be_real, wide
 
 
 def linear_softmax_cross_entropy(
@@ -32,7 +32,7 @@ def linear_softmax_cross_entropy(
     label_smoothing: float = 0.0,
     ignore: int | None = None,
     z_loss: float = 0.0,
-    block: int = 256,
+    block: int | None = None,
 ) -> jax.Array:
     """`softmax_cross_entropy(h Wᵀ + bias, labels)`, without ever holding all logits.
 
@@ -45,7 +45,8 @@ def linear_softmax_cross_entropy(
         label_smoothing: ε in [0, 1): the target is (1 − ε) of the label and ε / classes of each.
         ignore: a label that marks positions without a loss: 0 there, and a gradient of 0.
         z_loss: adds z_loss · (log Σ e^logits)², which keeps the logits from drifting.
-        block: how many classes' logits are held at once, for all positions.
+        block: how many classes' logits are held at once, for all positions; unless given 256 on a
+            CPU and 4096 elsewhere.
 
     Returns:
         The loss at each position, of shape `(...)` and h's dtype. The mean over those that count is
@@ -79,7 +80,7 @@ def linear_softmax_cross_entropy(
         {} if bias is None else {"bias": bias},
         label_smoothing=float(label_smoothing),
         ignore=ignore,
-        block=arguments.integer(where, "block", block, least=1),
+        block=block_size(where, block, on_cpu=256, elsewhere=4096),
     )
     if z_loss:
         log_sum = m + r
