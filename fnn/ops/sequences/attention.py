@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from fnn import arguments
 from fnn.ops.arguments import block_size, is_integer, must_be_real
 from fnn.ops.sequences.blockwise import blockwise_attention
-from fnn.ops.sequences.cudnn import cudnn_attention, is_for_cudnn
+from fnn.ops.sequences.cudnn import attention_by_cudnn, is_for_cudnn
 
 
 def attention(
@@ -97,7 +97,7 @@ def attention(
         "block": block_size(where, block, on_cpu=128, elsewhere=512),
     }
     if is_for_cudnn(q, k, v, given, causal, window):
-        return cudnn_attention(q, k, v, **static)
+        return attention_by_cudnn(q, k, v, **static)
     y, _, _ = blockwise_attention(q, k, v, given, **static)
     return y
 

@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
 
 from fnn.operation import compiled_rule as rule
 from fnn.ops.sequences.blockwise import blockwise_attention
@@ -57,6 +59,11 @@ def _by_formula(q, k, v, **static) -> jax.Array:
     return blockwise_attention(q, k, v, {}, **static)[0]
 
 
+def attention_by_cudnn(q, k, v, **static) -> jax.Array:
+    """`cudnn_attention`, in a program that says what it holds."""
+    return cudnn_attention(_with_devices(q), k, v, **static)
+
+
 @rule
 def cudnn_attention(q, k, v, *, causal, window, scale, block):
     """softmax(scale · q kᵀ) v for each head; on other platforms by the formula.
@@ -69,7 +76,8 @@ def cudnn_attention(q, k, v, *, causal, window, scale, block):
 
 @cudnn_attention.backward
 def _(residuals, g, **static):
-    return cudnn_gradients(*residuals, g, **static)
+    q, k, v = residuals
+    return cudnn_gradients(_with_devices(q), k, v, g, **static)
 
 
 @cudnn_attention.tangent
@@ -91,6 +99,27 @@ def _(residuals, g, **static):
     of_arrays = lambda q, k, v: _gradients_of(_by_formula, static)(q, k, v, of_attention)
     d_g = _tangent(functools.partial(_by_formula, **static), arrays, g)
     return *jax.vjp(of_arrays, *arrays)[1](g), d_g
+
+
+@custom_partitioning
+def _zero():
+    return jnp.zeros((), jnp.float32)
+
+
+_zero.def_partition(
+    partition=lambda mesh, args, result: (mesh, lambda: jnp.zeros((), jnp.float32), result, ()),
+    infer_sharding_from_operands=lambda mesh, args, result: result.sharding,
+    sharding_rule="-> ",
+)
+
+
+def _with_devices(x) -> jax.Array:
+    """x, beside something of a custom partitioning.
+
+    JAX tells the lowering of cuDNN's kernels, which are partitioned so, its devices if it sees in
+    a program that there are such; it doesn't look into operations.
+    """
+    return x + lax.stop_gradient(_zero()).astype(x.dtype) if _has_gpu() else x
 
 
 def _by_platform(of: Callable, *args) -> Any:
