@@ -9,12 +9,15 @@ layers, initializers        networks, as pure functions of their parameters
 models                      whole networks
 params                      parameters by path, and their files
 train_step, fit             training
+logs                        what fit writes of each epoch
+find_learning_rate, activation_statistics, loss_surface
+                            looking at training
 per_example                 per-example gradients, kept factored
 curvature                   Gauss-Newton, Hessian, Fisher, KFAC
-plot                        pictures of training
+plot                        pictures
 """
 
-from fnn import curvature, initializers, layers, models, ops, params, per_example, plot
+from fnn import curvature, initializers, layers, logs, models, ops, params, per_example, plot
 from fnn.backprop import Graph, grad, graph, value_and_grad, vjp
 from fnn.check import GradientError, check_grads, check_rule
 from fnn.layers import summary
@@ -24,8 +27,11 @@ from fnn.train import (
     NonFiniteError,
     State,
     TrainStep,
+    activation_statistics,
     evaluate,
+    find_learning_rate,
     fit,
+    loss_surface,
     supervised,
     train_step,
 )
@@ -41,15 +47,19 @@ __all__ = [
     "RuleError",
     "State",
     "TrainStep",
+    "activation_statistics",
     "check_grads",
     "check_rule",
     "curvature",
     "evaluate",
+    "find_learning_rate",
     "fit",
     "grad",
     "graph",
     "initializers",
     "layers",
+    "logs",
+    "loss_surface",
     "models",
     "ops",
     "params",

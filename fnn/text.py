@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -132,6 +133,47 @@ def listed(labels: Sequence[str], most: int = 4, width: int = 24) -> str:
     shown = [shortened(label, width) for label in first]
     more = len(labels) - len(shown)
     return ", ".join(shown) + (f", … and {more} more" if more else "")
+
+
+def size_of_tree(tree: Any) -> str:
+    """`4 arrays, 7510 numbers`; of a single number its value."""
+    leaves = jax.tree.leaves(tree)
+    if leaves and tree is leaves[0] and jnp.ndim(tree) == 0:
+        return "traced" if isinstance(tree, jax.core.Tracer) else str(tree)
+    numbers = sum(math.prod(jnp.shape(leaf)) for leaf in leaves)
+    return f"{len(leaves)} array{'s' if len(leaves) != 1 else ''}, {numbers} numbers"
+
+
+def held(x: Any) -> str:
+    """What a field of a result holds: `float32[128]`, a scalar's value, a tree's size."""
+    plain = (bool, int, float, str, type(None))
+    if isinstance(x, plain) or (isinstance(x, tuple) and all(isinstance(i, plain) for i in x)):
+        return repr(x)
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        is_number = x.shape == () and is_concrete(x)
+        return number(numpy.asarray(x)) if is_number else type_of(x.shape, x.dtype)
+    return size_of_tree(x)
+
+
+def of_fields(name: str, **fields: Any) -> str:
+    """`Clipped(losses=float32[128], gradient=4 arrays, 7510 numbers)`: no numbers but scalars."""
+    return f"{name}({', '.join(f'{field}={held(value)}' for field, value in fields.items())})"
+
+
+def one_screen(whole: str, lines: int = 24, columns: int = 80) -> str:
+    """A text that is no longer than a terminal's screen; the last line says what is left out."""
+    rows = whole.splitlines()
+    kept, room = [], lines
+    for row in rows:
+        room -= max(1, -(-len(row) // columns))
+        if room < 0:
+            break
+        kept.append(row)
+    if len(kept) == len(rows):
+        return whole
+    while kept and sum(max(1, -(-len(row) // columns)) for row in kept) >= lines:
+        kept.pop()
+    return "\n".join([*kept, f"… and {len(rows) - len(kept)} more lines: print(it) shows all"])
 
 
 def _what_it_is(x) -> str:

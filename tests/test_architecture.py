@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "operation": "arguments meshes jaxpr",
     "convolution": "meshes operation",
     "eager": "jaxpr operation",
-    "ops": "arguments meshes jaxpr operation convolution",
+    "ops": "arguments text meshes jaxpr operation convolution",
     "backprop": "arguments text meshes frames jaxpr operation convolution eager",
     "check": "arguments text jaxpr operation eager backprop",
     "per_example": "arguments text batch meshes frames jaxpr operation eager backprop",
@@ -37,8 +37,9 @@ MAY_IMPORT = {
     "params": "arguments",
     "initializers": "arguments",
     "layers": "arguments text meshes ops params initializers",
-    "models": "arguments ops params initializers layers",
-    "train": "arguments text batch meshes jaxpr operation eager ops backprop layers",
+    "models": "arguments text ops params initializers layers",
+    "logs": "arguments",
+    "train": "arguments text batch meshes frames jaxpr operation eager ops backprop layers logs",
     "plot": "arguments",
 }
 
@@ -54,7 +55,7 @@ ONLY = {
 EXTENDS_JAX = {"fnn.jaxpr", "fnn.operation.primitive", "fnn.operation.twins"}
 
 # Not needed to import fnn: imported where they are used.
-EXTRAS = {"IPython", "lineax", "matplotlib", "pygraphviz", "rich", "safetensors"}
+EXTRAS = {"IPython", "lineax", "matplotlib", "pygraphviz", "rich", "safetensors", "tensorboardX"}
 
 
 class Import(NamedTuple):

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn.train.state import State, size_of_tree
+from fnn.text import size_of_tree
+from fnn.train.state import State
 from fnn.train.step import TrainStep
 
 # ------------------------------------------------------------------------------------------ metrics

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 import optax
 
 from fnn import arguments
+from fnn.text import size_of_tree
 
 
 class State(NamedTuple):
@@ -38,15 +38,6 @@ class State(NamedTuple):
             shown["model_state"] = self.model_state
         parts = (f"{name}: {size_of_tree(part)}" for name, part in shown.items())
         return f"State({', '.join(parts)})"
-
-
-def size_of_tree(tree: Any) -> str:
-    """`4 arrays, 7510 numbers`; of a single number its value."""
-    leaves = jax.tree.leaves(tree)
-    if leaves and tree is leaves[0] and jnp.ndim(tree) == 0:
-        return "traced" if isinstance(tree, jax.core.Tracer) else str(tree)
-    numbers = sum(math.prod(jnp.shape(leaf)) for leaf in leaves)
-    return f"{len(leaves)} array{'s' if len(leaves) != 1 else ''}, {numbers} numbers"
 
 
 def initial_state(params: Any, optimizer: optax.GradientTransformation, model_state: Any) -> State:
