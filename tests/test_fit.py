@@ -19,7 +19,7 @@ from fnn.layers import Linear
 from fnn.train import FitResult, NonFiniteError, TrainStep, evaluate, train_step
 from fnn.train import fit as fit_with_progress
 from fnn.train.data import batches_of
-from fnn.train.progress import Lines, format_record
+from fnn.train.progress import format_record
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -372,17 +372,6 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     assert "\x1b" not in "".join(lines)
     fit(squares, START, (A, Y), SGD, epochs=2, key=KEY)
     assert capsys.readouterr().out == ""
-
-
-def test_about_twenty_lines_for_many_epochs(capsys):
-    lines = Lines(1000, steps=10)
-    for epoch in range(1, 1001):
-        lines.epoch(epoch, {"loss": 1.0})
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 21 and printed[0].startswith("epoch 1/1000")
-    slow = Lines(1, steps=10, seconds=0.0)
-    slow.step(1, 3, lambda: {"loss": 0.5})
-    assert capsys.readouterr().out == "epoch 1/1  step 3/10  loss 0.5\n"
 
 
 class Terminal(io.StringIO):

@@ -33,7 +33,6 @@ from fnn.layers import (
     summary,
     training,
 )
-from fnn.train.progress import Lines
 
 KEY = jax.random.key(0)
 START = {"w": jnp.ones(2)}
@@ -350,18 +349,3 @@ def test_an_error_inside_a_loss_notes_that_it_gets_one_example(loss):
             run()
         notes = "\n".join(getattr(error.value, "__notes__", []))
         assert len(re.findall(note, notes)) == 1, notes
-
-
-# -------------------------------------------------------------------------------------- progress
-
-
-@pytest.mark.parametrize("epochs", [1, 2, 19, 20, 21, 39, 40, 41, 100, 1000, 1234])
-def test_as_many_lines_as_the_docstring_says(epochs, capsys):
-    lines = Lines(epochs, steps=10)
-    for epoch in range(1, epochs + 1):
-        lines.epoch(epoch, {"loss": 1.0})
-    printed = capsys.readouterr().out.splitlines()
-    every = -(-epochs // 20)
-    shown = sorted({1, epochs, *range(every, epochs + 1, every)})
-    assert [line.split()[1] for line in printed] == [f"{n}/{epochs}" for n in shown]
-    assert len(printed) <= 21 and (epochs > 20 or len(printed) == epochs)

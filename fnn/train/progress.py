@@ -1,8 +1,9 @@
-"""What `fit` shows while it runs: a bar on a terminal, plain lines elsewhere, or nothing."""
+"""What `fit` shows while it runs: a bar on a terminal or in a notebook, lines elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
+import html
 import sys
 import time
 import warnings
@@ -29,10 +30,10 @@ class Progress(Protocol):
 
 
 def progress_for(wanted: bool, epochs: int, steps: int | None, first: int = 1) -> Progress:
-    """A bar if stdout is a terminal and `rich` is there; else lines; nothing if not wanted.
+    """A bar in a notebook, or if stdout is a terminal and `rich` is there; else lines.
 
     Args:
-        wanted: whether to show anything.
+        wanted: whether to show anything at all.
         epochs: the number of the last epoch.
         steps: the number of steps in an epoch, if it is known.
         first: the number of the first epoch.
@@ -43,11 +44,24 @@ def progress_for(wanted: bool, epochs: int, steps: int | None, first: int = 1) -
 
 
 def _display(epochs: int, steps: int | None, first: int) -> Progress:
+    if in_notebook():
+        return Notebook(epochs, steps, first)
     if sys.stdout.isatty():
         # Without rich, or inside another bar of rich's, which allows but one.
         with contextlib.suppress(Exception):
             return Bar(epochs, steps, first)
-    return Lines(epochs, steps, first=first)
+    return Lines(epochs, steps)
+
+
+def in_notebook() -> bool:
+    """Does IPython run in the kernel of a notebook (Jupyter, VS Code, Colab)?
+
+    Told by the class of its shell, or one that it derives from: ipykernel's.
+    """
+    ipython = sys.modules.get("IPython")  # who runs in it has imported it
+    get = getattr(ipython, "get_ipython", None)
+    shell = get() if callable(get) else None
+    return any(base.__name__ == "ZMQInteractiveShell" for base in type(shell).__mro__)
 
 
 class Shielded:
@@ -99,13 +113,11 @@ class Nothing:
 
 
 class Lines:
-    """A line for each of up to 20 epochs, at most 21 for more, and one every half minute within."""
+    """A line for each epoch, and one every half minute within a long one: for a log file."""
 
-    def __init__(self, epochs: int, steps: int | None, *, seconds: float = 30.0, first: int = 1):
+    def __init__(self, epochs: int, steps: int | None, *, seconds: float = 30.0):
         self._epochs = epochs
-        self._first = first
         self._steps = steps
-        self._every = max(1, -(-(epochs - first + 1) // 20))
         self._seconds = seconds
         self._last = time.monotonic()
 
@@ -115,8 +127,7 @@ class Lines:
             self.say(f"epoch {epoch}/{self._epochs}  step {step}{of}  {format_record(metrics())}")
 
     def epoch(self, epoch: int, record: Mapping[str, Any]) -> None:
-        if epoch in (self._first, self._epochs) or epoch % self._every == 0:
-            self.say(f"epoch {epoch}/{self._epochs}  {format_record(record)}")
+        self.say(f"epoch {epoch}/{self._epochs}  {format_record(record)}")
 
     def say(self, text: str) -> None:
         try:
@@ -127,6 +138,63 @@ class Lines:
 
     def close(self) -> None:
         """Nothing to put in order."""
+
+
+class Notebook:
+    """A bar and the last numbers in a cell's output, drawn anew five times a second at most.
+
+    One output that is updated, HTML with the same as text: no widgets, so that it shows everywhere
+    and stays in the notebook's file.
+    """
+
+    def __init__(self, epochs: int, steps: int | None, first: int = 1):
+        from IPython.display import display
+
+        self._display = display
+        self._epochs = epochs
+        self._steps = steps
+        self._record: Mapping[str, Any] = {}
+        self._last = 0.0
+        self._began = time.monotonic()
+        self._now = (first, first - 1.0, "")
+        self._handle = display(self._shown(), raw=True, display_id=True)
+
+    def step(self, epoch: int, step: int, metrics: Metrics) -> None:
+        now = time.monotonic()
+        if now - self._last >= 0.2:
+            self._last = now
+            done = epoch - 1 + (step / self._steps if self._steps else 0)
+            self._show(epoch, done, {**self._record, **metrics()})
+
+    def epoch(self, epoch: int, record: Mapping[str, Any]) -> None:
+        self._record = record
+        now = time.monotonic()
+        if now - self._last >= 0.2 or epoch == self._epochs:
+            self._last = now
+            self._show(epoch, epoch, record)
+        else:
+            self._now = (epoch, epoch, format_record(record, hide=("seconds",)))
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def close(self) -> None:
+        self._handle.update(self._shown(), raw=True)
+
+    def _show(self, epoch: int, done: float, record: Mapping[str, Any]) -> None:
+        self._now = (epoch, done, format_record(record, hide=("seconds",)))
+        self._handle.update(self._shown(), raw=True)
+
+    def _shown(self) -> dict[str, str]:
+        epoch, done, record = self._now
+        title = f"epoch {epoch}/{self._epochs}"
+        seconds = int(time.monotonic() - self._began)
+        words = f"{seconds // 60}:{seconds % 60:02}  {record}"
+        bar = f'<progress value="{done:g}" max="{self._epochs}"></progress>'
+        return {
+            "text/plain": f"{title}  {words}",
+            "text/html": f"<pre>{title}  {bar}  {html.escape(words)}</pre>",
+        }
 
 
 class Bar:
