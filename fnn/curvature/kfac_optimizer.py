@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from fnn import arguments
+from fnn import arguments, text
 from fnn.curvature import output_hessian
 from fnn.curvature.checks import check_like, check_loss, check_model, checked_params, pair
 from fnn.curvature.kronecker import Block, Diagonal, Kronecker, factors
@@ -47,6 +47,9 @@ class KFACState(NamedTuple):
     damping: chex.Array
     velocity: chex.ArrayTree
     ratio: chex.Array
+
+    def __repr__(self) -> str:
+        return text.of_fields("KFACState", **self._asdict())
 
 
 def kfac(

@@ -24,7 +24,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from fnn import arguments
+from fnn import arguments, text
 from fnn.backprop import grad
 from fnn.batch import batch_size
 from fnn.curvature.checks import check_loss, check_model, check_samples, checked
@@ -53,6 +53,9 @@ class Kronecker:
     layout: Layout
     shape: tuple[int, ...]
 
+    def __repr__(self) -> str:
+        return text.of_fields("Kronecker", A=self.A, G=self.G, shape=self.shape)
+
     def times(self, w: jax.Array) -> jax.Array:
         """The block times a tensor of the parameter's shape."""
         G, A, w = wide_together(self.G, self.A, w)
@@ -76,6 +79,9 @@ class Block:
     matrix: jax.Array
     shape: tuple[int, ...]
 
+    def __repr__(self) -> str:
+        return text.of_fields("Block", matrix=self.matrix, shape=self.shape)
+
     def times(self, w: jax.Array) -> jax.Array:
         matrix, w = wide_together(self.matrix, w)
         return (matrix @ w.reshape(-1)).reshape(self.shape)
@@ -93,6 +99,9 @@ class Diagonal:
 
     diagonal: jax.Array
     shape: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        return text.of_fields("Diagonal", diagonal=self.diagonal, shape=self.shape)
 
     def times(self, w: jax.Array) -> jax.Array:
         diagonal, w = wide_together(self.diagonal, w)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 import fnn.per_example as per_example
-from fnn import arguments
+from fnn import arguments, text
 from fnn.backprop import grad, value_and_grad
 from fnn.batch import example_types
 from fnn.curvature import output_hessian
@@ -50,6 +50,9 @@ class LinearOperator:
     like: chex.ArrayTree
     name: str
     is_positive: bool = True
+
+    def __repr__(self) -> str:
+        return f"<LinearOperator {self.name}: of trees like {text.size_of_tree(self.like)}>"
 
     def __call__(self, v: chex.ArrayTree) -> chex.ArrayTree:
         return once(self.product)(check_like(self.name, "the vector", v, self.like))

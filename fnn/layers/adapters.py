@@ -22,7 +22,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from fnn import arguments
+from fnn import arguments, text
 from fnn.params import flatten, unflatten
 
 
@@ -136,6 +136,10 @@ class AdaptedWeight:
     B: Any
     scale: float = 1.0
     transposed: bool = False
+
+    def __repr__(self) -> str:
+        fields = {name: getattr(self, name) for name in ("W", "A", "B", "scale", "transposed")}
+        return text.of_fields("AdaptedWeight", **fields)
 
     __array_ufunc__ = None  # numpy's arrays leave products to this class
 

@@ -16,7 +16,7 @@ from typing import Any
 import chex
 import jax
 
-from fnn import arguments
+from fnn import arguments, text
 
 
 @functools.partial(
@@ -36,6 +36,9 @@ class Mode:
     train: bool = False
     key: Any = None
     axis: str | tuple[str, ...] | None = None
+
+    def __repr__(self) -> str:
+        return text.of_fields("Mode", train=self.train, key=self.key, axis=self.axis)
 
 
 EVALUATE = Mode()

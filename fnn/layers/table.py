@@ -71,7 +71,8 @@ class Summary:
         total = ("total", "", _shapes(whole.output), f"{whole.parameters:,}", *_numbers(whole))
         return text.table(head, lines, right=(3, 4, 5), total=total)
 
-    __repr__ = __str__
+    def __repr__(self):
+        return text.one_screen(str(self))
 
 
 def summary(net: Layer | Callable, *xs: Any) -> Summary:

@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from fnn import arguments, ops
+from fnn import arguments, ops, text
 from fnn.initializers import xavier_normal
 from fnn.layers import EVALUATE, Layer, LayerError, Linear, Mode, Network, chain
 from fnn.layers.net import Net
@@ -28,6 +28,9 @@ class Reconstruction(NamedTuple):
     logits: Any
     mean: Any
     log_variance: Any
+
+    def __repr__(self) -> str:
+        return text.of_fields("Reconstruction", **self._asdict())
 
 
 def vae(

@@ -8,7 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from fnn import arguments
+from fnn import arguments, text
 from fnn.ops.arguments import must_be_real, wide
 
 
@@ -31,6 +31,9 @@ class Routing(NamedTuple):
     capacity: int
     balance_loss: jax.Array
     z_loss: jax.Array
+
+    def __repr__(self) -> str:
+        return text.of_fields("Routing", **self._asdict())
 
 
 def top_k_routing(logits: chex.Array, k: int, capacity: int | None = None) -> Routing:

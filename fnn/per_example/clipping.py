@@ -14,7 +14,7 @@ import numpy
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from fnn import arguments
+from fnn import arguments, text
 from fnn.backprop import value_and_grad
 from fnn.batch import batch_size
 from fnn.eager import once
@@ -43,6 +43,9 @@ class Clipped(NamedTuple):
     gradient: chex.ArrayTree
     norms: Any
     aux: Any
+
+    def __repr__(self) -> str:
+        return text.of_fields("Clipped", **self._asdict())
 
 
 def clipped_grad(

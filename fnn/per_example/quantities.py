@@ -302,6 +302,9 @@ class Explanation(list):
         hint = "The arrays are factors: use per_example.scale and add, not jax.tree.map."
         return "\n".join([text.table(heads, rows), total, hint])
 
+    def __repr__(self) -> str:
+        return text.one_screen(str(self))
+
 
 def _is_factored(x) -> bool:
     return isinstance(x, FactoredGradient)
