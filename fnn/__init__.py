@@ -7,6 +7,7 @@ check_rule, check_grads     rules against autodiff against finite differences
 ops                         activations and losses
 layers, initializers        networks, as pure functions of their parameters
 models                      whole networks
+sharding                    layouts over many devices
 params                      parameters by path, and their files
 train_step, fit             training
 logs                        what fit writes of each epoch
@@ -17,7 +18,18 @@ curvature                   Gauss-Newton, Hessian, Fisher, KFAC
 plot                        pictures
 """
 
-from fnn import curvature, initializers, layers, logs, models, ops, params, per_example, plot
+from fnn import (
+    curvature,
+    initializers,
+    layers,
+    logs,
+    models,
+    ops,
+    params,
+    per_example,
+    plot,
+    sharding,
+)
 from fnn.backprop import Graph, grad, graph, value_and_grad, vjp
 from fnn.check import GradientError, check_grads, check_rule
 from fnn.layers import summary
@@ -66,6 +78,7 @@ __all__ = [
     "per_example",
     "plot",
     "rule",
+    "sharding",
     "summary",
     "supervised",
     "train_step",

@@ -1,4 +1,4 @@
-"""Every test runs with 64-bit numbers allowed and on four virtual CPU devices.
+"""Every test runs with 64-bit numbers allowed and on eight virtual CPU devices.
 
 Most of the suite's time goes to compiling small programs: LLVM is asked not to optimise them, and
 in the quick tests XLA (in JAX 0.10, which can choose) to write fused loops by its older emitter.
@@ -14,7 +14,7 @@ import pytest
 
 def pytest_configure(config):
     """The flags, which JAX reads when it first computes."""
-    flags = ["--xla_force_host_platform_device_count=4", "--xla_backend_optimization_level=0"]
+    flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
     # The older emitter gets a gradient of a Flax network wrong, which an exhaustive test found.
     is_quick = config.option.markexpr == "not exhaustive"
     if is_quick and jax.__version_info__ < (0, 11):

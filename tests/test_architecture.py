@@ -39,7 +39,9 @@ MAY_IMPORT = {
     "layers": "arguments text meshes ops params initializers",
     "models": "arguments text ops params initializers layers",
     "logs": "arguments",
-    "train": "arguments text batch meshes frames jaxpr operation eager ops backprop layers logs",
+    "sharding": "arguments",
+    "train": "arguments text batch meshes frames jaxpr operation eager ops backprop layers logs "
+    "sharding",
     "plot": "arguments",
 }
 
