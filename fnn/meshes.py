@@ -131,6 +131,17 @@ def as_varying(x, aval):
     return _vary_over(x, varying_axes(aval))
 
 
+def varies_as(x, like):
+    """x, marked under shard_map as varying over the devices that the array `like` varies over."""
+    return as_varying(x, jax.typeof(like))
+
+
+def mesh_here(mesh: Any) -> Any:
+    """A mesh as shard_map and sharding constraints want it: the context's, where one is set."""
+    current = jax.sharding.get_abstract_mesh()
+    return mesh if current.empty else current
+
+
 def _vary_over(x, axes: frozenset):
     """x, marked as varying over these axes of the mesh too."""
     missing = axes - varying_axes(jax.typeof(x))

@@ -15,7 +15,7 @@ from fnn.initializers import Initializer, xavier_uniform, zeros
 from fnn.layers.layer import Layer, LayerError, check_parts, last_axis, set_count
 from fnn.layers.linear import Linear, check_options
 from fnn.layers.mode import EVALUATE, Mode
-from fnn.ops import alibi_slopes, attention, rotary
+from fnn.ops import alibi_slopes, attention, ring_attention, rotary
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -33,6 +33,9 @@ class Attention(Layer):
     With a cache (`init_cache(length, x)`) self-attention goes on from the positions before: it adds
     its keys and values to the cache's, and looks at all of them. It must be causal for that; else
     there is no cache. Beyond the cache's length the output is NaN. Cross-attention has no cache.
+
+    Where the mode says that positions are divided over devices (`fnn.sharding.sequence_parallel`),
+    it is computed by `fnn.ops.ring_attention`.
 
     Parameters: `{"q": {"W": (heads · features, in), "b"}, "k": {"W": (kv_heads · features, …),
     "b"}, "v": {…}, "out": {"W": (in, heads · features), "b"}}`, without the "b" unless `use_bias`.
@@ -157,7 +160,11 @@ class Attention(Layer):
         options: dict[str, Any] = {"causal": self.causal, "window": self.window, "mask": mask}
         if self.alibi:
             options["slopes"] = alibi_slopes(self.heads)
-        if cache is None:
+        across = mode.across
+        if across is not None and across.sequence is not None and cache is None:
+            options |= {"mesh": across.mesh, "axis": across.sequence}
+            y = ring_attention(q, k, v, block=self.block, **options)
+        elif cache is None:
             y = attention(q, k, v, block=self.block, **options)
         else:
             y, state = self._continued(q, k, v, options, state)

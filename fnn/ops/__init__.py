@@ -19,6 +19,7 @@ losses/similarity           cosine_similarity, triplet, info_nce
 losses/sequences            ctc
 losses/regularization       l2
 sequences/attention         attention
+sequences/ring              ring_attention
 sequences/embedding         embedding
 sequences/positions         rotary, sinusoidal_positions, alibi_slopes
 """
@@ -77,6 +78,7 @@ from fnn.ops.recurrent import gru, gru_cell, lstm, lstm_cell, rnn
 from fnn.ops.sequences.attention import attention
 from fnn.ops.sequences.embedding import embedding
 from fnn.ops.sequences.positions import alibi_slopes, rotary, sinusoidal_positions
+from fnn.ops.sequences.ring import ring_attention
 from fnn.ops.state_space import linear_recurrence
 from fnn.ops.stochastic import dropout
 from fnn.ops.upsampling import pixel_shuffle, pixel_unshuffle, resize, upsample
@@ -132,6 +134,7 @@ __all__ = [
     "relu",
     "relu6",
     "resize",
+    "ring_attention",
     "rms_norm",
     "rnn",
     "rotary",

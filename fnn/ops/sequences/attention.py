@@ -76,7 +76,7 @@ def attention(
     arXiv:1911.02150 (multi-query); Ainslie et al., arXiv:2305.13245 (grouped-query); Press et al.,
     arXiv:2108.12409 (ALiBi); Dao, arXiv:2307.08691.
     """
-    _check(q, k, v, mask, bias, slopes, q_positions, k_positions)
+    check(q, k, v, mask, bias, slopes, q_positions, k_positions)
     where = "attention"
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[-1], 1))
@@ -102,7 +102,7 @@ def attention(
     return y
 
 
-def _check(q, k, v, mask, bias, slopes, q_positions, k_positions) -> None:
+def check(q, k, v, mask, bias, slopes, q_positions, k_positions) -> None:
     op = "attention"
     must_be_real(op, q=q, k=k, v=v)
     for name, x, wanted in (

@@ -32,7 +32,17 @@ def blockwise_attention(q, k, v, given, *, causal, window, scale, block):
     m counts as a constant: r's derivative is that of log Σ eˢ, and m's is 0. (Their sum would lose
     r where the scores are large.)
     """
-    blocks = _Blocks(q, k, v, given, causal, window, scale, block)
+    blocks = Blocks(q, k, v, given, causal, window, scale, block)
+    return finished(blocks, q, running(blocks, q, k, v, given, of_no_keys(blocks)))
+
+
+def of_no_keys(blocks: Blocks) -> tuple:
+    """The values' weighted sum, each query's largest score, the sum of its weights: all empty."""
+    return blocks.zeros("qnv"), blocks.zeros("cqg", -jnp.inf), blocks.zeros("cqg")
+
+
+def running(blocks: Blocks, q, k, v, given, total: tuple) -> tuple:
+    """The same of these keys too, after those of `total`. Weights are e^(score − largest)."""
     parts = blocks.parts(q, k, v, given)
 
     def step(total, i, j):
@@ -51,8 +61,12 @@ def blockwise_attention(q, k, v, given, *, causal, window, scale, block):
             blocks.with_queries(sums, new_sum, i),
         )
 
-    start = blocks.zeros("qnv"), blocks.zeros("cqg", -jnp.inf), blocks.zeros("cqg")
-    y, largest, sums = blocks.run(step, start)
+    return blocks.run(step, total)
+
+
+def finished(blocks: Blocks, q, total: tuple) -> tuple:
+    """(y, m, r) of `blockwise_attention`, when all keys were met."""
+    y, largest, sums = total
     sums = jnp.where(sums == 0, 1, sums)
     y = y / blocks.heads_joined(sums)[..., None]
     return (
@@ -72,7 +86,7 @@ def _(q, k, v, given, **static):
 def _(residuals, g, *, causal, window, scale, block):
     """∂s = P ∘ (g vᵀ − Σ g ∘ y + ∂r), and from it all others."""
     arrays, y, m, r = residuals
-    blocks = _Blocks(*arrays, causal, window, scale, block)
+    blocks = Blocks(*arrays, causal, window, scale, block)
     parts = blocks.parts(*arrays)
     g_y, _, g_r = g
     mean = blocks.heads_apart(jnp.sum(wide(g_y) * wide(y), axis=-1)) - g_r
@@ -134,7 +148,7 @@ def _(residuals, g, *, causal, window, scale, block):
 def _(residuals, dq, dk, dv, d_given, *, causal, window, scale, block):
     """dy = Σ P ∘ ds v + P dv − μ y with μ = Σ P ∘ ds, which is dr."""
     arrays, y, m, r = residuals
-    blocks = _Blocks(*arrays, causal, window, scale, block)
+    blocks = Blocks(*arrays, causal, window, scale, block)
     parts = blocks.parts(*arrays)
     tangents = blocks.parts(dq, dk, dv, _tangents_of(arrays[3], d_given))
 
@@ -187,7 +201,7 @@ class _Parts(NamedTuple):
     k_positions: Any
 
 
-class _Blocks:
+class Blocks:
     """How the arrays of a call are cut into blocks; i counts those of queries, j those of keys."""
 
     def __init__(self, q, k, v, given, causal: bool, window: int | None, scale: float, block: int):
