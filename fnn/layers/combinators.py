@@ -22,6 +22,7 @@ from fnn import arguments
 from fnn.layers.layer import Layer, LayerError, as_layer, run
 from fnn.layers.mode import EVALUATE, Mode
 from fnn.layers.net import Net, Network, in_loop
+from fnn.layers.stages import pipelined
 
 Part = Layer | Callable
 
@@ -167,11 +168,21 @@ class Repeat(Layer):
                     f"{self} wants each array of its parameters and its state with an axis of "
                     f"length {self.n} in front, but {place} has shape {jnp.shape(leaf)}."
                 )
+        if mode.across is not None and mode.across.stages is not None:
+            return self._in_stages(params, state, x, others, mode), state
         keys = None if mode.key is None else self._keys(mode.key)
+        return self._over_blocks(params, state, keys, x, others, mode)
+
+    def _over_blocks(
+        self, params: Any, state: Any, keys: Any, x: Any, others: tuple, mode: Mode
+    ) -> tuple[Any, dict]:
+        """Those of the blocks whose parameters, states and keys these are, one after the other."""
 
         def step(x, own):
             params, state, key = own
             here = dataclasses.replace(mode, key=key)
+            if mode.across is not None:
+                x = jax.tree.map(mode.across.pin, x)
             with in_loop(self.block, self.n) as note:
                 y, new = run(self.block, params, state, (x, *others), here)
                 note(params, state, (x, *others), y)
@@ -181,7 +192,33 @@ class Repeat(Layer):
         if self.remat:
             policy = self.remat if callable(self.remat) else None
             step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-        return jax.lax.scan(step, x, (params, state, keys), length=self.n)
+        stacked = jax.tree.leaves((params, state, keys))
+        length = len(stacked[0]) if stacked else self.n
+        return jax.lax.scan(step, x, (params, state, keys), length=length)
+
+    def _in_stages(self, params: Any, state: Any, x: Any, others: tuple, mode: Mode) -> Any:
+        """The same, with the blocks divided over devices, which microbatches pass through."""
+        across = mode.across
+        assert across is not None and across.stages is not None
+        stages = across.mesh.shape[across.stages]
+        if jax.tree.leaves(state) or not jax.tree.leaves(params) or self.n % stages:
+            raise LayerError(
+                f"{self} can be divided into {stages} stages only if its blocks have parameters "
+                f"but no state, and {stages} divides their number, {self.n}."
+            )
+        size = self.n // stages
+        here = dataclasses.replace(mode, axis=None, across=None)
+
+        def stage(params, number, x, key, others):
+            """A stage's blocks, on one example."""
+            keys = None
+            if key is not None:
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(
+                    key, number * size + jnp.arange(size)
+                )
+            return self._over_blocks(params, {}, keys, x, others, here)[0]
+
+        return pipelined(stage, params, x, mode.key, others, across)
 
     def _make(self, key: Any, length: int | None, *xs: Any) -> tuple[dict, dict, Any]:
         make = jax.vmap(lambda key: self.block._make(key, length, *xs), out_axes=(0, None, 0))
