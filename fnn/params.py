@@ -1,6 +1,7 @@
 """Parameters by path: `{"blocks.0.attend.q.W": ...}`, and their files.
 
 flatten, unflatten      a tree of parameters as a flat dict by path, and back
+choose                  the paths that a pattern, or a function of path and leaf, chooses
 save, load              a tree of parameters as a safetensors file, and back
 
 A path is made of the keys on the way to a leaf, with a dot between them: of a dict its keys, of
@@ -10,9 +11,10 @@ that PyTorch's state dicts have. Any pytree of arrays has paths, that of another
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,54 @@ def flatten(params: Any) -> dict[str, Any]:
             raise ValueError(f"flatten: two leaves have the path {path!r}.")
         flat[path] = leaf
     return flat
+
+
+Where = str | Sequence[str] | Callable[[str, Any], bool]
+
+
+def choose(where: Where, params: Any, op: str = "choose", name: str = "where") -> tuple[str, ...]:
+    """The paths of those leaves that are asked for.
+
+    Args:
+        where: a pattern of paths such as "*.q.W" ("*" stands for anything), or several of them, or
+            a function (path, leaf) of those that are asked for.
+        params: a tree, as for `flatten`.
+        op, name: what the function and the argument are called in errors.
+
+    Returns:
+        The paths, in the order of the tree.
+
+    Raises:
+        TypeError: where is neither.
+        ValueError: nothing is chosen; the message names the paths that there are.
+
+    >>> choose("blocks.*.W", {"blocks": [{"W": 1.0, "b": 2.0}, {"W": 3.0}], "W": 4.0})
+    ('blocks.0.W', 'blocks.1.W')
+    """
+    check_where(where, op, name)
+    flat = flatten(params)
+    if callable(where):
+        chosen = [path for path, leaf in flat.items() if where(path, leaf)]
+    else:
+        patterns = [where] if isinstance(where, str) else where
+        matches = lambda path: any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+        chosen = list(filter(matches, flat))
+    if not chosen:
+        raise ValueError(
+            f"{op}: {name} chooses none of the parameters. Their paths are {', '.join(flat)}."
+        )
+    return tuple(chosen)
+
+
+def check_where(where: Any, op: str, name: str) -> None:
+    """Raise a TypeError unless it can choose among paths; see `choose`."""
+    patterns = [where] if isinstance(where, str) else where
+    is_list = isinstance(patterns, Sequence) and all(isinstance(p, str) for p in patterns)
+    if not callable(where) and not is_list:
+        raise TypeError(
+            f"{op}: {name} must be a pattern of paths such as '*.q.W', several of them, or a "
+            f"function (path, array), but got {arguments.show(where)}."
+        )
 
 
 def unflatten(flat: Mapping[str, Any], like: Any = None, *, strict: bool = True) -> Any:

@@ -13,9 +13,8 @@ The frozen parameters are closed over, and training knows the adapters alone:
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -23,12 +22,12 @@ import jax
 import jax.numpy as jnp
 
 from fnn import arguments, text
-from fnn.params import flatten, unflatten
+from fnn.params import Where, choose, flatten, unflatten
 
 
 def lora(
     params: chex.ArrayTree,
-    where: str | Sequence[str] | Callable[[str, Any], bool],
+    where: Where,
     rank: int,
     key: chex.PRNGKey,
 ) -> dict:
@@ -62,13 +61,8 @@ def lora(
     rank = arguments.integer("lora", "rank", rank, least=1)
     key = arguments.key("lora", "key", key)
     flat = flatten(params)
-    chosen = [path for path, leaf in flat.items() if _is_chosen(where, path, leaf)]
-    if not chosen:
-        raise ValueError(
-            f"lora: where chooses none of the parameters. Their paths are {', '.join(flat)}."
-        )
     made = {}
-    for number, path in enumerate(chosen):
+    for number, path in enumerate(choose(where, params, "lora")):
         W = flat[path]
         if jnp.ndim(W) < 2 or not jnp.issubdtype(jnp.result_type(W), jnp.floating):
             raise ValueError(
@@ -182,18 +176,6 @@ class AdaptedWeight:
     @property
     def _factors(self) -> tuple[Any, Any]:
         return (self.A.T, self.B.T) if self.transposed else (self.B, self.A)
-
-
-def _is_chosen(where: Any, path: str, leaf: Any) -> bool:
-    if callable(where):
-        return bool(where(path, leaf))
-    patterns = [where] if isinstance(where, str) else where
-    if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
-        raise TypeError(
-            "lora: where must be a pattern of paths such as '*.q.W', several of them, or a "
-            f"function (path, array), but got {arguments.show(where)}."
-        )
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
 def _replaced(op: str, params: Any, adapters: Any, scale: float, make: Callable) -> Any:
