@@ -35,6 +35,7 @@ from fnn.check import GradientError, check_grads, check_rule
 from fnn.layers import summary
 from fnn.operation import Operation, RuleError, rule
 from fnn.train import (
+    DynamicLossScale,
     FitResult,
     NonFiniteError,
     State,
@@ -51,6 +52,7 @@ from fnn.train import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "DynamicLossScale",
     "FitResult",
     "GradientError",
     "Graph",

@@ -40,8 +40,8 @@ MAY_IMPORT = {
     "models": "arguments text ops params initializers layers",
     "logs": "arguments",
     "sharding": "arguments",
-    "train": "arguments text batch meshes frames jaxpr operation eager ops backprop layers logs "
-    "sharding",
+    "train": "arguments text batch meshes frames jaxpr operation eager ops backprop params layers "
+    "logs sharding",
     "plot": "arguments",
 }
 

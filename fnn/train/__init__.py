@@ -4,6 +4,7 @@ from fnn.train.evaluation import evaluate
 from fnn.train.landscape import LossSurface, loss_surface
 from fnn.train.loop import fit
 from fnn.train.loss import Loss, Supervised, supervised
+from fnn.train.loss_scaling import DynamicLossScale
 from fnn.train.nonfinite import NonFiniteError
 from fnn.train.observation import (
     ActivationStatistics,
@@ -18,6 +19,7 @@ from fnn.train.step import TrainStep, train_step
 
 __all__ = [
     "ActivationStatistics",
+    "DynamicLossScale",
     "FitResult",
     "Histogram",
     "LearningRates",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -127,17 +127,18 @@ def find_labels(
     key: Any = None,
     state: Any = None,
     *,
-    trained: bool = False,
+    trained: Callable[[Any], Sequence[bool]] | bool = False,
 ) -> tuple[Labels, ...]:
     """The labels in an example that a loss hands to an operation as they are.
 
     Args:
         loss: as for `fnn.train_step`. It is looked at as it evaluates.
         params, example, key, state: arrays or their types; nothing is computed.
-        trained: whether the loss is one to be trained, by its gradient.
+        trained: whether the loss is one to be trained, by its gradient; or of the parameters, for
+            each leaf whether it is trained.
 
     Raises:
-        ValueError: the loss is to be trained, and no parameter can change it.
+        ValueError: the loss is to be trained, and no parameter that is can change it.
     """
     leaves, tree = jax.tree.flatten(example)
 
@@ -147,9 +148,12 @@ def find_labels(
         return [value, *jax.tree.leaves(metrics)]
 
     flat = program(trace(of_leaves, (params, key, state, *leaves)))
-    if trained and not _has_gradient(flat, flat.inputs[: len(jax.tree.leaves(params))]):
+    flags = trained(params) if callable(trained) else [trained] * len(jax.tree.leaves(params))
+    changing = [number for number, flag in zip(flat.inputs, flags, strict=False) if flag]
+    if trained and not _has_gradient(flat, changing):
+        which = "that it is given" if len(changing) == len(flags) else "that are trained"
         raise ValueError(
-            f"the loss {name_of(loss)} doesn't depend on the parameters that it is given (or only "
+            f"the loss {name_of(loss)} doesn't depend on the parameters {which} (or only "
             "by steps: comparisons, argmax, round): its gradient is zero, and training wouldn't "
             "change them. (check=False turns this check off.)"
         )

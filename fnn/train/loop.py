@@ -18,15 +18,18 @@ import optax
 from fnn import arguments
 from fnn.batch import batch_size as size_of
 from fnn.batch import example_types
-from fnn.train.checks import check_values, find_labels
+from fnn.params import Where
+from fnn.train.checks import check_values
 from fnn.train.data import Arrays, Stream, batches_of, is_tree_of_arrays
 from fnn.train.evaluation import Evaluation, fold_in
 from fnn.train.loss import Extras, Loss, check_loss, extras
+from fnn.train.loss_scaling import DynamicLossScale
 from fnn.train.nonfinite import NonFiniteError
+from fnn.train.outcome import NonFinite
 from fnn.train.progress import progress_for
 from fnn.train.result import FitResult, Work, attach
-from fnn.train.state import State, own
-from fnn.train.step import NonFinite, TrainStep, check_optimizer
+from fnn.train.state import State, check_optimizer, own
+from fnn.train.step import TrainStep
 
 # ------------------------------------------------------------------------------------------- Ctrl-C
 # Ctrl-C between steps, never inside one.
@@ -110,6 +113,12 @@ def fit(
     nonfinite: NonFinite = "raise",
     check: bool = True,
     model_state: chex.ArrayTree | None = None,
+    trainable: Where | None = None,
+    accumulate: int = 1,
+    compute: Any = None,
+    loss_scale: float | str | DynamicLossScale | None = None,
+    ema: float | None = None,
+    clip: float | None = None,
 ) -> FitResult:
     """Train: `epochs` times over the data, a batch at a time.
 
@@ -117,7 +126,7 @@ def fit(
 
     Args:
         loss: for ONE example: `loss(params, example)`, which returns a scalar, or a scalar and a
-            dict of metrics (not called `loss`, `grad_norm`, `skipped`, `seconds` or
+            dict of metrics (not called `loss`, `grad_norm`, `skipped`, `loss_scale`, `seconds` or
             `validation_...`). It is given what else it names of `key`, `mode` and `state`; see
             `train_step`, and `supervised`, which writes it. It must depend on a parameter.
         params: the parameters to start from (they stay yours), or the `state` of a FitResult
@@ -153,6 +162,7 @@ def fit(
             they come, see `TrainStep`): nan, and labels out of range. Shapes are always checked.
         model_state: the network's state to start from, `net.init_state(x)`, for a loss that takes
             one; a loss made by `supervised` makes it itself. It is trained in `state.model_state`.
+        trainable, accumulate, compute, loss_scale, ema, clip: see `train_step`.
 
     Returns:
         A `FitResult`. Ctrl-C ends training early and returns what was trained so far, with
@@ -200,7 +210,18 @@ def fit(
         raise ValueError(
             "shuffling needs a key: pass key=jax.random.key(0), say, or shuffle=False."
         )
-    step = TrainStep(loss, optimizer, nonfinite=nonfinite, check=check and whole is None)
+    step = TrainStep(
+        loss,
+        optimizer,
+        nonfinite=nonfinite,
+        check=check and whole is None,
+        trainable=trainable,
+        accumulate=accumulate,
+        compute=compute,
+        loss_scale=loss_scale,
+        ema=ema,
+        clip=clip,
+    )
     if not isinstance(params, State):
         model_state = _initial_model_state(loss, found, training, model_state)
     start = functools.partial(_start, step, params, model_state)
@@ -208,7 +229,7 @@ def fit(
     order_key, loss_key, validation_key = (None,) * 3 if key is None else jax.random.split(key, 3)
     if whole is not None and check:
         check_values(
-            functools.partial(find_labels, loss, trained=True),
+            step.find_labels,
             state.params,
             whole,
             key if found.may_draw else None,

@@ -22,7 +22,7 @@ Loss = Callable[..., Any]
 
 # The names of what a step, `fit` and `evaluate` put beside a loss's own metrics. A loss is refused
 # them everywhere, so that one that serves in one place serves in the others.
-RESERVED = ("loss", "grad_norm", "skipped", "seconds")
+RESERVED = ("loss", "grad_norm", "skipped", "loss_scale", "seconds")
 RESERVED_PREFIX = "validation_"
 
 # The name of the mapped axis over the batch, where a loss takes a mode.
@@ -99,6 +99,21 @@ def check_loss(where: str, loss: Any, name: str = "loss") -> None:
         )
 
 
+def check_key(found: Extras, key: Any) -> None:
+    """Raise a TypeError unless a key is there if the loss needs one, and not if it has no use."""
+    if found.needs_key and key is None:
+        raise TypeError(
+            "the loss takes a key, loss(params, example, key): pass key=... to the step."
+        )
+    if key is not None and not found.may_draw:
+        raise TypeError(
+            "a key was passed, but the loss takes none: it must be loss(params, example, key), or "
+            "loss(params, example, mode)."
+        )
+    if key is not None:
+        arguments.key("train_step", "key", key)
+
+
 def call(
     loss: Loss,
     params: Any,
@@ -169,6 +184,18 @@ def batch_losses(
         TypeError, ValueError: the loss isn't a real scalar, its metrics aren't a dict of
             arrays under names of their own, or it gives each example a state of its own.
     """
+    return example_losses(loss, params, batch, keys_of(key, size), train=train, state=state)
+
+
+def keys_of(key: Any, size: int) -> Any:
+    """A key for each of `size` examples; None for None."""
+    return None if key is None else jax.random.split(key, size)
+
+
+def example_losses(
+    loss: Loss, params: Any, batch: Any, keys: Any, *, train: bool, state: Any = None
+) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+    """`batch_losses`, with a key for each example."""
     found = extras(loss)
     axis = AXIS if train and found.mode is not None else None
 
@@ -179,7 +206,6 @@ def batch_losses(
         mode = training(key, axis) if train else EVALUATE
         return call(loss, params, example, own, mode, state)
 
-    keys = None if key is None else jax.random.split(key, size)
     batch, keys = dealt_alike((batch, keys))
     over_batch = jax.vmap(of_example, out_axes=(0, 0, None), axis_name=axis)
     try:
@@ -191,14 +217,6 @@ def batch_losses(
             f"the loss {name_of(loss)} returned a state that differs from example to example, but "
             "one state belongs to the whole batch: average over it by jax.lax.pmean(x, mode.axis)."
         ) from error
-
-
-def mean_loss(
-    loss: Loss, params: Any, batch: Any, size: int, key: Any = None, state: Any = None
-) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array], Any]]:
-    """`(mean, (losses, metrics, state))` in training, as `value_and_grad` takes it (`has_aux`)."""
-    losses, metrics, new = batch_losses(loss, params, batch, size, key, train=True, state=state)
-    return jnp.mean(losses), (losses, metrics, new)
 
 
 def mean_metrics(metrics: dict) -> dict:

@@ -85,9 +85,9 @@ class Group(NamedTuple):
     leaves: tuple[int, ...]
 
 
-def numbers_of(state: State) -> tuple[Any, Any, Any]:
+def numbers_of(state: State) -> tuple[Any, Any, Any, Any]:
     """What of a state a step must keep finite."""
-    return state.params, state.opt_state, state.model_state
+    return state.params, state.opt_state, state.model_state, state.ema
 
 
 def groups(state: State) -> list[Group]:
@@ -182,7 +182,7 @@ def _zero_if_fine(new: jax.Array, old: jax.Array | None) -> jax.Array:
 
 def leaf_names(state: State) -> list[str]:
     """The names of all that: `params['W']`, `opt_state[0].mu['W']`, ..."""
-    parts = ("params", "opt_state", "model_state")
+    parts = ("params", "opt_state", "model_state", "ema")
     return [
         path_name(part, path)
         for part, tree in zip(parts, numbers_of(state), strict=True)
@@ -259,19 +259,24 @@ class Run:
     A step's report belongs to the run, not to the `TrainStep`: the same step may serve several
     runs, in turn or in threads.
 
+    Args:
+        state: one of its states.
+        trained: the part of it that is trained, whose numbers the reports are of.
+        exact: whether that held inf or nan where the run began.
+
     Attributes:
         thread: the thread that made the last step.
-        exact: whether the state held inf or nan where the run began.
+        exact: as given.
         types: of the parameters and of the network's state.
         careful: how many more steps wait for their own report.
     """
 
-    def __init__(self, state: State, exact: bool):
+    def __init__(self, state: State, trained: State, exact: bool):
         self.thread = threading.get_ident()
         self.exact = exact
         self.careful = 0
         # Names and types alone: the run must not keep a state alive.
-        self._leaves, self._groups = leaf_names(state), groups(state)
+        self._leaves, self._groups = leaf_names(trained), groups(trained)
         self.types = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state.params, state.model_state)
         )

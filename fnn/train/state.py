@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,9 @@ class State(NamedTuple):
         position: where `fit` stands in its data, so that it can go on from there: int32,
             `[epochs that are over, batches of the epoch under way, batches in all]`.
         model_state: the network's state, running statistics for one; {} if it has none.
+        ema: the average of the parameters over the steps, a tree like them, in float32 at least;
+            None if the step keeps none. `fnn.evaluate(loss, state.ema, data)` takes it.
+        loss_scale: the scale of the loss, if it changes, a `LossScale`; else None.
     """
 
     params: Any
@@ -30,28 +34,17 @@ class State(NamedTuple):
     step: jax.Array
     position: Any = np.zeros(3, np.int32)
     model_state: Any = {}
+    ema: Any = None
+    loss_scale: Any = None
 
     def __repr__(self) -> str:
         """What there is, in a line; the numbers stay out of it."""
         shown = {"params": self.params, "opt_state": self.opt_state, "step": self.step}
-        if jax.tree.leaves(self.model_state):
-            shown["model_state"] = self.model_state
+        for name in ("model_state", "ema"):
+            if jax.tree.leaves(getattr(self, name)):
+                shown[name] = getattr(self, name)
         parts = (f"{name}: {size_of_tree(part)}" for name, part in shown.items())
         return f"State({', '.join(parts)})"
-
-
-def initial_state(params: Any, optimizer: optax.GradientTransformation, model_state: Any) -> State:
-    """The state before the first step, in buffers of its own.
-
-    A step donates its state's buffers; copies keep the caller's `params` alive.
-
-    Raises:
-        TypeError: a parameter isn't an array of real or complex numbers.
-        ValueError: there are no parameters.
-    """
-    check_params(params)
-    start = State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-    return own(start._replace(model_state=model_state))
 
 
 def own(state: Any) -> Any:
@@ -59,26 +52,133 @@ def own(state: Any) -> Any:
     return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.asarray(x).dtype, copy=True), state)
 
 
-def check_params(params: Any) -> None:
-    """Raise unless `params` is a tree of arrays that can be trained."""
+def check_state(state: Any) -> None:
+    """Raise unless it is a State whose buffers are still there."""
+    if not isinstance(state, State):
+        hint = " Of a FitResult that is its `.state`." if hasattr(state, "state") else ""
+        raise TypeError(
+            f"the first argument of a step is the State of step.init(params), but got a "
+            f"{type(state).__name__}.{hint}"
+        )
+    step = state.step
+    if isinstance(step, jax.Array) and not isinstance(step, jax.core.Tracer) and step.is_deleted():
+        raise ValueError(
+            "this state was given to a step already, which donated its memory to the state "
+            "that it returned: write `state, metrics = step(state, batch)` and go on from "
+            "that. (jax.tree.map(jnp.copy, state) keeps one.)"
+        )
+
+
+def check_params(params: Any, are_trained: Callable[[Any], Sequence[bool]] | None = None) -> None:
+    """Raise unless `params` is a tree of arrays that can be trained.
+
+    Args:
+        params: a tree.
+        are_trained: of it, for each leaf, whether it is to be trained; all are unless given. What
+            isn't need not be floats.
+    """
     arguments.no_result("train_step", "params", params)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
         raise ValueError(f"params holds no arrays to train: {params!r}.")
     for path, leaf in leaves:
-        name = path_name("params", path)
         try:
-            dtype = jax.typeof(leaf).dtype
+            jax.typeof(leaf)
         except TypeError:
             raise TypeError(
-                f"{name} is {leaf!r} of type {type(leaf).__name__}, but parameters are arrays. "
-                "Functions and settings belong into the loss, as a closure or a partial."
+                f"{path_name('params', path)} is {leaf!r} of type {type(leaf).__name__}, but "
+                "parameters are arrays. Functions and settings belong into the loss, as a closure "
+                "or a partial."
             ) from None
-        if not jnp.issubdtype(dtype, jnp.inexact):
+    flags = [True] * len(leaves) if are_trained is None else are_trained(params)
+    for (path, leaf), flag in zip(leaves, flags, strict=True):
+        dtype = jax.typeof(leaf).dtype
+        if flag and not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
-                f"{name} has dtype {dtype}, but parameters are floats (they get a gradient). "
-                "Close over what isn't trained, or make it part of the examples."
+                f"{path_name('params', path)} has dtype {dtype}, but parameters are floats (they "
+                "get a gradient). Close over what isn't trained, make it part of the examples, or "
+                "let trainable=... leave it out."
             )
+
+
+def check_optimizer(where: str, optimizer: Any) -> None:
+    """Raise a TypeError unless it is an optax transformation."""
+    parts = [getattr(optimizer, name, None) for name in ("init", "update")]
+    if isinstance(optimizer, type) or not all(map(callable, parts)):
+        hint = " Call it: that makes the transformation." if callable(optimizer) else ""
+        raise TypeError(
+            f"{where}: optimizer must be an optax transformation such as optax.sgd(0.1), but got "
+            f"{arguments.show(optimizer)}.{hint}"
+        )
+
+
+def check_opt_state(optimizer: optax.GradientTransformation, params: Any, opt_state: Any) -> None:
+    """Raise a ValueError unless it is the optimiser's state for the parameters that are trained."""
+    wanted = jax.eval_shape(lambda params: optimizer.init(params), params)
+    if _form(wanted) != _form(opt_state):
+        raise ValueError(
+            "state.opt_state isn't this optimiser's state for state.params: their structures or "
+            "shapes differ. Start again with step.init(params), which makes both.\n"
+            f"  wanted: {arguments.shapes(wanted)}\n  got:    {arguments.shapes(opt_state)}"
+        )
+
+
+def check_average(state: State, wanted: bool) -> None:
+    """Raise a ValueError unless the state has an average, `ema`, just if one is wanted."""
+    if wanted and state.ema is None:
+        raise ValueError(
+            "the step keeps an average of the parameters, ema=..., but state.ema is None. Begin it "
+            "here: state._replace(ema=jax.tree.map(jnp.copy, state.params))."
+        )
+    if wanted and _form(state.ema) != _form(state.params):
+        raise ValueError(
+            "state.ema must be a tree like state.params, but it is "
+            f"{arguments.shapes(state.ema)}, and they are {arguments.shapes(state.params)}."
+        )
+    if not wanted and state.ema is not None:
+        raise ValueError(
+            "state.ema is an average of the parameters, which this step doesn't keep up: give it "
+            "ema=... too, or drop the average: state._replace(ema=None)."
+        )
+
+
+def check_scale(state: State, wanted: bool) -> None:
+    """Raise a ValueError unless the state has a `loss_scale`, just if one is wanted."""
+    if wanted != (state.loss_scale is not None):
+        raise ValueError(
+            "the step's loss_scale is dynamic, but state.loss_scale is None. Begin it here: "
+            "state._replace(loss_scale=fnn.DynamicLossScale().first())."
+            if wanted
+            else "state.loss_scale is the scale of a step whose loss_scale is dynamic; this one's "
+            "isn't: state._replace(loss_scale=None)."
+        )
+
+
+def checked_model_state(new: Any, old: Any) -> Any:
+    """The network's new state, which must be built as the old one was; the old one for None."""
+    if new is None:
+        return old
+    if _form(new) != _form(old):
+        raise ValueError(
+            "the loss must return a state of the structure and the shapes of the one that it gets, "
+            f"{arguments.shapes(old)}, but it returned {arguments.shapes(new)}."
+        )
+    return jax.tree.map(jnp.asarray, new)
+
+
+def typed_like(new: Any, old: Any) -> Any:
+    """The new state in the old one's dtypes, so that the next step needs no new program."""
+
+    def cast(new, old):
+        same = new.dtype == old.dtype and not getattr(new, "weak_type", False)
+        return new if same else jax.lax.convert_element_type(new, old.dtype)
+
+    return jax.tree.map(cast, new, old)
+
+
+def _form(tree: Any) -> tuple[Any, list]:
+    """How a tree is built: its structure, and its arrays' shapes."""
+    return jax.tree.structure(tree), list(map(jnp.shape, jax.tree.leaves(tree)))
 
 
 def path_name(root: str, path: tuple) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import chex
 import jax
@@ -12,24 +12,31 @@ import optax
 from jax.core import Tracer
 
 from fnn import arguments
-from fnn.backprop import value_and_grad
 from fnn.batch import batch_size, example_types
 from fnn.meshes import beside
+from fnn.params import Where
+from fnn.train.averaging import averaged, first_average
 from fnn.train.checks import BatchChecks, describe_bad_labels, describe_nonfinite, find_labels
+from fnn.train.clipping import clipped
 from fnn.train.data import as_arrays
-from fnn.train.loss import Extras, Loss, check_loss, extras, mean_loss, mean_metrics
-from fnn.train.nonfinite import (
-    Run,
-    Runs,
-    holds_nonfinite,
-    propose,
-    report,
-    square_norms,
-    square_sums,
+from fnn.train.freezing import Trainable
+from fnn.train.loss import Loss, check_key, check_loss, extras
+from fnn.train.loss_scaling import DynamicLossScale, check_loss_scale
+from fnn.train.nonfinite import Run, Runs, holds_nonfinite
+from fnn.train.objective import Objective
+from fnn.train.outcome import NonFinite, settle
+from fnn.train.precision import check_compute
+from fnn.train.state import (
+    State,
+    check_average,
+    check_opt_state,
+    check_optimizer,
+    check_params,
+    check_scale,
+    check_state,
+    own,
+    typed_like,
 )
-from fnn.train.state import State, check_params, initial_state
-
-NonFinite = Literal["raise", "skip", "ignore"]
 
 
 def train_step(
@@ -38,6 +45,12 @@ def train_step(
     *,
     nonfinite: NonFinite = "raise",
     check: bool = True,
+    trainable: Where | None = None,
+    accumulate: int = 1,
+    compute: Any = None,
+    loss_scale: float | str | DynamicLossScale | None = None,
+    ema: float | None = None,
+    clip: float | None = None,
 ) -> TrainStep:
     """A training step: gradient of the mean loss over a batch, then the optimiser's update.
 
@@ -68,6 +81,35 @@ def train_step(
             NonFiniteError that names the parameters is raised. "skip": the step isn't
             applied; the metric `skipped` is 1. "ignore": apply it; nothing is looked at.
         check: look at the values of batches too: nan, and labels out of range. See `TrainStep`.
+        trainable: which parameters are trained: a pattern of their paths such as "*.head.*" ("*"
+            stands for anything), or several, or a function (path, type), as `fnn.params.choose`
+            takes them. The others are frozen: they stay as they are to the last bit, and may be of
+            any dtype. Nothing is computed for their gradient, and the optimiser keeps nothing for
+            them: it is given trees with None in their places. Unless given, all are trained.
+        accumulate: k: cut the batch into k microbatches, computed one after the other in the same
+            program, so that only one's values for the backward pass are kept at a time. Loss,
+            gradient and metrics are those of the whole batch to rounding, whether or not k divides
+            its size, and each example has the key that it has in the whole batch. (Where examples
+            meet, in `BatchNorm` say, they meet in their microbatch, and the network's state goes
+            from one microbatch to the next.)
+        compute: the dtype of the forward and the backward pass, jnp.bfloat16 or jnp.float16:
+            parameters and the example's floats are cast to it around the loss. Parameters,
+            gradients, the optimiser's state, the network's state, and means over examples stay in
+            float32 (or as they are).
+        loss_scale: what to multiply the loss by in the backward pass, lest cotangents become 0 in
+            float16; the gradient is divided by it. A number; or "dynamic", or a
+            `DynamicLossScale`, for one that is halved after each step whose loss or gradient isn't
+            finite, and doubled after 2000 good ones: such a step isn't applied, it is counted in
+            the metric `skipped`, and only where the scale is at its lower bound it is treated as
+            `nonfinite` says. The metric `loss_scale` is what the step used. "dynamic" is the
+            default with compute=jnp.float16.
+        ema: β, from 0 to below 1: keep an average of the parameters in `state.ema`, that of p₁,
+            ..., pₜ after t steps with the weights βᵗ⁻ⁱ, as `optax.ema` does. It is a tree like the
+            parameters (with copies of the frozen ones) in float32 at least, for
+            `fnn.evaluate(loss, state.ema, data)`.
+        clip: the longest gradient: one of a larger Euclidean norm is scaled to this one before the
+            optimiser gets it, as by `optax.clip_by_global_norm`. What optimisers with line searches
+            get as `grad` isn't scaled.
 
     Returns:
         A `TrainStep`.
@@ -75,11 +117,22 @@ def train_step(
     The metrics are scalars on the device: `loss`, `grad_norm` (the Euclidean norm of the
     whole gradient, before the optimiser) and the means of the loss's own.
     """
-    return TrainStep(loss, optimizer, nonfinite=nonfinite, check=check)
+    return TrainStep(
+        loss,
+        optimizer,
+        nonfinite=nonfinite,
+        check=check,
+        trainable=trainable,
+        accumulate=accumulate,
+        compute=compute,
+        loss_scale=loss_scale,
+        ema=ema,
+        clip=clip,
+    )
 
 
-def _made_again(loss, optimizer, nonfinite: NonFinite, check: bool) -> TrainStep:
-    return TrainStep(loss, optimizer, nonfinite=nonfinite, check=check)
+def _made_again(loss: Loss, optimizer: Any, options: dict[str, Any]) -> TrainStep:
+    return TrainStep(loss, optimizer, **options)
 
 
 class TrainStep:
@@ -114,20 +167,42 @@ class TrainStep:
         *,
         nonfinite: NonFinite = "raise",
         check: bool = True,
+        trainable: Where | None = None,
+        accumulate: int = 1,
+        compute: Any = None,
+        loss_scale: float | str | DynamicLossScale | None = None,
+        ema: float | None = None,
+        clip: float | None = None,
     ):
         where = "train_step"
         check_loss(where, loss)
         check_optimizer(where, optimizer)
         arguments.choice(where, "nonfinite", nonfinite, ("raise", "skip", "ignore"))
         arguments.flag(where, "check", check)
-        self._made_of = (loss, optimizer, nonfinite, check)
+        if ema is not None:
+            arguments.number(where, "ema", ema, least=0, below=1)
+        if clip is not None:
+            arguments.number(where, "clip", clip, above=0)
+        options: dict[str, Any] = {"nonfinite": nonfinite, "check": check, "trainable": trainable}
+        options |= {"accumulate": accumulate, "compute": compute, "loss_scale": loss_scale}
+        self._made_of = (loss, optimizer, options | {"ema": ema, "clip": clip})
         self.loss = loss
         self.optimizer = optax.with_extra_args_support(optimizer)
         self._nonfinite = nonfinite
+        self._trainable = Trainable(trainable, where)
+        compute = check_compute(where, compute)
+        self._objective = Objective(
+            loss, compute, arguments.integer(where, "accumulate", accumulate, least=1)
+        )
+        self._loss_scale = check_loss_scale(where, loss_scale, compute)
+        self._scaling = self._loss_scale if isinstance(self._loss_scale, DynamicLossScale) else None
+        self._ema = None if ema is None else float(ema)
+        self._clip = None if clip is None else float(clip)
         self._extras = extras(loss)
         self._runs = Runs()
         self._made: list | None = None  # `fit` has its step note here what it made
-        self._checks = BatchChecks(functools.partial(find_labels, loss, trained=True), check)
+        self.find_labels = functools.partial(find_labels, loss, trained=self._trainable.flags)
+        self._checks = BatchChecks(self.find_labels, check)
         self._compiled = jax.jit(self._step, donate_argnums=0, static_argnums=3)
 
     def __reduce__(self):
@@ -146,7 +221,7 @@ class TrainStep:
 
         Raises:
             TypeError: a parameter isn't an array of floats; the message names it.
-            ValueError: there are no parameters.
+            ValueError: there are no parameters, or none is trained.
         """
         if model_state is None:
             if self._extras.needs_state:
@@ -157,7 +232,15 @@ class TrainStep:
             model_state = {}
         params = as_arrays(params, "params", only_arrays=True)
         model_state = as_arrays(model_state, "model_state", only_arrays=True)
-        return initial_state(params, self.optimizer, model_state)
+        check_params(params, self._trainable.flags)
+        opt_state = self.optimizer.init(self._trainable.part(params))
+        start = State(params, opt_state, jnp.zeros((), jnp.int32), model_state=model_state)
+        if self._ema is not None:
+            start = start._replace(ema=first_average(params))
+        if self._scaling is not None:
+            start = start._replace(loss_scale=self._scaling.first())
+        # A step donates its state's buffers; copies keep the caller's `params` alive.
+        return own(start)
 
     def __call__(
         self, state: State, batch: chex.ArrayTree, key: chex.PRNGKey | None = None
@@ -178,7 +261,7 @@ class TrainStep:
             TypeError, ValueError: the state or the batch isn't one, or doesn't fit.
             NonFiniteError: a step before this one met inf or nan (with nonfinite="raise").
         """
-        self._look_at_state(state)
+        check_state(state)
         batch = as_arrays(batch, "batch")
         if any(map(_is_traced, jax.tree.leaves((state, batch, key)))):
             self._look_at(state, batch, key)
@@ -225,85 +308,78 @@ class TrainStep:
         if run is not None:
             return run
         self._runs.warn_of_abandoned()
+        trained, _ = self._trainable.split(state)
         with jax.ensure_compile_time_eval():
-            run = Run(state, self._nonfinite != "ignore" and holds_nonfinite(state))
+            run = Run(state, trained, self._nonfinite != "ignore" and holds_nonfinite(trained))
         self._runs.link(state, run)
         return run
 
     # ---------------------------------------------------------------- the step, on the device
 
-    def _step(self, state: State, batch: Any, key: Any, exact: bool = False):
+    def _step(
+        self,
+        state: State,
+        batch: Any,
+        key: Any,
+        exact: bool = False,
+        count: Any = None,
+        look: bool | None = None,
+    ):
+        """The step, traced: `(state, metrics, report or None)`.
+
+        Args:
+            exact: see `square_sums`.
+            count: how many of the batch's first examples count; all unless given.
+            look: whether to look for inf and nan before the step is applied; by default, unless
+                `nonfinite` is "ignore".
+        """
         # Python comes by here only to trace a new program: to check shapes here costs no time.
-        check_params(state.params)
-        _check_opt_state(self.optimizer, state)
-        size = batch_size(batch)
-
-        def mean(params):
-            return mean_loss(self.loss, params, batch, size, key, state.model_state)
-
-        (value, (losses, metrics, model_state)), gradient = value_and_grad(mean, has_aux=True)(
-            state.params
+        self._check_parts(state)
+        state, whole = self._trainable.split(state)
+        every = lambda params: whole(state._replace(params=params)).params
+        scale = self._loss_scale if self._scaling is None else state.loss_scale.scale
+        found = self._objective.found(
+            state.params, every, batch, key, state.model_state, count=count, scale=scale
         )
-        model_state = _checked_state(model_state, state.model_state)
-        gradient = jax.tree.map(_steepest, gradient)
-        metrics = {"loss": value, **mean_metrics(metrics)}
+        gradient = jax.tree.map(_steepest, found.gradient)
 
         def value_of(params, batch=batch):  # a line search passes on what else update was given
-            return mean_loss(self.loss, params, batch, size, key, state.model_state)[0]
+            return self._objective.value(every(params), batch, key, state.model_state, count)
 
         def apply():
             updates, opt_state = self.optimizer.update(
-                gradient,
+                gradient if self._clip is None else clipped(gradient, self._clip),
                 state.opt_state,
                 state.params,
-                value=value,
+                value=found.means["loss"],
                 grad=gradient,
                 value_fn=value_of,
                 batch=batch,
             )
-            params = optax.apply_updates(state.params, updates)
             new = state._replace(
-                params=params, opt_state=opt_state, step=state.step + 1, model_state=model_state
+                params=optax.apply_updates(state.params, updates),
+                opt_state=opt_state,
+                step=state.step + 1,
+                model_state=found.model_state,
             )
-            return _typed_like(new, state)
+            if self._ema is not None:
+                new = new._replace(ema=averaged(state.ema, new.params, self._ema, new.step))
+            return typed_like(new, state)
 
-        if self._nonfinite == "ignore":
-            squares = square_norms(gradient)
-            return apply(), metrics | {"grad_norm": jnp.sqrt(jnp.sum(squares))}, None
-        new, again = propose(apply)
-        sums = square_sums(gradient, new, state, exact=exact)
-        total = jnp.sum(sums[: len(jax.tree.leaves(gradient))])
-        good = jnp.isfinite(value) & jnp.all(jnp.isfinite(sums)) & jnp.isfinite(total)
-
-        def bad():  # what explains a bad step is computed only if there is one
-            squares = square_norms(gradient)
-            norm = jnp.sqrt(jnp.sum(squares))
-            return state, norm.astype(total.dtype), report(state, losses, squares, sums)
-
-        quiet = jax.eval_shape(bad)[2]
-        kept, norm, told = jax.lax.cond(
-            good, lambda: (again(), jnp.sqrt(total), jnp.zeros(quiet.shape, quiet.dtype)), bad
+        kept, metrics, report = settle(
+            state,
+            apply,
+            gradient,
+            found.means["loss"],
+            found.losses,
+            nonfinite=self._nonfinite,
+            look=self._nonfinite != "ignore" if look is None else look,
+            exact=exact,
+            scaling=self._scaling,
         )
-        metrics["grad_norm"] = norm
-        if self._nonfinite == "skip":
-            return kept, metrics | {"skipped": (~good).astype(jnp.float32)}, None
-        return kept, metrics, told
+        return whole(kept), found.means | metrics, report
 
     # ------------------------------------------------------------------ checks, on the host
-
-    def _look_at_state(self, state: State) -> None:
-        if not isinstance(state, State):
-            hint = " Of a FitResult that is its `.state`." if hasattr(state, "state") else ""
-            raise TypeError(
-                f"the first argument of a step is the State of step.init(params), but got a "
-                f"{type(state).__name__}.{hint}"
-            )
-        if _is_donated(state):
-            raise ValueError(
-                "this state was given to a step already, which donated its memory to the state "
-                "that it returned: write `state, metrics = step(state, batch)` and go on from "
-                "that. (jax.tree.map(jnp.copy, state) keeps one.)"
-            )
 
     def _look_at(self, state: State, batch: Any, key: Any) -> None:
         """Check what goes in: quickly, as it is done at every step, but new shapes thoroughly."""
@@ -317,8 +393,15 @@ class TrainStep:
 
     def _meet(self, state: State, key: Any) -> None:
         check_key(self._extras, key)
-        check_params(state.params)
-        _check_opt_state(self.optimizer, state)
+        self._check_parts(state)
+
+    def _check_parts(self, state: State) -> None:
+        """Raise a TypeError or ValueError unless the state's parts are those of this step."""
+        check_params(state.params, self._trainable.flags)
+        trained = self._trainable.part(state.params)
+        check_opt_state(self.optimizer, trained, state.opt_state)
+        check_average(state, self._ema is not None)
+        check_scale(state, self._scaling is not None)
 
     def _what_is_wrong_with(self, batch: Any, types: tuple[Any, Any], key: Any) -> str:
         """What is wrong with the batch of a bad step, if that can be seen; see `Run.types`."""
@@ -330,77 +413,9 @@ class TrainStep:
         return data
 
 
-def check_key(found: Extras, key: Any) -> None:
-    """Raise a TypeError unless a key is there if the loss needs one, and not if it has no use."""
-    if found.needs_key and key is None:
-        raise TypeError(
-            "the loss takes a key, loss(params, example, key): pass key=... to the step."
-        )
-    if key is not None and not found.may_draw:
-        raise TypeError(
-            "a key was passed, but the loss takes none: it must be loss(params, example, key), or "
-            "loss(params, example, mode)."
-        )
-    if key is not None:
-        arguments.key("train_step", "key", key)
-
-
-def check_optimizer(where: str, optimizer: Any) -> None:
-    """Raise a TypeError unless it is an optax transformation."""
-    parts = [getattr(optimizer, name, None) for name in ("init", "update")]
-    if isinstance(optimizer, type) or not all(map(callable, parts)):
-        hint = " Call it: that makes the transformation." if callable(optimizer) else ""
-        raise TypeError(
-            f"{where}: optimizer must be an optax transformation such as optax.sgd(0.1), but got "
-            f"{arguments.show(optimizer)}.{hint}"
-        )
-
-
-def _is_donated(state: State) -> bool:
-    step = state.step
-    return isinstance(step, jax.Array) and not _is_traced(step) and step.is_deleted()
-
-
 def _is_traced(x: Any) -> bool:
     return isinstance(x, Tracer)
 
 
 def _steepest(g: jax.Array) -> jax.Array:
     return jnp.conj(g) if jnp.issubdtype(g.dtype, jnp.complexfloating) else g
-
-
-def _check_opt_state(optimizer, state: State) -> None:
-    wanted = jax.eval_shape(lambda params: optimizer.init(params), state.params)
-    if _form(wanted) != _form(state.opt_state):
-        raise ValueError(
-            "state.opt_state isn't this optimiser's state for state.params: their structures or "
-            "shapes differ. Start again with step.init(params), which makes both.\n"
-            f"  wanted: {arguments.shapes(wanted)}\n  got:    {arguments.shapes(state.opt_state)}"
-        )
-
-
-def _checked_state(new: Any, old: Any) -> Any:
-    """The network's new state, which must be built as the old one was; the old one for None."""
-    if new is None:
-        return old
-    if _form(new) != _form(old):
-        raise ValueError(
-            "the loss must return a state of the structure and the shapes of the one that it gets, "
-            f"{arguments.shapes(old)}, but it returned {arguments.shapes(new)}."
-        )
-    return jax.tree.map(jnp.asarray, new)
-
-
-def _form(tree: Any) -> tuple[Any, list]:
-    """How a tree is built: its structure, and its arrays' shapes."""
-    return jax.tree.structure(tree), list(map(jnp.shape, jax.tree.leaves(tree)))
-
-
-def _typed_like(new: Any, old: Any) -> Any:
-    """The new state in the old one's dtypes, so that the next step needs no new program."""
-
-    def cast(new, old):
-        same = new.dtype == old.dtype and not getattr(new, "weak_type", False)
-        return new if same else jax.lax.convert_element_type(new, old.dtype)
-
-    return jax.tree.map(cast, new, old)

@@ -1,0 +1,83 @@
+"""A batch cut into microbatches, which are computed one after the other in one program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fnn.meshes import of_rows
+
+
+def over_microbatches(
+    function: Callable[[Any, Any], tuple[Any, Any, Any]],
+    count: int,
+    rows: Any,
+    size: int,
+    state: Any,
+    total: Any,
+) -> tuple[Any, Any, list[Any]]:
+    """Call a function on each microbatch; add up what it says to.
+
+    Microbatch i of k gets the rows i, i + k, i + 2k, ...: on a mesh, each then lies on all of the
+    devices that the batch lies on. If k doesn't divide their number, the first rows make
+    microbatches of one more example (two loops, and none of them padded).
+
+    Args:
+        function: `(state, rows) -> (state, share, each)`.
+        count: k. Of fewer rows, as many microbatches as there are rows.
+        rows: a tree of arrays; the first axis of each runs over the examples.
+        size: their number.
+        state: passed from microbatch to microbatch. It keeps its types.
+        total: zeros like `share`.
+
+    Returns:
+        `(state, total, each)`: the last state, the sum of the shares, and for each loop what
+        the function returned last, stacked along a first axis over its microbatches.
+    """
+    least, more = divmod(size, count)
+    found, start = [], 0
+    for number, length in ((more, least + 1), (count - more, least)):
+        if number and length:
+            part = _cut(rows, start, number, length)
+            start += number * length
+
+            def body(carry, i, part=part):
+                state, total = carry
+                own = jax.tree.map(
+                    lambda x: jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False), part
+                )
+                state, share, each = function(state, own)
+                add = lambda t, s: t + s.astype(t.dtype)
+                return (state, jax.tree.map(add, total, share)), each
+
+            (state, total), each = jax.lax.scan(body, (state, total), jnp.arange(number))
+            found.append(each)
+    return state, total, found
+
+
+def in_order(each: list[jax.Array]) -> jax.Array:
+    """What was found for each row, in the order of the rows: from arrays (microbatches, rows)."""
+    columns = [jnp.swapaxes(x, 0, 1) for x in each]
+    return jnp.concatenate([x.reshape(-1, *x.shape[2:]) for x in columns])
+
+
+def _cut(rows: Any, start: int, number: int, length: int) -> Any:
+    """Rows from `start` on as `(length, number, ...)`."""
+
+    def cut(x):
+        stop = start + number * length
+        part = x if (start, stop) == (0, x.shape[0]) else x[start:stop]
+        shape = (length, number, *x.shape[1:])
+        sharding = of_rows(x, length)
+        if sharding is None:
+            return part.reshape(shape)
+        first, *rest = sharding.spec
+        spec = jax.sharding.PartitionSpec(first, None, *rest)
+        return jnp.reshape(
+            part, shape, out_sharding=jax.sharding.NamedSharding(sharding.mesh, spec)
+        )
+
+    return jax.tree.map(cut, rows)
