@@ -10,6 +10,7 @@ models                      whole networks
 sharding                    layouts over many devices
 params                      parameters by path, and their files
 train_step, fit             training
+sweep                       many trainings by one program
 logs                        what fit writes of each epoch
 find_learning_rate, activation_statistics, loss_surface
                             looking at training
@@ -34,6 +35,7 @@ from fnn.backprop import Graph, grad, graph, value_and_grad, vjp
 from fnn.check import GradientError, check_grads, check_rule
 from fnn.layers import summary
 from fnn.operation import Operation, RuleError, rule
+from fnn.sweeps import Halving, SweepResult, sweep
 from fnn.train import (
     DynamicLossScale,
     FitResult,
@@ -56,10 +58,12 @@ __all__ = [
     "FitResult",
     "GradientError",
     "Graph",
+    "Halving",
     "NonFiniteError",
     "Operation",
     "RuleError",
     "State",
+    "SweepResult",
     "TrainStep",
     "activation_statistics",
     "check_grads",
@@ -83,6 +87,7 @@ __all__ = [
     "sharding",
     "summary",
     "supervised",
+    "sweep",
     "train_step",
     "value_and_grad",
     "vjp",

@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "sharding": "arguments",
     "train": "arguments text batch meshes frames jaxpr operation eager ops backprop params layers "
     "logs sharding",
+    "sweeps": "arguments text batch train",
     "plot": "arguments",
 }
 

@@ -1,0 +1,367 @@
+"""The networks of a sweep on their way: runs of members, trained to a step, regrouped, kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnn.sweeps.axes import Axes, Group
+from fnn.sweeps.halving import Halving, chosen, rounds
+from fnn.sweeps.layout import (
+    Layout,
+    Plan,
+    Programs,
+    cores,
+    is_key,
+    padded,
+    plan_for,
+    plan_of,
+    to_host,
+)
+from fnn.sweeps.program import Program, Shared
+from fnn.sweeps.result import SweepResult
+from fnn.train.progress import Progress
+
+# How long one call of a program is to take: between calls, Ctrl-C ends the training and the
+# display moves.
+SECONDS = 0.25
+
+
+@dataclasses.dataclass
+class Run:
+    """Members that one call of a program trains.
+
+    Fields:
+        plan: how.
+        members: their numbers in the sweep.
+        places: of each, its place in the carry; the rest of the carry is padding.
+        numeric: the hyperparameters of all places.
+        carry: stacked over places, or of the one member alone; None before it begins.
+        done: how many steps are over.
+        latest: the members' values to choose by, in the last epoch that is over.
+    """
+
+    plan: Plan
+    members: tuple[int, ...]
+    places: tuple[int, ...]
+    numeric: dict[str, Any]
+    carry: Any = None
+    done: int = 0
+    latest: np.ndarray | None = None
+
+    def of(self, member: int) -> Any:
+        """A member's own carry."""
+        if self.plan.layout == "threads":
+            return self.carry
+        place = self.places[self.members.index(member)]
+        return jax.tree.map(lambda x: x[place], self.carry)
+
+
+class Training:
+    """The members of one group: their programs and how they lie on the machine."""
+
+    def __init__(
+        self,
+        program: Program,
+        shared: Shared,
+        group: Group,
+        layout: Layout | None,
+        at_once: int | None,
+    ):
+        self.program = program
+        self.group = group
+        self.layout = layout
+        self._at_once = at_once
+        self.programs = Programs(program, shared, group.numeric)
+        self.plan: Plan | None = None
+        self._rate = 1  # steps in a call
+
+    @property
+    def state_types(self) -> Any:
+        """The types of a member's first state."""
+        return self.programs.carry_types.state
+
+    def decide(self) -> Plan:
+        """Choose the plan, if that isn't done yet."""
+        if self.plan is None:
+            count = len(self.group.members)
+            self.plan = plan_for(
+                self.programs, count, self.layout, self._at_once, self.group.numeric
+            )
+        return self.plan
+
+    def compile_ahead(self, pool: ThreadPoolExecutor) -> None:
+        """Have the programs of the plan that it will most likely be compiled by a pool."""
+        if self.layout is not None:
+            plan = plan_of(self.layout, len(self.group.members), self._at_once)
+            self.programs.compile_ahead([plan], pool)
+
+    def runs(self) -> list[Run]:
+        """All members in runs that haven't begun."""
+        members, numeric = self.group.members, self.group.numeric
+        self.programs.compile([self.decide()])
+        return [
+            Run(self.decide(), tuple(members[i] for i in some), tuple(range(len(some))), own)
+            for some, own in self._cut(range(len(members)), numeric, self.decide())
+        ]
+
+    def _cut(self, places: Any, numeric: dict[str, Any], plan: Plan) -> Iterable[tuple]:
+        places = list(places)
+        for start in range(0, len(places), plan.width):
+            some = places[start : start + plan.width]
+            own = padded({n: x[some] for n, x in numeric.items()}, plan.width)
+            if plan.layout == "threads":
+                own = {n: x[0] for n, x in own.items()}
+            yield some, own
+
+    def advance(self, run: Run, end: int, stop: threading.Event, metric: str, x64: bool) -> None:
+        """Train a run up to a step, or until it is to stop. Called in threads."""
+        # Which numbers have 64 bits is a setting of the thread's.
+        with jax.enable_x64(x64):
+            program = self.programs.get(run.plan)
+            if run.carry is None:
+                run.carry = self.programs.begin(run.plan, run.numeric)
+            while run.done < end and not stop.is_set():
+                most = self.programs.most_steps(run.plan, run.done)
+                count = min(self._rate, end - run.done, most)
+                began = time.perf_counter()
+                carry = program(run.carry, run.numeric, run.done, run.done + count)
+                jax.block_until_ready(carry)
+                run.carry, run.done = carry, run.done + count
+                seconds = time.perf_counter() - began
+                if count == self._rate:
+                    self._rate = max(1, min(8 * count, int(count * SECONDS / seconds)))
+                epochs = run.done // self.program.steps
+                values = carry.history.get(metric)
+                if epochs and values is not None:
+                    values = np.asarray(values).reshape(-1, self.program.epochs)
+                    run.latest = values[list(run.places), epochs - 1]
+
+    def regrouped(self, runs: list[Run], kept: set[int]) -> tuple[list[Run], list[Run]]:
+        """The runs of the kept members, and those of the others, as they were left."""
+        left = []
+        for run in runs:
+            rest = [(m, p) for m, p in zip(run.members, run.places, strict=True) if m not in kept]
+            if rest:
+                members, places = zip(*rest, strict=True)
+                left.append(dataclasses.replace(run, members=members, places=places, latest=None))
+        if runs[0].plan.layout == "threads":
+            return [run for run in runs if run.members[0] in kept], left
+        for run in runs:
+            run.carry = jax.tree.map(to_host, run.carry)
+        going_on = [
+            (m, run, p)
+            for run in runs
+            for m, p in zip(run.members, run.places, strict=True)
+            if m in kept
+        ]
+        if not going_on or len(going_on) == sum(len(run.members) for run in runs):
+            return (runs if going_on else []), left
+        plan = self._narrower(runs[0].plan, len(going_on), runs[0].done)
+        self.programs.compile([plan])
+        new = []
+        for start in range(0, len(going_on), plan.width):
+            some = going_on[start : start + plan.width]
+            own = tuple(m for m, *_ in some)
+            some += some[-1:] * (plan.width - len(some))
+            carry = jax.tree.map(_stacked, *[_at(run.carry, p) for _, run, p in some])
+            names = runs[0].numeric
+            numeric = {n: np.stack([run.numeric[n][p] for _, run, p in some]) for n in names}
+            new.append(Run(plan, own, tuple(range(len(own))), numeric, carry, runs[0].done))
+        return new, left
+
+    def _narrower(self, plan: Plan, members: int, done: int) -> Plan:
+        """A plan for fewer members: a new program only where it saves more than compiling costs."""
+        new = plan_of(plan.layout, members, plan.at_once)
+        left = self.program.steps * self.program.epochs - done
+        runs = -(-members // plan.width)
+        saved = (
+            left * SECONDS / self._rate * (runs - new.width * -(-members // new.width) / plan.width)
+        )
+        return new if saved > self.programs.seconds else plan
+
+
+class Book:
+    """All runs of a sweep, and what there is to show for them, whenever it ends."""
+
+    def __init__(self, axes: Axes, groups: list[Training], epochs: int, halving: Halving | None):
+        self._axes = axes
+        self._groups = groups
+        self._epochs = epochs
+        self._halving = halving
+        has_validation = "validation_loss" in groups[0].programs.carry_types.history
+        self._metric = "validation_loss" if has_validation else "loss"
+        if halving is not None and halving.by is not None:
+            known = groups[0].programs.carry_types.history
+            if halving.by not in known or known[halving.by].ndim != 1:
+                scalars = ", ".join(n for n, x in known.items() if x.ndim == 1)
+                raise ValueError(f"Halving: by={halving.by!r} is no quantity; there are {scalars}.")
+            self._metric = halving.by
+        self._runs: list[list[Run]] = [[] for _ in groups]  # that are trained
+        self._left: list[list[Run]] = [[] for _ in groups]  # that aren't any more
+
+    @property
+    def has_begun(self) -> bool:
+        return any(run.done for runs in (*self._runs, *self._left) for run in runs)
+
+    @property
+    def mean_epochs(self) -> float:
+        """How many epochs are over, the mean over all members."""
+        done = sum(
+            len(run.members) * run.done / group.program.steps
+            for group, now, left in zip(self._groups, self._runs, self._left, strict=True)
+            for run in (*now, *left)
+        )
+        return done / self._axes.size
+
+    def train(self, display: Progress) -> None:
+        """Train all members, and give up those that `halving` drops."""
+        layout = self._groups[0].decide().layout
+        for group in self._groups[1:]:  # measured once for all
+            group.layout = group.layout or layout
+        ahead, begun = ThreadPoolExecutor(cores()), False
+        try:
+            for group in self._groups[1:]:
+                group.compile_ahead(ahead)
+            for end in [*rounds(self._halving, self._epochs), self._epochs]:
+                for i, group in enumerate(self._groups):
+                    self._runs[i] = self._runs[i] if begun else group.runs()
+                    self._advance(group, self._runs[i], end, display)
+                begun = True
+                if self._halving is not None and end < self._epochs:
+                    self._choose(end)
+        finally:
+            ahead.shutdown(wait=False, cancel_futures=True)
+
+    def _advance(self, group: Training, runs: list[Run], end: int, display: Progress) -> None:
+        stop = threading.Event()
+        if not runs:
+            return
+        metric, x64 = self._metric, jax.config.read("jax_enable_x64")
+
+        def advance(run: Run) -> None:
+            group.advance(run, end * group.program.steps, stop, metric, x64)
+            if len(runs) > runs[0].plan.lanes:  # it waits for others: not in the device's memory
+                run.carry = jax.tree.map(to_host, run.carry)
+
+        with ThreadPoolExecutor(runs[0].plan.lanes) as pool:
+            futures = [pool.submit(advance, run) for run in runs]
+            try:
+                self._watch(futures, display)
+            finally:
+                stop.set()
+                for future in futures:
+                    future.cancel()
+
+    def _watch(self, futures: list[Future], display: Progress) -> None:
+        """Show how far it is until all are done; raise what one of them raised."""
+        pending = set(futures)
+        shown = self._epochs_over()
+        while pending:
+            done, pending = wait(pending, timeout=0.1, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            now = self._epochs_over()
+            if now > shown:
+                shown = now
+                display.epoch(now, self._record())
+
+    def _epochs_over(self) -> int:
+        """How many epochs are over, the mean over those that are trained."""
+        runs = [(run, g) for g, now in zip(self._groups, self._runs, strict=True) for run in now]
+        done = sum(len(run.members) * run.done / g.program.steps for run, g in runs)
+        return int(done / max(1, sum(len(run.members) for run, _ in runs)) + 1e-9)
+
+    def _record(self) -> dict[str, Any]:
+        """How many are trained, and the best so far."""
+        latest = [run.latest for runs in self._runs for run in runs if run.latest is not None]
+        values = np.concatenate(latest) if latest else np.zeros(0)
+        finite = values[np.isfinite(values)]
+        record: dict[str, Any] = {"networks": sum(len(r.members) for g in self._runs for r in g)}
+        if finite.size:
+            largest = self._halving is not None and self._halving.largest
+            record[f"best {self._metric}"] = float(finite.max() if largest else finite.min())
+        if finite.size < values.size:
+            record["diverged"] = int(values.size - finite.size)
+        return record
+
+    def _choose(self, epochs: int) -> None:
+        assert self._halving is not None
+        members = [m for runs in self._runs for run in runs for m in run.members]
+        values = np.concatenate([r.latest for runs in self._runs for r in runs])
+        kept = set(chosen(self._halving, self._axes, members, values))
+        for i, group in enumerate(self._groups):
+            if self._runs[i]:
+                runs, left = group.regrouped(self._runs[i], kept)
+                self._runs[i], self._left[i] = runs, [*self._left[i], *left]
+
+    def result(self, interrupted: bool, seconds: float) -> SweepResult:
+        """What there is."""
+        count = self._axes.size
+        epochs = np.zeros(count, int)
+        finite = np.ones((count, self._epochs), bool)
+        states: list[Callable | None] = [None] * count
+        history: dict[str, np.ndarray] = {}
+        for group, now, left in zip(self._groups, self._runs, self._left, strict=True):
+            for run in (*left, *now):
+                if run.carry is None or _is_lost(run.carry):
+                    continue
+                run.carry = jax.tree.map(to_host, run.carry)
+                over, steps = divmod(run.done, group.program.steps)
+                for member in run.members:
+                    own = run.of(member)
+                    epochs[member] = over
+                    finite[member] = own.finite
+                    position = np.array([over, steps, run.done], np.int32)
+                    states[member] = _Kept(own.state, position)
+                    for name in sorted(own.history, key=_order):
+                        values = own.history[name]
+                        if name not in history:
+                            history[name] = np.full((count, *values.shape), np.nan)
+                        history[name][member] = values
+        layouts = [
+            (group.plan.layout, group.plan.at_once)
+            for group in self._groups
+            if group.plan is not None
+        ]
+        return SweepResult(
+            self._axes, history, epochs, finite, states, interrupted, layouts, seconds
+        )
+
+
+class _Kept:
+    """A member's state on the host, made arrays of JAX's when it is wanted."""
+
+    def __init__(self, state: Any, position: np.ndarray):
+        self._state = state._replace(position=position)
+
+    def __call__(self) -> Any:
+        return jax.tree.map(jnp.asarray, self._state)
+
+
+def _at(carry: Any, place: int) -> Any:
+    return jax.tree.map(lambda x: x[place], carry)
+
+
+def _stacked(*xs: Any) -> Any:
+    if is_key(xs[0]):
+        return jnp.stack(xs)
+    return jnp.asarray(np.stack([np.asarray(x) for x in xs]))
+
+
+def _order(name: str) -> tuple:
+    """As in the history of `fit`: the loss first, the gradient's norm last; then validation."""
+    base = name.removeprefix("validation_")
+    return base != name, {"loss": 0, "grad_norm": 2}.get(base, 1), name
+
+
+def _is_lost(carry: Any) -> bool:
+    return any(x.is_deleted() for x in jax.tree.leaves(carry) if isinstance(x, jax.Array))

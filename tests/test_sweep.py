@@ -1,0 +1,550 @@
+"""`sweep`: each network is what `fit` makes of it, however the networks lie on the machine."""
+
+import functools
+import gc
+import os
+import signal
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sweeps import exhaustive
+from sweeps import sweep as some
+
+import fnn
+from fnn import ops
+from fnn.layers import Linear, chain
+from fnn.sweeps import layout as layouts
+from fnn.train import progress
+from fnn.train.orders import sort_bits, sorted_orders
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(26, 3))
+Y = X @ np.array([1.0, -2.0, 0.5]) + 0.3 + 0.1 * RNG.normal(size=26)
+DATA, VALIDATION = (X[:22], Y[:22]), (X[22:], Y[22:])
+RATES = (0.02, 0.05, 0.1)
+GRID = {"seed": range(2), "learning_rate": RATES}
+
+
+def squares(params, example):
+    x, y = example
+    error = params["W"] @ x + params["b"] - y
+    return error**2, {"error": jnp.abs(error)}
+
+
+def start(seed):
+    return {"W": jax.random.normal(jax.random.key(seed), (3,)), "b": jnp.zeros(())}
+
+
+def sgd(learning_rate):
+    return optax.sgd(learning_rate, momentum=0.9)
+
+
+def sweep(loss=squares, axes=GRID, data=DATA, **options):
+    given = {"optimizer": sgd, "init": start, "epochs": 3, "batch_size": 4, "progress": False}
+    if "layout" not in options:
+        given["layout"] = "threads"  # which compiles fastest
+    return fnn.sweep(loss, axes, data, **{**given, **options})
+
+
+@functools.cache
+def orders(seed):
+    """The order of the examples in each epoch, as `fit` draws it."""
+    key = jax.random.split(jax.random.key(seed), 3)[0]
+    order = jax.jit(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), 22))
+    return [np.asarray(order(epoch)) for epoch in (1, 2, 3)]
+
+
+@functools.cache
+def alone(seed, rate, batch_size=4, decay=0.0):
+    """One network trained in numpy: its parameters and its history."""
+    params = jax.tree.map(np.asarray, start(seed))
+    trace = jax.tree.map(np.zeros_like, params)
+    history = {}
+    for order in orders(seed):
+        records, sizes = [], []
+        for i in range(0, 22, batch_size):
+            x, y = (a[order[i : i + batch_size]] for a in DATA)
+            error = x @ params["W"] + params["b"] - y
+            gradient = {"W": 2 * error @ x / len(x), "b": 2 * error.mean()}
+            gradient["W"] = gradient["W"] + 2 * decay * params["W"]
+            norm = np.sqrt(sum(np.sum(g**2) for g in gradient.values()))
+            loss = np.mean(error**2) + decay * np.sum(params["W"] ** 2)
+            records.append([loss, np.mean(np.abs(error)), norm])
+            sizes.append(len(x))
+            trace = {name: gradient[name] + 0.9 * trace[name] for name in trace}
+            params = {name: params[name] - rate * trace[name] for name in trace}
+        error = VALIDATION[0] @ params["W"] + params["b"] - VALIDATION[1]
+        record = dict(
+            zip(("loss", "error", "grad_norm"), np.average(records, 0, sizes), strict=True)
+        )
+        record |= {
+            "validation_loss": np.mean(error**2),
+            "validation_error": np.mean(np.abs(error)),
+        }
+        for name, value in record.items():
+            history.setdefault(name, []).append(value)
+    return params, history
+
+
+def close(a, b, rtol=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-9), a, b)
+
+
+def as_alone(member, seed, rate, **options):
+    params, history = alone(seed, rate, **options)
+    close(member.params, params)
+    for name, values in member.history.items():
+        close(values, history[name][: len(values)])
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return sweep(validation=VALIDATION)
+
+
+EVERY = [(seed, rate) for seed in range(2) for rate in RATES]
+
+
+# ------------------------------------------------------------------------- as if trained alone
+
+
+@pytest.mark.parametrize(
+    "layout_and_number",
+    some(
+        [(way, n) for way in ("vmap", "scan", "threads", "devices") for n in (None, 1, 4)],
+        [("vmap", 4), ("threads", None), ("devices", None)],
+    ),
+)
+def test_each_network_is_trained_as_if_alone(layout_and_number):
+    layout, at_once = layout_and_number
+    found = sweep(validation=VALIDATION, layout=layout, at_once=at_once)
+    for seed, rate in EVERY:
+        as_alone(found.member(seed=seed, learning_rate=rate), seed, rate)
+    assert found.layouts[0][0] == layout
+    assert found.epochs.tolist() == [[3] * 3] * 2 and not found.diverged
+
+
+def test_fit_gives_the_same_and_goes_on_from_a_member():
+    given = {"epochs": 2, "batch_size": 4, "progress": False, "key": jax.random.key(1)}
+    result = fnn.fit(squares, start(1), DATA, sgd(0.05), validation=VALIDATION, **given)
+    found = sweep(epochs=2, axes={"seed": [1], "learning_rate": [0.05]}, validation=VALIDATION)
+    member = found.best()
+    close(member.params, result.params)
+    for name in member.history:
+        close(member.history[name], result.history[name])
+    more = fnn.fit(squares, member.state, DATA, sgd(0.05), **{**given, "epochs": 1})
+    close(more.params, alone(1, 0.05)[0])
+
+
+def test_the_fastest_layout_is_measured_once(monkeypatch):
+    measured = []
+    real = layouts._seconds_a_step
+    count = lambda *args: measured.append(args) or real(*args)
+    monkeypatch.setattr(layouts, "_seconds_a_step", count)
+    axes = {"seed": range(2), "learning_rate": [0.03, 0.04]}
+    first = sweep(axes=axes, layout=None)
+    assert len(measured) == 2  # one batch, and threads
+    again = sweep(axes=axes, layout=None)
+    assert len(measured) == 2
+    assert first.layouts == again.layouts
+    close(first["loss"].values, again["loss"].values)
+
+
+@exhaustive
+def test_unshuffled_without_a_key_and_with_whole_batches():
+    found = sweep(axes={"learning_rate": [0.05]}, init=start(0), shuffle=False, batch_size=11)
+    result = fnn.fit(
+        squares, start(0), DATA, sgd(0.05), epochs=3, batch_size=11, shuffle=False, progress=False
+    )
+    close(found.best().params, result.params)
+
+
+@exhaustive
+def test_a_loss_that_draws_and_one_with_state():
+    net = chain(hidden=Linear(4), norm=fnn.layers.BatchNorm(), f=ops.relu, output=Linear(1))
+    inputs = X[:22].astype(np.float32), Y[:22].astype(np.float32)
+
+    def squared(out, y):
+        return (out[0] - y) ** 2
+
+    plain = fnn.supervised(net, squared)
+    begin = lambda seed: net.init(jax.random.key(seed), inputs[0][0])
+
+    def noisy(params, example, mode, state, key):
+        x, y = example
+        x = x + 0.1 * jax.random.normal(key, x.shape)
+        return plain(params, (x, y), mode=mode, state=state)
+
+    state = net.init_state(inputs[0][0])
+    for loss, options in ((plain, {}), (noisy, {"model_state": state})):
+        found = sweep(
+            loss, {"seed": [1, 5]}, inputs, init=begin, optimizer=optax.sgd(0.05), **options
+        )
+        key = jax.random.key(5)
+        result = fnn.fit(
+            loss, begin(5), inputs, optax.sgd(0.05), epochs=3, batch_size=4, key=key,
+            progress=False, **options,
+        )  # fmt: skip
+        member = found.member(seed=5)
+        close(member.params, result.params, rtol=1e-4)
+        close(member.state.model_state, result.state.model_state, rtol=1e-4)
+
+
+# ----------------------------------------------------------------------------- hyperparameters
+
+
+def test_injected_hyperparameters():
+    made = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0, momentum=0.9)
+    step = fnn.train_step(squares, made)
+    found = sweep(step, optimizer=None)
+    for seed, rate in EVERY:
+        as_alone(found.member(seed=seed, learning_rate=rate), seed, rate)
+
+
+def decayed(params, example, decay):
+    return squares(params, example)[0] + decay * jnp.sum(params["W"] ** 2)
+
+
+def makes_loss(decay):
+    return lambda params, example: decayed(params, example, decay)
+
+
+def makes_step(decay):
+    return fnn.train_step(makes_loss(decay), sgd(0.05))
+
+
+LOSSES = {"named": decayed, "made": makes_loss, "step": makes_step}
+
+
+@pytest.mark.parametrize("kind", some(LOSSES, ["named"]))
+def test_hyperparameters_of_the_loss(kind):
+    loss, optimizer = LOSSES[kind], None if kind == "step" else sgd(0.05)
+    found = sweep(loss, {"decay": [0.0, 0.3], "seed": [1]}, optimizer=optimizer)
+    as_alone(found.member(decay=0.3), 1, 0.05, decay=0.3)
+
+
+def test_static_hyperparameters_have_programs_of_their_own():
+    def net(width, activation):
+        return chain(hidden=Linear(width), f=activation, output=Linear(1))
+
+    def loss(width, activation):
+        return fnn.supervised(net(width, activation), lambda out, y: (out[0] - y) ** 2)
+
+    def init(seed, width, activation):
+        return net(width, activation).init(jax.random.key(seed), X[0])
+
+    found = sweep(
+        loss,
+        {"width": [2, 5], "activation": [ops.tanh], "seed": [0, 1]},
+        init=init,
+        optimizer=optax.sgd(0.05),
+        static="width",
+    )
+    assert len(found.layouts) == 2
+    result = fnn.fit(
+        loss(5, ops.tanh), init(1, 5, ops.tanh), DATA, optax.sgd(0.05), epochs=3, batch_size=4,
+        key=jax.random.key(1), progress=False,
+    )  # fmt: skip
+    close(found.member(width=5, activation=ops.tanh, seed=1).params, result.params)
+    stacked = found.params(width=5)
+    assert stacked["hidden"]["W"].shape == (2, 5, 3)
+    with pytest.raises(ValueError, match="differ in shape: give width"):
+        found.params(activation=ops.tanh)
+    text = repr(found)
+    assert "activation" in text and "tanh" in text and len(text.splitlines()) <= 24
+
+
+@exhaustive
+def test_the_batch_size_is_an_axis():
+    found = sweep(axes={"batch_size": [4, 11], "seed": [0]}, optimizer=sgd(0.02), batch_size=None)
+    for size in (4, 11):
+        as_alone(found.member(batch_size=size), 0, 0.02, batch_size=size)
+
+
+# ------------------------------------------------------------------------- halving, divergence
+
+
+@pytest.mark.parametrize("layout", some(["vmap", "threads"], ["vmap"]))
+def test_halving_keeps_the_best_and_changes_nothing(layout):
+    halving = fnn.Halving(after=1, eta=2)
+    found = sweep(validation=VALIDATION, layout=layout, halving=halving)
+    after = lambda which, epoch: alone(*which)[1]["validation_loss"][epoch - 1]
+    first = sorted(EVERY, key=lambda which: after(which, 1))[:3]
+    second = sorted(first, key=lambda which: after(which, 2))[:1]
+    for seed, rate in EVERY:
+        wanted = 1 + ((seed, rate) in first) + ((seed, rate) in second)
+        member = found.member(seed=seed, learning_rate=rate)
+        assert len(member.history["loss"]) == wanted
+        close(member.history["loss"], alone(seed, rate)[1]["loss"][:wanted])
+    ((seed, rate),) = second
+    as_alone(found.best(), seed, rate)
+    assert found.best().hyperparameters == {"seed": seed, "learning_rate": rate}
+    assert sorted(found.epochs.ravel().tolist()) == [1, 1, 1, 2, 2, 3]
+
+
+def test_halving_over_seeds_keeps_all_seeds_of_a_setting():
+    halving = fnn.Halving(after=1, eta=3, over="seed")
+    found = sweep(validation=VALIDATION, halving=halving)
+    mean = lambda rate: np.mean([alone(s, rate)[1]["validation_loss"][0] for s in range(2)])
+    best = min(RATES, key=mean)
+    assert [found.axes["learning_rate"][i] for i in np.flatnonzero(found.epochs[0] == 3)] == [best]
+    assert (found.epochs[0] == found.epochs[1]).all()
+
+
+@pytest.mark.parametrize("layout", some(["vmap", "threads"], ["vmap"]))
+def test_one_that_diverges_harms_no_other_and_is_named(layout):
+    found = sweep(axes={"seed": [1], "learning_rate": [0.05, 1e200, 0.1]}, layout=layout)
+    assert found.diverged == [{"seed": 1, "learning_rate": 1e200, "epoch": 1}]
+    for rate in (0.05, 0.1):
+        as_alone(found.member(learning_rate=rate), 1, rate)
+    assert found.best().hyperparameters["learning_rate"] in (0.05, 0.1)
+    assert "diverged: seed 1, learning_rate 1e+200, epoch 1" in repr(found)
+
+
+# --------------------------------------------------------------------------- memory, the machine
+
+
+def test_the_data_are_shared_and_memory_bounds_how_many_are_trained_at_once(monkeypatch):
+    data = RNG.normal(size=(4096, 3)), RNG.normal(size=4096)
+    size = sum(x.nbytes for x in data)
+    taken = []
+    real = layouts.Programs.bytes
+    note = lambda *args: taken.append(real(*args)) or taken[-1]
+    monkeypatch.setattr(layouts.Programs, "bytes", note)
+    axes = {"seed": range(16), "learning_rate": [0.01]}
+    whole = sweep(axes=axes, data=data, layout="vmap", epochs=1, shuffle=False)
+    assert whole.layouts == [("vmap", 16)]
+    assert taken[-1] < 4 * size  # sixteen copies would take sixteen times as much
+    monkeypatch.setattr(
+        layouts, "free_bytes", lambda: taken[-1] if len(taken) > 1 else taken[0] / 3
+    )
+    del taken[1:]
+    cut = sweep(axes=axes, data=data, layout="vmap", epochs=1, shuffle=False)
+    ((_, at_once),) = cut.layouts
+    assert 1 <= at_once <= 6
+    close(whole["loss"].values, cut["loss"].values)
+
+
+@pytest.mark.parametrize("size", [1, 5, 1437, 1700])
+def test_orders_are_those_of_jax(size):
+    key = jax.random.key(size)
+    order = sorted_orders(sort_bits(key, size))
+    assert (order == np.asarray(jax.random.permutation(key, size))).all()
+
+
+def test_free_memory_is_known_here():
+    assert 2**20 < layouts.free_bytes() < 2**50 and layouts.cores() >= 1
+
+
+@pytest.mark.parametrize("layout", some(["vmap", "threads"], ["threads"]))
+def test_ctrl_c_returns_what_there_is(layout, monkeypatch):
+    class Display(progress.Nothing):
+        def epoch(self, epoch, record):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("fnn.sweeps.loop.progress_for", lambda *args: Display())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        found = sweep(epochs=10**4, layout=layout)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert found.interrupted and "interrupted" in repr(found)
+    assert found.epochs.max() >= 3 and found.epochs.min() < 10**4
+    seed, rate = EVERY[int(found.epochs.argmax())]
+    member = found.member(seed=seed, learning_rate=rate)
+    close(member.history["loss"][:3], alone(seed, rate)[1]["loss"])
+
+
+def test_an_error_on_the_way_brings_the_result():
+    class Stop(Exception):
+        pass
+
+    calls = []
+
+    def probe(x):
+        calls.append(x)
+        if len(calls) > 20:
+            raise Stop("enough")
+        return np.asarray(x)
+
+    def loss(params, example):
+        value = squares(params, example)[0]
+        shape = jax.ShapeDtypeStruct((), value.dtype)
+        told = jax.pure_callback(
+            probe, shape, jax.lax.stop_gradient(value), vmap_method="sequential"
+        )
+        return value + 0 * told
+
+    with pytest.raises(Exception, match="enough") as caught:
+        sweep(loss, epochs=40, layout="threads", at_once=1, check=False)
+    assert isinstance(caught.value.result, fnn.SweepResult)
+
+
+def test_nothing_holds_on_to_the_loss_and_the_data():
+    class Loss:
+        def __call__(self, params, example):
+            return squares(params, example)[0]
+
+    loss, data = Loss(), (jnp.asarray(X), jnp.asarray(Y))
+    found = sweep(loss, data=data, epochs=1)
+    refs = [weakref.ref(loss), weakref.ref(data[0])]
+    del loss, data
+    gc.collect()
+    assert [ref() for ref in refs] == [None, None]
+    assert found.epochs.all()
+
+
+# ------------------------------------------------------------------------------- the table
+
+
+def test_tables_are_numpys_numbers_under_names(trained):
+    found = trained
+    losses = np.array([[alone(s, r)[1]["validation_loss"][-1] for r in RATES] for s in range(2)])
+    table = found["validation_loss"]
+    close(np.asarray(table), losses)
+    assert table.axes == {"seed": (0, 1), "learning_rate": RATES}
+    for name in ("mean", "std", "min", "max", "median"):
+        close(getattr(table, name)(over="seed").values, getattr(np, name)(losses, axis=0))
+    assert table.mean(over=("seed", "learning_rate")).values.shape == ()
+    mean = found.mean(over="seed").best()
+    assert mean["learning_rate"] == RATES[int(losses.mean(axis=0).argmin())]
+    worst = table.best(largest=True)
+    assert worst["validation_loss"] == pytest.approx(losses.max())
+    rows = found.rows()
+    assert len(rows) == 6 and rows[4]["learning_rate"] == 0.05 and rows[4]["epochs"] == 3
+    assert rows[4]["validation_loss"] == pytest.approx(losses[1, 1])
+    assert "SweepResult: 6 networks, seed (2) × learning_rate (3); 3 epochs" in repr(found)
+    assert found.history["loss"].shape == (2, 3, 3)
+    stacked = found.params(learning_rate=0.05)
+    close(stacked["W"], np.stack([alone(s, 0.05)[0]["W"] for s in range(2)]))
+    assert repr(found.best()).startswith("Member: seed")
+
+
+@exhaustive
+def test_what_is_printed_stays_on_one_screen():
+    axes = {"seed": range(30), "learning_rate": np.geomspace(1e-3, 0.1, 20)}
+    found = sweep(axes=axes, epochs=1)
+    assert len(repr(found).splitlines()) <= 24
+    assert max(map(len, repr(found).splitlines())) <= 100
+
+
+def test_hyperparameters_that_change_together(capsys):
+    axes = {("seed", "learning_rate"): ([0, 1], [0.02, 0.1])}
+    found = sweep(axes=axes, progress=True)
+    assert found["loss"].values.shape == (2,)
+    as_alone(found.member(seed=1), 1, 0.1)
+    assert found.best().hyperparameters.keys() == {"seed", "learning_rate"}
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1].startswith("epoch 3/3  networks 2  best loss")
+
+
+# --------------------------------------------------------------------------------- refused
+
+BAD = [
+    ([], TypeError, "axes must be a dict"),
+    ({}, ValueError, "axes is empty"),
+    ({"seed": [], "learning_rate": RATES}, ValueError, "the axis 'seed' is empty"),
+    ({"seed": 3}, TypeError, "'seed' must be a sequence of values, but got 3"),
+    ({"seed": "012"}, TypeError, "'seed' must be a sequence of values, such as a list"),
+    ({"seed": np.zeros((2, 2))}, ValueError, "must be a sequence of values, but got an array"),
+    ({"seed": [0, 1, 0]}, ValueError, "'seed' holds 0 twice"),
+    ({"seed": [0.5], "learning_rate": RATES}, TypeError, "it must hold integers"),
+    ({"seed": ["a"], "learning_rate": RATES}, TypeError, "it must hold integers"),
+    ({"seed": [0], "learning_rate": [0.1, np.nan]}, ValueError, "'learning_rate' holds nan"),
+    ({"seed": [0], "learning_rate": [2**70]}, ValueError, "can't hold"),
+    ({"seed": [0], "rate": [0.1]}, TypeError, "optimizer.*wants learning_rate, and the axes are"),
+    ({"seed": [0], "learning_rate": RATES, "lr": [1]}, ValueError, "axis lr is used by nothing"),
+    ({"seed": [0], "key": [1]}, ValueError, "can't be named 'key'"),
+    ({"seed": [0], 3: [1]}, TypeError, "named by a hyperparameter"),
+    ({("seed", "learning_rate"): ([0, 1], [0.1])}, ValueError, "seed has 2, learning_rate has 1"),
+    ({("seed", "learning_rate"): [0, 1, 2]}, ValueError, "for each of its 2"),
+    ({"learning_rate": RATES}, TypeError, "init must be.*wants seed"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("axes, kind, message", BAD, ids=[str(i) for i in range(len(BAD))])
+def test_bad_axes(axes, kind, message):
+    with pytest.raises(kind, match=message):
+        sweep(axes=axes)
+
+
+@pytest.mark.parametrize(
+    "options, kind, message",
+    [
+        ({"optimizer": None}, TypeError, "optimizer is missing"),
+        (
+            {"optimizer": 0.1},
+            TypeError,
+            "optimizer must be an optax transformation, or a function of",
+        ),
+        ({"layout": "pmap"}, ValueError, "layout must be 'vmap', 'scan', 'threads' or 'devices'"),
+        ({"at_once": 0}, ValueError, "at_once must be"),
+        ({"epochs": 0}, ValueError, "epochs must be an integer of at least 1"),
+        ({"static": "width"}, ValueError, "static names 'width', which is no axis"),
+        ({"halving": 2}, TypeError, "halving must be an fnn.Halving"),
+        (
+            {"halving": fnn.Halving(after=1, eta=1)},
+            ValueError,
+            "eta must be a finite number above 1",
+        ),
+        ({"halving": fnn.Halving(after=1, by="speed")}, ValueError, "by='speed' is no quantity"),
+        ({"halving": fnn.Halving(after=1, over="width")}, ValueError, "no axis 'width'"),
+        ({"data": [DATA]}, TypeError, "data must be arrays"),
+        ({"validation_loss": squares}, ValueError, "but no data for it"),
+        ({"init": lambda seed: {}}, ValueError, "holds no arrays to train"),
+        ({"loss": lambda params: 0.0}, TypeError, "takes 1 of these arguments"),
+        ({"data": (np.full((4, 3), np.nan), np.zeros(4))}, ValueError, "holds nan"),
+    ],
+    ids=lambda value: None,
+)
+def test_bad_options(options, kind, message):
+    with pytest.raises(kind, match=message):
+        sweep(**options)
+
+
+def test_a_number_that_must_be_static_is_named():
+    def init(seed, width):
+        return {"W": np.random.default_rng(width).normal(size=3) * jnp.ones(3), "b": jnp.zeros(())}
+
+    axes = {"seed": [0], "width": [3, 4], "learning_rate": [0.1]}
+    with pytest.raises(Exception) as caught:
+        sweep(axes=axes, init=init)
+    assert "static='width'" in "".join(caught.value.__notes__)
+    assert sweep(axes=axes, init=init, static="width", epochs=1).epochs.all()
+
+
+def test_unknown_members_and_axes_of_a_result(trained):
+    found = trained
+    for call, message in (
+        (lambda: found.member(seed=7), "no member has seed = 7; there are 0, 1"),
+        (lambda: found.member(width=7), "no axis 'width'"),
+        (lambda: found.member(seed=1), "3 networks have these hyperparameters; give learning_rate"),
+        (lambda: found["accuracy"], "no quantity 'accuracy'; there are loss, error"),
+        (lambda: found.mean(over="width"), "no axis 'width' to go over"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@exhaustive
+def test_32_bits_and_16():
+    with jax.enable_x64(False):
+        for dtype in (jnp.float32, jnp.bfloat16):
+            data = jnp.asarray(X[:22], dtype), jnp.asarray(Y[:22], dtype)
+            init = lambda seed, dtype=dtype: jax.tree.map(lambda x: x.astype(dtype), start(seed))
+            for way in ("vmap", "threads"):
+                found = sweep(
+                    axes={"seed": [1], "learning_rate": [0.05]}, data=data, init=init, layout=way
+                )
+                result = fnn.fit(
+                    squares, init(1), data, sgd(0.05), epochs=3, batch_size=4,
+                    key=jax.random.key(1), progress=False,
+                )  # fmt: skip
+                rtol = 1e-5 if dtype == jnp.float32 else 0.05
+                assert found.best().params["W"].dtype == dtype
+                as_floats = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
+                close(as_floats(found.best().params), as_floats(result.params), rtol)
