@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "frames": "",
     "jaxpr": "frames",
     "operation": "arguments meshes jaxpr",
-    "convolution": "meshes operation",
+    "convolution": "meshes jaxpr operation",
     "eager": "jaxpr operation",
     "ops": "arguments text meshes jaxpr operation convolution",
     "backprop": "arguments text meshes frames jaxpr operation convolution eager",
@@ -40,8 +40,8 @@ MAY_IMPORT = {
     "models": "arguments text ops params initializers layers",
     "logs": "arguments",
     "sharding": "arguments",
-    "train": "arguments text batch meshes frames jaxpr operation eager ops backprop params layers "
-    "logs sharding",
+    "train": "arguments text batch meshes frames jaxpr operation convolution eager ops backprop "
+    "params layers logs sharding",
     "sweeps": "arguments text batch train",
     "plot": "arguments",
 }

@@ -92,6 +92,8 @@ OPTIONS = [
     (fit, "check", BAD["flag"]),
     (fit, "key", BAD["optional key"]),
     (fit, "nonfinite", BAD["nonfinite"]),
+    (fit, "drop_last", BAD["flag"]),
+    (fit, "steps_per_call", BAD["optional integer"]),
     (fit, "after_epoch", [b for b in BAD["function"] if b is not None]),
     (fit, "loss", BAD["function"]),
     (fit, "optimizer", BAD["optimizer"]),

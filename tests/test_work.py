@@ -16,7 +16,9 @@ import optax
 import pytest
 from sweeps import exhaustive, sweep
 
-from fnn.train import FitResult, NonFiniteError, TrainStep, fit
+from fnn.train import FitResult, NonFiniteError, fit, loop
+from fnn.train.calls import Calls
+from fnn.train.result import Log
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -106,7 +108,7 @@ class Stop(Exception):
     ids=["first", "whole", "key"],
 )
 def test_going_on_in_the_midst_of_an_epoch(monkeypatch, data, after):
-    whole, call, calls = train(data=data), TrainStep.__call__, []
+    whole, call, calls = train(data=data), Calls.__call__, []
 
     def failing(self, *args, **kwargs):
         if len(calls) == after:
@@ -115,8 +117,8 @@ def test_going_on_in_the_midst_of_an_epoch(monkeypatch, data, after):
         return call(self, *args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(Stop) as error:
-        patch.setattr(TrainStep, "__call__", failing)
-        train(data=data)
+        patch.setattr(Calls, "__call__", failing)
+        train(data=data, steps_per_call=1)
     part = error.value.result
     assert part.state.step == after and list(part.state.position) == [after // 3, after % 3, after]
     rest = train(part.state, data=data, epochs=4 - after // 3)
@@ -205,7 +207,7 @@ def test_an_error_of_the_validation(whole):
 
 
 def test_a_step_that_fails_after_it_took_the_state(monkeypatch, whole):
-    call, calls = TrainStep.__call__, []
+    call, calls = Calls.__call__, []
 
     def failing(self, *args, **kwargs):
         out = call(self, *args, **kwargs)
@@ -215,8 +217,8 @@ def test_a_step_that_fails_after_it_took_the_state(monkeypatch, whole):
         return out
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError) as caught:
-        patch.setattr(TrainStep, "__call__", failing)
-        train()
+        patch.setattr(Calls, "__call__", failing)
+        train(steps_per_call=1)
     result = caught.value.result
     assert result.state.step == 5 and len(result.steps["loss"]) == 5
     equal(train(result.state, epochs=3).state, whole.state)
@@ -266,7 +268,7 @@ def test_two_interrupts_within_a_millisecond(monkeypatch, where):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    call, calls = TrainStep.__call__, []
+    call, calls = Calls.__call__, []
 
     def step(self, *args, **kwargs):
         out = call(self, *args, **kwargs)
@@ -275,14 +277,13 @@ def test_two_interrupts_within_a_millisecond(monkeypatch, where):
             twice()
         return out
 
-    monkeypatch.setattr(TrainStep, "__call__", step)
-    real, devices = jax.device_get, []
+    monkeypatch.setattr(Calls, "__call__", step)
+    monkeypatch.setattr(loop, "AHEAD", 0)
+    steps_of = Log.steps
 
-    def device_get(x):  # what builds the result is struck, too
-        devices.append(1)
-        if len(devices) > 2 and where != "step":
-            signal.raise_signal(signal.SIGINT)
-        return real(x)
+    def steps(self):  # what builds the result is struck, too
+        signal.raise_signal(signal.SIGINT)
+        return steps_of(self)
 
     def data():
         yield from BATCHES[:2]
@@ -290,7 +291,7 @@ def test_two_interrupts_within_a_millisecond(monkeypatch, where):
             twice()
         yield from BATCHES[2:]
 
-    options = {}
+    options: dict = {}
     if where == "callback":
         options["after_epoch"] = lambda epoch, *_: twice() if epoch == 2 else None
     if where == "validation":
@@ -306,11 +307,11 @@ def test_two_interrupts_within_a_millisecond(monkeypatch, where):
                 return len(text)
 
         monkeypatch.setattr(sys, "stdout", Display())
-    monkeypatch.setattr(jax, "device_get", device_get)
-    result = train(data=lambda: data(), **options)
+    monkeypatch.setattr(Log, "steps", steps)
+    result = train(data=lambda: data(), steps_per_call=1, **options)
     monkeypatch.undo()
     assert result.interrupted
-    steps = {"data": 5, "step": 4}.get(where, 6)
+    steps = {"data": 8, "step": 4}.get(where, 6)  # all batches that were read are trained on
     assert result.state.step == len(result.steps["loss"]) == steps
     assert list(result.state.position) == [steps // 3, steps % 3, steps]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -184,27 +184,43 @@ class Arrays:
     """A tree of arrays with the examples along their first axes.
 
     Every example comes once in an epoch. If their number isn't a multiple of the batch size,
-    the last batch is smaller: one more shape to compile, and nothing is lost.
+    the last batch is smaller, or left out.
     """
 
     data: Any
     size: int
     batch_size: int
     shuffle: bool
+    drop_last: bool = False
 
     @property
     def steps(self) -> int:
         """The number of batches in an epoch."""
-        return -(-self.size // self.batch_size)
+        return self.size // self.batch_size if self.drop_last else -(-self.size // self.batch_size)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """How many examples each batch of an epoch has."""
+        sizes = np.full(self.steps, self.batch_size, np.int32)
+        sizes[-1] = min(self.batch_size, self.size - (self.steps - 1) * self.batch_size)
+        return sizes
+
+    def rows(self, key: Any) -> jax.Array:
+        """Which examples make each batch of an epoch, in an order drawn from the key.
+
+        Returns:
+            Numbers of examples of shape (steps, batch_size). A smaller last batch is filled up
+            with examples of its own.
+        """
+        return _rows(
+            key if self.shuffle else None, self.size, self.batch_size, self.steps, self.shuffle
+        )
 
     def epoch(self, key: Any, start: int = 0) -> Iterator[Any]:
         """The batches of one epoch, in an order drawn from the key, without the first `start`."""
-        if self.shuffle:
-            order = np.asarray(jax.random.permutation(key, self.size))
-        else:
-            order = np.arange(self.size)
-        for i in range(start * self.batch_size, self.size, self.batch_size):
-            yield _take(self.data, order[i : i + self.batch_size])
+        rows = np.asarray(self.rows(key))
+        for own, size in list(zip(rows, self.sizes, strict=True))[start:]:
+            yield take(self.data, own[:size])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,6 +308,7 @@ def batches_of(
     epochs: int,
     steps: int | None = None,
     name: str = "data",
+    drop_last: bool = False,
 ) -> Arrays | Stream:
     """Decide what the data is: see `fnn.fit` for the rules.
 
@@ -310,7 +327,7 @@ def batches_of(
                 f"{name} is arrays, whose epoch is all of their {size} examples: steps_per_epoch "
                 "is for iterables."
             )
-        return Arrays(data, size, min(batch_size or 128, size), shuffle)
+        return Arrays(data, size, min(batch_size or 128, size), shuffle, drop_last)
     if not (callable(data) or isinstance(data, Iterable)) or isinstance(data, (str, bytes)):
         raise TypeError(
             f"{name} must be arrays, like (X, y), or an iterable of batches, or a function that "
@@ -320,6 +337,11 @@ def batches_of(
         raise ValueError(
             f"{name} is an iterable, which makes its own batches: batch_size is for arrays. "
             "(Arrays come in a tuple, (X, y), or a dict; a list is an iterable of batches.)"
+        )
+    if drop_last:
+        raise ValueError(
+            f"{name} is an iterable, which makes its own batches: drop_last is for arrays. Leave "
+            "the last batch out there."
         )
     if isinstance(data, list):
         _check_list(data, name)
@@ -362,7 +384,8 @@ def _check_list(data: list, name: str) -> None:
         )
 
 
-def _take(data: Any, rows: np.ndarray) -> Any:
+def take(data: Any, rows: Any) -> Any:
+    """These rows of each array, where it lies: on the host or on the device."""
     leaves, tree = jax.tree.flatten(data)
     on_device = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
     taken = _take_on_device(on_device, rows) if on_device else {}
@@ -377,6 +400,14 @@ def _take_on_device(arrays: dict, rows: jax.Array) -> dict:
         i: x.at[rows].get(mode="promise_in_bounds", out_sharding=of_rows(x, len(rows)))
         for i, x in arrays.items()
     }
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _rows(key: Any, size: int, batch_size: int, steps: int, shuffle: bool) -> jax.Array:
+    order = jax.random.permutation(key, size) if shuffle else jnp.arange(size)
+    before = (steps - 1) * batch_size
+    last = before + jnp.arange(batch_size) % (size - before)
+    return jnp.concatenate([order[:before], order[last]]).astype(jnp.int32).reshape(steps, -1)
 
 
 def _key_parameter(function: Callable) -> inspect.Parameter | None:

@@ -1,14 +1,12 @@
-"""`fit`: training steps over epochs, which Ctrl-C ends between two steps."""
+"""`fit`: training over epochs, in as few calls of the device as can be."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import math
-import signal
-import threading
+import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -16,96 +14,43 @@ import jax
 import optax
 
 from fnn import arguments
-from fnn.batch import batch_size as size_of
 from fnn.batch import example_types
 from fnn.params import Where
-from fnn.train.checks import check_values
+from fnn.train.calls import Calls, kept_programs, programs_of
+from fnn.train.checks import BatchChecks, check_values
+from fnn.train.chunks import Resident, Streamed, fits, resident
+from fnn.train.coupling import is_coupled
 from fnn.train.data import Arrays, Stream, batches_of, is_tree_of_arrays
-from fnn.train.evaluation import Evaluation, fold_in
+from fnn.train.evaluation import evaluation_of, fold_in
+from fnn.train.events import Listener, Listeners
+from fnn.train.interrupts import Interrupts
 from fnn.train.loss import Extras, Loss, check_loss, extras
 from fnn.train.loss_scaling import DynamicLossScale
 from fnn.train.nonfinite import NonFiniteError
 from fnn.train.outcome import NonFinite
-from fnn.train.progress import progress_for
+from fnn.train.prefetch import prefetched
+from fnn.train.progress import Progress, progress_for
 from fnn.train.result import FitResult, Work, attach
 from fnn.train.state import State, check_optimizer, own
 from fnn.train.step import TrainStep
 
-# ------------------------------------------------------------------------------------------- Ctrl-C
-# Ctrl-C between steps, never inside one.
-#
-# A step donates the state. A KeyboardInterrupt that struck after the step has run and before
-# its result has a name would lose both.
-
-GRACE = 1.0
-
-
-class Interrupts:
-    """While entered, Ctrl-C waits for the end of a block `with interrupts.held():`.
-
-    Elsewhere it raises a KeyboardInterrupt as always (so does a second Ctrl-C inside the
-    block: the step may hang). For a second after it was raised, others are let pass: a hurried
-    or bouncing key must not strike what saves the work. Outside the main thread, or where the
-    program has a handler of its own for the signal, nothing changes.
-    """
-
-    def __init__(self):
-        self._holding = False
-        self._pending = False
-        self._installed = False
-        self._raised = -math.inf
-
-    def __enter__(self) -> Interrupts:
-        in_main = threading.current_thread() is threading.main_thread()
-        if in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._handle)
-            self._installed = True
-        return self
-
-    def __exit__(self, *_):
-        if self._installed:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            self._installed = False
-
-    def _handle(self, signum, frame):
-        if time.monotonic() - self._raised < GRACE:
-            return
-        if self._holding and not self._pending:
-            self._pending = True
-        else:
-            self._raise()
-
-    def _raise(self):
-        self._pending = False
-        self._raised = time.monotonic()
-        raise KeyboardInterrupt
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Let the block end before a Ctrl-C inside it is raised."""
-        self._holding = True
-        try:
-            yield
-        finally:
-            self._holding = False
-        if self._pending:
-            self._raise()
-
-
-# ---------------------------------------------------------------------------------------------- fit
+# How many chunks of batches that come one by one are made ahead.
+AHEAD = 2
 
 
 def fit(
-    loss: Loss,
+    loss: Loss | TrainStep,
     params: chex.ArrayTree | State,
     data: Any,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | None = None,
     *,
     epochs: int,
     batch_size: int | None = None,
     key: chex.PRNGKey | None = None,
     shuffle: bool = True,
+    drop_last: bool = False,
     steps_per_epoch: int | None = None,
+    steps_per_call: int | None = None,
     validation: Any = None,
     validation_loss: Loss | None = None,
     after_epoch: Callable[[int, State, dict[str, Any]], Any] | None = None,
@@ -126,9 +71,10 @@ def fit(
 
     Args:
         loss: for ONE example: `loss(params, example)`, which returns a scalar, or a scalar and a
-            dict of metrics (not called `loss`, `grad_norm`, `skipped`, `loss_scale`, `seconds` or
-            `validation_...`). It is given what else it names of `key`, `mode` and `state`; see
-            `train_step`, and `supervised`, which writes it. It must depend on a parameter.
+            dict of metrics (not called `loss`, `grad_norm`, `skipped`, `loss_scale`, `seconds`,
+            `learning_rate` or `validation_...`). It is given what else it names of `key`, `mode`
+            and `state`; see `train_step`, and `supervised`, which writes it. It must depend on a
+            parameter. Or a `TrainStep`.
         params: the parameters to start from (they stay yours), or the `state` of a FitResult
             to go on from. With the same data, batch size and key, 2 epochs and 2 more are the
             same as 4, to the last bit: the state knows its place in the data, also in the midst
@@ -138,17 +84,25 @@ def fit(
             iterable for each epoch, of no arguments or of a key. (A list is always an
             iterable of batches.) Arrays of other libraries, and lists of numbers, are converted;
             numbers that JAX has no room for (2³² + 1 where it computes in 32 bits), masked
-            entries and arrays of anything but numbers are refused.
-        optimizer: any optax transformation; see `train_step`.
+            entries and arrays of anything but numbers are refused. Arrays of up to a quarter of
+            the device's memory are put there and shuffled there. Larger ones (`numpy.memmap`, for
+            one), and iterables, are read by a thread ahead of the device; an iterator, which can't
+            be read twice, in the thread of `fit`.
+        optimizer: any optax transformation; see `train_step`. Not given with a TrainStep.
         epochs: how many times to go over the data (from here on, for a `state`; the rest of an
             epoch that was interrupted counts as one).
-        batch_size: for arrays; 128 by default. The last batch of an epoch may be smaller (one
-            more shape to compile); no example is left out.
+        batch_size: for arrays; 128 by default. The last batch of an epoch may be smaller; no
+            example is left out. It is filled up with examples that don't count, so that it needs no
+            program of its own. (Not so if the loss sums over `mode.axis`, as batch statistics do,
+            or if the optimiser reads the batch itself, as KFAC does: then it has one.)
         key: for shuffling, and for the loss. The same key, data and program give the same
-            result.
+            result, however epochs are cut into calls.
         shuffle: whether to shuffle arrays anew in each epoch.
+        drop_last: for arrays, leave out a last batch that is smaller.
         steps_per_epoch: for an iterable that doesn't end, how many batches to call an epoch. An
             epoch with fewer is an error.
+        steps_per_call: how many steps the device makes in one call: as many as take about half a
+            second, unless given. Between calls, Ctrl-C is heard and progress is shown.
         validation: arrays or an iterable of batches, evaluated after each epoch.
         validation_loss: the loss for that; by default `loss`.
         after_epoch: called with the epoch's number (from 1, counted on for a `state`), the State
@@ -157,7 +111,10 @@ def fit(
         progress: show a bar on a terminal (if `rich` is there). Elsewhere print lines: at most
             21 for the epochs (each of up to 20 epochs; of more the first, the last, and every
             n-th, n = ⌈epochs / 20⌉), and one every half minute within a long epoch.
-        nonfinite: what to do about inf and nan; see `train_step`.
+        nonfinite: what to do about inf and nan; see `train_step`. (A TrainStep has its own: leave
+            this out.) With "raise", an update that makes something inf or nan though loss
+            and gradient are finite is noticed at the end of a call, whose steps are then made again
+            up to the bad one.
         check: look at the values of the data before the first step (of an iterable's batches as
             they come, see `TrainStep`): nan, and labels out of range. Shapes are always checked.
         model_state: the network's state to start from, `net.init_state(x)`, for a loss that takes
@@ -178,16 +135,23 @@ def fit(
         up to the last epoch of which a copy was kept. fit keeps one as often as it costs less
         than a hundredth of the time.) What is wrong with stdout ends the display alone.
 
-    The host waits for the device once an epoch, to read the metrics.
+    Steps run in a loop on the device. (But one by one where a step holds a convolution that XLA's
+    CPU backend would run many times slower in a loop; fnn's own it doesn't.) Their program is
+    compiled once for a TrainStep; and once for the same loss and optimiser objects, as long as the
+    loss reads the same variables besides its arguments, as by `evaluate`.
     """
-    check_loss("fit", loss)
-    check_optimizer("fit", optimizer)
+    epochs = arguments.integer("fit", "epochs", epochs, least=0)
+    options = {"nonfinite": nonfinite, "trainable": trainable, "accumulate": accumulate}
+    options |= {"compute": compute, "loss_scale": loss_scale, "ema": ema, "clip": clip}
+    step = _step(loss, optimizer, options, check)
+    loss = step.loss
     if not isinstance(params, State):
         arguments.no_result("fit", "params", params)
-    epochs = arguments.integer("fit", "epochs", epochs, least=0)
-    arguments.choice("fit", "nonfinite", nonfinite, ("raise", "skip", "ignore"))
     for name, value in {"shuffle": shuffle, "progress": progress, "check": check}.items():
         arguments.flag("fit", name, value)
+    arguments.flag("fit", "drop_last", drop_last)
+    if steps_per_call is not None:
+        steps_per_call = arguments.integer("fit", "steps_per_call", steps_per_call, least=1)
     if key is not None:
         arguments.key("fit", "key", key)
     if validation_loss is not None:
@@ -203,83 +167,111 @@ def fit(
     if isinstance(params, State) and model_state is not None:
         raise TypeError("fit: params is a training State, which has a model_state: give only one.")
     training = batches_of(
-        "fit", data, batch_size=batch_size, shuffle=shuffle, epochs=epochs, steps=steps_per_epoch
+        "fit",
+        data,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        epochs=epochs,
+        steps=steps_per_epoch,
+        drop_last=drop_last,
     )
-    whole = training.data if isinstance(training, Arrays) else None  # to be looked at once
-    if whole is not None and shuffle and key is None:
+    if isinstance(training, Arrays) and shuffle and key is None:
         raise ValueError(
             "shuffling needs a key: pass key=jax.random.key(0), say, or shuffle=False."
         )
-    step = TrainStep(
-        loss,
-        optimizer,
-        nonfinite=nonfinite,
-        check=check and whole is None,
-        trainable=trainable,
-        accumulate=accumulate,
-        compute=compute,
-        loss_scale=loss_scale,
-        ema=ema,
-        clip=clip,
-    )
     if not isinstance(params, State):
         model_state = _initial_model_state(loss, found, training, model_state)
     start = functools.partial(_start, step, params, model_state)
     state = start()
     order_key, loss_key, validation_key = (None,) * 3 if key is None else jax.random.split(key, 3)
-    if whole is not None and check:
-        check_values(
-            step.find_labels,
-            state.params,
-            whole,
-            key if found.may_draw else None,
-            state.model_state,
-            "data",
-        )
-    validate = _validation(
-        validation, validation_loss or loss, state, batch_size, epochs, validation_key, check
-    )
+    if not found.may_draw:
+        loss_key = None
+    step._meet(state, loss_key)
 
-    work = Work(step, state, start, training.steps)
+    if optimizer is None:
+        programs, traced = programs_of(step), lambda: None
+    else:
+        programs, traced = kept_programs(step)
+    if isinstance(training, Arrays) and check:
+        check_values(
+            step.find_labels, state.params, training.data, loss_key, state.model_state, "data"
+        )
+    look_at = _look_at(step.find_labels, state, loss_key, check and isinstance(training, Stream))
+    source = _source(training, step, state, loss_key, look_at, steps_per_call)
+    calls = Calls(step, programs, traced, state, loss_key, steps_per_call)
+
+    work = Work(state, start, training.steps)
     first = work.epoch
     last = first + epochs - 1
-    display = progress_for(progress, last, training.steps, first)
-    with Interrupts() as interrupts:
+    with contextlib.ExitStack() as stack:
+        validate = _validation(
+            stack,
+            validation,
+            validation_loss or loss,
+            state,
+            batch_size,
+            epochs,
+            validation_key,
+            check,
+        )
+        del state
+        display = progress_for(progress, last, training.steps, first)
+        told = Listeners(_Shown(display), *([_AfterEpoch(after_epoch)] if after_epoch else []))
+        stack.callback(display.close)
+        interrupts = stack.enter_context(Interrupts())
         try:
+            told.begin(work)
             for epoch in range(first, last + 1):
-                began, keys = time.perf_counter(), fold_in(order_key, epoch)
-                for batch in training.epoch(keys, work.batch):
-                    with interrupts.held():
-                        own_key = fold_in(loss_key, work.seen) if found.may_draw else None
-                        work.size = size_of(batch)
-                        state, metrics = step(state, batch, key=own_key)
-                        work.log.add(metrics, work.size)
-                    display.step(epoch, work.batch, work.log.latest)
+                began = time.perf_counter()
+                with _chunks(source, fold_in(order_key, epoch), work.batch) as chunks:
+                    for chunk in chunks:
+                        at = chunk.start
+                        while at < len(chunk.sizes):
+                            with interrupts.held():
+                                at += calls(work, chunk, at)
+                            told.call_over(work)
                 if work.batch == 0:
                     raise ValueError(f"data gave no batches in epoch {epoch}.")
                 with interrupts.held():
-                    work.made.clear()
-                    step.finish(state)
                     record = work.log.epoch_means() if work.log.epoch_has_begun else {}
-                    state = work.epoch_over(state)
-                record |= validate(state)
+                    work.epoch_over()
+                record |= validate(work.latest)
                 record["seconds"] = time.perf_counter() - began
                 with interrupts.held():
                     work.log.end_epoch(record)
-                    work.save(state)
-                display.epoch(epoch, record)
-                if after_epoch is not None and after_epoch(epoch, state, record):
+                    work.save()
+                if told.epoch_over(work, epoch, record):
                     break
-            result = work.result(state)
+            result = work.result()
+            told.end(work, result)
         except KeyboardInterrupt:
-            result = work.result(state, interrupted=True)
+            result = work.result(interrupted=True)
             display.say(f"Interrupted in epoch {work.epoch}, after {work.log.count} steps.")
+            told.end(work, result)
         except BaseException as error:
-            attach(error, work.result(state, failed=not isinstance(error, NonFiniteError)))
+            attach(error, work.result(failed=not isinstance(error, NonFiniteError)))
             raise
-        finally:
-            display.close()
     return result
+
+
+# -------------------------------------------------------------------------- before it begins
+
+
+def _step(loss: Any, optimizer: Any, options: dict[str, Any], check: bool) -> TrainStep:
+    """The step that is given, or the one of a loss and an optimiser."""
+    if not isinstance(loss, TrainStep):
+        check_loss("fit", loss)
+        check_optimizer("fit", optimizer)
+        arguments.choice("fit", "nonfinite", options["nonfinite"], ("raise", "skip", "ignore"))
+        return TrainStep(loss, optimizer, check=check, **options)
+    defaults = inspect.signature(TrainStep).parameters
+    given = [name for name, value in options.items() if value != defaults[name].default]
+    if optimizer is not None or given:
+        raise TypeError(
+            f"fit: {', '.join(given) or 'optimizer'} is given beside a TrainStep, which has its "
+            "own: give it to train_step."
+        )
+    return loss
 
 
 def _start(step: TrainStep, params: Any, model_state: Any) -> State:
@@ -301,7 +293,75 @@ def _initial_model_state(loss: Loss, found: Extras, training: Arrays | Stream, g
     return make(example_types(training.data))
 
 
+def _look_at(find: Callable, state: State, key: Any, values: bool) -> Callable[[Any], None]:
+    """What checks each batch that comes."""
+    checks = BatchChecks(find, values)
+    types = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state.params, state.model_state)
+    )
+    return lambda batch: checks.look_at(types[0], batch, key, types[1])
+
+
+def _source(
+    training: Arrays | Stream,
+    step: TrainStep,
+    state: State,
+    key: Any,
+    look_at: Callable[[Any], None],
+    most: int | None,
+) -> Resident | Streamed:
+    """Where the chunks come from."""
+    # Types alone: the state must not be kept.
+    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    known: list[bool] = []
+
+    def may_pad(batch):
+        if not known:
+            example = example_types(batch)
+            known.append(not is_coupled(step, types, example, key))
+        return known[0]
+
+    if isinstance(training, Stream) or not fits(training.data):
+        return Streamed(training, look_at, may_pad, most)
+    even = training.sizes[-1] == training.batch_size
+    return resident(training, not even and may_pad(training.data))
+
+
+def _chunks(source: Resident | Streamed, key: Any, start: int) -> Any:
+    """An epoch's chunks, to be closed; those that come are read ahead, if they come again."""
+    make = lambda: source.chunks(key, start)
+    again = isinstance(source, Streamed) and not source.comes_once
+    return contextlib.closing(prefetched(make, AHEAD if again else 0))
+
+
+# ------------------------------------------------------------------------------- at an epoch's end
+
+
+class _Shown(Listener):
+    """Has the display show what there is."""
+
+    def __init__(self, display: Progress):
+        self._display = display
+
+    def call_over(self, work: Work) -> None:
+        self._display.step(work.epoch, work.batch, work.log.latest)
+
+    def epoch_over(self, work: Work, epoch: int, record: dict[str, Any]) -> None:
+        self._display.epoch(epoch, record)
+
+
+class _AfterEpoch(Listener):
+    """Calls a function, which may end training."""
+
+    def __init__(self, function: Callable):
+        self._function = function
+
+    def epoch_over(self, work: Work, epoch: int, record: dict[str, Any]) -> bool:
+        return bool(self._function(epoch, work.state, record))
+
+
 def _validation(
+    stack: contextlib.ExitStack,
     data: Any,
     loss: Loss,
     state: State,
@@ -320,7 +380,7 @@ def _validation(
     source = batches_of(
         "fit", data, batch_size=size, shuffle=False, epochs=epochs, name="validation"
     )
-    evaluation = Evaluation(lambda: loss)
+    evaluation = stack.enter_context(evaluation_of(loss))
     if check and isinstance(source, Arrays):  # before training begins, and no more
         check_values(
             evaluation.find_labels,

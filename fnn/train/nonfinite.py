@@ -143,6 +143,15 @@ def square_sums(gradient: Any, new: State, old: State, *, exact: bool) -> jax.Ar
     return jnp.stack([s.astype(dtype) for s in sums])
 
 
+def became_nonfinite(new: State, old: State) -> jax.Array:
+    """Whether a number that was finite in the old state is inf or nan in the new one."""
+    found = jnp.zeros((), bool)
+    for x, y in zip(*(jax.tree.leaves(numbers_of(s)) for s in (new, old)), strict=True):
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            found = found | jnp.any(jnp.isfinite(y) & ~jnp.isfinite(x))
+    return found
+
+
 def holds_nonfinite(state: State) -> bool:
     """Whether an array of the state holds inf or nan. (Scalars are always looked at exactly.)"""
     arrays = [

@@ -13,15 +13,12 @@ import numpy as np
 
 from fnn.text import size_of_tree
 from fnn.train.state import State
-from fnn.train.step import TrainStep
 
 # ------------------------------------------------------------------------------------------ metrics
-# What was measured while training: kept on the device, read once an epoch.
-#
-# A long epoch's is read in parts, `MOST_ON_DEVICE` steps at a time, so that what is kept grows by
-# the numbers themselves and not by an object of Python's, and a buffer on the device, for each.
+# What was measured while training, as the device's calls return it. So many parts are joined, so
+# that what is kept grows by the numbers themselves and not by an object of Python's for each.
 
-MOST_ON_DEVICE = 1024
+MOST_PARTS = 1024
 
 
 class Log:
@@ -35,32 +32,26 @@ class Log:
     def __init__(self) -> None:
         self.history: dict[str, list] = {}
         self.count = 0
-        self._on_device: list[dict[str, Any]] = []
-        self._epoch: list[dict[str, np.ndarray]] = []  # read since the last epoch's end, stacked
-        self._before: list[dict[str, np.ndarray]] = []  # read before, an entry an epoch
-        self._sizes: list[int] = []
+        self._parts: list[dict[str, np.ndarray]] = []  # an entry a call
+        self._sizes: list[np.ndarray] = []
+        self._epoch = 0  # the first part since the last epoch's end
 
-    def add(self, metrics: dict[str, Any], size: int) -> None:
-        """The metrics of a step on a batch of `size` examples; they may not be computed yet."""
-        self._on_device.append(metrics)
-        self._sizes.append(size)
-        self.count += 1
-        if len(self._on_device) >= 2 * MOST_ON_DEVICE:  # the older half: done, or soon
-            self._read(MOST_ON_DEVICE)
+    def extend(self, records: dict[str, np.ndarray], sizes: np.ndarray) -> None:
+        """The metrics of steps, stacked, and how many examples each of their batches had."""
+        self._parts.append(records)
+        self._sizes.append(sizes)
+        self.count += len(sizes)
+        if len(self._parts) - self._epoch >= MOST_PARTS:
+            self._join_epoch()
 
     def latest(self) -> dict[str, Any]:
-        """The metrics of the last step that the device is done with; empty if there is none."""
-        for metrics in reversed(self._on_device[-64:]):
-            if metrics["loss"].is_ready():
-                return metrics
-        return {}
+        """The metrics of the last step; empty if there is none."""
+        return {name: values[-1] for name, values in self._parts[-1].items()} if self._parts else {}
 
     def epoch_means(self) -> dict[str, Any]:
-        """The means over the examples since the last epoch's end (waits for the device)."""
-        self._read(len(self._on_device))
-        records, sizes = _joined(self._epoch), np.array(self._sizes)
-        self._before.append(records)
-        self._epoch, self._sizes = [], []
+        """The means over the examples since the last epoch's end."""
+        records, sizes = self._join_epoch()
+        self._epoch = len(self._parts)
         if "skipped" not in records:
             return weighted_mean(records, sizes)
         taken = records["skipped"] == 0
@@ -69,37 +60,36 @@ class Log:
         means = weighted_mean({name: r[kept] for name, r in records.items()}, sizes[kept])
         return means | {"skipped": int(len(taken) - taken.sum())}
 
+    def _join_epoch(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Make one part of those since the last epoch's end, and return it."""
+        records = _joined(self._parts[self._epoch :])
+        sizes = np.concatenate(self._sizes[self._epoch :])
+        self._parts[self._epoch :], self._sizes[self._epoch :] = [records], [sizes]
+        return records, sizes
+
     def end_epoch(self, record: dict[str, Any]) -> None:
         """Add an epoch's record to the history."""
         for name, value in record.items():
             self.history.setdefault(name, []).append(value)
 
-    def has(self, metrics: dict[str, Any]) -> bool:
-        """Whether these metrics were added last."""
-        return bool(self._on_device) and self._on_device[-1] is metrics
-
     @property
     def epoch_has_begun(self) -> bool:
         """Whether there was a step since the last epoch's end."""
-        return bool(self._sizes)
+        return len(self._parts) > self._epoch
 
     def steps(self) -> dict[str, np.ndarray]:
         """For each metric, its value at each step."""
-        self._read(len(self._on_device))
-        return _joined(self._before + self._epoch)
+        return _joined(self._parts)
 
-    def rewind(self, epochs: int, steps: int) -> None:
-        """Forget what came later, and what can no longer be read."""
-        self._on_device, self.count = [], steps
-        self.history = {name: values[:epochs] for name, values in self.history.items()}
-        read = _joined(self._before + self._epoch)
-        self._before = [{name: values[:steps] for name, values in read.items()}] if read else []
-        self._epoch = []
-
-    def _read(self, count: int) -> None:
-        if count:
-            self._epoch.append(stacked(jax.device_get(self._on_device[:count])))
-            del self._on_device[:count]
+    def cut(self, steps: int, epochs: int | None = None) -> None:
+        """Forget what came after so many steps, and so many epochs."""
+        if epochs is not None:
+            self.history = {name: values[:epochs] for name, values in self.history.items()}
+        if steps < self.count:
+            joined, sizes = _joined(self._parts), np.concatenate(self._sizes)[:steps]
+            self._parts = [{name: values[:steps] for name, values in joined.items()}]
+            self._sizes, self.count = [sizes], steps
+            self._epoch = 0
 
 
 def stacked(records: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -109,14 +99,8 @@ def stacked(records: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
         ValueError: the records differ in their names, or the values in their shapes.
     """
     _check_names(records)
-    found = {}
-    for name in records[0]:
-        values = [np.asarray(r[name]) for r in records]
-        if len({v.shape for v in values}) > 1:
-            shapes = list(dict.fromkeys(v.shape for v in values))
-            raise ValueError(f"the metric {name!r} changes its shape from batch to batch: {shapes}")
-        found[name] = np.stack(values)
-    return found
+    _check_shapes(records)
+    return {name: np.stack([np.asarray(r[name]) for r in records]) for name in records[0]}
 
 
 def weighted_mean(records: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, Any]:
@@ -138,10 +122,18 @@ def _check_names(records: Sequence[dict[str, Any]]) -> None:
             )
 
 
+def _check_shapes(records: Sequence[dict[str, Any]]) -> None:
+    for name in records[0]:
+        shapes = list(dict.fromkeys(np.shape(r[name]) for r in records))
+        if len(shapes) > 1:
+            raise ValueError(f"the metric {name!r} changes its shape from batch to batch: {shapes}")
+
+
 def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    if not parts:
-        return {}
+    if len(parts) < 2:
+        return dict(*parts)
     _check_names(parts)
+    _check_shapes([{name: values[0] for name, values in part.items()} for part in parts])
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -165,6 +157,7 @@ class FitResult(NamedTuple):
         steps: for each of `loss`, `grad_norm` and the metrics, its value at each step.
         state: the whole training state; give it to `fit` in the place of params to go on.
         interrupted: whether Ctrl-C ended it early.
+        best: with `early_stopping`, the state at the end of the best epoch.
     """
 
     params: Any
@@ -172,6 +165,7 @@ class FitResult(NamedTuple):
     steps: dict[str, np.ndarray]
     state: State
     interrupted: bool
+    best: State | None = None
 
     def __repr__(self) -> str:
         """The last epoch's record and what there is, in a few lines; the arrays stay out of it."""
@@ -184,86 +178,92 @@ class Work:
     Attributes:
         log: the metrics.
         epoch: the number of the epoch under way, counted from 1.
-        size: how many examples the last batch had.
-        made: what the last step made, noted before any signal can strike. See `TrainStep`.
+        made: what the device's last call returned, the state first, noted before any signal can
+            strike.
+        best: see `FitResult`.
     """
 
-    def __init__(
-        self, step: TrainStep, state: State, origin: Callable[[], State], steps: int | None
-    ):
+    def __init__(self, state: State, origin: Callable[[], State], steps: int | None):
         """Begin where the state stands; `origin` makes the first state anew."""
         self.log = Log()
         self.made: list = []
-        step._made = self.made
-        self.size = 0
+        self.best: State | None = None
         epochs, batch, self._seen_before = (int(n) for n in np.asarray(state.position))
         if steps is not None and batch >= steps:
             epochs, batch = epochs + 1, 0
         self.epoch = epochs + 1
         self._batches_before, self._count_before = batch, 0
+        self._now = (state, 0)  # together, so that no signal can come between
         self._kept = (origin, 0, 0, (epochs, batch))
         self._keep_after = 0.0
 
     @property
+    def latest(self) -> State:
+        """The state after the last step, without its place in the data."""
+        return self._now[0]
+
+    @property
+    def state(self) -> State:
+        """The state after the last step, with its place in the data."""
+        position: Any = np.array([self.epoch - 1, self.batch, self.seen], np.int32)
+        old = self.latest.position
+        # On the devices of the old one, so that the next step needs no new program.
+        if getattr(old, "committed", False):
+            position = jax.device_put(position, old.sharding)
+        return self.latest._replace(position=jnp.asarray(position))
+
+    @property
     def batch(self) -> int:
         """How many batches of the epoch under way are over."""
-        return self._batches_before + self.log.count - self._count_before
+        return self._batches_before + self._now[1] - self._count_before
 
     @property
     def seen(self) -> int:
         """How many batches are over in all."""
-        return self._seen_before + self.log.count
+        return self._seen_before + self._now[1]
 
-    def epoch_over(self, state: State) -> State:
-        """Go to the next epoch; return the state with its place."""
+    def enter(self, state: State, records: dict[str, np.ndarray], sizes: np.ndarray) -> None:
+        """Note what steps made: the state, and their metrics."""
+        self.log.extend(records, sizes)
+        self._now = state, self.log.count
+
+    def epoch_over(self) -> None:
+        """Go to the next epoch."""
         self._begin(self.epoch + 1, 0)
-        return self._placed(state)
 
-    def save(self, state: State) -> None:
+    def save(self) -> None:
         """Keep a copy of the state at an epoch's end, unless that would take too much time."""
         began = time.monotonic()
         if began < self._keep_after:
             return
         with contextlib.suppress(Exception):  # no memory, or parts on other machines: the older
-            copy = jax.tree.map(_to_host, state)
+            copy = jax.tree.map(_to_host, self.latest)
             epochs = _longest(self.log.history)
             self._kept = (lambda: _to_device(copy), epochs, self.log.count, (self.epoch - 1, 0))
         now = time.monotonic()
         self._keep_after = now + 100 * (now - began)
 
-    def result(self, state: State, *, interrupted: bool = False, failed: bool = False) -> FitResult:
-        """What there is, also if an error struck between a step's end and its entry in the book.
+    def result(self, *, interrupted: bool = False, failed: bool = False) -> FitResult:
+        """What there is, wherever an error struck.
 
         Args:
-            state: the last state that has a name.
             interrupted: whether Ctrl-C ended it.
             failed: whether the device may have failed, so that the state can't be read.
         """
-        if self.made:
-            new, metrics, _ = self.made[0]
-            if new is state or _is_lost(state):
-                state = new
-                if not self.log.has(metrics):
-                    self.log.add(metrics, self.size)
-        if _is_lost(state) or (failed and not _can_be_read(state)):
+        self.log.cut(self._now[1])
+        if _is_lost(self.latest) or (failed and not _can_be_read(self.latest)):
             make, epochs, count, (epoch, batch) = self._kept
-            state = make()
-            self.log.rewind(epochs, count)
+            self.log.cut(count, epochs)
+            self._now = make(), count
             self._begin(epoch + 1, batch)
-        state = self._placed(state)
-        return FitResult(state.params, self.log.history, self.log.steps(), state, interrupted)
+        state = self.state
+        return FitResult(
+            state.params, self.log.history, self.log.steps(), state, interrupted, self.best
+        )
 
     def _begin(self, epoch: int, batch: int) -> None:
         self.epoch = epoch
-        self._batches_before, self._count_before = batch, self.log.count
-
-    def _placed(self, state: State) -> State:
-        position: Any = np.array([self.epoch - 1, self.batch, self.seen], np.int32)
-        old = state.position
-        # On the devices of the old one, so that the next step needs no new program.
-        if getattr(old, "committed", False):
-            position = jax.device_put(position, old.sharding)
-        return state._replace(position=jnp.asarray(position))
+        self._batches_before, self._count_before = batch, self._now[1]
 
 
 def attach(error: BaseException, result: FitResult) -> None:

@@ -145,7 +145,7 @@ class TrainStep:
 
     A step is compiled as any jitted function is: what the loss reads besides its arguments
     (variables that it closes over, globals) is read when a new shape of batch is traced, and
-    stays as it was then. Make a new step after a change. (`fit` makes one at each call.)
+    stays as it was then. Make a new step after a change.
 
     Non-finite numbers. The device notices; the host reads a step's notice when it is there,
     and doesn't wait for it. So a NonFiniteError comes from a later call of the step with the
@@ -200,7 +200,7 @@ class TrainStep:
         self._clip = None if clip is None else float(clip)
         self._extras = extras(loss)
         self._runs = Runs()
-        self._made: list | None = None  # `fit` has its step note here what it made
+        self._programs: Any = None  # `fit` keeps here what it compiled
         self.find_labels = functools.partial(find_labels, loss, trained=self._trainable.flags)
         self._checks = BatchChecks(self.find_labels, check)
         self._compiled = jax.jit(self._step, donate_argnums=0, static_argnums=3)
@@ -266,19 +266,21 @@ class TrainStep:
         if any(map(_is_traced, jax.tree.leaves((state, batch, key)))):
             self._look_at(state, batch, key)
             return self._compiled(state, batch, key, True)[:2]
+        return self._advance(state, batch, key, look_at=True)
+
+    def _advance(
+        self, state: State, batch: Any, key: Any, *, look_at: bool
+    ) -> tuple[State, dict[str, chex.Array]]:
+        """The step, of arrays, whose batch is looked at beforehand if asked for."""
         if self._runs.of(state) is None:
             state = beside(state, batch)
         run = self._run_of(state)
         run.read()
-        self._look_at(state, batch, key)
+        if look_at:
+            self._look_at(state, batch, key)
         # A state that was told of is kept for the caller, if the next step is refused, too.
         given = jax.tree.map(jnp.copy, state) if run.careful else state
-        made: list = [] if self._made is None else self._made
-        made.clear()
-        # No signal's handler can come between a step's end and its result's place in the list:
-        # they run between Python's instructions, and `extend` is one.
-        made.extend(map(self._compiled, (given,), (batch,), (key,), (run.exact,)))
-        new, metrics, report = made[0]
+        new, metrics, report = self._compiled(given, batch, key, run.exact)
         if report is not None:
             types = run.types
             run.add(

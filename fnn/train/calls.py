@@ -1,0 +1,354 @@
+"""Steps of training in calls of the device: many steps in one, in a loop that runs there.
+
+The number of steps of a call is an argument of its program. So an epoch is cut into calls by how
+long they take, and the same program, which gives the same numbers, makes all of them.
+
+A loop that looked for inf and nan in all that is new at every step would be slower by a tenth.
+It looks at the loss and at the gradient's norm, which it has anyway, and ends where they are bad;
+at its end it looks at the state. If that isn't as it should be, the call counts for nothing: its
+steps are made again from the state before it, one by one, up to the bad one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fnn.convolution import slow_in_a_loop
+from fnn.jaxpr import Program, inner_jaxprs, program
+from fnn.meshes import barrier, beside
+from fnn.train.chunks import Chunk
+from fnn.train.data import take
+from fnn.train.nonfinite import NonFiniteError, became_nonfinite, holds_nonfinite, numbers_of
+from fnn.train.readings import Kept
+from fnn.train.result import Work
+from fnn.train.state import State
+from fnn.train.step import TrainStep
+
+# A call of the device takes about so many seconds at most: Ctrl-C waits for its end.
+SECONDS = 0.5
+
+# The metrics of so many steps are kept on the device, or fewer if they are large.
+MOST_STEPS, MOST_BYTES = 1024, 2**24
+
+# A state of more bytes is donated, and looked at before each update of it.
+LARGE = 2**28
+
+
+class How(NamedTuple):
+    """What a program depends on besides the types of its arguments.
+
+    Fields:
+        kind, masked: see `Chunk`.
+        exact, look: see `TrainStep._step`.
+        stop: whether to end before the first bad step.
+        may_loop: whether all that a step may hold is as fast in a loop.
+    """
+
+    kind: str
+    masked: bool
+    exact: bool
+    look: bool
+    stop: bool
+    may_loop: bool
+
+
+# ----------------------------------------------------------------------------------- the program
+
+
+def _run(
+    step: TrainStep, how: How, state: State, data: Any, rows: Any, sizes: Any, key: Any, where: Any
+) -> tuple[State, dict[str, jax.Array], jax.Array, jax.Array]:
+    """Steps of a chunk, traced.
+
+    Args:
+        data, rows, sizes: the chunk's.
+        key: the loss's, or None.
+        where: int32, the number of the first batch in the chunk, of all batches before it, and how
+            many to do.
+
+    Returns:
+        The state, the metrics of each step along first axes, how many steps there were, and
+        whether all is finite.
+    """
+    first, seen, count = where[0], where[1], where[2]
+
+    def batch_of(i):
+        if how.kind == "batch":
+            return data
+        if how.kind == "stack":
+            return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), data)
+        return take(data, lax.dynamic_index_in_dim(rows, i, keepdims=False))
+
+    @jax.jit
+    def advance(state, batch, key, size):
+        counted = size if how.masked else None
+        new, metrics, told = step._step(state, batch, key, how.exact, counted, how.look)
+        good = jnp.ones((), bool)
+        if how.stop:
+            bad = ~(jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"]))
+            good = ~bad if told is None else told[0] == 0
+        return new, metrics, good
+
+    def at(i):
+        own = None if key is None else jax.random.fold_in(key, (seen + i).astype(jnp.uint32))
+        # Where and how a batch lies must not change how the compiler orders a step's operations.
+        batch, size, _ = barrier((batch_of(first + i), sizes[first + i], i))
+        return batch, own, size
+
+    start = jnp.zeros((), jnp.int32)
+    closed, (_, metrics, _) = jax.make_jaxpr(advance, return_shape=True)(state, *at(start))
+    if not how.may_loop and slow_steps(program(closed)):
+        new, metrics, good = advance(state, *at(start))
+        records = jax.tree.map(lambda x: x[None], metrics)
+        return new, records, jnp.ones((), jnp.int32), good & _kept_finite(how, new, state)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(metrics))
+    places = max(1, min(MOST_STEPS, MOST_BYTES // size))
+
+    def one(carry):
+        i, state, records, _ = carry
+        new, metrics, good = advance(state, *at(i))
+        put = lambda record, x: lax.dynamic_update_index_in_dim(record, x, i, 0)
+        return i + 1, new, jax.tree.map(put, records, metrics), good
+
+    records = jax.tree.map(lambda x: jnp.zeros((places, *x.shape), x.dtype), metrics)
+    begin = start, state, records, jnp.ones((), bool)
+    end = jnp.minimum(count, places)
+    done, new, records, good = lax.while_loop(lambda c: (c[0] < end) & c[3], one, begin)
+    return new, records, done, good & _kept_finite(how, new, state)
+
+
+def _kept_finite(how: How, new: State, old: State) -> jax.Array | bool:
+    """Is what was finite so still? Not looked at where each step looks, or nobody wants to know."""
+    if how.look or not how.stop:
+        return True
+    return ~became_nonfinite(new, old)
+
+
+def slow_steps(flat: Program) -> bool:
+    """Whether a program holds what is many times slower in a loop, on a CPU."""
+    return any(
+        slow_in_a_loop(equation, flat.avals)
+        or any(slow_steps(program(inner)) for inner in inner_jaxprs(equation).values())
+        for equation in flat.equations
+    )
+
+
+class Programs:
+    """The programs of one training step, and what is known of them.
+
+    They don't keep the step alive: `serve` tells of one that is.
+
+    Attributes:
+        traces: an entry for each program that was traced.
+        seconds: what a step took when it was last measured, by kind of batch.
+    """
+
+    def __init__(self) -> None:
+        self.traces: list[How] = []
+        self.seconds: dict[Any, float] = {}
+        self._steps: weakref.WeakSet[TrainStep] = weakref.WeakSet()
+        # No method of self's is jitted: a cycle would keep what the programs hold for a while.
+        steps, traces = self._steps, self.traces
+
+        def run(how, *args):
+            traces.append(how)
+            return _run(next(iter(steps)), how, *args)
+
+        self.run = jax.jit(run, static_argnums=0)
+        self.run_donated = jax.jit(run, static_argnums=0, donate_argnums=1)
+
+    def serve(self, step: TrainStep) -> None:
+        """A step whose programs these are."""
+        self._steps.add(step)
+
+
+def programs_of(step: TrainStep) -> Programs:
+    """The programs of a step that `train_step` made: the step's own."""
+    if step._programs is None:
+        step._programs = Programs()
+        step._programs.serve(step)
+    return step._programs
+
+
+_kept: Kept[Programs] = Kept()
+
+
+def kept_programs(step: TrainStep) -> tuple[Programs, Callable[[], None]]:
+    """The programs of an earlier step of the same loss and optimiser, if both read the same.
+
+    Returns:
+        The programs, and what keeps them for a later step, to be called when one was traced.
+    """
+    loss, optimizer, options = step._made_of
+    functions, more = [loss, optimizer.init, optimizer.update], []
+    for name in sorted(options.keys() - {"check"}):
+        value = options[name]
+        if inspect.isroutine(value):
+            functions.append(value)
+        else:
+            more.append(tuple(value) if isinstance(value, list) else value)
+    try:
+        programs = _kept.find(tuple(functions), *more) or Programs()
+    except TypeError:  # an option that can't be hashed
+        programs = Programs()
+    programs.serve(step)
+
+    def keep():
+        with contextlib.suppress(TypeError):  # that, or no weak reference to a function
+            _kept.keep(tuple(functions), *more, made=programs)
+
+    return programs, keep
+
+
+# ---------------------------------------------------------------------------------- on the host
+
+
+class Calls:
+    """Calls of the device, as long as they should be.
+
+    Args:
+        step: what one step is.
+        programs: its programs.
+        traced: called when one was traced.
+        state: the first.
+        nonfinite: see `train_step`.
+        key: the loss's, or None.
+        most: how many steps a call has; None for as many as take about half a second.
+    """
+
+    def __init__(
+        self,
+        step: TrainStep,
+        programs: Programs,
+        traced: Callable[[], None],
+        state: State,
+        key: Any,
+        most: int | None,
+    ):
+        self._step, self._programs, self._traced = step, programs, traced
+        self._key, self._most = key, most
+        nonfinite = step._nonfinite
+        size = sum(x.nbytes for x in jax.tree.leaves(numbers_of(state)))
+        self._large = size > LARGE
+        scales = step._scaling is not None  # which leaves out steps
+        look = nonfinite == "skip" or (nonfinite == "raise" and (self._large or scales))
+        platforms = {d.platform for d in jax.tree.leaves(state.params)[0].devices()}
+        self._how = How(
+            "",
+            False,
+            exact=look and holds_nonfinite(step._trainable.split(state)[0]),
+            look=look,
+            stop=nonfinite == "raise",
+            may_loop="cpu" not in platforms,
+        )
+
+    def __call__(self, work: Work, chunk: Chunk, at: int) -> int:
+        """Some steps of a chunk from number `at` on; returns how many.
+
+        Raises:
+            NonFiniteError: one was bad (with nonfinite="raise").
+        """
+        done, count = 0, self._count(chunk, len(chunk.sizes) - at)
+        while done < count:
+            done += self._once(work, chunk, at + done, count - done)
+        return done
+
+    def _count(self, chunk: Chunk, left: int) -> int:
+        if self._most is not None:
+            return min(left, self._most)
+        seconds = self._programs.seconds.get(_kind(chunk))
+        return max(1, min(left, int(SECONDS / seconds))) if seconds else 1
+
+    def _once(self, work: Work, chunk: Chunk, at: int, count: int) -> int:
+        """One call of the device."""
+        began, known = time.perf_counter(), len(self._programs.traces)
+        self._call(work, chunk, at, count)
+        records, done, good = jax.device_get(work.made[0][1:])
+        done = int(done)
+        seconds = (time.perf_counter() - began) / max(1, done)
+        is_new = len(self._programs.traces) > known
+        if is_new:
+            self._traced()
+        self._programs.seconds[_kind(chunk)] = 0.0 if is_new else seconds
+        if good:
+            work.enter(work.made[0][0], _first(records, done), chunk.sizes[at : at + done])
+            return done
+        if self._how.look:  # the bad step was the last, and not applied
+            done = done - 1
+            work.enter(work.made[0][0], _first(records, done), chunk.sizes[at : at + done])
+            self._tell(work, chunk, at + done)
+            return done + 1
+        for i in range(done):
+            self._call(work, chunk, at + i, 1)
+            records, _, good = jax.device_get(work.made[0][1:])
+            if good:
+                work.enter(work.made[0][0], _first(records, 1), chunk.sizes[at + i : at + i + 1])
+            else:
+                self._tell(work, chunk, at + i)
+        return done
+
+    def _call(self, work: Work, chunk: Chunk, at: int, count: int) -> None:
+        """Have the device run; what it makes stands in `work.made`."""
+        how = self._how._replace(kind=chunk.kind, masked=chunk.masked)
+        run = self._programs.run_donated if self._large else self._programs.run
+        where = np.array([at, work.seen, count], np.int32)
+        state = beside(work.latest, chunk.data)
+        sizes = chunk.sizes
+        if chunk.kind == "stack":  # with a place for each batch, there or not
+            sizes = np.resize(sizes, len(jax.tree.leaves(chunk.data)[0]))
+        args = (how, state, chunk.data, chunk.rows, sizes, self._key, where)
+        work.made.clear()
+        # No signal's handler can come between a call's end and its result's place in the list:
+        # they run between Python's instructions, and `extend` is one.
+        work.made.extend(map(run, *((x,) for x in args)))
+
+    def _tell(self, work: Work, chunk: Chunk, i: int) -> None:
+        """Make batch i's step with all that explains why it is bad.
+
+        Raises:
+            NonFiniteError: as was to be expected. (It may be that one program overflows and the
+                other, which rounds otherwise, doesn't: then the step is done.)
+        """
+        batch, size = batch_of(chunk, i), chunk.sizes[i : i + 1]
+        key = None if self._key is None else jax.random.fold_in(self._key, np.uint32(work.seen))
+        state = jax.tree.map(jnp.copy, work.latest)
+        new, metrics = self._step._advance(state, batch, key, look_at=False)
+        try:
+            self._step.finish(new)
+        except NonFiniteError:
+            # The batch is over, though its step isn't applied: who goes on, goes on behind it.
+            work.enter(work.latest, _of_one(metrics), size)
+            raise
+        work.enter(new, _of_one(metrics), size)
+
+
+def batch_of(chunk: Chunk, i: int) -> Any:
+    """Batch i of a chunk, without what fills it up."""
+    size = chunk.sizes[i]
+    if chunk.kind == "rows":
+        return take(chunk.data, np.asarray(chunk.rows)[i, :size])
+    whole = chunk.data if chunk.kind == "batch" else jax.tree.map(lambda x: x[i], chunk.data)
+    return jax.tree.map(lambda x: x[:size], whole) if chunk.masked else whole
+
+
+def _kind(chunk: Chunk) -> tuple:
+    shapes = [x.shape[0 if chunk.kind == "batch" else 1 :] for x in jax.tree.leaves(chunk.data)]
+    return chunk.kind, chunk.rows is not None and chunk.rows.shape[1], *shapes
+
+
+def _first(records: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    return {name: values[:count].copy() for name, values in records.items()}
+
+
+def _of_one(metrics: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value)[None] for name, value in metrics.items()}

@@ -1,0 +1,221 @@
+"""Batches as the device takes them: many at a time.
+
+A chunk is what one call of the device can run through. Arrays that fit lie on the device, and an
+epoch of them is one chunk; of batches that come one by one, as many are stacked as make a few
+megabytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnn.train.data import Arrays, Stream, take
+
+# Batches are stacked up to so many bytes, and so many of them, in one chunk.
+STACKED_BYTES, MOST_STACKED = 2**22, 64
+
+# A chunk goes on its way, though there are places left, so many seconds after its first batch came.
+PATIENCE = 0.2
+
+# Arrays lie on the device if they take no more than this part of its memory.
+PART_OF_MEMORY = 0.25
+
+
+class Chunk(NamedTuple):
+    """Batches on the device, or on their way there.
+
+    Fields:
+        kind: how they lie in `data`. "rows": batch i is the rows `rows[i]`; "stack": the i-th
+            entries along a first axis; "batch": data is one batch.
+        data: a tree of arrays.
+        rows: numbers of examples, (batches, batch size); None unless kind is "rows".
+        sizes: how many examples each batch has, on the host.
+        masked: whether batches may be filled up with others, that don't count.
+        start: the first batch that isn't over.
+    """
+
+    kind: str
+    data: Any
+    rows: Any
+    sizes: np.ndarray
+    masked: bool
+    start: int = 0
+
+
+# -------------------------------------------------------------------------- data on the device
+
+
+def device_memory() -> int:
+    """How many bytes of memory the device has, as far as can be known."""
+    statistics = None
+    with contextlib.suppress(Exception):  # not all platforms tell
+        statistics = jax.devices()[0].memory_stats()
+    if statistics and "bytes_limit" in statistics:
+        return int(statistics["bytes_limit"])
+    with contextlib.suppress(Exception):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 2**32
+
+
+def fits(data: Any) -> bool:
+    """Whether arrays lie on the device, or can be put there with room to spare."""
+    new = [x for x in jax.tree.leaves(data) if not isinstance(x, jax.Array)]
+    return sum(x.nbytes for x in new) <= PART_OF_MEMORY * device_memory()
+
+
+@dataclasses.dataclass(frozen=True)
+class Resident:
+    """Arrays that lie on the device: an epoch is one chunk, shuffled there.
+
+    Fields:
+        source: the arrays.
+        data: the same on the device.
+        pad: whether a smaller last batch may be filled up. Else it is a chunk of its own.
+    """
+
+    source: Arrays
+    data: Any
+    pad: bool
+
+    def chunks(self, key: Any, start: int) -> Iterator[Chunk]:
+        """Those of an epoch, without its first `start` batches."""
+        rows, sizes = self.source.rows(key), self.source.sizes
+        even = sizes[-1] == self.source.batch_size
+        if even or self.pad:
+            yield Chunk("rows", self.data, rows, sizes, not even, start)
+            return
+        if start < len(sizes) - 1:
+            yield Chunk("rows", self.data, rows[:-1], sizes[:-1], False, start)
+        yield Chunk("rows", self.data, rows[-1:, : sizes[-1]], sizes[-1:], False)
+
+
+def resident(source: Arrays, pad: bool) -> Resident:
+    """The arrays, put on the device."""
+    return Resident(source, jax.tree.map(jnp.asarray, source.data), pad)
+
+
+# ----------------------------------------------------------------------------- data that come
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """Batches that come one by one, stacked.
+
+    Fields:
+        source: arrays too large for the device, or batches from outside.
+        look_at: called with each batch on its way.
+        may_pad: of a batch, whether an epoch's last one may be filled up if it is smaller.
+        most: how many batches to stack at most; None: by their bytes.
+    """
+
+    source: Arrays | Stream
+    look_at: Callable[[Any], None]
+    may_pad: Callable[[Any], bool]
+    most: int | None = None
+
+    @property
+    def comes_once(self) -> bool:
+        """Whether what is read is gone: then nothing may be read that isn't trained on."""
+        return isinstance(self.source, Stream) and isinstance(self.source.source, Iterator)
+
+    def chunks(self, key: Any, start: int) -> Iterator[Chunk]:
+        """Those of an epoch, without its first `start` batches.
+
+        An error of the source comes after the batches before it.
+        """
+        return self._made(self._looked_at(self.source.epoch(key, start)))
+
+    def _looked_at(self, batches: Iterable) -> Iterator[Any]:
+        for batch in batches:
+            self.look_at(batch)
+            yield batch
+
+    def _made(self, batches: Iterator[Any]) -> Iterator[Chunk]:
+        """Groups of batches that are alike, of at most as many as one chunk has places for."""
+        group: list = []
+        kind: Any = None  # of the batches in the group
+        before: Any = None  # of the group before it
+        began, problem = 0.0, None
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            except BaseException as error:
+                problem = error
+                break
+            own, pad = _kind(batch), self.may_pad(batch)
+            if group and (own != kind or len(group) >= self._places(batch)):
+                yield self._chunk(group)
+                group, before = [], kind
+            if not group:
+                kind, began = own, time.monotonic()
+            group.append(batch)
+            full = len(group) >= self._places(batch) or time.monotonic() - began > PATIENCE
+            if full and not (pad and len(group) == 1 and _is_short(kind, before)):
+                yield self._chunk(group)
+                group, before = [], kind
+        if group:
+            fill = pad and len(group) == 1 and _is_short(kind, before)
+            yield self._chunk(group, before.size if fill else None)
+        if problem is not None:
+            raise problem
+
+    def _places(self, batch: Any) -> int:
+        if any(isinstance(x, jax.Array) and len(x.devices()) > 1 for x in jax.tree.leaves(batch)):
+            return 1
+        if self.most is not None:
+            return self.most
+        size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(batch))
+        return max(1, min(MOST_STACKED, STACKED_BYTES // max(1, size)))
+
+    def _chunk(self, group: list, size: int | None = None) -> Chunk:
+        """A chunk of them; the only one filled up to `size` examples, if given."""
+        sizes = np.array([jax.tree.leaves(batch)[0].shape[0] for batch in group], np.int32)
+        if size is not None:
+            group = [take(group[0], np.arange(size) % sizes[0])]
+        places = self._places(group[0])
+        masked = self.may_pad(group[0])
+        if places == 1:
+            return Chunk("batch", group[0], None, sizes, masked)
+        data = jax.tree.map(lambda *xs: _stacked(xs, places), *group)
+        return Chunk("stack", data, None, sizes, masked)
+
+
+class _Kind(NamedTuple):
+    """How a batch is built: its tree, each array's type without the first axis, and its size."""
+
+    tree: Any
+    types: tuple
+    size: int
+
+
+def _kind(batch: Any) -> _Kind:
+    leaves, tree = jax.tree.flatten(batch)
+    types = [(x.shape[1:], x.dtype, isinstance(x, jax.Array)) for x in leaves]
+    return _Kind(tree, tuple(types), leaves[0].shape[0])
+
+
+def _is_short(kind: _Kind, before: _Kind | None) -> bool:
+    """Is this kind of batch as the one before, but smaller?"""
+    return before is not None and kind[:2] == before[:2] and kind.size < before.size
+
+
+def _stacked(arrays: tuple, places: int) -> jax.Array:
+    """Arrays along a new first axis with so many places; what is in those left doesn't matter."""
+    if isinstance(arrays[0], jax.Array):
+        return jnp.stack([*arrays, *arrays[-1:] * (places - len(arrays))])
+    stack = np.zeros((places, *arrays[0].shape), arrays[0].dtype)
+    for i, x in enumerate(arrays):
+        stack[i] = x
+    return jnp.asarray(stack)
