@@ -237,6 +237,7 @@ class Calls:
     ):
         self._step, self._programs, self._traced = step, programs, traced
         self._key, self._most = key, most
+        self._latest: Any = None  # the kind of batch
         nonfinite = step._nonfinite
         size = sum(x.nbytes for x in jax.tree.leaves(numbers_of(state)))
         self._large = size > LARGE
@@ -258,16 +259,18 @@ class Calls:
         Raises:
             NonFiniteError: one was bad (with nonfinite="raise").
         """
-        done, count = 0, self._count(chunk, len(chunk.sizes) - at)
+        self._latest = _kind(chunk)
+        done, count = 0, min(len(chunk.sizes) - at, self.affordable())
         while done < count:
             done += self._once(work, chunk, at + done, count - done)
         return done
 
-    def _count(self, chunk: Chunk, left: int) -> int:
+    def affordable(self) -> int:
+        """How many steps a call may have, by what the last ones took."""
         if self._most is not None:
-            return min(left, self._most)
-        seconds = self._programs.seconds.get(_kind(chunk))
-        return max(1, min(left, int(SECONDS / seconds))) if seconds else 1
+            return self._most
+        seconds = self._programs.seconds.get(self._latest)
+        return max(1, int(SECONDS / seconds)) if seconds else 1
 
     def _once(self, work: Work, chunk: Chunk, at: int, count: int) -> int:
         """One call of the device."""
@@ -279,7 +282,7 @@ class Calls:
         is_new = len(self._programs.traces) > known
         if is_new:
             self._traced()
-        self._programs.seconds[_kind(chunk)] = 0.0 if is_new else seconds
+        self._programs.seconds[self._latest] = 0.0 if is_new else seconds
         if good:
             work.enter(work.made[0][0], _first(records, done), chunk.sizes[at : at + done])
             return done

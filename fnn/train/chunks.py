@@ -115,13 +115,14 @@ class Streamed:
         source: arrays too large for the device, or batches from outside.
         look_at: called with each batch on its way.
         may_pad: of a batch, whether an epoch's last one may be filled up if it is smaller.
-        most: how many batches to stack at most; None: by their bytes.
+        most: tells how many batches to wait for at most. The stack has the same number of places
+            in any case, by the bytes of a batch: its program is then the same, to the last bit.
     """
 
     source: Arrays | Stream
     look_at: Callable[[Any], None]
     may_pad: Callable[[Any], bool]
-    most: int | None = None
+    most: Callable[[], int] = lambda: MOST_STACKED
 
     @property
     def comes_once(self) -> bool:
@@ -155,13 +156,14 @@ class Streamed:
                 problem = error
                 break
             own, pad = _kind(batch), self.may_pad(batch)
-            if group and (own != kind or len(group) >= self._places(batch)):
+            most = min(_places(batch), self.most())
+            if group and (own != kind or len(group) >= most):
                 yield self._chunk(group)
                 group, before = [], kind
             if not group:
                 kind, began = own, time.monotonic()
             group.append(batch)
-            full = len(group) >= self._places(batch) or time.monotonic() - began > PATIENCE
+            full = len(group) >= most or time.monotonic() - began > PATIENCE
             if full and not (pad and len(group) == 1 and _is_short(kind, before)):
                 yield self._chunk(group)
                 group, before = [], kind
@@ -171,25 +173,26 @@ class Streamed:
         if problem is not None:
             raise problem
 
-    def _places(self, batch: Any) -> int:
-        if any(isinstance(x, jax.Array) and len(x.devices()) > 1 for x in jax.tree.leaves(batch)):
-            return 1
-        if self.most is not None:
-            return self.most
-        size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(batch))
-        return max(1, min(MOST_STACKED, STACKED_BYTES // max(1, size)))
-
     def _chunk(self, group: list, size: int | None = None) -> Chunk:
         """A chunk of them; the only one filled up to `size` examples, if given."""
         sizes = np.array([jax.tree.leaves(batch)[0].shape[0] for batch in group], np.int32)
         if size is not None:
             group = [take(group[0], np.arange(size) % sizes[0])]
-        places = self._places(group[0])
+        places = _places(group[0])
         masked = self.may_pad(group[0])
         if places == 1:
             return Chunk("batch", group[0], None, sizes, masked)
         data = jax.tree.map(lambda *xs: _stacked(xs, places), *group)
         return Chunk("stack", data, None, sizes, masked)
+
+
+def _places(batch: Any) -> int:
+    """How many such batches are stacked."""
+    leaves = jax.tree.leaves(batch)
+    if any(isinstance(x, jax.Array) and len(x.devices()) > 1 for x in leaves):
+        return 1
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+    return max(1, min(MOST_STACKED, STACKED_BYTES // max(1, size)))
 
 
 class _Kind(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import time
@@ -197,8 +198,8 @@ def fit(
             step.find_labels, state.params, training.data, loss_key, state.model_state, "data"
         )
     look_at = _look_at(step.find_labels, state, loss_key, check and isinstance(training, Stream))
-    source = _source(training, step, state, loss_key, look_at, steps_per_call)
     calls = Calls(step, programs, traced, state, loss_key, steps_per_call)
+    source = _source(training, step, state, loss_key, look_at, calls)
 
     work = Work(state, start, training.steps)
     first = work.epoch
@@ -308,7 +309,7 @@ def _source(
     state: State,
     key: Any,
     look_at: Callable[[Any], None],
-    most: int | None,
+    calls: Calls,
 ) -> Resident | Streamed:
     """Where the chunks come from."""
     # Types alone: the state must not be kept.
@@ -322,7 +323,9 @@ def _source(
         return known[0]
 
     if isinstance(training, Stream) or not fits(training.data):
-        return Streamed(training, look_at, may_pad, most)
+        source = Streamed(training, look_at, may_pad)
+        # Of what comes once, no more is read than the next call trains on.
+        return dataclasses.replace(source, most=calls.affordable) if source.comes_once else source
     even = training.sizes[-1] == training.batch_size
     return resident(training, not even and may_pad(training.data))
 

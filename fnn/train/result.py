@@ -38,6 +38,8 @@ class Log:
 
     def extend(self, records: dict[str, np.ndarray], sizes: np.ndarray) -> None:
         """The metrics of steps, stacked, and how many examples each of their batches had."""
+        if len(sizes) == 0:
+            return
         self._parts.append(records)
         self._sizes.append(sizes)
         self.count += len(sizes)

@@ -1,0 +1,316 @@
+"""Many steps in one call: the same numbers however epochs are cut, and nothing compiled twice."""
+
+import gc
+import threading
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sweeps import sweep
+
+import fnn
+from fnn.layers import BatchNorm, Linear, chain
+from fnn.train import NonFiniteError, calls, chunks, train_step
+from fnn.train.prefetch import prefetched
+
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+A = RNG.normal(size=(26, 3))
+Y = A @ np.array([1.0, -2.0, 0.5])
+START = {"W": jnp.ones(3), "b": jnp.zeros(())}
+ADAM = optax.adam(0.1)
+# 26 = 3 · 8 + 2
+BATCHES = [(A[i : i + 8], Y[i : i + 8]) for i in range(0, 26, 8)]
+
+
+def noisy(params, example, key):
+    x, y = example
+    noise = jax.random.normal(key)
+    error = params["W"] @ x + params["b"] + 0.1 * noise - y
+    return error**2, {"noise": noise, "x": x}
+
+
+def squares(params, example):
+    x, y = example
+    return (params["W"] @ x + params["b"] - y) ** 2
+
+
+def fit(loss=noisy, params=START, data=(A, Y), optimizer=ADAM, **options):
+    if isinstance(data, tuple):
+        options = {"batch_size": 8} | options
+    options = {"epochs": 3, "key": KEY, "progress": False} | options
+    return fnn.fit(loss, params, data, optimizer, **options)
+
+
+def equal(a, b):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), a, b)
+
+
+def close(a, b, rtol=1e-9):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-12), a, b)
+
+
+# ------------------------------------------------------------------------------- however it is cut
+
+
+@pytest.mark.parametrize(
+    "kind", sweep(["arrays", "list", "too large"], quick=["arrays", "too large"])
+)
+def test_the_same_numbers_however_epochs_are_cut(kind, monkeypatch, tmp_path):
+    data = (A, Y)
+    if kind == "list":
+        data = BATCHES
+    if kind == "too large":
+        monkeypatch.setattr(chunks, "PART_OF_MEMORY", 0.0)
+        A.tofile(tmp_path / "A")
+        data = (np.memmap(tmp_path / "A", A.dtype, "r", shape=A.shape), Y)
+    whole = fit(data=data)
+    for most in (1, 3, 100):
+        other = fit(data=data, steps_per_call=most)
+        equal(other.state, whole.state)
+        equal(other.steps, whole.steps)
+
+    class Stop(Exception):
+        pass
+
+    class Interrupted(calls.Calls):
+        def __call__(self, work, chunk, at):
+            if work.seen == 6:
+                raise Stop
+            return super().__call__(work, chunk, at)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop) as error:
+        patch.setattr("fnn.train.loop.Calls", Interrupted)
+        fit(data=data, steps_per_call=2)
+    part = error.value.result
+    assert list(part.state.position) == [1, 2, 6]
+    equal(fit(params=part.state, data=data, epochs=2).state, whole.state)
+
+
+def test_a_smaller_last_batch_is_a_mean_over_its_own_examples():
+    """Against steps on the batches as they are, each compiled for itself."""
+    step = train_step(squares, ADAM)
+    state, losses = step.init(START), []
+    for batch in BATCHES * 3:
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    for data, options in (((A, Y), {"shuffle": False}), (BATCHES, {})):
+        result = fit(squares, data=data, **options)
+        close(result.params, state.params)
+        close(result.steps["loss"], np.array(losses))
+
+
+def test_the_last_batch_may_be_left_out():
+    result = fit(squares, drop_last=True, shuffle=False)
+    close(result.params, fit(squares, data=BATCHES[:3]).params)
+    assert len(result.steps["loss"]) == 9 and result.state.position[2] == 9
+    with pytest.raises(ValueError, match=r"drop_last is for arrays"):
+        fit(data=BATCHES, drop_last=True)
+
+
+def reading_the_batch():
+    """Takes the mean of the batch for a gradient."""
+
+    def update(updates, state, params=None, *, batch, **more):
+        return {"W": -0.1 * jnp.mean(batch[0], 0), "b": 0.1 * updates["b"]}, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+
+NORMED = chain(norm=BatchNorm(), out=Linear(1))
+
+
+@pytest.mark.parametrize("kind", sweep(["statistics", "optimiser"], quick=["optimiser"]))
+def test_where_examples_are_coupled_the_last_batch_isnt_filled_up(kind):
+    if kind == "statistics":
+        loss = fnn.supervised(NORMED, lambda out, y: (out[0] - y) ** 2)
+        optimizer, params = ADAM, NORMED.init(KEY, A[0])
+        state = NORMED.init_state(A[0])
+    else:
+        loss, optimizer, params, state = squares, reading_the_batch(), START, {}
+    step = train_step(loss, optimizer)
+    now = step.init(params, state)
+    for batch in BATCHES * 2:
+        now, _ = step(now, batch)
+    result = fit(loss, params, optimizer=optimizer, shuffle=False, epochs=2)
+    close((result.params, result.state.model_state), (now.params, now.model_state))
+    options = {"data": BATCHES, "optimizer": optimizer, "epochs": 2}
+    options |= {"model_state": state} if state else {}
+    close(fit(loss, params, **options).params, now.params)
+
+
+# ------------------------------------------------------------------------------------ compilations
+
+
+def compilations(run, caplog):
+    caplog.clear()
+    with jax.log_compiles(True), caplog.at_level("WARNING"):
+        run()
+    return [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling")]
+
+
+@pytest.mark.parametrize("kind", ["loss", "step"])
+def test_a_second_fit_compiles_nothing(kind, caplog):
+    options = {"validation": (A, Y), "validation_loss": squares}
+    made = (squares, ADAM) if kind == "loss" else (train_step(squares, ADAM), None)
+    run = lambda **more: fit(made[0], optimizer=made[1], **options | more)
+    assert compilations(run, caplog)
+    equal(run().params, run().params)
+    assert not compilations(run, caplog)
+    assert not compilations(lambda: run(steps_per_call=2, epochs=5), caplog)
+
+
+def test_a_changed_variable_is_read_anew():
+    scale = 1.0
+
+    def loss(params, example):
+        return scale * squares(params, example)
+
+    first = fit(loss).steps["loss"][0]
+    scale = 3.0
+    assert fit(loss).steps["loss"][0] == pytest.approx(3 * first)
+    scale = 1.0
+    assert fit(loss).steps["loss"][0] == first
+
+
+def test_neither_the_loss_nor_what_it_holds_is_kept():
+    held = jnp.ones(3)
+
+    def make(held):
+        return lambda params, example: squares(params, example) + jnp.sum(held * params["W"])
+
+    loss, optimizer = make(held), optax.sgd(0.1)
+    fit(loss, optimizer=optimizer)
+    fit(loss, optimizer=optimizer)
+    gone = weakref.ref(loss), weakref.ref(held), weakref.ref(optimizer.update)
+    del loss, held, optimizer
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 3
+
+
+def test_a_step_has_its_own_optimiser():
+    step = train_step(squares, ADAM, nonfinite="skip")
+    with pytest.raises(TypeError, match="optimizer is given beside a TrainStep"):
+        fit(step)
+    with pytest.raises(TypeError, match="nonfinite is given beside a TrainStep"):
+        fit(step, optimizer=None, nonfinite="ignore")
+    result = fit(step, optimizer=None)
+    close(result.params, fit(squares).params)
+    assert result.history["skipped"] == [0, 0, 0]
+
+
+# ---------------------------------------------------------------------------- what loops are bad at
+
+
+def test_steps_with_convolutions_that_are_slow_in_a_loop_run_one_by_one():
+    images = RNG.normal(size=(12, 6, 6, 2))
+    numbers = ("NHWC", "OIHW", "NHWC")
+
+    def plain(w, x):
+        return jnp.sum(
+            jax.lax.conv_general_dilated(x[None], w, (1, 1), "SAME", None, None, numbers)
+        )
+
+    def inner(w, x):  # differentiated by JAX itself
+        return jnp.sum(jax.grad(plain)(w, x) ** 2) + jnp.sum(w**2) + plain(w, x)
+
+    start = 0.1 * jnp.asarray(RNG.normal(size=(3, 2, 3, 3)))
+    found = {}
+    for name, loss in {"plain": plain, "inner": inner}.items():
+        step = train_step(loss, optax.sgd(1e-3))
+        options = {"optimizer": None, "shuffle": False, "batch_size": 4}
+        whole = fit(step, start, images, **options)
+        equal(fit(step, start, images, steps_per_call=2, **options).params, whole.params)
+        state = step.init(start)
+        for i in [0, 4, 8] * 3:
+            state, _ = step(state, images[i : i + 4])
+        close(state.params, whole.params)
+        programs = step._programs
+        (how,) = set(programs.traces)
+        rows = np.zeros((3, 4), np.int32)
+        args = whole.state, jnp.asarray(images), rows, np.full(3, 4, np.int32), None
+        where = np.zeros(3, np.int32)
+        found[name] = "while" in programs.run.lower(how, *args, where).as_text()
+    assert found == {"plain": True, "inner": False}
+
+
+# ------------------------------------------------------------------------------------- inf and nan
+
+
+@pytest.mark.parametrize("large", sweep([False, True], quick=[False]))
+def test_the_bad_step_is_named_and_the_steps_before_it_are_kept(large, monkeypatch):
+    if large:
+        monkeypatch.setattr(calls, "LARGE", 0)
+    data = A.copy()
+    data[13] = np.inf  # in the second batch
+    options = {"shuffle": False, "check": False}
+    fit(squares, epochs=1, **options)  # a step's time is known
+    with pytest.raises(
+        NonFiniteError, match=r"step 1: the loss and the gradient.*\n.*number 5"
+    ) as e:
+        fit(squares, data=(data, Y), **options)
+    result = e.value.result
+    close(result.params, fit(squares, data=BATCHES[:1], epochs=1).params)
+    assert list(result.state.position) == [0, 2, 2] and result.state.step == 1
+    assert np.isfinite(result.steps["loss"]).tolist() == [True, False]
+    with pytest.raises(NonFiniteError, match="step 4: "):  # behind it, until it comes again
+        fit(squares, result.state, (data, Y), **options)
+
+
+def test_an_update_that_overflows_is_found_within_a_call():
+    schedule = lambda step: jnp.where(step == 6, jnp.inf, 0.1)
+    optimizer = optax.sgd(schedule)
+    with pytest.raises(NonFiniteError, match="step 6: the update of params") as error:
+        fit(squares, optimizer=optimizer, shuffle=False)
+    good = fit(squares, optimizer=optax.sgd(0.1), data=[*BATCHES, *BATCHES[:2]], epochs=1)
+    close(error.value.result.params, good.params)
+
+
+# ----------------------------------------------------------------------------------- reading ahead
+
+
+def test_what_is_read_ahead_comes_in_order_and_ends():
+    seen = []
+
+    def source():
+        for i in range(5):
+            seen.append((i, threading.current_thread() is threading.main_thread()))
+            yield i
+        raise RuntimeError("the end")
+
+    found = []
+    with pytest.raises(RuntimeError, match="the end"):
+        for x in prefetched(source, 2):
+            found.append(x)
+    assert found == list(range(5)) and not any(main for _, main in seen)
+    assert list(prefetched(lambda: iter(range(3)), 0)) == [0, 1, 2]
+
+
+def test_the_thread_ends_with_its_reader():
+    ended = threading.Event()
+
+    def source():
+        try:
+            yield from range(10**9)
+        finally:
+            ended.set()
+
+    entries = prefetched(source, 1)
+    assert next(entries) == 0
+    entries.close()
+    assert ended.is_set()
+
+
+def test_the_thread_computes_as_its_maker():
+    with jax.enable_x64(False):
+        (found,) = prefetched(lambda: (jnp.ones(()) for _ in range(1)), 1)
+    assert found.dtype == jnp.float32
+
+
+def test_an_iterator_is_read_no_further_than_it_is_trained_on():
+    data = iter(BATCHES * 9)
+    fit(squares, data=data, steps_per_epoch=4, epochs=2)
+    assert len(list(data)) == 9 * 4 - 8
