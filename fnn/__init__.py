@@ -10,6 +10,7 @@ models                      whole networks
 sharding                    layouts over many devices
 params                      parameters by path, and their files
 train_step, fit             training
+Checkpoints                 what fit keeps in a folder, to go on from
 sweep                       many trainings by one program
 logs                        what fit writes of each epoch
 find_learning_rate, activation_statistics, loss_surface
@@ -37,6 +38,8 @@ from fnn.layers import summary
 from fnn.operation import Operation, RuleError, rule
 from fnn.sweeps import Halving, SweepResult, sweep
 from fnn.train import (
+    CheckpointError,
+    Checkpoints,
     DynamicLossScale,
     FitResult,
     NonFiniteError,
@@ -54,6 +57,8 @@ from fnn.train import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
+    "Checkpoints",
     "DynamicLossScale",
     "FitResult",
     "GradientError",

@@ -58,7 +58,17 @@ ONLY = {
 EXTENDS_JAX = {"fnn.jaxpr", "fnn.operation.primitive", "fnn.operation.twins"}
 
 # Not needed to import fnn: imported where they are used.
-EXTRAS = {"IPython", "lineax", "matplotlib", "pygraphviz", "rich", "safetensors", "tensorboardX"}
+EXTRAS = {
+    "IPython",
+    "lineax",
+    "matplotlib",
+    "orbax",
+    "pygraphviz",
+    "rich",
+    "safetensors",
+    "tensorboardX",
+    "tensorstore",
+}
 
 
 class Import(NamedTuple):

@@ -62,3 +62,10 @@ def test_interoperation(tmp_path):
         pytest.importorskip(library)
     printed = run("interoperation.py", folder=tmp_path)
     assert len(re.findall(r"posterior means {'W': Array", printed)) == 2
+
+
+def test_resume(tmp_path):
+    """Killed once; `test_resume.py` kills more."""
+    printed = run("resume.py", "--quick", "--out", "runs", folder=tmp_path)
+    assert "the state of both, bit by bit: the same" in printed
+    assert (tmp_path / "runs" / "resume" / "killed").is_dir()

@@ -1,5 +1,7 @@
 """Training: one compiled step, and epochs of them."""
 
+from fnn.train.checkpoint_files import CheckpointError
+from fnn.train.checkpoints import Checkpoints
 from fnn.train.evaluation import evaluate
 from fnn.train.landscape import LossSurface, loss_surface
 from fnn.train.loop import fit
@@ -18,6 +20,8 @@ from fnn.train.state import State
 from fnn.train.step import TrainStep, train_step
 
 __all__ = [
+    "CheckpointError",
+    "Checkpoints",
     "ActivationStatistics",
     "DynamicLossScale",
     "FitResult",

@@ -96,7 +96,8 @@ class Resident:
             return
         if start < len(sizes) - 1:
             yield Chunk("rows", self.data, rows[:-1], sizes[:-1], False, start)
-        yield Chunk("rows", self.data, rows[-1:, : sizes[-1]], sizes[-1:], False)
+        if start < len(sizes):
+            yield Chunk("rows", self.data, rows[-1:, : sizes[-1]], sizes[-1:], False)
 
 
 def resident(source: Arrays, pad: bool) -> Resident:

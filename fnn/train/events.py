@@ -28,6 +28,9 @@ class Listener:
     def end(self, work: Work, result: FitResult) -> None:
         """Training ends, also by Ctrl-C; not if it raised."""
 
+    def failed(self, work: Work, result: FitResult, error: BaseException) -> None:
+        """Training raised; the error goes on its way afterwards."""
+
 
 class Listeners:
     """All of them, told in turn."""
@@ -51,3 +54,7 @@ class Listeners:
     def end(self, work: Work, result: FitResult) -> None:
         for listener in self._listeners:
             listener.end(work, result)
+
+    def failed(self, work: Work, result: FitResult, error: BaseException) -> None:
+        for listener in self._listeners:
+            listener.failed(work, result, error)

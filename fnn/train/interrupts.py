@@ -1,4 +1,4 @@
-"""Ctrl-C between calls of the device, never inside one.
+"""Ctrl-C and SIGTERM between calls of the device, never inside one.
 
 A call may have taken the state. A KeyboardInterrupt that struck after the call has run and before
 its result has a name would lose both.
@@ -12,8 +12,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 GRACE = 1.0
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, heard as Ctrl-C is."""
 
 
 class Interrupts:
@@ -23,38 +28,46 @@ class Interrupts:
     block: the step may hang). For a second after it was raised, others are let pass: a hurried
     or bouncing key must not strike what saves the work. Outside the main thread, or where the
     program has a handler of its own for the signal, nothing changes.
+
+    Args:
+        terminated: whether SIGTERM, too, is heard, as a `Terminated`.
     """
 
-    def __init__(self):
+    def __init__(self, terminated: bool = False):
+        self._heard: dict[int, Any] = {signal.SIGINT: signal.default_int_handler}
+        if terminated:
+            self._heard[signal.SIGTERM] = signal.SIG_DFL
         self._holding = False
-        self._pending = False
-        self._installed = False
+        self._pending: type[KeyboardInterrupt] | None = None
+        self._installed: list[int] = []
         self._raised = -math.inf
 
     def __enter__(self) -> Interrupts:
-        in_main = threading.current_thread() is threading.main_thread()
-        if in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._handle)
-            self._installed = True
+        if threading.current_thread() is threading.main_thread():
+            for number, default in self._heard.items():
+                if signal.getsignal(number) == default:
+                    signal.signal(number, self._handle)
+                    self._installed.append(number)
         return self
 
     def __exit__(self, *_):
-        if self._installed:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            self._installed = False
+        while self._installed:
+            number = self._installed.pop()
+            signal.signal(number, self._heard[number])
 
     def _handle(self, signum, frame):
         if time.monotonic() - self._raised < GRACE:
             return
-        if self._holding and not self._pending:
-            self._pending = True
+        kind = Terminated if signum == signal.SIGTERM else KeyboardInterrupt
+        if self._holding and self._pending is None:
+            self._pending = kind
         else:
-            self._raise()
+            self._raise(kind)
 
-    def _raise(self):
-        self._pending = False
+    def _raise(self, kind: type[KeyboardInterrupt]):
+        self._pending = None
         self._raised = time.monotonic()
-        raise KeyboardInterrupt
+        raise kind
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -64,5 +77,5 @@ class Interrupts:
             yield
         finally:
             self._holding = False
-        if self._pending:
-            self._raise()
+        if self._pending is not None:
+            self._raise(self._pending)

@@ -18,13 +18,16 @@ from fnn import arguments
 from fnn.batch import example_types
 from fnn.params import Where
 from fnn.train.calls import Calls, kept_programs, programs_of
+from fnn.train.checkpoints import Checkpoints
 from fnn.train.checks import BatchChecks, check_values
 from fnn.train.chunks import Resident, Streamed, fits, resident
+from fnn.train.configuration import of_call
 from fnn.train.coupling import is_coupled
 from fnn.train.data import Arrays, Stream, batches_of, is_tree_of_arrays
 from fnn.train.evaluation import evaluation_of, fold_in
 from fnn.train.events import Listener, Listeners
 from fnn.train.interrupts import Interrupts
+from fnn.train.keeping import kept
 from fnn.train.loss import Extras, Loss, check_loss, extras
 from fnn.train.loss_scaling import DynamicLossScale
 from fnn.train.nonfinite import NonFiniteError
@@ -65,6 +68,7 @@ def fit(
     loss_scale: float | str | DynamicLossScale | None = None,
     ema: float | None = None,
     clip: float | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> FitResult:
     """Train: `epochs` times over the data, a batch at a time.
 
@@ -120,21 +124,26 @@ def fit(
             they come, see `TrainStep`): nan, and labels out of range. Shapes are always checked.
         model_state: the network's state to start from, `net.init_state(x)`, for a loss that takes
             one; a loss made by `supervised` makes it itself. It is trained in `state.model_state`.
+        checkpoints: `fnn.Checkpoints(folder)`: all is saved there as training goes on, and the same
+            call again goes on where the newest checkpoint stands. `epochs` counts from the first
+            call's beginning, then.
         trainable, accumulate, compute, loss_scale, ema, clip: see `train_step`.
 
     Returns:
-        A `FitResult`. Ctrl-C ends training early and returns what was trained so far, with
-        `interrupted=True`.
+        A `FitResult`. Ctrl-C (with checkpoints, SIGTERM too) ends training early and returns what
+        was trained so far, with `interrupted=True`.
 
     Raises:
         TypeError, ValueError: the arguments don't fit each other; before anything is compiled
             where it can be known.
         NonFiniteError: with nonfinite="raise".
+        CheckpointError: a checkpoint can't be written or read, or is of another call.
         Exception: whatever the data, `after_epoch` or a step raises passes through.
         Once training has begun, every error has an attribute `result`: the FitResult up to the
-        last good step, to go on from. (If the device failed in a step, which had taken the state:
-        up to the last epoch of which a copy was kept. fit keeps one as often as it costs less
-        than a hundredth of the time.) What is wrong with stdout ends the display alone.
+        last good step, to go on from; with checkpoints it is saved, too. (If the device failed in
+        a step, which had taken the state: up to the last epoch of which a copy was kept. fit keeps
+        one as often as it costs less than a hundredth of the time.) What is wrong with stdout ends
+        the display alone.
 
     Steps run in a loop on the device. (But one by one where a step holds a convolution that XLA's
     CPU backend would run many times slower in a loop; fnn's own it doesn't.) Their program is
@@ -155,6 +164,11 @@ def fit(
         steps_per_call = arguments.integer("fit", "steps_per_call", steps_per_call, least=1)
     if key is not None:
         arguments.key("fit", "key", key)
+    if checkpoints is not None and not isinstance(checkpoints, Checkpoints):
+        raise TypeError(
+            "fit: checkpoints must be fnn.Checkpoints(folder), but got "
+            f"{arguments.show(checkpoints)}."
+        )
     if validation_loss is not None:
         check_loss("fit", validation_loss, "validation_loss")
         if validation is None:
@@ -198,13 +212,20 @@ def fit(
             step.find_labels, state.params, training.data, loss_key, state.model_state, "data"
         )
     look_at = _look_at(step.find_labels, state, loss_key, check and isinstance(training, Stream))
-    calls = Calls(step, programs, traced, state, loss_key, steps_per_call)
-    source = _source(training, step, state, loss_key, look_at, calls)
 
     work = Work(state, start, training.steps)
-    first = work.epoch
-    last = first + epochs - 1
+    last = work.epoch + epochs - 1
+    interrupts = Interrupts(terminated=checkpoints is not None)
     with contextlib.ExitStack() as stack:
+        keeper = None
+        if checkpoints is not None:
+            options = {"steps_per_epoch": steps_per_epoch, "drop_last": drop_last}
+            call = of_call(training, state, step, key, **options)
+            keeper = stack.enter_context(kept(checkpoints, call, last, work, training, interrupts))
+            state = work.latest
+        calls = Calls(step, programs, traced, state, loss_key, steps_per_call)
+        source = _source(training, step, state, loss_key, look_at, calls)
+        first = last + 1 if keeper and keeper.is_over else work.epoch
         validate = _validation(
             stack,
             validation,
@@ -217,9 +238,10 @@ def fit(
         )
         del state
         display = progress_for(progress, last, training.steps, first)
-        told = Listeners(_Shown(display), *([_AfterEpoch(after_epoch)] if after_epoch else []))
+        own_listeners = [_AfterEpoch(after_epoch)] if after_epoch else []
+        told = Listeners(_Shown(display), *([keeper] if keeper else []), *own_listeners)
         stack.callback(display.close)
-        interrupts = stack.enter_context(Interrupts())
+        stack.enter_context(interrupts)
         try:
             told.begin(work)
             for epoch in range(first, last + 1):
@@ -247,10 +269,14 @@ def fit(
             told.end(work, result)
         except KeyboardInterrupt:
             result = work.result(interrupted=True)
-            display.say(f"Interrupted in epoch {work.epoch}, after {work.log.count} steps.")
+            saved = " All is saved: the same call goes on." if keeper else ""
+            steps = work.log.count
             told.end(work, result)
+            display.say(f"Interrupted in epoch {work.epoch}, after {steps} steps.{saved}")
         except BaseException as error:
-            attach(error, work.result(failed=not isinstance(error, NonFiniteError)))
+            result = work.result(failed=not isinstance(error, NonFiniteError))
+            attach(error, result)
+            told.failed(work, result, error)
             raise
     return result
 

@@ -83,6 +83,19 @@ class Log:
         """For each metric, its value at each step."""
         return _joined(self._parts)
 
+    def sizes(self) -> np.ndarray:
+        """How many examples the batch of each step had."""
+        return np.concatenate(self._sizes) if self._sizes else np.zeros(0, np.int32)
+
+    def go_on(self, history: dict, steps: dict, sizes: np.ndarray, batch: int) -> None:
+        """Begin where an earlier log ended, with the last `batch` steps in the epoch under way."""
+        self.history = history
+        before = len(sizes) - min(batch, len(sizes))
+        for part in (slice(0, before), slice(before, None)):
+            if len(sizes[part]):
+                self.extend({name: v[part] for name, v in steps.items()}, sizes[part])
+        self._epoch = int(before > 0)
+
     def cut(self, steps: int, epochs: int | None = None) -> None:
         """Forget what came after so many steps, and so many epochs."""
         if epochs is not None:
@@ -198,6 +211,23 @@ class Work:
         self._now = (state, 0)  # together, so that no signal can come between
         self._kept = (origin, 0, 0, (epochs, batch))
         self._keep_after = 0.0
+
+    def go_on(self, state: State, history: dict, steps: dict, sizes: np.ndarray) -> None:
+        """Begin where an earlier call of `fit` ended, as if it were this one.
+
+        Args:
+            state: its last, in arrays of its own; not yet at the next epoch if a batch is over.
+            history, steps: as in its FitResult.
+            sizes: how many examples the batch of each step had.
+        """
+        epochs, batch, seen = (int(n) for n in np.asarray(state.position))
+        self.log.go_on(history, steps, sizes, batch)
+        self._seen_before = seen - self.log.count
+        self._now = state, self.log.count
+        self._begin(epochs + 1, batch)
+        copy = jax.tree.map(_to_host, state)
+        over = _longest(history)
+        self._kept = (lambda: _to_device(copy), over, self.log.count, (epochs, batch))
 
     @property
     def latest(self) -> State:

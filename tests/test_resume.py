@@ -1,0 +1,413 @@
+"""`fit` with checkpoints: killed at any moment, it ends with the same parameters, to the bit."""
+
+import contextlib
+import errno
+import functools
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import resumed
+from jax.sharding import NamedSharding, PartitionSpec
+from resumed import X, Y, checkpoints, digest, train
+from sweeps import exhaustive
+
+import fnn
+from fnn.train import CheckpointError, checkpoint_files
+
+EPOCHS = 4
+BATCHES = [(X[i : i + 16], Y[i : i + 16]) for i in range(0, 80, 16)]
+
+
+class Stop(Exception):
+    pass
+
+
+@functools.cache
+def uninterrupted(epochs=EPOCHS):
+    return digest(train(None, epochs))
+
+
+@functools.cache
+def of_batches():
+    return digest(train(None, EPOCHS, data=BATCHES))
+
+
+# ---------------------------------------------------------------------------------- the same call
+
+
+def test_the_same_call_goes_on_and_then_returns_the_result(tmp_path):
+    two = train(tmp_path, 2)
+    four = train(tmp_path, EPOCHS)  # an uninterrupted run of four, as far as its checkpoints know
+    assert digest(four) == uninterrupted()
+    assert two.history["loss"] == four.history["loss"][:2]
+    assert not four.interrupted
+    again = train(tmp_path, EPOCHS, after_epoch=lambda *_: pytest.fail("it trains"))
+    assert digest(again) == digest(four) and again.history["seconds"] == four.history["seconds"]
+    assert digest(checkpoints(tmp_path).load(four.state)) == digest(four)
+    assert checkpoints(tmp_path).best_step() == 6 * (1 + np.argmin(four.history["validation_loss"]))
+    fewer = train(tmp_path, 3)
+    assert digest(fewer) == digest(four)
+
+
+def test_it_compiles_no_more_than_a_run_from_the_beginning(tmp_path, caplog):
+    train(None, 1)
+    train(tmp_path, 1)
+    with jax.log_compiles():
+        train(tmp_path, 2)
+    compiled = [r.message for r in caplog.records if "Finished XLA compilation" in r.message]
+    assert not [message for message in compiled if "run" in message or "step" in message], compiled
+
+
+def stopping_at(count, then):
+    """Batches, with a call of `then` before batch number `count`."""
+    calls = itertools.count(1)
+
+    def data():
+        for batch in BATCHES:
+            if next(calls) == count:
+                then()
+            yield batch
+
+    return data
+
+
+def raising():
+    raise Stop
+
+
+def test_an_error_of_the_data_loses_no_step(tmp_path):
+    with pytest.raises(Stop) as error:
+        train(tmp_path, EPOCHS, data=stopping_at(8, raising))
+    assert "saved as the checkpoint of step 7" in "".join(error.value.__notes__)
+    assert checkpoints(tmp_path).steps()[-1] == 7 == len(error.value.result.steps["loss"])
+    rest = train(tmp_path, EPOCHS, data=stopping_at(0, raising))
+    assert digest(rest) == of_batches()
+
+
+@pytest.mark.parametrize("where", ["after_epoch", "validation"])
+def test_an_error_of_a_callback_loses_no_step(tmp_path, where):
+    """That of a validation comes before its epoch's end, which the next call repeats."""
+    options = {"after_epoch": lambda epoch, *_: raising() if epoch == 3 else None}
+    whole = {}
+    if where == "validation":
+        options, whole = ({"validation": stopping_validation(n)} for n in (3, 0))
+    with pytest.raises(Stop) as error:
+        train(tmp_path, EPOCHS, **options)
+    assert error.value.result.state.step == 18
+    assert checkpoints(tmp_path).steps()[-1] == 18
+    assert digest(train(tmp_path, EPOCHS, **whole)) == digest(train(None, EPOCHS, **whole))
+
+
+def stopping_validation(count):
+    calls = itertools.count(1)
+
+    def data():
+        if next(calls) == count:
+            raise Stop
+        yield X[:20], Y[:20]
+
+    return data
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_end(tmp_path, number, capsys):
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    tell = lambda: (signal.raise_signal(number), signal.raise_signal(number))
+    part = train(tmp_path, EPOCHS, data=stopping_at(13, tell), progress=True)
+    steps = int(part.state.step)  # the data are read ahead
+    assert part.interrupted and 8 <= steps <= 12 and checkpoints(tmp_path).steps()[-1] == steps
+    assert "saved" in capsys.readouterr().out
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    assert checkpoints(tmp_path).load(part.state).interrupted
+    rest = train(tmp_path, EPOCHS, data=stopping_at(0, tell))
+    assert digest(rest) == of_batches() and not rest.interrupted
+
+
+def test_a_handler_of_ones_own_is_left_alone(tmp_path):
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+    try:
+        tell = lambda: signal.raise_signal(signal.SIGTERM)
+        assert not train(tmp_path, 2, data=stopping_at(3, tell)).interrupted
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [1]
+
+
+def test_an_iterator_is_read_up_to_where_it_stood(tmp_path):
+    options = {"steps_per_epoch": 5}
+    make = lambda: itertools.cycle(BATCHES)
+    with pytest.raises(Stop):
+        train(tmp_path, EPOCHS, data=make(), after_epoch=lambda *_: raising(), **options)
+    assert digest(train(tmp_path, EPOCHS, data=make(), **options)) == of_batches()
+
+
+def test_a_run_that_a_callback_ended_stays_ended(tmp_path):
+    stop = {"after_epoch": lambda epoch, *_: epoch == 2}
+    part = train(tmp_path, EPOCHS, **stop)
+    again = train(tmp_path, EPOCHS)
+    assert digest(again) == digest(part) and len(again.history["loss"]) == 2
+    assert digest(train(tmp_path, 5)) == uninterrupted(5)
+
+
+def test_from_a_state_in_the_midst_of_an_epoch(tmp_path):
+    """Epochs count from the state that the call is given, also when it is called again."""
+    with pytest.raises(Stop) as error:
+        train(None, EPOCHS, data=stopping_at(8, raising))
+    start = error.value.result.state
+    with pytest.raises(Stop):
+        train(tmp_path, 3, data=stopping_at(5, raising), params=start)
+    rest = train(tmp_path, 3, data=BATCHES, params=start, checkpoints=allowing(tmp_path, "data"))
+    whole = train(None, EPOCHS, data=BATCHES)
+    assert rest.state.position.tolist() == whole.state.position.tolist()
+    chexed = zip(jax.tree.leaves(rest.params), jax.tree.leaves(whole.params), strict=True)
+    assert all(np.array_equal(a, b) for a, b in chexed)
+
+
+def allowing(folder, *names):
+    return checkpoints(folder, allow_changed=names)
+
+
+def test_short_epochs_are_saved_as_often_as_that_is_cheap(tmp_path, monkeypatch):
+    """Unless told, no more than a twentieth of the time: an epoch here takes a millisecond."""
+    written, write = [], checkpoint_files.Files.write
+
+    def counted(self, step, *args):
+        written.append(step)
+        write(self, step, *args)
+
+    monkeypatch.setattr(checkpoint_files.Files, "write", counted)
+    options = {"validation": None, "validation_loss": None}
+    train(tmp_path, 100, checkpoints=fnn.Checkpoints(tmp_path), **options)
+    assert written[0] == 6 and written[-1] == 600 and len(written) <= 20
+    written.clear()
+    train(None, 5, checkpoints=fnn.Checkpoints(tmp_path / "best", best="loss"), **options)
+    assert written == [6, 12, 18, 24, 30]  # the loss falls: each epoch is the best
+
+
+# ----------------------------------------------------------------------------------- other calls
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    train(folder, 1)
+    return folder
+
+
+CHANGES = {
+    "data": ({"data": (X * 2, Y)}, r"data\[0\] \(float32\[90,6\]\) holds other numbers"),
+    "more data": ({"data": (X[:80], Y[:80])}, r"data\[0\]: float32\[90,6\].*float32\[80,6\]"),
+    "batch size": ({"batch_size": 8}, "batch_size: 16 in the checkpoint, 8 here"),
+    "key": ({"key": jax.random.key(2)}, r"key: threefry2x32 \[0, 1\] in the checkpoint"),
+    "order": ({"shuffle": False}, "shuffle: True in the checkpoint, False here"),
+    "rate": ({"optimizer": optax.adam(0.1)}, "step_size: -0.01 in the checkpoint, -0.1 here"),
+    "first parameters": (
+        {"params": {"W": jnp.ones((8, 6)), "w": jnp.ones(8)}},
+        r"state.params\['W'\] \(float64\[8,6\]\) holds other numbers",
+    ),
+    "optimiser": ({"optimizer": optax.sgd(0.1)}, r"state.opt_state\[0\]\.mu\['W'\] is only in"),
+    "network": (
+        {"params": {"W": jnp.eye(9, 6), "w": jnp.ones(9)}},
+        r"state.params\['W'\] is float64\[8,6\] in the checkpoint, float64\[9,6\] here",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_call_is_refused(trained, change):
+    options, said = CHANGES[change]
+    before = sorted(trained.iterdir())
+    with pytest.raises(CheckpointError, match=said):
+        train(trained, 2, **options)
+    assert sorted(trained.iterdir()) == before
+
+
+def test_a_change_that_is_meant(tmp_path):
+    train(tmp_path, 1)
+    other = {"optimizer": optax.adam(0.1)}
+    with pytest.raises(CheckpointError, match=r"allow_changed=\('optimizer',\)\)"):
+        train(tmp_path, 2, **other)
+    result = train(tmp_path, 2, checkpoints=allowing(tmp_path, "optimizer"), **other)
+    assert result.state.step == 12
+    assert digest(train(tmp_path, 2, **other)) == digest(result)
+
+
+def test_other_versions_are_told_of(tmp_path, monkeypatch):
+    train(tmp_path, 1)
+    monkeypatch.setattr(jax, "__version__", "0.0.1")
+    with pytest.warns(RuntimeWarning, match=r"written with jax .* \(now 0.0.1\): what follows may"):
+        result = train(tmp_path, 2)
+    monkeypatch.undo()
+    assert digest(result) == uninterrupted(2)
+
+
+def test_what_fit_refuses(tmp_path):
+    with pytest.raises(TypeError, match=r"checkpoints must be fnn.Checkpoints\(folder\)"):
+        train(None, checkpoints=str(tmp_path))
+    with pytest.raises(
+        ValueError, match="best='accuracy' is no number of the epoch's record, which"
+    ):
+        train(None, checkpoints=checkpoints(tmp_path, best="accuracy"))
+
+
+def test_a_full_disk_ends_training_and_loses_nothing(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def after_epoch(epoch, *_):
+        if epoch == 2:
+            monkeypatch.setattr(os, "rename", full)
+            monkeypatch.setattr(os, "replace", full)
+
+    with pytest.raises(CheckpointError, match="can't be written .*: No space left") as error:
+        train(tmp_path, EPOCHS, after_epoch=after_epoch)
+    monkeypatch.undo()
+    assert len(error.value.result.steps["loss"]) >= 12
+    assert checkpoints(tmp_path).steps()[-1] in (6, 12)  # the second was on its way
+    assert digest(train(tmp_path, EPOCHS)) == uninterrupted()
+
+
+def test_a_damaged_checkpoint_and_the_one_before(tmp_path):
+    train(tmp_path, 2, checkpoints=checkpoints(tmp_path, every_steps=None))
+    (tmp_path / "0000000012/about/metadata").write_text("{")
+    with pytest.raises(
+        CheckpointError, match=r"step 12 .* is damaged(.|\n)*The one of step 6 is whole"
+    ):
+        train(tmp_path, EPOCHS)
+    checkpoints(tmp_path).discard(12)
+    assert digest(train(tmp_path, EPOCHS)) == uninterrupted()
+
+
+# -------------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize("before, after", [(4, 1), (1, 4), (4, 2)])
+def test_another_number_of_devices(tmp_path, before, after):
+    """Data parallel; equal to rounding."""
+    data = (np.tile(X, (2, 1))[:160], np.tile(Y, 2)[:160])
+
+    def of(devices, folder, epochs):
+        mesh = jax.make_mesh((devices,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+        rows, all_ = NamedSharding(mesh, PartitionSpec("d")), NamedSharding(mesh, PartitionSpec())
+        params = jax.device_put({"W": jnp.eye(8, 6), "w": jnp.ones(8)}, all_)
+        return train(folder, epochs, data=jax.device_put(data, rows), params=params)
+
+    of(before, tmp_path, 1)
+    result = of(after, tmp_path, 2)
+    assert len(result.params["W"].devices()) == after
+    whole = of(1, None, 2)
+    for a, b in zip(jax.tree.leaves(result.params), jax.tree.leaves(whole.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    assert digest_of_position(result) == digest_of_position(whole)
+
+
+def digest_of_position(result):
+    return [int(result.state.step), np.asarray(result.state.position).tolist()]
+
+
+# ----------------------------------------------------------------------------------------- SIGKILL
+
+
+class Runner:
+    """The process that forks a child for each run."""
+
+    def __init__(self, log):
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self.process = subprocess.Popen(
+            [sys.executable, resumed.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+        )
+        assert self.line() == "ready"
+
+    def line(self):
+        return self.process.stdout.readline().strip()
+
+    def start(self, folder):
+        """Begin a run; the child's number."""
+        self.process.stdin.write(f"{folder}\n")
+        self.process.stdin.flush()
+        return int(self.line())
+
+    def end(self):
+        """How it ended: an exit status, or minus a signal's number."""
+        return int(self.line())
+
+    def run(self, folder):
+        self.start(folder)
+        assert self.end() == 0
+        return result_in(folder)
+
+
+def result_in(folder):
+    return json.loads(Path(f"{folder}.done").read_text())
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runner")
+    with open(folder / "log", "w") as log:
+        runner = Runner(log)
+        try:
+            yield runner
+        finally:
+            runner.process.stdin.close()
+            runner.process.wait(60)
+            runner.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def whole(runner, tmp_path_factory):
+    """An uninterrupted run: what it ends with, and how long it takes."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    began = time.monotonic()
+    found = runner.run(folder)
+    return found["digest"], time.monotonic() - began
+
+
+def is_saving(folder):
+    return any(folder.glob("*.orbax-checkpoint-tmp"))
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(50, marks=exhaustive)])
+def test_killed_at_random_moments(runner, whole, tmp_path, count):
+    """Every other one is killed in the midst of a save."""
+    wanted, seconds = whole
+    draw = random.Random(count)
+    killed = saving = 0
+    while killed < count:
+        folder = tmp_path / f"run{killed}"
+        child = runner.start(folder)
+        time.sleep(draw.uniform(0, 0.95 * seconds))
+        if killed % 2:
+            until = time.monotonic() + seconds
+            while not is_saving(folder) and time.monotonic() < until:
+                time.sleep(0.0005)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        if runner.end() == 0:  # it was faster
+            Path(f"{folder}.done").unlink()
+            for path in sorted(folder.rglob("*"), reverse=True):
+                path.rmdir() if path.is_dir() else path.unlink()
+            continue
+        killed += 1
+        saving += is_saving(folder)
+        assert runner.run(folder)["digest"] == wanted
+        assert not is_saving(folder)
+    assert saving >= count // 4
