@@ -4,6 +4,8 @@ rule                        an operation from its forward and backward
 graph                       a function as its computational graph
 grad, value_and_grad, vjp   backpropagation by the hand-written rules
 check_rule, check_grads     rules against autodiff against finite differences
+find_nonfinite              where a nan or inf was born: operation, part, line, step of a loop
+memory                      what the backward pass keeps, part by part; what a program takes
 ops                         activations and losses
 layers, initializers        networks, as pure functions of their parameters
 models                      whole networks
@@ -33,7 +35,9 @@ from fnn import (
     sharding,
 )
 from fnn.backprop import Graph, grad, graph, value_and_grad, vjp
+from fnn.birth import find_nonfinite
 from fnn.check import GradientError, check_grads, check_rule
+from fnn.footprint import memory
 from fnn.layers import summary
 from fnn.operation import Operation, RuleError, rule
 from fnn.sweeps import Halving, SweepResult, sweep
@@ -76,6 +80,7 @@ __all__ = [
     "curvature",
     "evaluate",
     "find_learning_rate",
+    "find_nonfinite",
     "fit",
     "grad",
     "graph",
@@ -83,6 +88,7 @@ __all__ = [
     "layers",
     "logs",
     "loss_surface",
+    "memory",
     "models",
     "ops",
     "params",

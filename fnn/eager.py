@@ -135,9 +135,9 @@ def evaluate(flat: Program, args: Sequence, apply: Callable = apply) -> list:
 
 def _evaluated(equation: Equation, values: Sequence) -> list:
     """The outputs of an equation that holds functions, where its inputs are numbers."""
-    called = _called(equation, values)
-    if called is not None:
-        return evaluate(program(called[0]), called[1])
+    inner = called(equation, values)
+    if inner is not None:
+        return evaluate(program(inner[0]), inner[1])
     if equation.name == "cond" and equation.params.get("branches_platforms") is None:
         branches = equation.params["branches"]
         chosen = branches[min(max(int(values[0]), 0), len(branches) - 1)]
@@ -155,7 +155,7 @@ def _evaluated(equation: Equation, values: Sequence) -> list:
         description.forget()
 
 
-def _called(equation: Equation, values: Sequence):
+def called(equation: Equation, values: Sequence):
     """The jaxpr that a call evaluates, with its arguments; None for what isn't a call."""
     if equation.name == "custom_linear_solve":
         lengths, jaxprs = equation.params["const_lengths"], equation.params["jaxprs"]
@@ -216,9 +216,9 @@ def _by_value(equation: Equation, values: Sequence, place: dict) -> list:
         flat.constants = {i: place.get(id(c), c) for i, c in flat.constants.items()}
         return evaluate(flat, args, lambda inner, ins: _by_value(inner, ins, place))
 
-    called, params = _called(equation, values), equation.params
-    if called is not None:
-        return run(*called)
+    inner, params = called(equation, values), equation.params
+    if inner is not None:
+        return run(*inner)
     with equation.context.manager:
         if equation.name == "scan":
             num_consts, num_carry = scan_layout(params)

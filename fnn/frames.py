@@ -14,9 +14,14 @@ import jax
 
 def source_line(source_info) -> str:
     """`file.py:12 (function)`, the user's line that made an equation, or an empty string."""
-    for frame in user_frames(source_info):
-        return f"{os.path.basename(frame.file_name)}:{frame.line_num} ({frame.function_name})"
-    return ""
+    return line_of(next(user_frames(source_info), None))
+
+
+def line_of(frame: Any) -> str:
+    """`file.py:12 (function)` of a frame, or an empty string for None."""
+    if frame is None:
+        return ""
+    return f"{os.path.basename(frame.file_name)}:{frame.line_num} ({frame.function_name})"
 
 
 def user_frames(source_info, outermost: str = "") -> Iterator[Any]:

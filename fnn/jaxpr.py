@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Literal
 from jax.interpreters.partial_eval import DynamicJaxprTracer, dce_jaxpr
 
@@ -26,7 +27,8 @@ from fnn.frames import is_of_library
 class Equation:
     """`outs = primitive(ins; params)`, with the inputs and outputs as numbers of values.
 
-    scope: the names of the jitted functions and `jax.named_scope`s that it stands in.
+    scope: the names of the jitted functions and `jax.named_scope`s that it stands in; of JAX's and
+        fnn's own functions as `jit(name)`.
     context: JAX's settings where it was made (precision, 64-bit mode, mesh, ...).
     source_info: the stack that made it; `fnn/frames.py` reads it.
     has_effects: whether it does more than compute its outputs: it prints, for one.
@@ -50,9 +52,27 @@ class Equation:
 
         Outside jit it compiles what JAX compiles: `fnn.eager.apply` does that once.
         """
-        with self.context.manager:
+        with self.origin(), self.context.manager:
             outs = self.primitive.bind(*values, **self.primitive.get_bind_params(self.params))
         return list(outs) if self.primitive.multiple_results else [outs]
+
+    def origin(self, operation: str = "", *, backward: bool = False) -> Any:
+        """Within it, what is traced counts as made where this equation was: by its line and scopes.
+
+        Args:
+            operation: the name of what is computed there, as one more scope inside those of the
+                equation: `forward(softmax)`, `pullback(softmax)`.
+            backward: whether it is the equation's backward pass. The outermost scope is then
+                marked as JAX marks it: `transpose(encoder)/pullback(tanh)`.
+        """
+        stack = source_info_util.current_name_stack()
+        if backward:
+            stack = stack.transform("transpose")
+        for name in self.scope:
+            stack = stack.extend(name)
+        if operation:
+            stack = stack.transform("pullback" if backward else "forward").extend(operation)
+        return source_info_util.user_context(self.source_info.traceback, name_stack=stack)
 
 
 class Inlined(NamedTuple):
@@ -205,8 +225,9 @@ def program(closed_jaxpr, inline: bool = True) -> Program:
             if inner is not None:
                 name = eqn.params.get("name", "")
                 # JAX traces its own functions once: the lines noted inside are the first user's.
-                here = source or (eqn.source_info if is_of_library(inner.jaxpr) else None)
-                deeper = (*within, name) if name else within
+                is_library = is_of_library(inner.jaxpr)
+                here = source or (eqn.source_info if is_library else None)
+                deeper = (*within, f"jit({name})" if is_library else name) if name else within
                 start = len(flat.equations)
                 inside: list[Inlined] = []
                 outs = walk(inner.jaxpr, inner.consts, ins, deeper, inside, here)
@@ -218,7 +239,7 @@ def program(closed_jaxpr, inline: bool = True) -> Program:
                         len(flat.equations),
                         tuple(outs),
                         result_paths(inner),
-                        is_of_library(inner.jaxpr),
+                        is_library,
                         deeper,
                         source or eqn.source_info,
                         inside,

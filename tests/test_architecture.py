@@ -31,6 +31,8 @@ MAY_IMPORT = {
     "eager": "jaxpr operation",
     "ops": "arguments text meshes jaxpr operation convolution",
     "backprop": "arguments text meshes frames jaxpr operation convolution eager",
+    "birth": "arguments text frames jaxpr operation eager backprop",
+    "footprint": "arguments text frames jaxpr operation backprop",
     "check": "arguments text jaxpr operation eager backprop",
     "per_example": "arguments text batch meshes frames jaxpr operation eager backprop",
     "curvature": "arguments text batch meshes jaxpr operation eager ops backprop per_example",
@@ -41,7 +43,7 @@ MAY_IMPORT = {
     "logs": "arguments",
     "sharding": "arguments",
     "train": "arguments text batch meshes frames jaxpr operation convolution eager ops backprop "
-    "params layers logs sharding",
+    "birth footprint params layers logs sharding",
     "sweeps": "arguments text batch train",
     "plot": "arguments",
 }

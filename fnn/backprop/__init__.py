@@ -11,6 +11,7 @@ Each module imports only from those above it:
     transforms          `grad`, `value_and_grad`, `vjp`
 
     source              the user's lines that made an equation
+    scopes              what the scopes around an equation say of its part
     node                one value of a graph, and the operation that made it
     names, labels       what nodes are called
     steps, coverage     the backward pass step by step; which operations have a rule

@@ -15,11 +15,12 @@ from fnn.backprop.coverage import Coverage, coverage
 from fnn.backprop.grouping import Choice, groups
 from fnn.backprop.labels import body_labels, body_name, constant_label, unique
 from fnn.backprop.names import names_in_source
-from fnn.backprop.node import Node, as_value, is_value, operation_name
+from fnn.backprop.node import Node, as_value, is_value
 from fnn.backprop.picture import Picture
 from fnn.backprop.primitives import rule_of
 from fnn.jaxpr import Equation, Inlined, Program, inner_jaxprs, is_inexact, program
 from fnn.meshes import zeros
+from fnn.operation import operation_name
 
 
 class Graph:

@@ -23,11 +23,26 @@ from fnn.backprop.trip_count import trip_count
 from fnn.eager import apply, apply_all, once, take_branch
 from fnn.jaxpr import Equation, close, is_inexact, program, scan_layout, trace
 from fnn.meshes import as_varying, barrier, zeros
-from fnn.operation import call_of, linearize
+from fnn.operation import call_of, linearize, operation_name
+
+
+def _in_place(forward: Callable) -> Callable:
+    """The forward of a rule; what it traces has the equation's source line and scopes."""
+
+    @functools.wraps(forward)
+    def placed(*args):
+        equation = args[-4]
+        name = operation_name(equation) if call_of(equation) is not None else ""
+        with equation.origin(name):
+            return forward(*args)
+
+    return placed
+
 
 # ------------------------------------------------------------------------------------------ scan
 
 
+@_in_place
 def _scan_forward(rule_of, equation, needed, ins, opaque):
     """Run cₜ, yₜ = f(w, cₜ₋₁, xₜ) over the steps t; keep what each step's backward needs."""
     body = equation.params["jaxpr"]
@@ -189,6 +204,7 @@ def _of_types(values, like):
 # ----------------------------------------------------------------------------------- cond, switch
 
 
+@_in_place
 def _cond_forward(rule_of, equation, needed, ins, opaque):
     """Run the chosen branch; keep its residuals in slots that the branches share.
 
@@ -287,6 +303,7 @@ def _places(own, slots) -> list[int]:
 # ----------------------------------------------------------------------------------------- while
 
 
+@_in_place
 def _while_forward(rule_of, equation, needed, ins, opaque):
     """A loop with a known number of steps is a scan; any other has no backward pass."""
     params = equation.params
@@ -333,6 +350,7 @@ def checkpoint(rule_of: sweep.RuleOf, gradients_of: Callable = sweep.gradients_o
     return ControlRule(forward, _checkpoint_backward)
 
 
+@_in_place
 def _checkpoint_forward(rule_of, gradients_of, equation, needed, ins, opaque):
     """Keep the inputs, and what the policy says is worth keeping; forget the rest."""
     params = equation.params
@@ -464,6 +482,7 @@ def _through_jax_backward(equation, needed, saved, g, opaque):
 # --------------------------------------------------------------------------- operations of our own
 
 
+@_in_place
 def _operation_forward(equation, needed, ins, opaque):
     """An fnn operation brings its own forward and backward."""
     call = call_of(equation)

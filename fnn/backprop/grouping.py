@@ -21,7 +21,8 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 from fnn import arguments
-from fnn.backprop.node import Node, scope_name
+from fnn.backprop.node import Node
+from fnn.backprop.scopes import scope_name
 from fnn.backprop.source import Source, frames_of
 from fnn.frames import Frame
 from fnn.jaxpr import Equation, Inlined

@@ -20,10 +20,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from fnn.backprop.node import operation_name
 from fnn.backprop.source import Source
 from fnn.frames import Stack, stack
 from fnn.jaxpr import Equation, Inlined, Program, inner_jaxprs, result_paths
+from fnn.operation import operation_name
 
 # They call what they are given, or gather what was made: their last operation isn't their value.
 _GATHERING_FUNCTIONS = {*dir(builtins), "reduce"} - {"abs", "pow", "round", "sum"}

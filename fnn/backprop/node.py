@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy
 
 from fnn import text
+from fnn.backprop.scopes import scope_name
 from fnn.backprop.source import user_calls
 from fnn.frames import source_line
-from fnn.jaxpr import Equation, Inlined, called_function, inner_jaxprs
+from fnn.jaxpr import Equation, Inlined, inner_jaxprs
 from fnn.operation import call_of
 
 
@@ -95,28 +96,6 @@ class Node:
     def graphs(self) -> dict[str, Any]:
         """The `Graph`s of the bodies of a scan, cond, while_loop or checkpoint, without values."""
         return {} if self.bodies is None else self.bodies(self)
-
-
-def operation_name(equation: Equation) -> str:
-    """The fnn operation's name, a custom derivative's function's, or the primitive's."""
-    call = call_of(equation)
-    if call is not None:
-        return call.rule.name
-    return called_function(equation) or equation.name
-
-
-def scope_name(raw: str) -> str:
-    """A scope without the transforms around it: `encoder` of `vmap(encoder)`, "" of `vmap()`.
-
-    The backward pass of a scope is told apart: `backward of encoder`.
-    """
-    is_backward = False
-    while raw.endswith(")") and "(" in raw and raw.split("(", 1)[0].isidentifier():
-        transform, raw = raw[:-1].split("(", 1)
-        is_backward = is_backward or transform == "transpose"
-    if is_backward:
-        return f"backward of {raw}" if raw else "backward"
-    return raw
 
 
 def is_value(leaf: Any) -> bool:

@@ -20,9 +20,10 @@ from fnn.backprop import sweep
 from fnn.eager import apply_all
 from fnn.jaxpr import Equation, Program, is_inexact, program, trace
 
-# Made again in the backward pass rather than kept: they are larger than what they are made from,
-# and cost no arithmetic.
-_CHEAP = ("broadcast_in_dim", "iota")
+# Made again in the backward pass rather than kept: they cost no arithmetic. What is broadcast is
+# larger than what it is made from; of a weight that is transposed, the weight is there anyway, and
+# a loop over layers would keep a copy of all of them.
+_CHEAP = ("broadcast_in_dim", "iota", "transpose")
 
 
 @dataclasses.dataclass(eq=False)

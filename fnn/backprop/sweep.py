@@ -21,6 +21,7 @@ from fnn.backprop.rules import Rule, zero
 from fnn.eager import apply
 from fnn.jaxpr import Equation, Program, is_inexact
 from fnn.meshes import zeros
+from fnn.operation import operation_name
 
 # Tells the rule of an equation; `fnn.backprop.primitives.rule_of` knows the hand-written ones.
 RuleOf = Callable[[Equation], Rule]
@@ -122,9 +123,10 @@ def backward(
         if all(of_output is None for of_output in g):
             continue
         products = pull_back(tape, visit, g)
-        for i, product, wanted in zip(visit.equation.ins, products, visit.needed, strict=True):
-            if wanted and product is not None:
-                accumulate(i, product)
+        with visit.equation.origin(backward=True):
+            for i, product, wanted in zip(visit.equation.ins, products, visit.needed, strict=True):
+                if wanted and product is not None:
+                    accumulate(i, product)
         if observe is not None:
             observe(visit, g, products)
     return gradients
@@ -136,7 +138,7 @@ def pull_back(tape: Tape, visit: Visit, g: Sequence) -> Sequence:
     g: the upstream gradient of each of the equation's outputs, None for zero.
     """
     equation = visit.equation
-    with equation.context.manager:
+    with equation.origin(operation_name(equation), backward=True), equation.context.manager:
         return visit.rule.backward(equation, visit.needed, visit.saved, g, tape.opaque)
 
 

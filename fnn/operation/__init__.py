@@ -41,7 +41,7 @@ Each module imports only from those above it:
     decorator       `rule`, and the `Operation` that it makes
 """
 
-from fnn.operation.call import Call, MappedCall, call_of, mapped_results
+from fnn.operation.call import Call, MappedCall, call_of, mapped_results, operation_name
 from fnn.operation.decorator import Operation, compiled_rule, rule
 from fnn.operation.form import RuleError
 from fnn.operation.linear_map import LinearMap, MappedLinearMap, linear_map_of, linearize
@@ -62,6 +62,7 @@ __all__ = [
     "linearize",
     "mapped_results",
     "new_primitive",
+    "operation_name",
     "rule",
     "twin",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from fnn.jaxpr import Equation
+from fnn.jaxpr import Equation, called_function
 from fnn.operation.form import Rule
 
 
@@ -129,6 +129,14 @@ def call_of(equation: Equation) -> Call | MappedCall | None:
     """The call of an fnn operation that an equation is, if it is one."""
     call = equation.params.get("call")
     return call if isinstance(call, (Call, MappedCall)) else None
+
+
+def operation_name(equation: Equation) -> str:
+    """The fnn operation's name, a custom derivative's function's, or the primitive's."""
+    call = call_of(equation)
+    if call is not None:
+        return call.rule.name
+    return called_function(equation) or equation.name
 
 
 def mapped_results(axis: Axis, function: Callable, in_axes, in_avals) -> Any:
