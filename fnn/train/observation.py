@@ -14,13 +14,14 @@ import numpy as np
 from fnn import arguments, text
 from fnn.backprop import sweep
 from fnn.backprop.names import names_in_source
-from fnn.backprop.node import operation_name, scope_name
 from fnn.backprop.primitives import rule_of
+from fnn.backprop.scopes import scope_name
 from fnn.batch import batch_size as size_of
 from fnn.batch import example_types
 from fnn.frames import stack
 from fnn.jaxpr import Inlined, Program, is_inexact, program, trace
 from fnn.layers.mode import EVALUATE
+from fnn.operation import operation_name
 from fnn.train.data import as_arrays
 from fnn.train.loss import Loss, call, check_loss, extras
 from fnn.train.state import State, check_params
