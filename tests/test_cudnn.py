@@ -15,6 +15,7 @@ from fnn.ops.sequences import cudnn
 from fnn.ops.sequences.blockwise import blockwise_attention
 
 on_a_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU")
+without_a_gpu = pytest.mark.skipif(jax.default_backend() == "gpu", reason="in 16 bits only")
 STATIC = {"causal": True, "window": None, "scale": 0.3, "block": 4}
 
 
@@ -45,12 +46,14 @@ def softmax_formula(q, k, v, causal=False, window=None):
     return np.einsum("hqk,khf->qhf", p / p.sum(-1, keepdims=True), v)
 
 
+@without_a_gpu
 def test_the_operations_are_the_formula_and_its_derivatives():
     q, k, v, g = (0.5 * x for x in arrays(4, 4, features=2, count=4))
     check_rule(cudnn.cudnn_attention, q, k, v, **STATIC)
     check_rule(cudnn.cudnn_gradients, q, k, v, g, **STATIC)
 
 
+@without_a_gpu
 def test_gradients_are_those_of_the_formula_batched_and_twice():
     q, k, v = (x[None] for x in arrays())
 
@@ -80,9 +83,8 @@ def test_it_is_chosen_where_cudnn_computes_it(monkeypatch):
     assert not chosen(q, k, v, causal=False, window=3)
 
 
+@without_a_gpu
 def test_it_is_not_chosen_without_a_gpu():
-    if jax.default_backend() == "gpu":
-        pytest.skip("there is one")
     program = str(jax.make_jaxpr(ops.attention)(*arrays(dtype=jnp.bfloat16)))
     assert "cudnn" not in program
 
@@ -135,7 +137,7 @@ def test_on_a_gpu_a_batch_is_one_kernel_and_other_derivatives_are_the_formulas()
 def test_on_a_gpu_a_transformer_of_16_bits_trains_by_it():
     net = layers.Attention(4, causal=True)
     x = jax.random.normal(jax.random.key(0), (64, 128), jnp.bfloat16)
-    params = net.init(jax.random.key(1), x)
+    params = jax.tree.map(lambda w: w.astype(x.dtype), net.init(jax.random.key(1), x))
     loss = jax.jit(jax.grad(lambda params: jnp.sum(net(params, x).astype(float) ** 2)))
     assert "fmha" in loss.lower(params).compile().as_text().lower()
     assert all(jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(loss(params)))
