@@ -12,6 +12,8 @@ times slower. So the axes are put in this order here. What the library is slow a
 * With one feature in (a grey image; a depthwise convolution) there is no product to be done:
   shifted copies of x are multiplied and added.
 * A window of one place is a product alone.
+* Where there are fewer pixels than features, most of the time would go to bringing the weights into
+  another order of axes: they are multiplied as they lie, with patches or with single pixels.
 * A stride's gradient is a convolution of an x with zeros between its entries. Those zeros are
   left out: each of the stride's phases is a convolution with every stride-th entry of the window.
 """
@@ -35,6 +37,9 @@ _CACHED = 2**20
 
 # From so many features on, a weight's gradient is faster as a product than by the library.
 _MANY = 64
+
+# From so many weights on, their order of axes matters.
+_LARGE = 2**18
 
 # So many multiplications and additions of shifted copies are faster than the library.
 _FEW = 49
@@ -89,14 +94,22 @@ def _by_formula(
         return None
     x_spec, w_spec, y_spec = dimension_numbers
     x = lax.transpose(x, (x_spec[0], *x_spec[2:], x_spec[1]))  # (batch, space..., in)
+    as_it_lies = w
     w = lax.transpose(w, (*w_spec[2:], w_spec[1], w_spec[0]))  # (window..., in, out)
     window = _Window(*map(tuple, (window_strides, map(tuple, padding), lhs_dilation, rhs_dilation)))
     out = _out_space(x, w, window)
     if min(*x.shape, *w.shape, *out, 1) == 0:
         return None
     how = {"precision": precision}
+    order = (y_spec[0], *y_spec[2:], y_spec[1])  # where each axis of y belongs
     places, out_places = math.prod(w.shape[:-2]), math.prod(out)
     is_gradient = places > out_places and feature_group_count == 1  # of a weight
+    if max(feature_group_count, batch_group_count) == 1:
+        if is_gradient and (y := _weight_as_it_lies(x, w, window, out, y_spec, **how)) is not None:
+            return y
+        y = None if is_gradient else _with_w_as_it_lies(x, as_it_lies, w_spec, window, out, **how)
+        if y is not None:
+            return lax.transpose(y, tuple(int(d) for d in numpy.argsort(order)))
     if is_gradient and (batch_group_count > 1 or out_places == 1 or x.shape[0] >= _MANY):
         y = _place_by_place(x, w, window, out, batch_group_count, **how)
     elif batch_group_count > 1:
@@ -107,8 +120,87 @@ def _by_formula(
         y = _phase_by_phase(x, w, window, out, feature_group_count, **how)
     else:
         y = _window_by_window(x, w, window, out, feature_group_count, **how)
-    order = (y_spec[0], *y_spec[2:], y_spec[1])  # where each axis of y belongs
     return lax.transpose(y, tuple(int(d) for d in numpy.argsort(order)))
+
+
+def _with_w_as_it_lies(x, w, w_spec, window: _Window, out, **how) -> jax.Array | None:
+    """Of fewer pixels than features: w's matrix with patches of x, or with pixels and then shifted.
+
+    None where that isn't faster, or w's axes lie between one another.
+    """
+    outs, ins = w.shape[w_spec[0]], w.shape[w_spec[1]]
+    kernel = tuple(w.shape[d] for d in w_spec[2:])
+    pixels, count = x.shape[0] * math.prod(x.shape[1:-1]), math.prod(kernel)
+    if w.size < _LARGE or count == 1:
+        return None
+    side, inner = _matrix_of(w_spec[0], w_spec[1], w_spec[2:])
+    if side is not None and x.shape[0] * math.prod(out) <= outs:
+        a = _patch_rows(_padded(x, window), kernel, out, window.strides, window.holes, inner)
+        matrix = lax.reshape(w, (outs, ins * count) if side == 0 else (ins * count, outs))
+        y = lax.dot_general(a, matrix, (((1,), (1 - side,)), ((), ())), **how)
+        return lax.reshape(y, (x.shape[0], *out, outs))
+    side, inner = _matrix_of(w_spec[1], w_spec[0], w_spec[2:])
+    if side is None or pixels > ins:
+        return None
+    matrix = lax.reshape(w, (ins, outs * count) if side == 0 else (outs * count, ins))
+    of_pixels = lax.dot_general(
+        lax.reshape(x, (pixels, ins)), matrix, (((1,), (side,)), ((), ())), **how
+    )
+    rest = (outs, count) if inner == 0 else (count, outs)
+    of_pixels = lax.reshape(of_pixels, (*x.shape[:-1], *rest))
+    total: Any = None
+    for k, place in enumerate(numpy.ndindex(*kernel)):
+        term = lax.index_in_dim(of_pixels, k, of_pixels.ndim - (1 if inner == 0 else 2), False)
+        term = _patch(_padded(term, window), place, out, window.strides, window.holes)
+        total = term if total is None else lax.add(total, term)
+    return total
+
+
+def _weight_as_it_lies(x, w, window: _Window, out, y_spec, **how) -> jax.Array | None:
+    """A weight's gradient of fewer pixels than features, made in the order of its axes.
+
+    As `_place_by_place`; None where that isn't faster, or the axes lie between one another.
+    """
+    features, outs, pixels = x.shape[0], w.shape[-1], math.prod(w.shape[:-1])
+    side, inner = _matrix_of(y_spec[1], y_spec[0], y_spec[2:])
+    count = math.prod(out)
+    if side is None or pixels > outs or count == 1 or features * outs * count < _LARGE:
+        return None
+    x = lax.transpose(x, (x.ndim - 1, *range(1, x.ndim - 1), 0))
+    g = lax.transpose(w, (w.ndim - 2, *range(w.ndim - 2), w.ndim - 1))
+    sizes = g.shape[1:-1]
+    a = _patch_rows(_padded(x, window), out, sizes, window.holes, window.strides, inner)
+    g = lax.reshape(g, (pixels, outs))
+    pair = (g, a) if side == 0 else (a, g)
+    y = lax.dot_general(*pair, (((0,), (0,)), ((), ())), **how)
+    rest = (features, *out) if inner == 0 else (*out, features)
+    return lax.reshape(y, (outs, *rest) if side == 0 else (*rest, outs))
+
+
+def _matrix_of(one: int, other: int, space: Sequence[int]) -> tuple[int | None, int]:
+    """How weights lie as a matrix of one axis with all others: (its side, the other's place).
+
+    Args:
+        one, other: the places of the two axes of features in memory.
+        space: those of the window's.
+
+    Returns:
+        The side of the matrix, 0 or 1, on which `one` is, None where it lies between others. And
+        whether the other axis of features lies before the window's (0) or behind (1).
+    """
+    if list(space) != list(range(space[0], space[0] + len(space))):
+        return None, 0
+    side = {0: 0, len(space) + 1: 1}.get(one)
+    return side, int(other > space[0])
+
+
+def _patch_rows(x, kernel, out, strides, holes, inner: int) -> jax.Array:
+    """What each output place sees of x, a row: its features, each with all places; or reversed."""
+    found = [_patch(x, place, out, strides, holes) for place in numpy.ndindex(*kernel)]
+    axis = x.ndim if inner == 0 else x.ndim - 1
+    rows = lax.concatenate([lax.expand_dims(patch, (axis,)) for patch in found], axis)
+    pixels = x.shape[0] * math.prod(out)
+    return lax.reshape(rows, (pixels, math.prod(kernel) * x.shape[-1]))
 
 
 def _window_by_window(x, w, window: _Window, out, groups: int, **how) -> jax.Array:
