@@ -109,6 +109,37 @@ def test_formulas_agree_with_jax(name, cached, monkeypatch):
     must_agree(ours, plain, x, w)
 
 
+LYING = [
+    pytest.param(order, options, marks=() if order == "OIHW" and not options else exhaustive)
+    for order in ("OIHW", "HWIO", "IOHW", "HOWI")
+    for options in ({}, {"window_strides": (2, 1), "rhs_dilation": (1, 2)})
+]
+
+
+@pytest.mark.parametrize("order, options", LYING, ids=lambda x: x if isinstance(x, str) else len(x))
+def test_of_few_pixels_weights_in_any_order_agree_with_jax(order, options, monkeypatch):
+    monkeypatch.setattr(cpu, "_LARGE", 1)
+    sizes = {"O": 18, "I": 14, "H": 2, "W": 3}
+    x = R(0, 2, 3, 3, 14, dtype="float32")
+    w = R(1, *map(sizes.get, order), dtype="float32")
+    options = {"window_strides": (1, 1), "padding": "SAME"} | options
+    params = parameters_of(x, w, dimension_numbers=("NHWC", order, "NHWC"), **options)
+    ours = lambda x, w: conv_general_dilated_p.bind(x, w, **params)
+    plain = lambda x, w: lax.conv_general_dilated_p.bind(x, w, **params)
+    must_agree(ours, plain, x, w)
+
+
+def test_many_weights_for_few_pixels_stay_where_they_lie():
+    """No array as large as the weights is written in another order of axes."""
+    x, w = R(0, 2, 4, 4, 192, dtype="float32"), R(1, 192, 192, 3, 3, dtype="float32")
+    loss = lambda x, w: jnp.sum(ops.convolution(x, w) ** 2)
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(x, w).compile().as_text()
+    for line in text.splitlines():
+        if re.search(r"= f32\[[\d,]+\]\S* (transpose|convolution)\(", line):
+            sizes = re.search(r"f32\[([\d,]+)\]", line)[1].split(",")
+            assert np.prod([int(n) for n in sizes]) < w.size, line
+
+
 @exhaustive
 @settings(max_examples=60, deadline=None)
 @given(convolutions())
