@@ -54,7 +54,19 @@ def test_smoothing_and_suggestion_against_least_squares():
         (slope, height), *_ = np.linalg.lstsq(A, found.losses[near], rcond=None)
         slopes.append(slope)
         np.testing.assert_allclose(found.smoothed[i], slope * np.log(found.rates[i]) + height)
-    assert found.suggestion == found.rates[np.argmin(slopes)]
+    assert found.suggestion == found.rates[np.argmin(slopes[: np.argmin(found.smoothed) + 1])]
+
+
+def test_what_falls_again_after_it_has_risen_is_not_suggested():
+    """The loss of the steps of a rate above 2, where a quadratic's grow, is made to fall again."""
+
+    def loss(p, x):
+        size = jnp.sum(jnp.square(p))
+        return jnp.where(size < 0.9, size, jnp.maximum(2.0 - 0.5 * jnp.log(size), 0.5)) + 0 * x[0]
+
+    found = fnn.find_learning_rate(loss, jnp.array([0.9]), X, optax.sgd, lowest=1e-3, highest=1e3)
+    steepest = np.argmin(np.gradient(found.smoothed))
+    assert found.suggestion is not None and found.suggestion < 1.5 < found.rates[steepest]
 
 
 def test_optimiser_key_and_data_as_in_fit():

@@ -34,8 +34,8 @@ class LearningRates(NamedTuple):
         losses: the loss of the next batch after each step, `(steps,)`.
         smoothed: the losses before training diverged, smoothed: at each rate the value of the
             line of least squares through the losses of the rates around it, `(at most steps,)`.
-        suggestion: the rate at which that line falls most steeply against the logarithm of the
-            rate; None if it falls nowhere.
+        suggestion: the rate, up to that of the lowest smoothed loss, at which that line falls most
+            steeply against the logarithm of the rate; None if it falls nowhere.
         diverged: the smallest rate after which the loss was inf, nan, or four times that of the
             start (L + 3|L|, for a negative L too); None if there is none.
     """
@@ -155,8 +155,10 @@ def _read(rates: np.ndarray, losses: np.ndarray) -> LearningRates:
             smoothed[i] = losses[i]
             continue
         slopes[i], smoothed[i] = np.polyfit(x, losses[near], 1)
-    falls = end > 0 and np.nanmin(slopes, initial=0.0) < 0
-    suggestion = float(rates[int(np.nanargmin(slopes))]) if falls else None
+    # Beyond the lowest loss it may rise, and fall again from there: that is no training.
+    until = slopes[: int(np.argmin(smoothed)) + 1] if end else slopes
+    falls = np.nanmin(until, initial=0.0) < 0
+    suggestion = float(rates[int(np.nanargmin(until))]) if falls else None
     return LearningRates(rates, losses, smoothed, suggestion, diverged)
 
 
