@@ -364,12 +364,57 @@ def test_loops_batch_statistics_and_other_libraries():
     params, state = net.init(KEY, x[0]), net.init_state(x[0])
     loss = fnn.supervised(net, ops.softmax_cross_entropy)
     found = fnn.activation_statistics(loss)(params, (x, Y % 2), model_state=state)
-    assert [p.name for p in found][0].startswith("blocks") and found.parts[-1].name == "o"
+    rounds = [f"blocks[{i}].{part}" for i in range(3) for part in ("Linear 0", "tanh 1")]
+    assert [p.name for p in found] == [*rounds, "n", "o"]
+    plain = x
+    for i in range(3):
+        W, b = (np.asarray(params["blocks"]["0"][name][i]) for name in ("W", "b"))
+        plain = np.tanh(plain @ W.T + b)
+        values = found[f"blocks[{i}].tanh 1"]
+        np.testing.assert_allclose([values.mean, values.std], [plain.mean(), plain.std()])
     nnx = pytest.importorskip("flax.linen")
     model = nnx.Sequential([nnx.Dense(5), nnx.relu, nnx.Dense(1)])
     weights = model.init(KEY, X[0])
     found = fnn.activation_statistics(lambda w, x: jnp.sum(model.apply(w, x)))(weights, X)
     assert any(p.dead is not None and p.dead.shape == (5,) for p in found)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_scans_are_written_out(reverse):
+    """With constants, carried values, stacked results, a scan inside, and a checkpoint around."""
+    from fnn.backprop import sweep
+    from fnn.backprop.primitives import rule_of
+    from fnn.jaxpr import program, trace
+    from fnn.train.written_out import written_out
+
+    @jax.checkpoint
+    def f(w, xs):
+        def outer(h, x):
+            inner, _ = jax.lax.scan(lambda s, r: (jnp.tanh(s * w + r), None), h, x)
+            return inner + h, jnp.sum(inner * w)
+
+        h, ys = jax.lax.scan(outer, jnp.zeros(()), xs, reverse=reverse)
+        return h + jnp.sum(jax.jit(jnp.square)(ys) * jnp.arange(4.0))
+
+    w, xs = jnp.float64(0.7), jnp.asarray(RANDOM.normal(size=(4, 3)))
+    flat = written_out(program(trace(lambda w, xs: [f(w, xs)], [w, xs])))
+    assert not {"scan", "checkpoint", "remat2"} & {e.name for e in flat.equations}
+    assert sum(e.name == "tanh" for e in flat.equations) == 12
+    scopes = {tuple(n for n in e.scope if n[0] == "[") for e in flat.equations if e.name == "tanh"}
+    assert scopes == {(f"[{i}]", f"[{k}]") for i in range(4) for k in range(3)}
+    tape = sweep.forward(flat, [w, xs], [True, True], rule_of)
+    value, gradient = jax.value_and_grad(f, argnums=(0, 1))(w, xs)
+    np.testing.assert_allclose(tape.outputs[0], value, rtol=1e-12)
+    found = sweep.backward(tape, [jnp.ones(())])
+    for i, wanted in zip(flat.inputs, gradient, strict=True):
+        np.testing.assert_allclose(found[i], wanted, rtol=1e-10)
+    calls = [call for call in flat.calls if call.name == "square"]
+    assert [flat.equations[c.start].name for c in calls] == ["square"]
+
+    def long(x):
+        return [jax.lax.scan(lambda h, _: (jnp.tanh(h), None), x, None, length=65)[0]]
+
+    assert [e.name for e in written_out(program(trace(long, [w]))).equations] == ["scan"]
 
 
 def test_nonfinite_values_are_counted():
