@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from fnn import arguments
+
+_FNN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
 @runtime_checkable
@@ -105,8 +109,11 @@ class Logs:
 
 
 def _warn(text: str) -> None:
+    """A warning that tells the line that called fnn."""
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_stack(sys._getframe())]
+    ours = [level for level, file in enumerate(files) if file.startswith(_FNN)]
     with contextlib.suppress(Exception):  # warnings may be errors, stderr dead
-        warnings.warn(f"fit: {text}", RuntimeWarning, stacklevel=5)
+        warnings.warn(f"fit: {text}", RuntimeWarning, stacklevel=ours[-1] + 2)
 
 
 def checked_path(where: str, path: Any) -> Path:

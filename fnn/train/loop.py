@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -16,6 +16,7 @@ import optax
 
 from fnn import arguments
 from fnn.batch import example_types
+from fnn.logs import Logs, Writer
 from fnn.params import Where
 from fnn.train.calls import Calls, kept_programs, programs_of
 from fnn.train.checkpoints import Checkpoints
@@ -58,6 +59,7 @@ def fit(
     validation: Any = None,
     validation_loss: Loss | None = None,
     after_epoch: Callable[[int, State, dict[str, Any]], Any] | None = None,
+    logs: Sequence[Writer] = (),
     progress: bool = True,
     nonfinite: NonFinite = "raise",
     check: bool = True,
@@ -113,9 +115,10 @@ def fit(
         after_epoch: called with the epoch's number (from 1, counted on for a `state`), the State
             and the epoch's record; if it returns True, training stops. The state's buffers are
             only good until it returns: copy what you keep.
-        progress: show a bar on a terminal (if `rich` is there). Elsewhere print lines: at most
-            21 for the epochs (each of up to 20 epochs; of more the first, the last, and every
-            n-th, n = ⌈epochs / 20⌉), and one every half minute within a long epoch.
+        logs: where to write each epoch's record, `[fnn.logs.CSV("log.csv"), ...]`: see `fnn.logs`.
+            One that can't be begun is an error at once; one that fails later ends nothing.
+        progress: show a bar in a notebook, and on a terminal (if `rich` is there). Elsewhere print
+            a line for each epoch, and one every half minute within a long epoch.
         nonfinite: what to do about inf and nan; see `train_step`. (A TrainStep has its own: leave
             this out.) With "raise", an update that makes something inf or nan though loss
             and gradient are finite is noticed at the end of a call, whose steps are then made again
@@ -176,6 +179,7 @@ def fit(
     if after_epoch is not None:
         form = "a function after_epoch(epoch, state, record)"
         arguments.function("fit", "after_epoch", after_epoch, form)
+    books = Logs("fit", logs)
     found = extras(loss)
     if found.needs_key and key is None:
         raise TypeError("the loss takes a key, loss(params, example, key): pass key=... to fit.")
@@ -238,9 +242,16 @@ def fit(
         )
         del state
         display = progress_for(progress, last, training.steps, first)
-        own_listeners = [_AfterEpoch(after_epoch)] if after_epoch else []
-        told = Listeners(_Shown(display), *([keeper] if keeper else []), *own_listeners)
         stack.callback(display.close)
+        stack.callback(books.close)
+        listeners: list[Listener] = [_Shown(display)]
+        if epochs:  # before what is saved: of an epoch in a checkpoint there is a line in the log
+            listeners.append(_Logged(books))
+        if keeper:
+            listeners.append(keeper)
+        if after_epoch is not None:
+            listeners.append(_AfterEpoch(after_epoch))
+        told = Listeners(*listeners)
         stack.enter_context(interrupts)
         try:
             told.begin(work)
@@ -377,6 +388,19 @@ class _Shown(Listener):
 
     def epoch_over(self, work: Work, epoch: int, record: dict[str, Any]) -> None:
         self._display.epoch(epoch, record)
+
+
+class _Logged(Listener):
+    """Writes the records down."""
+
+    def __init__(self, books: Logs):
+        self._books = books
+
+    def begin(self, work: Work) -> None:
+        self._books.begin(work.epoch)
+
+    def epoch_over(self, work: Work, epoch: int, record: dict[str, Any]) -> None:
+        self._books.write(epoch, work.seen, record)
 
 
 class _AfterEpoch(Listener):
