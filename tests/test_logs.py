@@ -117,6 +117,30 @@ def test_going_on_repeats_no_epoch(tmp_path, make):
 
 
 @pytest.mark.parametrize("make", [CSV, JSONL])
+def test_the_same_call_again_goes_on_from_its_checkpoint(tmp_path, make):
+    pytest.importorskip("orbax.checkpoint")
+    log, died = make(tmp_path / "log"), []
+
+    def die_once(epoch, state, record):
+        if epoch == 3 and not died:
+            died.append(epoch)
+            raise RuntimeError
+
+    def call():
+        kept = fnn.Checkpoints(tmp_path / "kept", every=2)
+        return train(epochs=4, logs=[log], checkpoints=kept, after_epoch=die_once)
+
+    with pytest.raises(RuntimeError):
+        call()
+    result = call()
+    read = rows_of if make is CSV else objects_of
+    assert [int(row["epoch"]) for row in read(log.path)] == [1, 2, 3, 4]
+    assert [float(row["loss"]) for row in read(log.path)] == result.history["loss"]
+    call()  # there is nothing left to do
+    assert len(read(log.path)) == 4
+
+
+@pytest.mark.parametrize("make", [CSV, JSONL])
 def test_another_training_puts_the_log_aside(tmp_path, make):
     suffix = ".csv" if make is CSV else ".jsonl"
     path = tmp_path / f"log{suffix}"
