@@ -41,11 +41,11 @@ class Across(NamedTuple):
     pinned: bool = False
 
     def pin(self, x: Any) -> Any:
-        """An example's array, held where its example is; its positions where they are."""
+        """An example's array, held where its example is."""
         if not self.pinned or not x.ndim:
             return x
         free = PartitionSpec.UNCONSTRAINED
-        spec = PartitionSpec(self.sequence or free, *[free] * (x.ndim - 1))
+        spec = PartitionSpec(*[free] * x.ndim)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh_here(self.mesh), spec))
 
 

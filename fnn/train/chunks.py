@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn.train.data import Arrays, Stream, take
+from fnn.train.devices import Placed
 
 # Batches are stacked up to so many bytes, and so many of them, in one chunk.
 STACKED_BYTES, MOST_STACKED = 2**22, 64
@@ -120,7 +121,7 @@ class Streamed:
             in any case, by the bytes of a batch: its program is then the same, to the last bit.
     """
 
-    source: Arrays | Stream
+    source: Arrays | Stream | Placed
     look_at: Callable[[Any], None]
     may_pad: Callable[[Any], bool]
     most: Callable[[], int] = lambda: MOST_STACKED
@@ -128,7 +129,8 @@ class Streamed:
     @property
     def comes_once(self) -> bool:
         """Whether what is read is gone: then nothing may be read that isn't trained on."""
-        return isinstance(self.source, Stream) and isinstance(self.source.source, Iterator)
+        source = self.source.source if isinstance(self.source, Placed) else self.source
+        return isinstance(source, Stream) and isinstance(source.source, Iterator)
 
     def chunks(self, key: Any, start: int) -> Iterator[Chunk]:
         """Those of an epoch, without its first `start` batches.

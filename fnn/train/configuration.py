@@ -29,8 +29,8 @@ MOST_BYTES = 1 << 24
 _ROWS = 64
 _DEEPEST = 12
 
-# What decides when a step is refused, and not what it is.
-_NO_MATTER = ("nonfinite", "check")
+# What decides when a step is refused, or where it is computed, and not what it is.
+_NO_MATTER = ("nonfinite", "check", "layout")
 
 
 def versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ A loss is compiled once and kept, with a list of what it read besides its argume
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,14 +18,17 @@ import numpy as np
 from fnn import arguments
 from fnn.batch import batch_size as size_of
 from fnn.meshes import beside
+from fnn.sharding import Layout
 from fnn.train.checks import BatchChecks, Labels, check_values, find_labels
 from fnn.train.data import Arrays, Stream, as_arrays, batches_of
+from fnn.train.devices import Placed, check_layout, everywhere, on_its_mesh
 from fnn.train.loss import Loss, batch_losses, check_loss, extras, mean_metrics
 from fnn.train.readings import Kept, reference
 from fnn.train.result import stacked, weighted_mean
 from fnn.train.state import State, path_name
 
 
+@on_its_mesh
 def evaluate(
     loss: Loss,
     params: chex.ArrayTree | State,
@@ -34,6 +38,7 @@ def evaluate(
     key: chex.PRNGKey | None = None,
     check: bool = True,
     model_state: chex.ArrayTree | None = None,
+    layout: Layout | None = None,
 ) -> dict[str, float]:
     """The mean loss and metrics over all examples of the data, each counted once.
 
@@ -45,6 +50,7 @@ def evaluate(
         key: for a loss that takes one.
         check: look at the values of the data too, as `fit` does: nan, and labels out of range.
         model_state: the network's state, for a loss that takes one; by default that of a State.
+        layout: how parameters and batches are divided over devices, as for `fit`.
 
     Returns:
         `{"loss": ..., metric: ...}` as Python floats (arrays for metrics that are arrays).
@@ -59,6 +65,7 @@ def evaluate(
     """
     check_loss("evaluate", loss)
     arguments.flag("evaluate", "check", check)
+    check_layout("evaluate", layout, extras(loss).mode is not None)
     if key is not None:
         arguments.key("evaluate", "key", key)
     if isinstance(params, State):
@@ -76,7 +83,7 @@ def evaluate(
     model_state = as_arrays(model_state or {}, "model_state", only_arrays=True)
     source = batches_of("evaluate", data, batch_size=batch_size, shuffle=False, epochs=1)
     with evaluation_of(loss) as evaluation:
-        return evaluation.means(params, model_state, source, key, check)
+        return evaluation.means(params, model_state, source, key, check, layout=layout)
 
 
 def _checked(params: Any) -> Any:
@@ -104,13 +111,21 @@ class Evaluation:
         traces: list[str] = []
         self.traces = traces
 
-        @jax.jit
-        def means(params, state, batch, key):
+        @functools.partial(jax.jit, static_argnums=4)
+        def means(params, state, batch, key, layout):
             traces.append("means")
             losses, metrics, _ = batch_losses(
-                loss(), params, batch, size_of(batch), key, train=False, state=state
+                loss(),
+                params,
+                batch,
+                size_of(batch),
+                key,
+                train=False,
+                state=state,
+                layout=layout,
             )
-            return {"loss": jnp.mean(losses), **mean_metrics(metrics)}
+            found = {"loss": jnp.mean(losses), **mean_metrics(metrics)}
+            return found if layout is None else everywhere(layout, found)
 
         self._means = means
 
@@ -122,18 +137,29 @@ class Evaluation:
         key: Any,
         check: bool,
         name: str = "data",
+        layout: Layout | None = None,
     ) -> dict[str, Any]:
         """The mean loss and metrics over all batches; see `evaluate`."""
         own_key = key if extras(self._loss()).needs_key else None
         if check and isinstance(source, Arrays):
             check_values(self.find_labels, params, source.data, own_key, state, name)
         checks = BatchChecks(self.find_labels, check and isinstance(source, Stream))
+        batches = source.epoch(key)
+        if layout is None:
+            look_at = lambda batch: checks.look_at(params, batch, own_key, state)
+        else:
+            types = params, own_key, state
+            look_at = lambda batch: None
+            look_first = lambda batch: checks.look_at(types[0], batch, *types[1:])
+            batches = Placed(source, layout, look_first).epoch(key)
+            params = layout.place(params)
+            state, own_key = layout.spread(state), layout.spread(own_key)
         means, sizes = [], []
-        for i, batch in enumerate(source.epoch(key)):
-            checks.look_at(params, batch, own_key, state)
+        for i, batch in enumerate(batches):
+            look_at(batch)
             sizes.append(size_of(batch))
             placed = beside((params, state), batch)
-            means.append(self._means(*placed, batch, fold_in(own_key, i)))
+            means.append(self._means(*placed, batch, fold_in(own_key, i), layout))
         if not means:
             raise ValueError(f"{name} has no batches to evaluate.")
         return weighted_mean(stacked(jax.device_get(means)), np.array(sizes))

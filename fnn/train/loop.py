@@ -18,6 +18,7 @@ from fnn import arguments
 from fnn.batch import example_types
 from fnn.logs import Logs, Writer
 from fnn.params import Where
+from fnn.sharding import Layout
 from fnn.train.calls import Calls, kept_programs, programs_of
 from fnn.train.checkpoints import Checkpoints
 from fnn.train.checks import BatchChecks, check_values
@@ -25,6 +26,7 @@ from fnn.train.chunks import Resident, Streamed, fits, resident
 from fnn.train.configuration import of_call
 from fnn.train.coupling import is_coupled
 from fnn.train.data import Arrays, Stream, batches_of, is_tree_of_arrays
+from fnn.train.devices import Placed, on_its_mesh
 from fnn.train.evaluation import evaluation_of, fold_in
 from fnn.train.events import Listener, Listeners
 from fnn.train.interrupts import Interrupts
@@ -43,6 +45,7 @@ from fnn.train.step import TrainStep
 AHEAD = 2
 
 
+@on_its_mesh
 def fit(
     loss: Loss | TrainStep,
     params: chex.ArrayTree | State,
@@ -71,6 +74,7 @@ def fit(
     ema: float | None = None,
     clip: float | None = None,
     checkpoints: Checkpoints | None = None,
+    layout: Layout | None = None,
 ) -> FitResult:
     """Train: `epochs` times over the data, a batch at a time.
 
@@ -131,6 +135,9 @@ def fit(
             call again goes on where the newest checkpoint stands. `epochs` counts from the first
             call's beginning, then.
         trainable, accumulate, compute, loss_scale, ema, clip: see `train_step`.
+        layout: how parameters, state and batches are divided over a mesh of devices; see
+            `fnn.sharding`. Of several processes each has the same arrays, of which it reads its
+            devices' rows; of an iterable each gives its own part of every batch.
 
     Returns:
         A `FitResult`. Ctrl-C (with checkpoints, SIGTERM too) ends training early and returns what
@@ -154,8 +161,9 @@ def fit(
     loss reads the same variables besides its arguments, as by `evaluate`.
     """
     epochs = arguments.integer("fit", "epochs", epochs, least=0)
-    options = {"nonfinite": nonfinite, "trainable": trainable, "accumulate": accumulate}
-    options |= {"compute": compute, "loss_scale": loss_scale, "ema": ema, "clip": clip}
+    options: dict[str, Any] = {"nonfinite": nonfinite, "trainable": trainable, "layout": layout}
+    options |= {"accumulate": accumulate, "compute": compute, "loss_scale": loss_scale}
+    options |= {"ema": ema, "clip": clip}
     step = _step(loss, optimizer, options, check)
     loss = step.loss
     if not isinstance(params, State):
@@ -205,6 +213,8 @@ def fit(
     order_key, loss_key, validation_key = (None,) * 3 if key is None else jax.random.split(key, 3)
     if not found.may_draw:
         loss_key = None
+    elif step.layout is not None:
+        loss_key = step.layout.spread(loss_key)
     step._meet(state, loss_key)
 
     if optimizer is None:
@@ -239,6 +249,7 @@ def fit(
             epochs,
             validation_key,
             check,
+            step.layout,
         )
         del state
         display = progress_for(progress, last, training.steps, first)
@@ -314,7 +325,9 @@ def _step(loss: Any, optimizer: Any, options: dict[str, Any], check: bool) -> Tr
 
 def _start(step: TrainStep, params: Any, model_state: Any) -> State:
     """The state to start from, in arrays of its own."""
-    return own(params) if isinstance(params, State) else step.init(params, model_state)
+    if not isinstance(params, State):
+        return step.init(params, model_state)
+    return own(params if step.layout is None else step.layout.place(params))
 
 
 def _initial_model_state(loss: Loss, found: Extras, training: Arrays | Stream, given: Any) -> Any:
@@ -352,6 +365,9 @@ def _source(
     # Types alone: the state must not be kept.
     types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     known: list[bool] = []
+    if step.layout is not None:
+        placed = Placed(training, step.layout, look_at)
+        return Streamed(placed, lambda batch: None, lambda batch: False)
 
     def may_pad(batch):
         if not known:
@@ -422,6 +438,7 @@ def _validation(
     epochs: int,
     key: Any,
     check: bool,
+    layout: Layout | None,
 ) -> Callable[[State], dict[str, Any]]:
     """A function from the state to the validation's part of an epoch's record."""
     if data is None:
@@ -446,7 +463,9 @@ def _validation(
         check = False
 
     def validate(state):
-        means = evaluation.means(state.params, state.model_state, source, key, check, "validation")
+        means = evaluation.means(
+            state.params, state.model_state, source, key, check, "validation", layout
+        )
         return {f"validation_{name}": value for name, value in means.items()}
 
     return validate

@@ -12,9 +12,12 @@ import jax.numpy as jnp
 
 from fnn import arguments
 from fnn.arguments import name_of
+from fnn.batch import batch_size
 from fnn.layers.layer import Layer, as_layer, run
 from fnn.layers.mode import EVALUATE, Mode, training
 from fnn.meshes import dealt_alike
+from fnn.sharding import Layout
+from fnn.train.devices import across, gathered
 
 # ------------------------------------------------------------- a loss, of an example and of a batch
 
@@ -164,6 +167,7 @@ def batch_losses(
     *,
     train: bool,
     state: Any = None,
+    layout: Layout | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
     """The loss and the metrics of each example of a batch, and the new state of all.
 
@@ -175,6 +179,7 @@ def batch_losses(
         key: split into one for each example, or None.
         train: whether the mode is training.
         state: the network's, shared by all examples.
+        layout: where all that lies, on a mesh of devices.
 
     Returns:
         `(losses, metrics, state)`: an array `(size,)`, a dict of arrays `(size, ...)`, and the
@@ -184,7 +189,8 @@ def batch_losses(
         TypeError, ValueError: the loss isn't a real scalar, its metrics aren't a dict of
             arrays under names of their own, or it gives each example a state of its own.
     """
-    return example_losses(loss, params, batch, keys_of(key, size), train=train, state=state)
+    keys = keys_of(key, size)
+    return example_losses(loss, params, batch, keys, train=train, state=state, layout=layout)
 
 
 def keys_of(key: Any, size: int) -> Any:
@@ -193,7 +199,14 @@ def keys_of(key: Any, size: int) -> Any:
 
 
 def example_losses(
-    loss: Loss, params: Any, batch: Any, keys: Any, *, train: bool, state: Any = None
+    loss: Loss,
+    params: Any,
+    batch: Any,
+    keys: Any,
+    *,
+    train: bool,
+    state: Any = None,
+    layout: Layout | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
     """`batch_losses`, with a key for each example."""
     found = extras(loss)
@@ -204,10 +217,19 @@ def example_losses(
         if key is not None and found.key is not None and found.mode is not None:
             own, key = jax.random.split(key)
         mode = training(key, axis) if train else EVALUATE
+        if layers is not None:
+            mode = dataclasses.replace(mode, across=layers)
         return call(loss, params, example, own, mode, state)
 
+    layers = across(layout, batch_size(batch))
+    params = gathered(layout, params, found.mode is not None)
     batch, keys = dealt_alike((batch, keys))
-    over_batch = jax.vmap(of_example, out_axes=(0, 0, None), axis_name=axis)
+    over_batch = jax.vmap(
+        of_example,
+        out_axes=(0, 0, None),
+        axis_name=axis,
+        spmd_axis_name=layout.batch if layout is not None and layers and layers.pinned else None,
+    )
     try:
         return over_batch(batch, keys)
     except ValueError as error:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from fnn.backprop import value_and_grad
 from fnn.batch import batch_size
+from fnn.sharding import Layout
 from fnn.train.loss import Loss, example_losses, keys_of
 from fnn.train.loss_scaling import unscaled
 from fnn.train.microbatches import in_order, over_microbatches
@@ -42,11 +43,13 @@ class Objective:
         loss: of one example.
         compute: the dtype that parameters and examples are cast to; None for theirs.
         microbatches: in how many parts a batch is computed.
+        layout: where parameters and batches lie, on a mesh of devices.
     """
 
     loss: Loss
     compute: Any = None
     microbatches: int = 1
+    layout: Layout | None = None
 
     def value(
         self, params: Any, batch: Any, key: Any, model_state: Any, count: Any = None
@@ -118,7 +121,9 @@ class Objective:
         """`(mean, (means, losses, state))`: what some rows of a batch add to its means."""
         examples, keys, counts = rows
         given = cast(params, self.compute), cast(examples, self.compute)
-        losses, metrics, new = example_losses(self.loss, *given, keys, train=True, state=state)
+        losses, metrics, new = example_losses(
+            self.loss, *given, keys, train=True, state=state, layout=self.layout
+        )
         if self.compute is not None:
             losses, metrics = wide((losses, metrics))
         here = batch_size(examples)

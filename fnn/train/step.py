@@ -15,10 +15,12 @@ from fnn import arguments
 from fnn.batch import batch_size, example_types
 from fnn.meshes import beside
 from fnn.params import Where
+from fnn.sharding import Layout
 from fnn.train.averaging import averaged, first_average
 from fnn.train.checks import BatchChecks, describe_bad_labels, describe_nonfinite, find_labels
 from fnn.train.clipping import clipped
 from fnn.train.data import as_arrays
+from fnn.train.devices import check_layout, everywhere, held, on_its_mesh
 from fnn.train.freezing import Trainable
 from fnn.train.loss import Loss, check_key, check_loss, extras
 from fnn.train.loss_scaling import DynamicLossScale, check_loss_scale
@@ -51,6 +53,7 @@ def train_step(
     loss_scale: float | str | DynamicLossScale | None = None,
     ema: float | None = None,
     clip: float | None = None,
+    layout: Layout | None = None,
 ) -> TrainStep:
     """A training step: gradient of the mean loss over a batch, then the optimiser's update.
 
@@ -110,6 +113,8 @@ def train_step(
         clip: the longest gradient: one of a larger Euclidean norm is scaled to this one before the
             optimiser gets it, as by `optax.clip_by_global_norm`. What optimisers with line searches
             get as `grad` isn't scaled.
+        layout: how the state and the batches are divided over a mesh of devices; see
+            `fnn.sharding`. `init` and the step put there what lies elsewhere.
 
     Returns:
         A `TrainStep`.
@@ -128,6 +133,7 @@ def train_step(
         loss_scale=loss_scale,
         ema=ema,
         clip=clip,
+        layout=layout,
     )
 
 
@@ -173,6 +179,7 @@ class TrainStep:
         loss_scale: float | str | DynamicLossScale | None = None,
         ema: float | None = None,
         clip: float | None = None,
+        layout: Layout | None = None,
     ):
         where = "train_step"
         check_loss(where, loss)
@@ -185,15 +192,17 @@ class TrainStep:
             arguments.number(where, "clip", clip, above=0)
         options: dict[str, Any] = {"nonfinite": nonfinite, "check": check, "trainable": trainable}
         options |= {"accumulate": accumulate, "compute": compute, "loss_scale": loss_scale}
-        self._made_of = (loss, optimizer, options | {"ema": ema, "clip": clip})
+        check_layout(where, layout, extras(loss).mode is not None)
+        options |= {"ema": ema, "clip": clip, "layout": layout}
+        self._made_of = (loss, optimizer, options)
+        self.layout = layout
         self.loss = loss
         self.optimizer = optax.with_extra_args_support(optimizer)
         self._nonfinite = nonfinite
         self._trainable = Trainable(trainable, where)
         compute = check_compute(where, compute)
-        self._objective = Objective(
-            loss, compute, arguments.integer(where, "accumulate", accumulate, least=1)
-        )
+        accumulate = arguments.integer(where, "accumulate", accumulate, least=1)
+        self._objective = Objective(loss, compute, accumulate, layout)
         self._loss_scale = check_loss_scale(where, loss_scale, compute)
         self._scaling = self._loss_scale if isinstance(self._loss_scale, DynamicLossScale) else None
         self._ema = None if ema is None else float(ema)
@@ -212,6 +221,7 @@ class TrainStep:
     def __deepcopy__(self, memo: dict) -> TrainStep:
         return _made_again(*self._made_of)
 
+    @on_its_mesh
     def init(self, params: chex.ArrayTree, model_state: chex.ArrayTree | None = None) -> State:
         """The state to start from: a copy of `params`, the optimiser's state, step 0.
 
@@ -233,6 +243,13 @@ class TrainStep:
         params = as_arrays(params, "params", only_arrays=True)
         model_state = as_arrays(model_state, "model_state", only_arrays=True)
         check_params(params, self._trainable.flags)
+        if self.layout is None:
+            return self._first(params, model_state)
+        params, model_state = self.layout.place(params), self.layout.spread(model_state)
+        wanted = self.layout.of_state(jax.eval_shape(self._first, params, model_state))
+        return jax.jit(self._first, out_shardings=wanted)(params, model_state)
+
+    def _first(self, params: Any, model_state: Any) -> State:
         opt_state = self.optimizer.init(self._trainable.part(params))
         start = State(params, opt_state, jnp.zeros((), jnp.int32), model_state=model_state)
         if self._ema is not None:
@@ -268,11 +285,16 @@ class TrainStep:
             return self._compiled(state, batch, key, True)[:2]
         return self._advance(state, batch, key, look_at=True)
 
+    @on_its_mesh
     def _advance(
         self, state: State, batch: Any, key: Any, *, look_at: bool
     ) -> tuple[State, dict[str, chex.Array]]:
         """The step, of arrays, whose batch is looked at beforehand if asked for."""
-        if self._runs.of(state) is None:
+        known = self._runs.of(state) is not None
+        if self.layout is not None:
+            state = state if known else self.layout.place(state)
+            batch, key = self.layout.place_batch(batch), self.layout.spread(key)
+        elif not known:
             state = beside(state, batch)
         run = self._run_of(state)
         run.read()
@@ -379,7 +401,11 @@ class TrainStep:
             exact=exact,
             scaling=self._scaling,
         )
-        return whole(kept), found.means | metrics, report
+        new, metrics = whole(kept), found.means | metrics
+        if self.layout is not None:
+            new = held(self.layout, new)
+            metrics, report = everywhere(self.layout, (metrics, report))
+        return new, metrics, report
 
     # ------------------------------------------------------------------ checks, on the host
 

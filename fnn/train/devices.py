@@ -1,0 +1,131 @@
+"""Training on a layout of `fnn.sharding`: where the state, the batches and the key lie."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from fnn import arguments
+from fnn.layers.mode import Across
+from fnn.sharding import Layout
+from fnn.train.data import Arrays, Stream
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def check_layout(where: str, layout: Any, takes_mode: bool) -> None:
+    """Raise a TypeError unless it is a layout that the loss can be trained on, or None."""
+    if layout is None:
+        return
+    if not isinstance(layout, Layout):
+        raise TypeError(
+            f"{where}: layout must be one of fnn.sharding's, such as "
+            f"fnn.sharding.fully_sharded(mesh), but got {arguments.show(layout)}."
+        )
+    if (layout.sequence or layout.stages) and not takes_mode:
+        what = "a sequence's positions" if layout.sequence else "a network's blocks"
+        raise TypeError(
+            f"{where}: the layout divides {what}, and layers are told so by the mode: the loss "
+            "must take one, loss(params, example, mode), and pass it on: net(params, x, "
+            "mode=mode). fnn.supervised(net, ...) does."
+        )
+
+
+def across(layout: Layout | None, size: int | None = None) -> Across | None:
+    """What layers must know of a layout, for a batch of this size."""
+    if layout is None or not (layout.sequence or layout.stages or layout.shard):
+        return None
+    # shard_map over one axis of the mesh knows nothing of examples that are pinned to another.
+    pinned = layout.deals_out(size) and not (layout.sequence or layout.stages)
+    return Across(layout.mesh, layout.sequence, layout.stages, layout.microbatches or 1, pinned)
+
+
+def gathered(layout: Layout | None, params: Any, takes_mode: bool) -> Any:
+    """The parameters, traced, put together where the layout divides them though no rule does.
+
+    Those of repeated blocks aren't, if the loss takes a mode: by it `repeat` has the compiler do so
+    inside its loop, for a block at a time.
+    """
+    if layout is None or not layout.shard:
+        return params
+    stacked = layout.blocks if takes_mode else ()
+    return jax.tree.map(_gathered, params, layout.shardings(params), layout.ruled(params, stacked))
+
+
+def _gathered(x: Any, lies: NamedSharding, wanted: NamedSharding) -> Any:
+    """x as wanted; its gradient is summed to where x lies."""
+    if lies == wanted:
+        return x
+
+    @jax.custom_vjp
+    def gather(x):
+        return jax.lax.with_sharding_constraint(x, wanted)
+
+    def backward(_, g):
+        return (jax.lax.with_sharding_constraint(g, lies),)
+
+    gather.defvjp(lambda x: (gather(x), None), backward)
+    return gather(x)
+
+
+def held(layout: Layout, state: Any) -> Any:
+    """A step's new state, traced, held where the layout has it."""
+    return jax.lax.with_sharding_constraint(state, layout.of_state(state))
+
+
+def everywhere(layout: Layout, tree: Any) -> Any:
+    """What is traced, on all devices alike: metrics and reports, which every process reads."""
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, layout.everywhere), tree)
+
+
+@contextlib.contextmanager
+def on_mesh(layout: Layout | None) -> Iterator[None]:
+    """Within it, the layout's mesh is the context's, whatever mesh was set before."""
+    if layout is None or jax.sharding.get_abstract_mesh().empty:
+        yield
+        return
+    with jax.set_mesh(layout.mesh):
+        yield
+
+
+def on_its_mesh(function: Function) -> Function:
+    """Decorate a function with an argument `layout`, or of a TrainStep with one: see `on_mesh`."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        layout = options.get("layout") or getattr(args[0] if args else None, "layout", None)
+        with on_mesh(layout if isinstance(layout, Layout) else None):
+            return function(*args, **options)
+
+    return run  # type: ignore[return-value]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """Data whose batches are dealt out to a layout's devices.
+
+    Of arrays each process reads the rows of its own devices. Of an iterable each gives its own
+    part of every batch, which is looked at before it is placed.
+    """
+
+    source: Arrays | Stream
+    layout: Layout
+    look_at: Callable[[Any], None] = lambda batch: None
+
+    def epoch(self, key: Any, start: int = 0) -> Iterator[Any]:
+        """As of the source."""
+        if isinstance(self.source, Arrays):
+            rows = np.asarray(self.source.rows(key))
+            for own, size in list(zip(rows, self.source.sizes, strict=True))[start:]:
+                yield self.layout.take(self.source.data, own[:size])
+            return
+        for batch in self.source.epoch(key, start):
+            self.look_at(batch)
+            yield self.layout.place_batch(batch)
