@@ -12,6 +12,7 @@ models                      whole networks
 sharding                    layouts over many devices
 params                      parameters by path, and their files
 train_step, fit             training
+EarlyStopping               what ends it where it no longer gets better
 Checkpoints                 what fit keeps in a folder, to go on from
 sweep                       many trainings by one program
 logs                        what fit writes of each epoch
@@ -45,6 +46,7 @@ from fnn.train import (
     CheckpointError,
     Checkpoints,
     DynamicLossScale,
+    EarlyStopping,
     FitResult,
     NonFiniteError,
     State,
@@ -64,6 +66,7 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "DynamicLossScale",
+    "EarlyStopping",
     "FitResult",
     "GradientError",
     "Graph",

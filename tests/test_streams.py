@@ -160,7 +160,8 @@ def test_metrics_that_change_from_batch_to_batch(metrics, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["loss", "grad_norm", "skipped", "seconds", "validation_loss", "validation_accuracy"]
+    "name",
+    ["loss", "grad_norm", "seconds", "learning_rate", "validation_loss", "validation_accuracy"],
 )
 def test_names_that_training_uses_itself(name):
     def loss(params, example):

@@ -2,6 +2,7 @@
 
 from fnn.train.checkpoint_files import CheckpointError
 from fnn.train.checkpoints import Checkpoints
+from fnn.train.early_stopping import EarlyStopping
 from fnn.train.evaluation import evaluate
 from fnn.train.landscape import LossSurface, loss_surface
 from fnn.train.loop import fit
@@ -24,6 +25,7 @@ __all__ = [
     "Checkpoints",
     "ActivationStatistics",
     "DynamicLossScale",
+    "EarlyStopping",
     "FitResult",
     "Histogram",
     "LearningRates",

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn.train.data import Arrays, Stream, take
+from fnn.train.data import Arrays, Stream, fold_in, take
 from fnn.train.devices import Placed
 
 # Batches are stacked up to so many bytes, and so many of them, in one chunk.
@@ -87,10 +87,18 @@ class Resident:
     source: Arrays
     data: Any
     pad: bool
+    _prepared: dict[int, Any] = dataclasses.field(default_factory=dict)
 
-    def chunks(self, key: Any, start: int) -> Iterator[Chunk]:
+    def prepare(self, key: Any, epoch: int) -> None:
+        """Draw an epoch's order beforehand."""
+        if epoch not in self._prepared:
+            self._prepared.clear()
+            self._prepared[epoch] = self.source.rows(key, epoch)
+
+    def chunks(self, key: Any, epoch: int, start: int) -> Iterator[Chunk]:
         """Those of an epoch, without its first `start` batches."""
-        rows, sizes = self.source.rows(key), self.source.sizes
+        self.prepare(key, epoch)
+        rows, sizes = self._prepared[epoch], self.source.sizes
         even = sizes[-1] == self.source.batch_size
         if even or self.pad:
             yield Chunk("rows", self.data, rows, sizes, not even, start)
@@ -132,12 +140,12 @@ class Streamed:
         source = self.source.source if isinstance(self.source, Placed) else self.source
         return isinstance(source, Stream) and isinstance(source.source, Iterator)
 
-    def chunks(self, key: Any, start: int) -> Iterator[Chunk]:
+    def chunks(self, key: Any, epoch: int, start: int) -> Iterator[Chunk]:
         """Those of an epoch, without its first `start` batches.
 
         An error of the source comes after the batches before it.
         """
-        return self._made(self._looked_at(self.source.epoch(key, start)))
+        return self._made(self._looked_at(self.source.epoch(fold_in(key, epoch), start)))
 
     def _looked_at(self, batches: Iterable) -> Iterator[Any]:
         for batch in batches:

@@ -18,6 +18,7 @@ from fnn import arguments
 from fnn.arguments import name_of
 from fnn.batch import batch_size as size_of
 from fnn.meshes import of_rows
+from fnn.train.orders import sort_bits, sorted_orders
 from fnn.train.state import path_name
 
 # --------------------------------------------------------------------------------------- conversion
@@ -205,16 +206,27 @@ class Arrays:
         sizes[-1] = min(self.batch_size, self.size - (self.steps - 1) * self.batch_size)
         return sizes
 
-    def rows(self, key: Any) -> jax.Array:
+    def rows(self, key: Any, epoch: int | None = None) -> Any:
         """Which examples make each batch of an epoch, in an order drawn from the key.
+
+        Args:
+            key: the epoch's; or, with its number, that of all epochs.
+            epoch: that number.
 
         Returns:
             Numbers of examples of shape (steps, batch_size). A smaller last batch is filled up
             with examples of its own.
         """
-        return _rows(
-            key if self.shuffle else None, self.size, self.batch_size, self.steps, self.shuffle
-        )
+        if not self.shuffle:
+            order: Any = np.arange(self.size, dtype=np.int32)
+        elif jax.default_backend() == "cpu":  # whose sort is slow
+            order = sorted_orders(_bits(key, epoch, self.size))
+        else:
+            order = _permutation(key if epoch is None else fold_in(key, epoch), self.size)
+        before = (self.steps - 1) * self.batch_size
+        last = before + np.arange(self.batch_size) % (self.size - before)
+        join = np.concatenate if isinstance(order, np.ndarray) else jnp.concatenate
+        return join([order[:before], order[last]]).reshape(self.steps, -1)
 
     def epoch(self, key: Any, start: int = 0) -> Iterator[Any]:
         """The batches of one epoch, in an order drawn from the key, without the first `start`."""
@@ -402,15 +414,27 @@ def _take_on_device(arrays: dict, rows: jax.Array) -> dict:
     }
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _rows(key: Any, size: int, batch_size: int, steps: int, shuffle: bool) -> jax.Array:
-    order = jax.random.permutation(key, size) if shuffle else jnp.arange(size)
-    before = (steps - 1) * batch_size
-    last = before + jnp.arange(batch_size) % (size - before)
-    return jnp.concatenate([order[:before], order[last]]).astype(jnp.int32).reshape(steps, -1)
+@functools.partial(jax.jit, static_argnums=2)
+def _bits(key: Any, epoch: Any, size: int) -> jax.Array:
+    return sort_bits(key if epoch is None else jax.random.fold_in(key, epoch), size)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _permutation(key: Any, size: int) -> jax.Array:
+    return jax.random.permutation(key, size).astype(jnp.int32)
 
 
 def _key_parameter(function: Callable) -> inspect.Parameter | None:
     """A function's first argument, if it can't be called without one or it is named key."""
     first = (arguments.positional(function) or [])[:1]
     return next((p for p in first if p.default is p.empty or p.name == "key"), None)
+
+
+@jax.jit
+def _fold(key, i):
+    return jax.random.fold_in(key, i)
+
+
+def fold_in(key: Any, i: int) -> Any:
+    """The i-th key drawn from a key; None from None. Compiled: a loop calls it at each step."""
+    return None if key is None else _fold(key, np.uint32(i))

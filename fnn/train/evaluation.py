@@ -20,7 +20,7 @@ from fnn.batch import batch_size as size_of
 from fnn.meshes import beside
 from fnn.sharding import Layout
 from fnn.train.checks import BatchChecks, Labels, check_values, find_labels
-from fnn.train.data import Arrays, Stream, as_arrays, batches_of
+from fnn.train.data import Arrays, Stream, as_arrays, batches_of, fold_in
 from fnn.train.devices import Placed, check_layout, everywhere, on_its_mesh
 from fnn.train.loss import Loss, batch_losses, check_loss, extras, mean_metrics
 from fnn.train.readings import Kept, reference
@@ -194,13 +194,3 @@ def evaluation_of(loss: Loss) -> Iterator[Evaluation]:
 
 
 _kept: Kept[Evaluation] = Kept()
-
-
-@jax.jit
-def _fold(key, i):
-    return jax.random.fold_in(key, i)
-
-
-def fold_in(key: Any, i: int) -> Any:
-    """The i-th key drawn from a key; None from None. Compiled: a loop calls it at each step."""
-    return None if key is None else _fold(key, np.uint32(i))

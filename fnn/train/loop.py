@@ -27,10 +27,12 @@ from fnn.train.configuration import of_call
 from fnn.train.coupling import is_coupled
 from fnn.train.data import Arrays, Stream, batches_of, is_tree_of_arrays
 from fnn.train.devices import Placed, on_its_mesh
-from fnn.train.evaluation import evaluation_of, fold_in
+from fnn.train.early_stopping import BestKeeper, EarlyStopping, check_early_stopping
+from fnn.train.evaluation import evaluation_of
 from fnn.train.events import Listener, Listeners
 from fnn.train.interrupts import Interrupts
 from fnn.train.keeping import kept
+from fnn.train.learning_rate import rate_of
 from fnn.train.loss import Extras, Loss, check_loss, extras
 from fnn.train.loss_scaling import DynamicLossScale
 from fnn.train.nonfinite import NonFiniteError
@@ -61,6 +63,8 @@ def fit(
     steps_per_call: int | None = None,
     validation: Any = None,
     validation_loss: Loss | None = None,
+    early_stopping: EarlyStopping | None = None,
+    schedule: Callable[[int], Any] | None = None,
     after_epoch: Callable[[int, State, dict[str, Any]], Any] | None = None,
     logs: Sequence[Writer] = (),
     progress: bool = True,
@@ -116,6 +120,11 @@ def fit(
             second, unless given. Between calls, Ctrl-C is heard and progress is shown.
         validation: arrays or an iterable of batches, evaluated after each epoch.
         validation_loss: the loss for that; by default `loss`.
+        early_stopping: an `EarlyStopping`, which ends training where it no longer gets better.
+            `result.best` is then the state at the end of the best epoch.
+        schedule: the learning rate that the optimiser uses, as a function of the number of steps
+            before, to be shown in the record as `learning_rate`. (It is shown without this where
+            the optimiser's state has it, as with `optax.inject_hyperparams`.)
         after_epoch: called with the epoch's number (from 1, counted on for a `state`), the State
             and the epoch's record; if it returns True, training stops. The state's buffers are
             only good until it returns: copy what you keep.
@@ -184,6 +193,10 @@ def fit(
         check_loss("fit", validation_loss, "validation_loss")
         if validation is None:
             raise ValueError("fit: validation_loss is given, but no data for it: validation=...")
+    if early_stopping is not None:
+        check_early_stopping(early_stopping, validation is not None)
+    if schedule is not None:
+        arguments.function("fit", "schedule", schedule, "a function of the number of steps")
     if after_epoch is not None:
         form = "a function after_epoch(epoch, state, record)"
         arguments.function("fit", "after_epoch", after_epoch, form)
@@ -258,6 +271,8 @@ def fit(
         listeners: list[Listener] = [_Shown(display)]
         if epochs:  # before what is saved: of an epoch in a checkpoint there is a line in the log
             listeners.append(_Logged(books))
+        if early_stopping is not None:
+            listeners.append(BestKeeper(early_stopping))
         if keeper:
             listeners.append(keeper)
         if after_epoch is not None:
@@ -268,7 +283,9 @@ def fit(
             told.begin(work)
             for epoch in range(first, last + 1):
                 began = time.perf_counter()
-                with _chunks(source, fold_in(order_key, epoch), work.batch) as chunks:
+                if isinstance(source, Resident) and epoch < last:
+                    calls.meanwhile = functools.partial(source.prepare, order_key, epoch + 1)
+                with _chunks(source, order_key, epoch, work.batch) as chunks:
                     for chunk in chunks:
                         at = chunk.start
                         while at < len(chunk.sizes):
@@ -281,6 +298,7 @@ def fit(
                     record = work.log.epoch_means() if work.log.epoch_has_begun else {}
                     work.epoch_over()
                 record |= validate(work.latest)
+                record |= rate_of(work.latest, schedule)
                 record["seconds"] = time.perf_counter() - began
                 with interrupts.held():
                     work.log.end_epoch(record)
@@ -383,9 +401,9 @@ def _source(
     return resident(training, not even and may_pad(training.data))
 
 
-def _chunks(source: Resident | Streamed, key: Any, start: int) -> Any:
+def _chunks(source: Resident | Streamed, key: Any, epoch: int, start: int) -> Any:
     """An epoch's chunks, to be closed; those that come are read ahead, if they come again."""
-    make = lambda: source.chunks(key, start)
+    make = lambda: source.chunks(key, epoch, start)
     again = isinstance(source, Streamed) and not source.comes_once
     return contextlib.closing(prefetched(make, AHEAD if again else 0))
 

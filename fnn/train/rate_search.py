@@ -15,8 +15,7 @@ import optax
 from fnn import arguments
 from fnn.batch import batch_size as size_of
 from fnn.batch import example_types
-from fnn.train.data import Arrays, batches_of
-from fnn.train.evaluation import fold_in
+from fnn.train.data import Arrays, batches_of, fold_in
 from fnn.train.loss import Loss, check_loss, extras
 from fnn.train.state import State
 from fnn.train.step import check_optimizer, train_step

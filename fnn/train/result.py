@@ -120,10 +120,10 @@ def stacked(records: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 def weighted_mean(records: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, Any]:
     """The mean of each entry over its first axis, weighted: a float, or an array."""
-    means = {}
+    means, parts = {}, weights / np.sum(weights)
     for name in sorted(records, key=_order):
         values = np.asarray(records[name], np.float64)
-        mean = np.tensordot(weights / np.sum(weights), values, 1)
+        mean = np.dot(parts, values) if values.ndim == 1 else np.tensordot(parts, values, 1)
         means[name] = float(mean) if np.ndim(mean) == 0 else mean
     return means
 

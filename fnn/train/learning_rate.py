@@ -1,0 +1,39 @@
+"""The learning rate that an optimiser uses, where it shows one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from fnn.train.state import State
+
+NAME = "learning_rate"
+
+
+def shown_rate(state: State) -> float | None:
+    """The learning rate in an optimiser's state, as `optax.inject_hyperparams` keeps it there.
+
+    Returns:
+        The first one that is a number; None if there is none.
+    """
+    is_shown = lambda x: isinstance(getattr(x, "hyperparams", None), dict)
+    for part in jax.tree.leaves(state.opt_state, is_leaf=is_shown):
+        rate = part.hyperparams.get(NAME) if is_shown(part) else None
+        if rate is not None and np.ndim(rate) == 0:
+            return float(rate)
+    return None
+
+
+def rate_of(state: State, schedule: Callable | None) -> dict[str, float]:
+    """The entry of a record: the rate of the step before, if it is known.
+
+    Args:
+        state: after that step.
+        schedule: the rate as a function of the number of steps that were applied before.
+    """
+    if schedule is not None:
+        return {NAME: float(schedule(max(0, int(state.step) - 1)))}
+    rate = shown_rate(state)
+    return {} if rate is None else {NAME: rate}
