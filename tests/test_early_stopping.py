@@ -48,7 +48,7 @@ NAN = float("nan")
         ([3, 2, 1, 2, 2, 2, 0], {"patience": 3}, 6, 3),
         ([3, 2, 1, 2, 2, 0.5, 2], {"patience": 3}, 7, 6),
         ([1, 2, 3, 3, 2], {"patience": 2, "higher": True}, 5, 3),
-        ([3, 2.9, 2.8, 2.7, 2.6], {"patience": 2, "least": 0.25}, 5, 4),
+        ([3, 2.9, 2.8, 2.7, 2.6], {"patience": 3, "least": 0.25}, 5, 4),
         ([NAN, 3, NAN, NAN, 1], {"patience": 2}, 4, 2),
         ([3, 4, 5, 1], {"patience": None}, 4, 4),
         ([NAN, NAN, NAN], {"patience": 2}, 2, None),
