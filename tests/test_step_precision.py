@@ -77,15 +77,13 @@ def test_microbatches_are_the_whole_batch(loss, parts):
 
 
 def test_the_first_bad_example_is_named_whatever_its_microbatch():
-    for parts, bad in itertools.product((4, 5), (0, 7, 23)):
+    step = train_step(loss_of, optax.sgd(0.1), accumulate=5, check=False)
+    for bad in (0, 7, 23):
         x = X.copy()
         x[bad] = np.inf
-        step = train_step(loss_of, optax.sgd(0.1), accumulate=parts, check=False)
         state, _ = step(step.init(START), (x, Y))
         with pytest.raises(NonFiniteError, match=f"is number {bad} of the batch's 24"):
             step.finish(state)
-        if (parts, bad) == (4, 7):
-            break
 
 
 def test_microbatches_save_memory():
@@ -103,6 +101,7 @@ def test_microbatches_save_memory():
     assert temp[8] <= temp[1] / 8 + 2.5 * gradient
 
 
+@exhaustive
 def test_half_precision_gradients_add_up_in_float32():
     """256 gradients of 1 + 2⁻⁷: in bfloat16 their running sum would stop at 256."""
     params = jnp.zeros((), jnp.bfloat16)
@@ -336,10 +335,10 @@ def test_what_loss_scale_refuses():
             DynamicLossScale(**({"initial": 2.0} | bad))
 
 
-def test_fit_in_float16_goes_on_where_it_was():
+def test_fit_with_everything_on_goes_on_where_it_was():
     rule = DynamicLossScale(initial=2.0**24, period=4)
     options = {"batch_size": 8, "key": KEY, "progress": False, "compute": jnp.float16}
-    options |= {"loss_scale": rule, "ema": 0.9, "accumulate": 2}
+    options |= {"loss_scale": rule, "ema": 0.9, "accumulate": 2, "clip": 0.5, "trainable": "out.*"}
     data = (X.astype(np.float32), Y)
     fit = lambda params, epochs: fnn.fit(
         loss_of, params, data, optax.adam(0.1), epochs=epochs, **options
@@ -347,8 +346,12 @@ def test_fit_in_float16_goes_on_where_it_was():
     whole, half = fit(SINGLE, 4), fit(SINGLE, 2)
     rest = fit(pickle.loads(pickle.dumps(jax.device_get(half.state))), 2)
     chex.assert_trees_all_equal(jax.device_get(rest.state), jax.device_get(whole.state))
+    for tree in (whole.params, whole.state.ema):
+        chex.assert_trees_all_equal(tree["hidden"], SINGLE["hidden"])
+        assert not np.array_equal(tree["out"]["W"], SINGLE["out"]["W"])
     assert sum(whole.history["skipped"]) == whole.steps["skipped"].sum() > 0
-    assert np.isfinite(whole.history["loss"]).all() and whole.history["loss"][-1] < 1.0
+    assert np.isfinite(whole.history["loss"]).all()
+    assert whole.history["loss"][-1] < whole.history["loss"][0]
     assert whole.steps["loss_scale"][0] == 2.0**24 > whole.steps["loss_scale"][-1]
 
 
@@ -421,6 +424,7 @@ def test_all_combinations_are_what_optax_says(options):
     assert step._compiled._cache_size() == 1
 
 
+@exhaustive
 def test_without_options_the_program_is_as_it_was():
     """As many FLOPs and temporary bytes as the same step by hand."""
     batch = X.astype(np.float32), Y.astype(np.int32)

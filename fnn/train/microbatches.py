@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn.meshes import of_rows
+from fnn.meshes import EVERYWHERE, explicit_mesh, of_rows, spec_of
 
 
 def over_microbatches(
@@ -61,6 +61,9 @@ def over_microbatches(
 def in_order(each: list[jax.Array]) -> jax.Array:
     """What was found for each row, in the order of the rows: from arrays (microbatches, rows)."""
     columns = [jnp.swapaxes(x, 0, 1) for x in each]
+    if len(set(map(spec_of, columns))) > 1:  # those of one loop can be dealt out evenly
+        everywhere = jax.sharding.NamedSharding(explicit_mesh(columns), EVERYWHERE)
+        columns = [jax.sharding.reshard(x, everywhere) for x in columns]
     return jnp.concatenate([x.reshape(-1, *x.shape[2:]) for x in columns])
 
 
