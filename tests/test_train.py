@@ -381,7 +381,7 @@ def test_skip_and_ignore():
     close(state, good)
     state, _ = run(optax.sgd(0.1), 1, fragile, FRAGILE, BAD, nonfinite="ignore")
     assert np.isnan(state.params["hidden"]["W"]).all() and np.isfinite(state.params["out"])
-    with pytest.raises(ValueError, match="'raise', 'skip' or 'ignore', but got 'warn'"):
+    with pytest.raises(ValueError, match="'skip', 'ignore' or 'roll_back', but got 'warn'"):
         train_step(squares, optax.sgd(0.1), nonfinite="warn")
 
 

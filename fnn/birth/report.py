@@ -83,7 +83,8 @@ class Birth:
         where = [f"in the part {self.part}" if self.part else "", self._loops_in_words()]
         where.append(f"at {self.source}" if self.source else "")
         there = ", ".join(w for w in where if w)
-        return f"{self._headline()}{', ' if there else ''}{there}: {self._equation()}"
+        equation = f": {self._equation()}" if self.primitive else ""
+        return f"{self._headline()}{', ' if there else ''}{there}{equation}"
 
     def _headline(self) -> str:
         a = "An" if self.kind != "nan" else "A"

@@ -8,7 +8,8 @@ Each module imports only from those above it:
     foresee    whether a program fits, before it runs
 """
 
+from fnn.footprint.compiled import free_memory
 from fnn.footprint.foresee import check_fits
 from fnn.footprint.measure import Memory, memory
 
-__all__ = ["Memory", "check_fits", "memory"]
+__all__ = ["Memory", "check_fits", "free_memory", "memory"]

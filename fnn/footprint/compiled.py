@@ -75,6 +75,12 @@ def room(device: Any = None) -> Room | None:
     return _of_this_machine() if device.platform == "cpu" else None
 
 
+def free_memory() -> int | None:
+    """The bytes that are free on the first device; None where that can't be known."""
+    there = room()
+    return None if there is None else max(there.free, 0)
+
+
 def _of_this_machine() -> Room | None:
     try:
         lines = Path("/proc/meminfo").read_text()

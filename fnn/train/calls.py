@@ -249,17 +249,18 @@ class Calls:
         self._on_mesh = False  # whether the state lies where the data do
         self.meanwhile: Callable[[], None] = lambda: None
         nonfinite = step._nonfinite
+        stops = nonfinite in ("raise", "roll_back")
         size = sum(x.nbytes for x in jax.tree.leaves(numbers_of(state)))
         self._large = size > LARGE
         scales = step._scaling is not None  # which leaves out steps
-        look = nonfinite == "skip" or (nonfinite == "raise" and (self._large or scales))
+        look = nonfinite == "skip" or (stops and (self._large or scales))
         platforms = {d.platform for d in jax.tree.leaves(state.params)[0].devices()}
         self._how = How(
             "",
             False,
             exact=look and holds_nonfinite(step._trainable.split(state)[0]),
             look=look,
-            stop=nonfinite == "raise",
+            stop=stops,
             may_loop="cpu" not in platforms,
         )
 

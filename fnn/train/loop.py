@@ -36,10 +36,11 @@ from fnn.train.learning_rate import rate_of
 from fnn.train.loss import Extras, Loss, check_loss, extras
 from fnn.train.loss_scaling import DynamicLossScale
 from fnn.train.nonfinite import NonFiniteError
-from fnn.train.outcome import NonFinite
+from fnn.train.outcome import NONFINITE, NonFinite
 from fnn.train.prefetch import prefetched
 from fnn.train.progress import Progress, progress_for
 from fnn.train.result import FitResult, Work, attach
+from fnn.train.rolling_back import RollingBack
 from fnn.train.state import State, check_optimizer, own
 from fnn.train.step import TrainStep
 
@@ -135,7 +136,10 @@ def fit(
         nonfinite: what to do about inf and nan; see `train_step`. (A TrainStep has its own: leave
             this out.) With "raise", an update that makes something inf or nan though loss
             and gradient are finite is noticed at the end of a call, whose steps are then made again
-            up to the bad one.
+            up to the bad one. "roll_back": parameters, optimiser and all else of the state go back
+            to the last state of which `fit` kept a copy (see below), the start at first; the
+            data go on behind the bad batch. `rolled_back` in the history counts it. The fourth time
+            in an epoch it raises.
         check: look at the values of the data before the first step (of an iterable's batches as
             they come, see `TrainStep`): nan, and labels out of range. Shapes are always checked.
         model_state: the network's state to start from, `net.init_state(x)`, for a loss that takes
@@ -251,6 +255,7 @@ def fit(
             keeper = stack.enter_context(kept(checkpoints, call, last, work, training, interrupts))
             state = work.latest
         calls = Calls(step, programs, traced, state, loss_key, steps_per_call)
+        advance = RollingBack(calls, step._nonfinite == "roll_back")
         source = _source(training, step, state, loss_key, look_at, calls)
         first = last + 1 if keeper and keeper.is_over else work.epoch
         validate = _validation(
@@ -290,12 +295,13 @@ def fit(
                         at = chunk.start
                         while at < len(chunk.sizes):
                             with interrupts.held():
-                                at += calls(work, chunk, at)
+                                at += advance(work, chunk, at)
                             told.call_over(work)
                 if work.batch == 0:
                     raise ValueError(f"data gave no batches in epoch {epoch}.")
                 with interrupts.held():
                     record = work.log.epoch_means() if work.log.epoch_has_begun else {}
+                    record |= advance.of_epoch()
                     work.epoch_over()
                 record |= validate(work.latest)
                 record |= rate_of(work.latest, schedule)
@@ -329,7 +335,7 @@ def _step(loss: Any, optimizer: Any, options: dict[str, Any], check: bool) -> Tr
     if not isinstance(loss, TrainStep):
         check_loss("fit", loss)
         check_optimizer("fit", optimizer)
-        arguments.choice("fit", "nonfinite", options["nonfinite"], ("raise", "skip", "ignore"))
+        arguments.choice("fit", "nonfinite", options["nonfinite"], NONFINITE)
         return TrainStep(loss, optimizer, check=check, **options)
     defaults = inspect.signature(TrainStep).parameters
     given = [name for name, value in options.items() if value != defaults[name].default]

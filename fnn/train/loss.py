@@ -25,7 +25,7 @@ Loss = Callable[..., Any]
 
 # The names of what a step, `fit` and `evaluate` put beside a loss's own metrics. A loss is refused
 # them everywhere, so that one that serves in one place serves in the others.
-RESERVED = ("loss", "grad_norm", "skipped", "loss_scale", "seconds", "learning_rate")
+RESERVED = ("loss", "grad_norm", "skipped", "loss_scale", "seconds", "learning_rate", "rolled_back")
 RESERVED_PREFIX = "validation_"
 
 # The name of the mapped axis over the batch, where a loss takes a mode.

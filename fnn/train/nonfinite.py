@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnn.birth import Birth
 from fnn.eager import apply_all
 from fnn.jaxpr import Equation, Program, program, trace
+from fnn.train.replay import in_words
 from fnn.train.state import State, path_name
 
 # ---------------------------------------------------------- the update, looked at before it is kept
@@ -210,6 +212,10 @@ def leaf_names(state: State) -> list[str]:
 IN_FLIGHT = 32
 
 
+# From a state to where the inf or nan of a step from it was born.
+Search = Callable[[State], Birth | None]
+
+
 class NonFiniteError(FloatingPointError):
     """A loss or a gradient was inf or nan, or an update would have made a parameter so.
 
@@ -219,6 +225,9 @@ class NonFiniteError(FloatingPointError):
             the names of parameters or of leaves like `opt_state[0].count` for an update.
         refused: how many steps this error tells of, all of them not applied. The others came
             after the first, before its report was read.
+        birth: where it was born, a `fnn.birth.Birth` with the operation, the part of the network,
+            the source line, the loop's iteration and more, as of `find_nonfinite`; print it. None where the step couldn't be made again: by `finish` without a state, or where
+            good steps came between; and where it was finite when computed operation by operation.
         result: in `fit`, the FitResult up to the last good step; else None.
     """
 
@@ -227,6 +236,7 @@ class NonFiniteError(FloatingPointError):
         self.step = step
         self.names = names
         self.refused = refused
+        self.birth: Birth | None = None
         self.result: Any = None
 
     def __reduce__(self):
@@ -292,14 +302,22 @@ class Run:
         self._waiting: collections.deque[tuple[Any, Any]] = collections.deque()
         self._lock = threading.Lock()
 
-    def add(self, report: jax.Array, data: tuple[int, Callable[[], str]]) -> None:
-        """Queue a report; with it the batch's size, and what says what is wrong with the batch."""
+    def add(self, report: jax.Array, data: tuple[int, Callable[[], str], Search]) -> None:
+        """Queue a report, and with it what can be said of the batch.
+
+        data: its size; what tells what is wrong with it; and what makes the step again from a
+            state, and finds where its inf or nan was born.
+        """
         self._waiting.append((report, data))
 
-    def read(self, *, wait: bool = False) -> None:
+    def read(self, state: State | None = None, *, wait: bool = False) -> None:
         """Read the reports that are ready, or all of them.
 
         If one is bad, the rest is waited for, and one error tells of all.
+
+        Args:
+            state: the run's latest, if it is known.
+            wait: whether to wait for all.
 
         Raises:
             NonFiniteError: one says that something wasn't finite.
@@ -320,8 +338,24 @@ class Run:
         if first is None:
             return
         self.careful = IN_FLIGHT
-        found, (size, describe) = first
-        raise explain(found, self._leaves, self._groups, size, describe(), more)
+        found, (size, describe, search) = first
+        error = explain(found, self._leaves, self._groups, size, describe(), more)
+        # Good steps after a bad one change the state; without them it is the bad step's own.
+        if state is not None and int(state.step) == error.step:
+            _add_birth(error, search, state)
+        raise error
+
+
+def _add_birth(error: NonFiniteError, search: Search, state: State) -> None:
+    try:
+        error.birth = search(state)
+    except Exception as reason:  # the search must not hide what it is for
+        end = f"Where it was born couldn't be looked for: {type(reason).__name__}: {reason}"
+    else:
+        end = "Computed operation by operation, it is finite: the compiled step rounds otherwise."
+        if error.birth is not None:
+            end = in_words(error.birth)
+    error.args = (f"{error}\n{end}",)
 
 
 class Runs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from fnn.train.loss_scaling import DynamicLossScale
 from fnn.train.nonfinite import propose, report, square_norms, square_sums
 from fnn.train.state import State
 
-NonFinite = Literal["raise", "skip", "ignore"]
+NonFinite = Literal["raise", "skip", "ignore", "roll_back"]
+NONFINITE = get_args(NonFinite)
 
 
 def settle(
@@ -54,6 +55,8 @@ def settle(
     if not look:
         squares = square_norms(gradient)
         metrics["grad_norm"] = jnp.sqrt(jnp.sum(squares))
+        if nonfinite == "roll_back":
+            metrics["skipped"] = jnp.zeros((), jnp.float32)
         if scaling is None:
             return apply(), metrics, None
         good = finite(squares)
@@ -84,9 +87,9 @@ def settle(
         good, lambda: (again(), jnp.sqrt(total), jnp.zeros(quiet.shape, quiet.dtype)), bad
     )
     metrics["grad_norm"] = norm
-    if nonfinite == "skip" or scaling is not None:
+    if nonfinite in ("skip", "roll_back") or scaling is not None:
         metrics["skipped"] = (~good).astype(jnp.float32)
-    return kept, metrics, told if nonfinite == "raise" else None
+    return kept, metrics, told if nonfinite in ("raise", "roll_back") else None
 
 
 def _with_scale(new: State, scaling: DynamicLossScale, old: State, finite: Any) -> State:

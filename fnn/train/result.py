@@ -275,6 +275,10 @@ class Work:
         now = time.monotonic()
         self._keep_after = now + 100 * (now - began)
 
+    def roll_back(self) -> None:
+        """Go back to the last state that was kept, and stay where the data are."""
+        self._now = self._kept[0](), self._now[1]
+
     def result(self, *, interrupted: bool = False, failed: bool = False) -> FitResult:
         """What there is, wherever an error struck.
 

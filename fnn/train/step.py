@@ -26,8 +26,9 @@ from fnn.train.loss import Loss, check_key, check_loss, extras
 from fnn.train.loss_scaling import DynamicLossScale, check_loss_scale
 from fnn.train.nonfinite import Run, Runs, holds_nonfinite
 from fnn.train.objective import Objective
-from fnn.train.outcome import NonFinite, settle
+from fnn.train.outcome import NONFINITE, NonFinite, settle
 from fnn.train.precision import check_compute
+from fnn.train.replay import birth_in_step
 from fnn.train.state import (
     State,
     check_average,
@@ -81,8 +82,10 @@ def train_step(
         nonfinite: what to do about a step whose loss or gradient holds inf or nan (or is so
             large that its norm overflows), or that would make a number of the parameters or of
             the optimiser's state inf or nan that wasn't. "raise": the step isn't applied and a
-            NonFiniteError that names the parameters is raised. "skip": the step isn't
-            applied; the metric `skipped` is 1. "ignore": apply it; nothing is looked at.
+            NonFiniteError is raised, which names the parameters, and the operation, the part of
+            the network and the source line where it was born. "skip": the step isn't applied; the
+            metric `skipped` is 1. "ignore": apply it; nothing is looked at. "roll_back": in `fit`,
+            go back to the last state that was kept; a step called by itself raises.
         check: look at the values of batches too: nan, and labels out of range. See `TrainStep`.
         trainable: which parameters are trained: a pattern of their paths such as "*.head.*" ("*"
             stands for anything), or several, or a function (path, type), as `fnn.params.choose`
@@ -159,7 +162,9 @@ class TrainStep:
     then. As a bad step isn't applied, and a call that raises applies nothing and doesn't take
     the state, the state in hand is then a good one: go on from it, with the batch of the call
     that raised. For the next 32 steps each waits for its own notice, so that the error comes
-    from the call with the bad batch.
+    from the call with the bad batch. Where no good step came between, the error also tells where
+    the inf or nan was born (see `NonFiniteError.birth`): the bad step is made again operation by
+    operation, which takes as long as the step does outside `jit`.
 
     Runs. One step may serve several runs, in turn or in threads. Notices belong to the run, the
     chain of states; a copy of a state (by `jax.tree.map`, from a file) begins a run of its own.
@@ -184,7 +189,7 @@ class TrainStep:
         where = "train_step"
         check_loss(where, loss)
         check_optimizer(where, optimizer)
-        arguments.choice(where, "nonfinite", nonfinite, ("raise", "skip", "ignore"))
+        arguments.choice(where, "nonfinite", nonfinite, NONFINITE)
         arguments.flag(where, "check", check)
         if ema is not None:
             arguments.number(where, "ema", ema, least=0, below=1)
@@ -297,7 +302,7 @@ class TrainStep:
         elif not known:
             state = beside(state, batch)
         run = self._run_of(state)
-        run.read()
+        run.read(state)
         if look_at:
             self._look_at(state, batch, key)
         # A state that was told of is kept for the caller, if the next step is refused, too.
@@ -305,12 +310,12 @@ class TrainStep:
         new, metrics, report = self._compiled(given, batch, key, run.exact)
         if report is not None:
             types = run.types
-            run.add(
-                report, (batch_size(batch), lambda: self._what_is_wrong_with(batch, types, key))
-            )
+            describe = lambda: self._what_is_wrong_with(batch, types, key)
+            search = lambda state: birth_in_step(self, state, batch, key)
+            run.add(report, (batch_size(batch), describe, search))
             if run.careful:
                 run.careful -= 1
-                run.read(wait=True)
+                run.read(state, wait=True)
         self._runs.link(new, run)
         return new, metrics
 
@@ -325,7 +330,7 @@ class TrainStep:
             NonFiniteError: one of them met inf or nan (with nonfinite="raise").
         """
         for run in self._runs.of_this_thread() if state is None else [self._run_of(state)]:
-            run.read(wait=True)
+            run.read(state, wait=True)
 
     def _run_of(self, state: State) -> Run:
         run = self._runs.of(state)

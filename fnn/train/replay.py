@@ -1,0 +1,96 @@
+"""Where the inf or nan of a bad step was born: the step is made again, operation by operation.
+
+Only then: good steps pay nothing for it, and nothing is kept for it but the batch, which waits
+with the step's report anyway.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from fnn.backprop.trace import Traced, traced
+from fnn.birth import Birth, birth_of
+from fnn.footprint import free_memory
+from fnn.jaxpr import Program
+from fnn.train.state import State
+
+if TYPE_CHECKING:
+    from fnn.train.step import TrainStep
+
+# All values of the step may be kept, if all of them are nan.
+_SHARE_OF_MEMORY = 0.5
+
+
+def birth_in_step(step: TrainStep, state: State, batch: Any, key: Any) -> Birth | None:
+    """The birth of the inf or nan that makes a step bad: in the loss, the gradient or the update.
+
+    Args:
+        step: whose step it is.
+        state: the one that it began with.
+        batch, key: what it was given.
+
+    Returns:
+        None if all is finite when it is computed operation by operation.
+
+    Raises:
+        MemoryError: so computed, the step may need more memory than there is.
+    """
+    trained, whole = step._trainable.split(state)
+    every = lambda params: whole(trained._replace(params=params)).params
+    scale = step._loss_scale if step._scaling is None else trained.loss_scale.scale
+
+    def loss(params, model_state, batch):
+        return step._objective.value(every(params), batch, key, model_state)
+
+    def gradient(params, model_state, batch):
+        found = step._objective.found(params, every, batch, key, model_state, scale=scale)
+        return found.gradient
+
+    def update(params, opt_state, model_state, batch):
+        before = whole(
+            trained._replace(params=params, opt_state=opt_state, model_state=model_state)
+        )
+        return step._step(before, batch, key, look=False)[0].params
+
+    args = (trained.params, trained.model_state, batch)
+    parts: list[tuple[Callable, tuple]] = [(loss, args), (gradient, args)]
+    parts.append((update, (args[0], trained.opt_state, *args[1:])))
+    for part, given in parts:
+        birth = _searched(traced("train_step", part, given, {}))
+        if birth is not None:
+            return birth
+    return None
+
+
+def in_words(birth: Birth) -> str:
+    """The sentences that an error says of it."""
+    found = f"{birth.in_a_sentence()}."
+    if birth.cause is not None:
+        found += f" {birth.cause.in_a_sentence()}: of that it was made."
+    return f"{found} (The error's attribute `birth` tells all that is known.)"
+
+
+def _searched(found: Traced) -> Birth | None:
+    free = free_memory()
+    if free is not None and _size(found.program) > _SHARE_OF_MEMORY * free:
+        raise MemoryError("to look for the birth would take more memory than there is")
+    birth = birth_of(found, [])
+    if birth is None or found.name == "loss":
+        return birth and dataclasses.replace(birth, output="the loss")
+    path = birth.output.removeprefix(found.name)
+    return dataclasses.replace(birth, output=f"the {found.name} of params{path}")
+
+
+def _size(flat: Program) -> int:
+    """The bytes of all values of a program."""
+    sizes = [
+        math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 4)
+        for aval in flat.avals
+        if not jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended)
+    ]
+    return sum(sizes)
