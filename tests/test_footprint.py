@@ -5,6 +5,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import fnn
@@ -152,3 +153,46 @@ def test_the_room_that_there_is():
 
     assert of_compiled.room(Device(stats)) == (1000, 700, "cuda:0")
     assert of_compiled.room(Device(None)) is None
+
+
+# ------------------------------------------------------------------------------- in training
+
+
+def squares(params, example):
+    x, y = example
+    return jnp.sum((ops.sigmoid(params["W"] @ x) - y) ** 2)
+
+
+def test_training_that_does_not_fit_is_told_before_it_runs(monkeypatch):
+    params = {"W": jnp.ones((16, 8))}
+    data = np.ones((64, 8)), np.ones((64, 16))
+    step = fnn.train_step(squares, optax.sgd(0.1))
+    options = {"epochs": 1, "batch_size": 32, "shuffle": False, "progress": False}
+    there = of_compiled.Room(10**4, 10**4, "cuda:0")
+    monkeypatch.setattr(foresee, "room", lambda device: there)
+    with pytest.raises(MemoryError, match="train_step: the program takes .* cuda:0 has 10 kB") as e:
+        step(step.init(params), data)
+    # Of each of 64 examples the sigmoid's 16 float64.
+    assert "8.19 kB  sigmoid" in str(e.value) and "float64[64, 16]" in str(e.value)
+    assert "accumulate=2" in str(e.value) and "compute=" in str(e.value)
+    with pytest.raises(MemoryError, match="fit: the program takes") as error:
+        fnn.fit(squares, params, data, optax.sgd(0.1), **options)
+    assert error.value.result.state.step == 0
+    with pytest.raises(MemoryError, match="accumulate=8") as error:
+        fnn.fit(squares, params, data, optax.sgd(0.1), accumulate=4, **options)
+    assert "float64[8, 16]" in str(error.value)
+    there = of_compiled.Room(10**9, 10, "cuda:0")
+    with pytest.warns(RuntimeWarning, match="cuda:0 has 10 B free"):
+        result = fnn.fit(squares, params, data, optax.sgd(0.1), **options)
+    assert result.state.step == 2
+
+
+def test_looking_whether_it_fits_compiles_nothing_twice(caplog):
+    step = fnn.train_step(squares, optax.sgd(0.1))
+    state = step.init({"W": jnp.ones((16, 8))})
+    batch = jnp.ones((4, 8)), jnp.ones((4, 16))
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for _ in range(3):
+            state, _ = step(state, batch)
+    compiled = [r for r in caplog.records if "XLA compilation of jit(_step)" in r.getMessage()]
+    assert len(compiled) == 1

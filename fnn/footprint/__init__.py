@@ -10,6 +10,7 @@ Each module imports only from those above it:
 
 from fnn.footprint.compiled import free_memory
 from fnn.footprint.foresee import check_fits
+from fnn.footprint.kept import Residuals, residuals
 from fnn.footprint.measure import Memory, memory
 
-__all__ = ["Memory", "check_fits", "free_memory", "memory"]
+__all__ = ["Memory", "Residuals", "check_fits", "free_memory", "memory", "residuals"]

@@ -20,6 +20,8 @@ def check_fits(
     kept: Callable[[], Residuals],
     advice: Sequence[str],
     device: Any = None,
+    *,
+    stacklevel: int = 2,
 ) -> None:
     """Warn, or raise, if a program is larger than the memory that is there.
 
@@ -33,6 +35,7 @@ def check_fits(
         kept: what its backward pass keeps; called only if there is something to tell.
         advice: what would help, each a phrase.
         device: where it is to run.
+        stacklevel: of the warning, counted from the caller.
 
     Raises:
         MemoryError: the program is larger than all of the device's memory.
@@ -47,7 +50,7 @@ def check_fits(
         warnings.warn(
             _explained(where, size, there, kept, advice, f"has {_of(there.free)} free"),
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=stacklevel + 1,
         )
 
 

@@ -28,6 +28,7 @@ from fnn.jaxpr import Program, inner_jaxprs, program
 from fnn.meshes import barrier, beside
 from fnn.train.chunks import Chunk
 from fnn.train.data import take
+from fnn.train.fitting import foresee
 from fnn.train.nonfinite import NonFiniteError, became_nonfinite, holds_nonfinite, numbers_of
 from fnn.train.readings import Kept
 from fnn.train.result import Work
@@ -156,11 +157,13 @@ class Programs:
     Attributes:
         traces: an entry for each program that was traced.
         seconds: what a step took when it was last measured, by kind of batch.
+        fitting: the programs that were looked at, whether they fit into the device's memory.
     """
 
     def __init__(self) -> None:
         self.traces: list[How] = []
         self.seconds: dict[Any, float] = {}
+        self.fitting: set[tuple] = set()
         self._steps: weakref.WeakSet[TrainStep] = weakref.WeakSet()
         # No method of self's is jitted: a cycle would keep what the programs hold for a while.
         steps, traces = self._steps, self.traces
@@ -325,6 +328,12 @@ class Calls:
         if chunk.kind == "stack":  # with a place for each batch, there or not
             sizes = np.resize(sizes, len(jax.tree.leaves(chunk.data)[0]))
         args = (how, state, chunk.data, chunk.rows, sizes, self._key, where)
+        if (known := (how, _kind(chunk), self._large)) not in self._programs.fitting:
+            types = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch_of(chunk, at)
+            )
+            foresee("fit", self._step, run, args, state, types, self._key)
+            self._programs.fitting.add(known)
         work.made.clear()
         # No signal's handler can come between a call's end and its result's place in the list:
         # they run between Python's instructions, and `extend` is one.

@@ -226,8 +226,9 @@ class NonFiniteError(FloatingPointError):
         refused: how many steps this error tells of, all of them not applied. The others came
             after the first, before its report was read.
         birth: where it was born, a `fnn.birth.Birth` with the operation, the part of the network,
-            the source line, the loop's iteration and more, as of `find_nonfinite`; print it. None where the step couldn't be made again: by `finish` without a state, or where
-            good steps came between; and where it was finite when computed operation by operation.
+            the source line, the loop's iteration and more; print it. None where the step couldn't
+            be made again: by `finish` without a state, or where good steps came between; and where
+            it was finite when computed operation by operation.
         result: in `fit`, the FitResult up to the last good step; else None.
     """
 

@@ -21,6 +21,7 @@ from fnn.train.checks import BatchChecks, describe_bad_labels, describe_nonfinit
 from fnn.train.clipping import clipped
 from fnn.train.data import as_arrays
 from fnn.train.devices import check_layout, everywhere, held, on_its_mesh
+from fnn.train.fitting import foresee
 from fnn.train.freezing import Trainable
 from fnn.train.loss import Loss, check_key, check_loss, extras
 from fnn.train.loss_scaling import DynamicLossScale, check_loss_scale
@@ -303,8 +304,9 @@ class TrainStep:
             state = beside(state, batch)
         run = self._run_of(state)
         run.read(state)
-        if look_at:
-            self._look_at(state, batch, key)
+        if look_at and self._look_at(state, batch, key):
+            args = (state, batch, key, run.exact)
+            foresee("train_step", self, self._compiled, args, state, batch, key)
         # A state that was told of is kept for the caller, if the next step is refused, too.
         given = jax.tree.map(jnp.copy, state) if run.careful else state
         new, metrics, report = self._compiled(given, batch, key, run.exact)
@@ -414,15 +416,25 @@ class TrainStep:
 
     # ------------------------------------------------------------------ checks, on the host
 
-    def _look_at(self, state: State, batch: Any, key: Any) -> None:
-        """Check what goes in: quickly, as it is done at every step, but new shapes thoroughly."""
+    def _look_at(self, state: State, batch: Any, key: Any) -> bool:
+        """Check what goes in: quickly, as it is done at every step, but new shapes thoroughly.
+
+        Returns whether these are new.
+        """
+        new: list[None] = []
+
+        def meet():
+            new.append(None)
+            self._meet(state, key)
+
         self._checks.look_at(
             state.params,
             batch,
             key,
             state.model_state,
-            first=functools.partial(self._meet, state, key),
+            first=meet,
         )
+        return bool(new)
 
     def _meet(self, state: State, key: Any) -> None:
         check_key(self._extras, key)
