@@ -329,9 +329,7 @@ class Calls:
             sizes = np.resize(sizes, len(jax.tree.leaves(chunk.data)[0]))
         args = (how, state, chunk.data, chunk.rows, sizes, self._key, where)
         if (known := (how, _kind(chunk), self._large)) not in self._programs.fitting:
-            types = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch_of(chunk, at)
-            )
+            types = jax.eval_shape(lambda x: batch_of(chunk._replace(data=x), at), chunk.data)
             foresee("fit", self._step, run, args, state, types, self._key)
             self._programs.fitting.add(known)
         work.made.clear()

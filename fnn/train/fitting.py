@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
@@ -13,13 +13,10 @@ from fnn.batch import batch_size
 from fnn.footprint import Residuals, check_fits, residuals
 from fnn.train.state import State
 
-if TYPE_CHECKING:
-    from fnn.train.step import TrainStep
-
 
 def foresee(
     where: str,
-    step: TrainStep,
+    step: Any,
     program: Any,
     args: tuple[Any, ...],
     state: State,
@@ -30,7 +27,7 @@ def foresee(
 
     Args:
         where: the public function.
-        step: whose program it is.
+        step: the `TrainStep` whose program it is.
         program, args: a jitted function, and what it will be called with.
         state: the training state.
         batch, key: what a step is given; of a batch the types will do.
@@ -48,7 +45,7 @@ def foresee(
     check_fits(where, compiled, kept, _advice(step), device, stacklevel=6)
 
 
-def _kept(step: TrainStep, state: State, batch: Any, key: Any) -> Residuals:
+def _kept(step: Any, state: State, batch: Any, key: Any) -> Residuals:
     """What the backward pass of a step keeps at a time."""
     trained, whole = step._trainable.split(state)
     objective = dataclasses.replace(step._objective, microbatches=1)
@@ -65,7 +62,7 @@ def _kept(step: TrainStep, state: State, batch: Any, key: Any) -> Residuals:
     return residuals(found.jaxpr, found.input_labels, needed)
 
 
-def _advice(step: TrainStep) -> list[str]:
+def _advice(step: Any) -> list[str]:
     parts = 2 * step._objective.microbatches
     advice = [
         "a smaller batch",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
@@ -19,18 +19,15 @@ from fnn.footprint import free_memory
 from fnn.jaxpr import Program
 from fnn.train.state import State
 
-if TYPE_CHECKING:
-    from fnn.train.step import TrainStep
-
 # All values of the step may be kept, if all of them are nan.
 _SHARE_OF_MEMORY = 0.5
 
 
-def birth_in_step(step: TrainStep, state: State, batch: Any, key: Any) -> Birth | None:
+def birth_in_step(step: Any, state: State, batch: Any, key: Any) -> Birth | None:
     """The birth of the inf or nan that makes a step bad: in the loss, the gradient or the update.
 
     Args:
-        step: whose step it is.
+        step: the `TrainStep` whose step it is.
         state: the one that it began with.
         batch, key: what it was given.
 
@@ -39,7 +36,9 @@ def birth_in_step(step: TrainStep, state: State, batch: Any, key: Any) -> Birth 
 
     Raises:
         MemoryError: so computed, the step may need more memory than there is.
+        ValueError: arrays lie in other processes, too.
     """
+    state, batch, key = jax.tree.map(_on_one_device, (state, batch, key))
     trained, whole = step._trainable.split(state)
     every = lambda params: whole(trained._replace(params=params)).params
     scale = step._loss_scale if step._scaling is None else trained.loss_scale.scale
@@ -65,6 +64,15 @@ def birth_in_step(step: TrainStep, state: State, batch: Any, key: Any) -> Birth 
         if birth is not None:
             return birth
     return None
+
+
+def _on_one_device(x: Any) -> Any:
+    """The search reads numbers, operation by operation: on one device that is simplest."""
+    if not isinstance(x, jax.Array) or len(x.devices()) == 1:
+        return x
+    if not x.is_fully_addressable:
+        raise ValueError("arrays of the step lie in other processes, too")
+    return jax.device_put(x, jax.local_devices()[0])
 
 
 def in_words(birth: Birth) -> str:
