@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sweeps import exhaustive, sweep
 
 import fnn
 from fnn import ops, plot
@@ -69,6 +70,7 @@ def test_what_falls_again_after_it_has_risen_is_not_suggested():
     assert found.suggestion is not None and found.suggestion < 1.5 < found.rates[steepest]
 
 
+@exhaustive
 def test_optimiser_key_and_data_as_in_fit():
     """With rates that hardly differ, the losses are those of `fit`."""
     net = chain(hidden=Linear(5), f=ops.tanh, output=Linear(3))
@@ -91,6 +93,7 @@ def test_optimiser_key_and_data_as_in_fit():
     del one
 
 
+@exhaustive
 def test_losses_with_key_mode_and_state():
     net = chain(Linear(6), BatchNorm(), Dropout(0.5), ops.relu, Linear(3))
     loss = fnn.supervised(net, ops.softmax_cross_entropy)
@@ -172,11 +175,15 @@ def test_surface_on_given_directions():
 
 
 def test_directions_are_normalised_by_filter():
-    net = chain(Conv(4, 3), ops.relu, lambda x: x.ravel(), Linear(3))
-    x = jnp.ones((5, 5, 2))
-    params = net.init(KEY, x)
-    loss = fnn.supervised(net, ops.softmax_cross_entropy)
-    surface = fnn.loss_surface(loss, params, (jnp.stack([x, 2 * x]), Y[:2]), KEY, points=3)
+    """Those of a convolution's kernel and of a matrix; biases stay."""
+
+    def loss(params, x):
+        return x * sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(params))
+
+    draw = lambda *shape: jnp.asarray(RANDOM.normal(size=shape))
+    shapes = {"c": (4, 2, 3, 3), "l": (4, 5)}
+    params = {name: {"W": draw(*shape), "b": draw(4)} for name, shape in shapes.items()}
+    surface = fnn.loss_surface(loss, params, np.array([1.0, 2.0]), KEY, points=3)
     for direction in surface.directions:
         for layer, own in params.items():
             W, d = (np.asarray(tree["W"]) for tree in (own, direction[layer]))
@@ -184,16 +191,18 @@ def test_directions_are_normalised_by_filter():
             np.testing.assert_allclose(*norms, rtol=1e-5)
             np.testing.assert_array_equal(direction[layer]["b"], 0)
     first, second = surface.directions
-    assert not np.allclose(first["0"]["W"], second["0"]["W"])
-    whole = fnn.evaluate(loss, params, (jnp.stack([x, 2 * x]), Y[:2]))["loss"]
-    np.testing.assert_allclose(surface.losses[1, 1], whole, rtol=1e-5)
+    assert not np.allclose(first["c"]["W"], second["c"]["W"])
+    moved = jax.tree.map(lambda p, d, e: np.asarray(p - d + e), params, first, second)
+    for at, where in ((params, (1, 1)), (moved, (2, 0))):
+        wanted = 1.5 * sum(np.sum(np.sin(leaf)) for leaf in jax.tree.leaves(at))
+        np.testing.assert_allclose(surface.losses[where], wanted, rtol=1e-6)
     last = fnn.loss_surface(
         lambda p, x: jnp.sum(p), jnp.ones((3, 4)), np.ones(1), KEY, points=3, filter_axis=-1
     )
     np.testing.assert_allclose(np.linalg.norm(last.directions[0], axis=0), np.sqrt(3), rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", sweep(["bfloat16", "float32", "float64"], quick=["bfloat16"]))
 def test_surface_of_other_dtypes_under_strict_promotion(dtype):
     with jax.numpy_dtype_promotion("strict"):
         p, x = jnp.ones((2, 2), dtype), jnp.ones(2, dtype)
@@ -320,6 +329,7 @@ def test_saturated_sigmoids_and_tanhs():
             assert part.dead is None
 
 
+@exhaustive
 def test_a_convolution_counts_its_features_over_pixels():
     net = chain(c=Conv(3, 3), f=ops.relu, flat=lambda x: x.ravel(), o=Linear(2))
     images = RANDOM.normal(size=(5, 6, 6, 1)).astype(np.float32)
@@ -358,7 +368,7 @@ def test_names_of_inner_parts_of_parts_called_twice_and_of_functions():
         fnn.activation_statistics(lambda w, x: jnp.sum(jax.nn.gelu(w * x)))(jnp.ones(4), X)
 
 
-def test_loops_batch_statistics_and_other_libraries():
+def test_loops_and_batch_statistics():
     net = chain(blocks=repeat(chain(Linear(4), ops.tanh), 3), n=BatchNorm(), o=Linear(2))
     x = X.astype(float)
     params, state = net.init(KEY, x[0]), net.init_state(x[0])
@@ -372,14 +382,18 @@ def test_loops_batch_statistics_and_other_libraries():
         plain = np.tanh(plain @ W.T + b)
         values = found[f"blocks[{i}].tanh 1"]
         np.testing.assert_allclose([values.mean, values.std], [plain.mean(), plain.std()])
-    nnx = pytest.importorskip("flax.linen")
-    model = nnx.Sequential([nnx.Dense(5), nnx.relu, nnx.Dense(1)])
+
+
+@exhaustive
+def test_a_network_of_flax():
+    linen = pytest.importorskip("flax.linen")
+    model = linen.Sequential([linen.Dense(5), linen.relu, linen.Dense(1)])
     weights = model.init(KEY, X[0])
     found = fnn.activation_statistics(lambda w, x: jnp.sum(model.apply(w, x)))(weights, X)
     assert any(p.dead is not None and p.dead.shape == (5,) for p in found)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", sweep([False, True], quick=[True]))
 def test_scans_are_written_out(reverse):
     """With constants, carried values, stacked results, a scan inside, and a checkpoint around."""
     from fnn.backprop import sweep

@@ -11,17 +11,20 @@ import pytest
 
 import fnn
 from fnn import models, ops, text
+from fnn.check.report import Check, Kink, Report
 from fnn.layers import EVALUATE, Linear, chain, training
 from fnn.layers.adapters import AdaptedWeight
 from fnn.layers.table import Summary
+from fnn.ops.experts import Routing
 from fnn.per_example import Explanation
-from fnn.train import ActivationStatistics
+from fnn.per_example.terms import Dense
+from fnn.train import ActivationStatistics, LearningRates, LossSurface
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(size=(6, 200)).astype(np.float32)
 Y = np.arange(6, dtype=np.int32) % 3
 # Many parts, so that what is listed is long.
-NET = chain(*[part for _ in range(15) for part in (Linear(40), ops.relu)], Linear(3))
+NET = chain(*[part for _ in range(6) for part in (Linear(40), ops.relu)], Linear(3))
 PARAMS = NET.init(KEY, X[0])
 
 
@@ -56,11 +59,6 @@ def fitted():
 
 
 @functools.cache
-def per_example():
-    return fnn.per_example.grads(small)(WEIGHTS, (X, Y))[1]
-
-
-@functools.cache
 def graph():
     return fnn.graph(scalar)(PARAMS, (X[0], Y[0]))
 
@@ -70,9 +68,19 @@ def looked():
     return fnn.activation_statistics(small)(WEIGHTS, (X, Y))
 
 
-@functools.cache
 def checked():
-    return fnn.check_rule(ops.relu, jnp.zeros(30), dtypes=("float64",), order=1)
+    checks = [Check(f"gradient {i}", "autodiff", "float64", 1, "reverse") for i in range(60)]
+    kinks = [Kink(f"x[{i}]", -1.0, 1.0, 0.0) for i in range(30)]
+    return Report("a_function_of_a_long_name" * 5, tuple(checks), tuple(kinks), ("note",) * 40)
+
+
+def explained():
+    row = {"path": "['hidden']['W']", "shape": (30, 200), "kept": "A, G", "numbers": 230}
+    return Explanation([row | {"dense": 6000, "why": "gradient is Gᵀ A"}] * 40)
+
+
+def rates():
+    return LearningRates(np.ones(200), np.ones(200), np.ones(150), 0.1, None)
 
 
 LARGE = jnp.ones((50, 50))
@@ -81,7 +89,6 @@ LARGE = jnp.ones((50, 50))
 RESULTS = {
     "fit": fitted,
     "state": lambda: fitted().state,
-    "evaluate": lambda: fnn.evaluate(fnn.supervised(SMALL, output_loss), WEIGHTS, (X, Y)),
     "train_step": lambda: fnn.train_step(loss, optax.adam(1e-3)),
     "supervised": lambda: fnn.supervised(SMALL, output_loss),
     "graph": graph,
@@ -92,20 +99,22 @@ RESULTS = {
     "check_rule": checked,
     "check": lambda: checked().worst,
     "kinks": lambda: checked().kinks[0],
-    "explain": lambda: Explanation(fnn.per_example.explain(per_example()) * 30),
-    "factored gradient": lambda: per_example()["hidden"]["W"],
+    "explain": explained,
+    "factored gradient": lambda: fnn.per_example.FactoredGradient(
+        [Dense(LARGE, "")] * 3, "['hidden']['W']", (50, 50), "float32"
+    ),
     "noise": lambda: fnn.per_example.Noise(jnp.ones(()), jnp.ones(())),
     "clipped_grad": lambda: fnn.per_example.Clipped(LARGE[0], WEIGHTS, LARGE[0], {"a": LARGE}),
     "kronecker": lambda: fnn.curvature.Kronecker(LARGE[None], LARGE[None], None, (50, 50)),
     "block": lambda: fnn.curvature.Block(LARGE, (50,)),
     "diagonal": lambda: fnn.curvature.Diagonal(LARGE, (50, 50)),
     "operator": lambda: fnn.curvature.ggn_vector_product(SMALL, output_loss)(WEIGHTS, (X, Y)),
-    "kfac": lambda: fnn.curvature.kfac(SMALL, output_loss, (X, Y)).init(WEIGHTS),
+    "kfac": lambda: fnn.curvature.KFACState(jnp.ones(()), KEY, *[{"W": LARGE}] * 6),
     "network": lambda: SMALL,
     "mode": lambda: EVALUATE,
     "mode with keys": lambda: training(KEY, "batch"),
     "adapter": lambda: AdaptedWeight(LARGE, LARGE[:2], LARGE[:, :2], 0.5),
-    "routing": lambda: ops.top_k_routing(jnp.asarray(X), k=2, capacity=3),
+    "routing": lambda: Routing(*[LARGE] * 3, 7, jnp.ones(()), jnp.ones(())),
     "reconstruction": lambda: models.Reconstruction(LARGE, LARGE[0], LARGE[0]),
     "activations": looked,
     "activations of many parts": lambda: ActivationStatistics(
@@ -118,8 +127,8 @@ RESULTS = {
     ),
     "part": lambda: looked().parts[0],
     "histogram": lambda: looked().parts[0].values,
-    "learning rates": lambda: fnn.find_learning_rate(small, WEIGHTS, (X, Y), steps=5),
-    "surface": lambda: fnn.loss_surface(small, WEIGHTS, (X, Y), KEY, points=3),
+    "learning rates": rates,
+    "surface": lambda: LossSurface(np.ones(51), np.ones(51), np.ones((51, 51)), (WEIGHTS, WEIGHTS)),
 }
 
 
