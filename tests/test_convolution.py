@@ -64,6 +64,7 @@ def close(a, b, tolerance=2e-4):
 FORMULAS = {
     "product": ((2, 6, 5, 64), (3, 3, 64, 2), {}),
     "library": ((2, 6, 5, 3), (3, 3, 3, 4), {}),
+    "few features": ((2, 6, 5, 9), (3, 2, 9, 4), {"rhs_dilation": (1, 2)}),
     "one place": (
         (2, 6, 5, 3),
         (1, 1, 3, 4),
@@ -87,7 +88,7 @@ FORMULAS = {
 
 
 # Of three images, blocks of one; with these numbers of bytes one of two, and one is left over.
-TWO_IMAGES = {"product": 140_000, "groups": 4_400, "depthwise": 6_500}
+TWO_IMAGES = {"product": 140_000, "groups": 4_400, "depthwise": 6_500, "few features": 23_100}
 BOTH = [(name, cached) for name in FORMULAS for cached in (None, 1, TWO_IMAGES.get(name, 2))]
 QUICK = [*TWO_IMAGES.items(), ("strided", None), ("grey", None), ("transpose", None)]
 

@@ -11,6 +11,8 @@ times slower. So the axes are put in this order here. What the library is slow a
   with g, made for a few images at a time, as many as fit into the cache.
 * With one feature in (a grey image; a depthwise convolution) there is no product to be done:
   shifted copies of x are multiplied and added.
+* To few features, each pixel is multiplied with all of the window's weights in one product, whose
+  parts are then shifted and added.
 * A window of one place is a product alone.
 * Where there are fewer pixels than features, most of the time would go to bringing the weights into
   another order of axes: they are multiplied as they lie, with patches or with single pixels.
@@ -37,6 +39,9 @@ _CACHED = 2**20
 
 # From so many features on, a weight's gradient is faster as a product than by the library.
 _MANY = 64
+
+# For so few features out, the library is slower than products of single pixels, then shifted.
+_NARROW = 6
 
 # From so many weights on, their order of axes matters.
 _LARGE = 2**18
@@ -143,14 +148,25 @@ def _with_w_as_it_lies(x, w, w_spec, window: _Window, out, **how) -> jax.Array |
     if side is None or pixels > ins:
         return None
     matrix = lax.reshape(w, (ins, outs * count) if side == 0 else (outs * count, ins))
-    of_pixels = lax.dot_general(
-        lax.reshape(x, (pixels, ins)), matrix, (((1,), (side,)), ((), ())), **how
-    )
-    rest = (outs, count) if inner == 0 else (count, outs)
-    of_pixels = lax.reshape(of_pixels, (*x.shape[:-1], *rest))
+    return _pixels_then_shifts(x, matrix, side, inner, kernel, window, out, **how)
+
+
+def _pixels_then_shifts(
+    x, matrix, side: int, inner: int, kernel, window: _Window, out, **how
+) -> jax.Array:
+    """Σₖ (x w[k]) at o·stride + k: one product of each pixel with all of w, and then sums.
+
+    Args:
+        matrix, side, inner: all of w, with the features of x on that side; see `_matrix_of`.
+    """
+    pixels = lax.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
+    found = lax.dot_general(pixels, matrix, (((1,), (side,)), ((), ())), **how)
+    count = math.prod(kernel)
+    outs = found.shape[1] // count
+    found = lax.reshape(found, (*x.shape[:-1], *((outs, count) if inner == 0 else (count, outs))))
     total: Any = None
     for k, place in enumerate(numpy.ndindex(*kernel)):
-        term = lax.index_in_dim(of_pixels, k, of_pixels.ndim - (1 if inner == 0 else 2), False)
+        term = lax.index_in_dim(found, k, found.ndim - (1 if inner == 0 else 2), False)
         term = _patch(_padded(term, window), place, out, window.strides, window.holes)
         total = term if total is None else lax.add(total, term)
     return total
@@ -208,7 +224,29 @@ def _window_by_window(x, w, window: _Window, out, groups: int, **how) -> jax.Arr
         return _multiply_and_add(x, w, window, out, groups)
     if groups > 1:
         return _in_groups(x, w, window, out, groups, **how)
+    if w.shape[-1] <= _NARROW < w.shape[-2] and _stays(window):
+        return _to_few_features(x, w, window, out, **how)
     return _library(x, w, window, **how)
+
+
+def _stays(window: _Window) -> bool:
+    return all(n == 1 for n in (*window.strides, *window.between))
+
+
+def _to_few_features(x, w, window: _Window, out, **how) -> jax.Array:
+    """Fewer features than the library's products are made for: all places' are made side by side.
+
+    For some images at a time, whose products stay in the cache.
+    """
+    *kernel, ins, outs = w.shape
+    count = math.prod(kernel)
+    matrix = lax.reshape(
+        lax.transpose(w, (w.ndim - 2, w.ndim - 1, *range(len(kernel)))), (ins, outs * count)
+    )
+    x = lax.optimization_barrier(x)
+    of_some = lambda x: _pixels_then_shifts(x, matrix, 0, 0, kernel, window, out, **how)
+    bytes_each = math.prod(x.shape[1:-1]) * outs * count * x.dtype.itemsize
+    return _block_by_block(of_some, x, max(1, _CACHED // 4 // bytes_each))
 
 
 def _moves_one_way(window: _Window) -> bool:
