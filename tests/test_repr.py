@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from fnn.layers.table import Summary
 from fnn.ops.experts import Routing
 from fnn.per_example import Explanation
 from fnn.per_example.terms import Dense
+from fnn.sweeps.result import Member
 from fnn.train import ActivationStatistics, LearningRates, LossSurface
 
 KEY = jax.random.key(0)
@@ -126,6 +128,9 @@ RESULTS = {
         6,
     ),
     "part": lambda: looked().parts[0],
+    "memory": lambda: fnn.memory(scalar, compiled=False)(PARAMS, (X[0], Y[0])),
+    "birth": lambda: fnn.find_nonfinite(lambda x: jnp.sum(jnp.log(x)), jnp.zeros(300)),
+    "member": lambda: Member({"seed": 1}, PARAMS, fitted().history, fitted().state),
     "histogram": lambda: looked().parts[0].values,
     "learning rates": rates,
     "surface": lambda: LossSurface(np.ones(51), np.ones(51), np.ones((51, 51)), (WEIGHTS, WEIGHTS)),
@@ -146,6 +151,28 @@ def test_one_screen(name):
     shown = repr(result(name))
     assert screen_lines(shown) <= 24, shown
     assert "Array([" not in shown and "array([" not in shown, shown
+
+
+SCALARS = {"Noise", "Halving", "Collective"}  # their fields are few, and numbers
+
+
+def test_every_public_record_has_a_repr_of_its_own():
+    """Python's own shows every array that a NamedTuple or a dataclass holds."""
+    packages = (
+        fnn,
+        fnn.per_example,
+        fnn.curvature,
+        fnn.layers,
+        fnn.models,
+        fnn.train,
+        fnn.sharding,
+    )
+    for package in packages:
+        for name in package.__all__:
+            kind = getattr(package, name)
+            if hasattr(kind, "_fields") or dataclasses.is_dataclass(kind):
+                defined = sys.modules[kind.__repr__.__module__].__name__
+                assert defined.startswith("fnn.") or name in SCALARS, name
 
 
 def test_a_long_text_is_cut_and_says_so():

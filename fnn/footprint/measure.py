@@ -121,7 +121,8 @@ class Memory:
             )
         return "\n".join(lines)
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return text.one_screen(str(self))
 
 
 def table(made: list[Kept], most: int) -> str:
