@@ -368,6 +368,23 @@ def test_names_of_inner_parts_of_parts_called_twice_and_of_functions():
         fnn.activation_statistics(lambda w, x: jnp.sum(jax.nn.gelu(w * x)))(jnp.ones(4), X)
 
 
+@exhaustive
+def test_activations_through_training():
+    look, seen = fnn.activation_statistics(LOSS), []
+    fnn.fit(
+        LOSS,
+        PARAMS,
+        (X, Y),
+        optax.sgd(0.1),
+        epochs=3,
+        key=KEY,
+        progress=False,
+        after_epoch=lambda epoch, state, record: seen.append(look(state, (X, Y))),
+    )
+    assert len(seen) == 3 and seen[0]["output"].mean != seen[2]["output"].mean
+
+
+@exhaustive
 def test_loops_and_batch_statistics():
     net = chain(blocks=repeat(chain(Linear(4), ops.tanh), 3), n=BatchNorm(), o=Linear(2))
     x = X.astype(float)
@@ -477,17 +494,8 @@ def test_looks_want_key_and_state():
 
 def test_picture_of_activations():
     pytest.importorskip("matplotlib")
-    look, seen = fnn.activation_statistics(LOSS), []
-    fnn.fit(
-        LOSS,
-        PARAMS,
-        (X, Y),
-        optax.sgd(0.1),
-        epochs=3,
-        key=KEY,
-        progress=False,
-        after_epoch=lambda epoch, state, record: seen.append(look(state, (X, Y))),
-    )
+    look = fnn.activation_statistics(LOSS)
+    seen = [look(jax.tree.map(lambda p, k=k: k * p, PARAMS), (X, Y)) for k in (1.0, 1.5, 2.0)]
     figure = plot.activations(seen, parts=["f", "output"])
     above, below = figure.axes[:2], figure.axes[2:]
     assert [axes.get_title() for axes in above] == ["f\nrelu", "output\nadd"]
