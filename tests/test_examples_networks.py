@@ -64,6 +64,15 @@ def test_interoperation(tmp_path):
     assert len(re.findall(r"posterior means {'W': Array", printed)) == 2
 
 
+def test_multi_device(tmp_path):
+    printed = run("multi_device.py", "--steps", "2", folder=tmp_path)
+    differences = re.findall(r"at most ([\d.e+-]+) from one device's", printed)
+    assert len(differences) == 5 and max(map(float, differences)) < 1e-4
+    held = [tuple(map(int, m)) for m in re.findall(r"holds (\d+) of the state's (\d+) kB", printed)]
+    assert held[0][0] == held[0][1]
+    assert held[1][0] < held[1][1] / 7.9 and held[2][0] < held[2][1] / 7
+
+
 def test_resume(tmp_path):
     """Killed once; `test_resume.py` kills more."""
     printed = run("resume.py", "--quick", "--out", "runs", folder=tmp_path)

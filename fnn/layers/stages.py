@@ -83,6 +83,10 @@ def _of_batch(stage: Stage, params: Any, xs: Any, keys: Any, others: Any, across
     def own(params, xs, keys, others):
         number = lax.axis_index(axis)
         of_batch = jax.vmap(stage, (None, None, 0, 0, 0))
+        # Before the loop: their gradients are summed over the stages once, after it.
+        vary = lambda a: lax.pcast(a, axis, to="varying")
+        xs = jax.tree.map(vary, xs)
+        others = jax.tree.map(vary, others)
 
         def turn(held, t):
             part = lambda a, i: lax.dynamic_index_in_dim(a, i, keepdims=False)
@@ -91,9 +95,11 @@ def _of_batch(stage: Stage, params: Any, xs: Any, keys: Any, others: Any, across
             x = jax.tree.map(lambda new, held: jnp.where(number == 0, new, held), new, held)
             beside = jax.tree.map(lambda a: part(a, mine), (keys, others))
             y = of_batch(params, number, x, *beside)
+            if stages == 1:
+                return y, y
             return lax.ppermute(y, axis, [(i, i + 1) for i in range(stages - 1)]), y
 
-        held = jax.tree.map(lambda a: lax.pcast(jnp.zeros_like(a[0]), axis, to="varying"), xs)
+        held = jax.tree.map(lambda a: jnp.zeros_like(a[0]), xs)
         _, ys = lax.scan(turn, held, jnp.arange(count + stages - 1))
         # The last stage's results, sent to all.
         last = lambda a: lax.psum(jnp.where(number == stages - 1, a, jnp.zeros_like(a)), axis)

@@ -269,4 +269,6 @@ class _Ring:
 
     def on(self, moving: Any) -> Any:
         """What the device before this one had."""
+        if self.n == 1:
+            return moving
         return lax.ppermute(moving, self.axis, [(i, (i + 1) % self.n) for i in range(self.n)])
