@@ -255,9 +255,9 @@ def test_when_all_are_damaged(tmp_path):
 def test_the_newest_and_the_best_are_kept(tmp_path):
     scores = [0.5, 0.2, float("nan"), 0.3, 0.2, 0.9]
     many = [state_of({"W": W + i}, (i, 0, i)) for i in range(1, 7)]
-    for mode, best in {"min": 2, "max": 6}.items():
-        options = {"keep": 2, "best": "validation_loss", "mode": mode}
-        checkpoints = save(tmp_path / mode, *many, scores=scores, **options)
+    for higher, best in {False: 2, True: 6}.items():
+        options = {"keep": 2, "best": "validation_loss", "higher": higher}
+        checkpoints = save(tmp_path / str(higher), *many, scores=scores, **options)
         assert checkpoints.steps() == sorted({5, 6, best})
         assert checkpoints.best_step() == best
         assert checkpoints.load(many[0], "best").params["W"].tolist() == (W + best).tolist()
@@ -366,7 +366,7 @@ def test_options(tmp_path):
         "every_steps": ({"every_steps": 0}, "every_steps must be an integer of at least 1"),
         "keep": ({"keep": 0}, "keep must be an integer of at least 1"),
         "best": ({"best": max}, "best must be the name of a number"),
-        "mode": ({"mode": "least"}, "mode must be 'min' or 'max'"),
+        "higher": ({"higher": "min"}, "higher must be True or False"),
         "allow": ({"allow_changed": "optimizer"}, "allow_changed must be a tuple of names"),
     }.values():
         with pytest.raises((TypeError, ValueError), match=said):

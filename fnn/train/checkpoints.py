@@ -54,7 +54,7 @@ class Checkpoints:
         keep: how many of the newest checkpoints to keep; None keeps all.
         best: the name of a number in the epoch's record, "validation_loss": the epoch with the
             best one is saved, too, and kept besides.
-        mode: whether the best is the smallest ("min") or the largest ("max") number.
+        higher: whether higher is better, as of an accuracy.
         allow_changed: what may differ from the call that made the checkpoints: of "data",
             "optimizer", "batch_size", "key", "shuffle", "start" (the first parameters), ... The
             error for a changed call says the names.
@@ -72,7 +72,7 @@ class Checkpoints:
     every_steps: int | None = None
     keep: int | None = 3
     best: str | None = None
-    mode: Literal["min", "max"] = "min"
+    higher: bool = False
     allow_changed: Collection[str] = ()
 
     def __post_init__(self):
@@ -87,7 +87,7 @@ class Checkpoints:
                 f"{where}: best must be the name of a number in the epoch's record, such as "
                 f"'validation_loss', but got {arguments.show(self.best)}."
             )
-        arguments.choice(where, "mode", self.mode, ("min", "max"))
+        arguments.flag(where, "higher", self.higher)
         given = self.allow_changed
         if isinstance(given, str) or not all(isinstance(name, str) for name in given):
             raise TypeError(
@@ -231,7 +231,7 @@ class Checkpoints:
         if not scores:
             return None
         # Of equals the first: later ones are no better.
-        sign = 1 if self.mode == "min" else -1
+        sign = -1 if self.higher else 1
         return min(scores, key=lambda step: (sign * scores[step], step))
 
     def _read(self, files: Files, step: int, like: Any, root: str = "state") -> Saved:
@@ -294,6 +294,7 @@ class Saved:
         steps: as in FitResult.
         sizes: how many examples the batch of each step had.
         about: all else.
+        best: as in FitResult.
     """
 
     state: State
@@ -301,11 +302,13 @@ class Saved:
     steps: dict[str, np.ndarray]
     sizes: np.ndarray
     about: dict[str, Any]
+    best: State | None = None
 
     def result(self) -> FitResult:
         """As `fit` would return it."""
         interrupted = not self.about["stopped"] and self.about["epochs"] < self.about["last_epoch"]
-        return FitResult(self.state.params, self.history, self.steps, self.state, interrupted)
+        state = self.state
+        return FitResult(state.params, self.history, self.steps, state, interrupted, best=self.best)
 
 
 def write(files: Files, step: int, saved: Saved) -> None:
@@ -315,6 +318,7 @@ def write(files: Files, step: int, saved: Saved) -> None:
         CheckpointError: this one, or the one before, can't be written.
     """
     state, arrays = trees.taken_apart(saved.state, "state")
+    best, of_best = trees.taken_apart(saved.best, "best")
     record = {f"history {name}": np.asarray(values) for name, values in saved.history.items()}
     record |= {f"steps {name}": np.asarray(values) for name, values in saved.steps.items()}
     record["sizes"] = np.asarray(saved.sizes, np.int64)
@@ -325,10 +329,11 @@ def write(files: Files, step: int, saved: Saved) -> None:
         "versions": versions(),
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "state": [leaf._asdict() for leaf in state],
+        "best": [leaf._asdict() for leaf in best],
         "record": [leaf._asdict() for leaf in rows],
         **saved.about,
     }
-    files.write(step, about, arrays | more)
+    files.write(step, about, arrays | of_best | more)
 
 
 def read(files: Files, step: int, like: Any, root: str = "state") -> Saved:
@@ -347,14 +352,16 @@ def read(files: Files, step: int, like: Any, root: str = "state") -> Saved:
     about = files.about(step)
     record = _leaves(about, "record")
     state = [leaf for leaf in _leaves(about, "state") if _is_of(leaf, root)]
+    best = _leaves(about, "best") if root == "state" else []  # built as the state is
     lines = trees.differences(trees.described(like, root), state)
     if lines:
         raise _Different(lines)
-    targets = zip(state, jax.tree.leaves(like), strict=True)
-    parts = {leaf.name: _parts(target, leaf) for leaf, target in targets if leaf.name}
+    targets = jax.tree.leaves(like)
+    pairs = [*zip(state, targets, strict=True), *zip(best, targets, strict=bool(best))]
+    parts = {leaf.name: _parts(target, leaf) for leaf, target in pairs if leaf.name}
     parts |= {leaf.name: None for leaf in record if leaf.name}
     arrays = files.arrays(step, parts)
-    wrong = trees.damaged([*state, *record], arrays)
+    wrong = trees.damaged([*state, *best, *record], arrays)
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise Damaged(f"the numbers of {', '.join(wrong[:3])}{more} haven't their checksum")
@@ -368,7 +375,8 @@ def read(files: Files, step: int, like: Any, root: str = "state") -> Saved:
         elif kind == "steps":
             steps[name] = array
     sizes = trees.as_numpy(record[-1], arrays)
-    return Saved(trees.put_together(like, state, arrays), history, steps, sizes, about)
+    put = lambda leaves: trees.put_together(like, leaves, arrays)
+    return Saved(put(state), history, steps, sizes, about, put(best) if best else None)
 
 
 def _leaves(about: dict[str, Any], name: str) -> list[Leaf]:
@@ -399,7 +407,7 @@ def _is_whole(files: Files, step: int) -> bool:
     """Can a checkpoint be read, and is it what was written?"""
     try:
         about = files.about(step)
-        leaves = [*_leaves(about, "state"), *_leaves(about, "record")]
+        leaves = [leaf for name in ("state", "best", "record") for leaf in _leaves(about, name)]
         arrays = files.arrays(step, {leaf.name: None for leaf in leaves if leaf.name})
     except Damaged:
         return False

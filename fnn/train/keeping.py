@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from fnn.train.checkpoint_files import CheckpointError, Files
@@ -60,6 +61,7 @@ def kept(
         saved = keeper.resume(work.latest)
         if saved is not None:
             work.go_on(own(saved.state), saved.history, saved.steps, saved.sizes)
+            work.best = None if saved.best is None else own(saved.best)
             if isinstance(training, Stream) and isinstance(training.source, Iterator):
                 collections.deque(itertools.islice(training.source, work.seen - begun), maxlen=0)
         del saved
@@ -139,11 +141,15 @@ class Keeper(Listener):
         else:
             is_due = work.seen - (0 if self._at is None else self._at[2]) >= every
         is_end = self._steps is not None and work.batch >= self._steps  # which has its own
+        if jax.process_count() > 1:  # whose calls of the device may have other lengths
+            return
         if is_due and not is_end:
             self._save(work, work.state)
 
     def epoch_over(self, work: Work, epoch: int, record: dict[str, Any]) -> None:
         every, scores = self._options.every, _scalars(record)
+        if every is None and jax.process_count() > 1:  # which must all do the same
+            every = 1
         is_due = self._files.is_cheap(PART) if every is None else epoch % every == 0
         if self._is_best(scores) or is_due or epoch >= self._last:
             self._save(work, work.state, scores)
@@ -194,7 +200,7 @@ class Keeper(Listener):
             "last_epoch": self._last,
         }
         log = work.log
-        saved = Saved(state, log.history, log.steps(), log.sizes(), about)
+        saved = Saved(state, log.history, log.steps(), log.sizes(), about, work.best)
         with self._interrupts.held():
             self._files.wait()
             self._tidy()
