@@ -162,6 +162,33 @@ def test_a_run_that_a_callback_ended_stays_ended(tmp_path):
     assert digest(train(tmp_path, 5)) == uninterrupted(5)
 
 
+def test_all_of_a_step_is_saved(tmp_path):
+    """The average of the parameters, a changing scale of the loss, the state of a network."""
+
+    def counting(params, example, key, state):
+        value = resumed.loss(params, example, key)
+        return value, {"seen": state["seen"] + 1}
+
+    options = {
+        "loss": counting,
+        "model_state": {"seen": jnp.zeros(())},
+        "ema": 0.9,
+        "compute": jnp.float16,
+        "loss_scale": "dynamic",
+        "accumulate": 2,
+        "validation": None,
+        "validation_loss": None,
+        "checkpoints": checkpoints(tmp_path, best="loss"),
+    }
+    whole = train(None, 3, **options | {"checkpoints": None})
+    assert whole.state.ema is not None and whole.state.loss_scale is not None
+    assert whole.state.model_state["seen"] > 0
+    train(tmp_path, 1, **options)
+    assert digest(train(tmp_path, 3, **options)) == digest(whole)
+    with pytest.raises(CheckpointError, match=r"step\['ema'\]: 0.9 in the checkpoint, 0.8 here"):
+        train(tmp_path, 3, **options | {"ema": 0.8})
+
+
 def test_from_a_state_in_the_midst_of_an_epoch(tmp_path):
     """Epochs count from the state that the call is given, also when it is called again."""
     with pytest.raises(Stop) as error:
@@ -255,8 +282,10 @@ def test_other_versions_are_told_of(tmp_path, monkeypatch):
 
 
 def test_what_fit_refuses(tmp_path):
-    with pytest.raises(TypeError, match=r"checkpoints must be fnn.Checkpoints\(folder\)"):
+    with pytest.raises(TypeError, match=r"checkpoints must be an fnn.Checkpoints such as"):
         train(None, checkpoints=str(tmp_path))
+    with pytest.raises(ValueError, match="that of 'validation_loss', but there are no data for it"):
+        train(tmp_path, validation=None, validation_loss=None)
     with pytest.raises(
         ValueError, match="best='accuracy' is no number of the epoch's record, which"
     ):
@@ -313,6 +342,23 @@ def test_another_number_of_devices(tmp_path, devices):
     for a, b in zip(jax.tree.leaves(result.params), jax.tree.leaves(whole.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
     assert digest_of_position(result) == digest_of_position(whole)
+
+
+@pytest.mark.parametrize("after", sweep([1, 2, 4], [2]))
+def test_a_layout_on_another_mesh(tmp_path, after):
+    """Parameters and optimiser's state in parts on four devices; read by fewer, in other parts."""
+    params = {"W": jnp.eye(8, 6), "w": jnp.ones(8)}
+
+    def of(devices, folder, epochs):
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("d",))
+        layout = fnn.sharding.fully_sharded(mesh)
+        return train(folder, epochs, params=params, data=(X[:80], Y[:80]), layout=layout)
+
+    of(4, tmp_path, 1)
+    result, whole = of(after, tmp_path, 2), of(1, None, 2)
+    assert len(result.params["W"].devices()) == after
+    for a, b in zip(jax.tree.leaves(result.state), jax.tree.leaves(whole.state), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
 def digest_of_position(result):

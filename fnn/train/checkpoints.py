@@ -275,6 +275,20 @@ class Checkpoints:
         return CheckpointError(message, str(self.folder), step, previous)
 
 
+def check_checkpoints(value: Any, has_validation: bool) -> None:
+    """Raise unless `fit` can keep its work by it."""
+    if not isinstance(value, Checkpoints):
+        raise TypeError(
+            "fit: checkpoints must be an fnn.Checkpoints such as fnn.Checkpoints('runs/a'), but "
+            f"got {arguments.show(value)}."
+        )
+    if value.best is not None and value.best.startswith("validation_") and not has_validation:
+        raise ValueError(
+            f"fit: the best of the checkpoints is that of {value.best!r}, but there are no data "
+            "for it: validation=..."
+        )
+
+
 # ------------------------------------------------------------------------------------- checkpoints
 
 

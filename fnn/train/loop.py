@@ -20,7 +20,7 @@ from fnn.logs import Logs, Writer
 from fnn.params import Where
 from fnn.sharding import Layout
 from fnn.train.calls import Calls, kept_programs, programs_of
-from fnn.train.checkpoints import Checkpoints
+from fnn.train.checkpoints import Checkpoints, check_checkpoints
 from fnn.train.checks import BatchChecks, check_values
 from fnn.train.chunks import Resident, Streamed, fits, resident
 from fnn.train.configuration import of_call
@@ -188,11 +188,8 @@ def fit(
         steps_per_call = arguments.integer("fit", "steps_per_call", steps_per_call, least=1)
     if key is not None:
         arguments.key("fit", "key", key)
-    if checkpoints is not None and not isinstance(checkpoints, Checkpoints):
-        raise TypeError(
-            "fit: checkpoints must be fnn.Checkpoints(folder), but got "
-            f"{arguments.show(checkpoints)}."
-        )
+    if checkpoints is not None:
+        check_checkpoints(checkpoints, validation is not None)
     if validation_loss is not None:
         check_loss("fit", validation_loss, "validation_loss")
         if validation is None:
