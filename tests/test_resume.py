@@ -162,6 +162,20 @@ def test_a_run_that_a_callback_ended_stays_ended(tmp_path):
     assert digest(train(tmp_path, 5)) == uninterrupted(5)
 
 
+def test_early_stopping_remembers_the_best(tmp_path):
+    """The loss falls, and higher counts as better: the first epoch is the best."""
+    values = {"validation": (X[:20], Y[:20])}
+    stop = fnn.EarlyStopping(patience=2, monitor="validation_loss", higher=True, least=0.01)
+    options = values | {"early_stopping": stop, "checkpoints": checkpoints(tmp_path, higher=True)}
+    whole = train(None, 6, **options | {"checkpoints": None})
+    assert 2 <= len(whole.history["loss"]) < 6
+    for epochs in range(1, len(whole.history["loss"])):
+        train(tmp_path, epochs, **options)
+    result = train(tmp_path, 6, **options)
+    assert digest(result) == digest(whole)
+    assert digest(result._replace(state=result.best)) == digest(whole._replace(state=whole.best))
+
+
 def test_all_of_a_step_is_saved(tmp_path):
     """The average of the parameters, a changing scale of the loss, the state of a network."""
 
@@ -344,7 +358,8 @@ def test_another_number_of_devices(tmp_path, devices):
     assert digest_of_position(result) == digest_of_position(whole)
 
 
-@pytest.mark.parametrize("after", sweep([1, 2, 4], [2]))
+@exhaustive
+@pytest.mark.parametrize("after", [1, 2, 4])
 def test_a_layout_on_another_mesh(tmp_path, after):
     """Parameters and optimiser's state in parts on four devices; read by fewer, in other parts."""
     params = {"W": jnp.eye(8, 6), "w": jnp.ones(8)}

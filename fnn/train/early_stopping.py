@@ -73,16 +73,24 @@ class BestKeeper(Listener):
         self._best = math.nan
         self._since = 0  # epochs without a better one
 
+    def begin(self, work: Work) -> None:
+        for value in work.log.history.get(self._stopping.monitor, ()):  # of a checkpoint's epochs
+            self._is_best(value)
+
     def epoch_over(self, work: Work, epoch: int, record: dict[str, Any]) -> bool:
-        value = self._value(record)
-        if self._stopping.is_better(value, self._best):
-            self._best, self._since = value, 0
+        if self._is_best(self._value(record)):
             # On the device, in buffers of its own.
             work.best = jax.tree.map(jnp.copy, work.state)
-        else:
-            self._since += 1
         patience = self._stopping.patience
         return patience is not None and self._since >= patience
+
+    def _is_best(self, value: float) -> bool:
+        """Whether an epoch's value is the best so far; counted."""
+        if self._stopping.is_better(value, self._best):
+            self._best, self._since = value, 0
+            return True
+        self._since += 1
+        return False
 
     def _value(self, record: dict[str, Any]) -> float:
         name = self._stopping.monitor
