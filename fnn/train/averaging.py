@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fnn.train.precision import wide
+
 
 def first_average(params: Any) -> Any:
     """What the average is before the first step: the parameters, in float32 at least."""
-    return jax.tree.map(_wide, params)
+    return jax.tree.map(lambda p: jnp.array(wide(jnp.asarray(p)), copy=True), params)
 
 
 def averaged(average: Any, params: Any, decay: float, count: jax.Array) -> Any:
@@ -42,11 +44,3 @@ def _weight(decay: float, count: jax.Array) -> jax.Array:
         return jnp.ones((), dtype)
     power = jnp.asarray(math.log(decay), dtype) * count.astype(dtype)
     return jnp.asarray(1 - decay, dtype) / -jnp.expm1(power)
-
-
-def _wide(x: Any) -> jax.Array:
-    """In float32 at least; what isn't a float as it is, a copy of it in any case."""
-    x = jnp.asarray(x)
-    inexact = jnp.issubdtype(x.dtype, jnp.inexact)
-    dtype = jnp.promote_types(x.dtype, jnp.float32) if inexact else x.dtype
-    return jnp.array(x, dtype=dtype, copy=True)

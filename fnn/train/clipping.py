@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
+
+from fnn.train.precision import wide
 
 
 def clipped(gradient: Any, length: float) -> Any:
@@ -17,6 +18,6 @@ def clipped(gradient: Any, length: float) -> Any:
     ICML 2013.)
     """
     clip = optax.clip_by_global_norm(length)
-    wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), gradient)
-    short, _ = clip.update(wide, clip.init(wide))
+    long = wide(gradient)
+    short, _ = clip.update(long, clip.init(long))
     return jax.tree.map(lambda new, g: new.astype(g.dtype), short, gradient)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn import arguments
+from fnn.train.precision import wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,6 @@ def unscaled(gradient: Any, scale: Any, like: Any) -> Any:
     inverse = 1 / jnp.asarray(scale, jnp.float32)
 
     def of(g, p):
-        g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
         return (g * inverse.astype(g.dtype)).astype(p.dtype)
 
-    return jax.tree.map(of, gradient, like)
+    return jax.tree.map(of, wide(gradient), like)

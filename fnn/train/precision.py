@@ -47,8 +47,8 @@ def cast(tree: Any, dtype: Any) -> Any:
 def wide(tree: Any) -> Any:
     """The tree with its floats in float32 at least."""
 
-    def of(x):
-        inexact = jnp.issubdtype(x.dtype, jnp.inexact)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if inexact else x
+    def of(x):  # `jnp.promote_types` refuses, where promotion is strict
+        narrow = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
+        return x.astype(jnp.float32) if narrow else x
 
     return jax.tree.map(of, tree)
