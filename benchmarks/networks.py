@@ -39,10 +39,10 @@ def data(network: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def loop(step, state, x, y):
-    """The body of a training loop: `state = step(state, x, y)`."""
+    """The body of a training loop: `state = step(state, x, y)`, on this batch or on another."""
     now = [state]
 
-    def body():
+    def body(x=x, y=y):
         now[0] = step(now[0], x, y)
 
     body.wait = lambda: jax.block_until_ready(now[0])
@@ -198,8 +198,8 @@ def fnn_transformer(p, x):
     return x + fnn.ops.gelu(h @ p["up"].T + p["b1"]) @ p["down"].T + p["b2"]
 
 
-def our_step(network, optimizer, x, y, nonfinite="raise"):
-    """`fnn.train_step` as a user writes it; unlike the peers' it looks out for inf and nan."""
+def our_loss(network):
+    """The loss of one example."""
     import fnn
 
     apply = {"mlp": fnn_mlp, "cnn": fnn_cnn, "transformer": fnn_transformer}[network]
@@ -210,7 +210,14 @@ def our_step(network, optimizer, x, y, nonfinite="raise"):
             return squared(apply(params, x), y)
         return fnn.ops.softmax_cross_entropy(apply(params, x), y)
 
-    train = fnn.train_step(loss, optimizer, nonfinite=nonfinite)
+    return loss
+
+
+def our_step(network, optimizer, x, y, nonfinite="raise"):
+    """`fnn.train_step` as a user writes it; unlike the peers' it looks out for inf and nan."""
+    import fnn
+
+    train = fnn.train_step(our_loss(network), optimizer, nonfinite=nonfinite)
     return loop(lambda s, x, y: train(s, (x, y))[0], train.init(initial(network)), x, y)
 
 
@@ -467,7 +474,7 @@ def torch(network, optimizer, x, y, compiled=False):
     if compiled:
         value_of = torch.compile(value_of)
 
-    def step():
+    def step(x=x, y=y):
         optimizer.zero_grad(set_to_none=True)
         value_of(x, y).backward()
         optimizer.step()
