@@ -328,7 +328,7 @@ def contenders() -> dict:
 def compare(network: str, made: dict, rounds: int, seconds: float) -> list[list[str]]:
     """The rows of one network's table."""
     examples, batch = SIZES[network]
-    steps = {name: -(-examples // batch) for name in made} | {BARE: examples // batch}
+    steps = dict.fromkeys(made, -(-examples // batch)) | {BARE: examples // batch}
     runs = {}
     for name, make in made.items():
         print(f"{network}: preparing {name}", file=sys.stderr, flush=True)
