@@ -13,6 +13,7 @@ from fnn import layers, ops
 from fnn.birth import Birth
 
 X = np.array([1.0, 2.0, 0.0, 4.0])
+EXHAUSTIVE = pytest.mark.exhaustive
 
 
 def line_of(function, text):
@@ -76,7 +77,7 @@ def test_a_number_that_overflows_and_the_nan_it_becomes():
     assert cause.inputs == ("1000",) and cause.source.startswith(line_of(f, "too large"))
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", [pytest.param(False, marks=EXHAUSTIVE), True])
 def test_in_a_scan(reverse):
     def step(carry, x):
         carry = carry + jnp.log(x)  # in the loop
@@ -97,6 +98,7 @@ def test_in_a_scan(reverse):
     assert found.loops[0].number == 4 and found.operation == "log" and found.example == 1
 
 
+@EXHAUSTIVE
 def test_in_loops_inside_loops_and_what_is_carried():
     def inner(c, x):
         return jnp.where(x < 0, jnp.inf, c * x), None  # inf
@@ -136,7 +138,11 @@ def test_in_while_loops():
     found = born(lambda x: jax.lax.fori_loop(0, 5, lambda i, x: x / (3.0 - i), x), 1.0)
     assert (found.operation, found.inputs, found.loops[0].number) == ("div", found.inputs, 3)
     assert found.inputs[1] == "0"
-    # Steps of different numbers, under vmap: an example that is done keeps its value.
+
+
+@EXHAUSTIVE
+def test_in_while_loops_whose_examples_take_different_numbers_of_steps():
+    # Under vmap, an example that is done keeps its value.
     go = lambda s: s[1] > 1.0
     turn = lambda s: (s[0] + 1, s[1] / 2.0, jnp.log(s[1] - 8.0))
     several = jax.vmap(lambda x: jax.lax.while_loop(go, turn, (0, x, 0.0))[2])
@@ -214,7 +220,10 @@ def test_sums_and_products_that_overflow():
     assert found.place == "argument" and found.index == (5, 17)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.complex64])
+@pytest.mark.parametrize(
+    "dtype",
+    [jnp.bfloat16, *(pytest.param(d, marks=EXHAUSTIVE) for d in (jnp.float16, jnp.complex64))],
+)
 def test_dtypes(dtype):
     found = born(lambda x: jnp.log(x - 1), jnp.array([2.0, 1.0, 3.0], dtype))
     assert found.operation == "log" and found.index == (1,) and found.dtype == dtype
@@ -291,6 +300,7 @@ def test_in_the_backward_pass_of_loops():
     assert cause.loops[0].number == 3
 
 
+@EXHAUSTIVE
 def test_in_a_part_of_a_network():
     @layers.network(a=layers.Linear(3), norm=lambda x: x / jnp.sqrt(jnp.sum(x * x)))
     def net(net, x):
@@ -329,6 +339,7 @@ def test_what_cannot_be_asked():
         fnn.find_nonfinite(loop, 1.0, gradient=True)
 
 
+@EXHAUSTIVE
 def test_keys_integers_and_effects(capfd):
     def f(key, n, x):
         jax.debug.print("x = {}", x)

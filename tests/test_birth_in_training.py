@@ -70,19 +70,23 @@ def test_a_step_that_stands_by_itself():
     assert error.value.birth is None or error.value.birth.example == 5
 
 
-def test_gradients_and_parts_and_accumulation():
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"accumulate": 2}, marks=pytest.mark.exhaustive)],
+    ids=["whole", "in parts"],
+)
+def test_gradients_and_parts_and_accumulation(options):
     @layers.network(body=layers.Linear(2), root=lambda x: jnp.where(x > 0, jnp.sqrt(x), 0.0))
     def net(net, x):
         return jnp.sum(net.root(net.body(x) * 0.0))
 
     params = net.init(jax.random.key(0), X[0])
     loss = fnn.supervised(net, ops.squared_error)
-    for options in ({}, {"accumulate": 2}):
-        with pytest.raises(NonFiniteError) as error:
-            fit(loss, params, (X, Y + 1.0), optax.sgd(0.1), **OPTIONS, **options)
-        birth = error.value.birth
-        assert (birth.place, birth.operation, birth.kind) == ("0 * inf", "sqrt", "nan")
-        assert birth.part == "root" and birth.output.startswith("the gradient of params['body']")
+    with pytest.raises(NonFiniteError) as error:
+        fit(loss, params, (X, Y + 1.0), optax.sgd(0.1), **OPTIONS, **options)
+    birth = error.value.birth
+    assert (birth.place, birth.operation, birth.kind) == ("0 * inf", "sqrt", "nan")
+    assert birth.part == "root" and birth.output.startswith("the gradient of params['body']")
 
 
 def test_an_update_is_looked_at_too():
