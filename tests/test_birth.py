@@ -208,6 +208,15 @@ def test_arguments_and_what_is_closed_over():
     assert found.cause is not None and found.cause.place == "argument"
 
 
+def test_what_stands_beside_it_is_not_blamed():
+    found = born(lambda x: (1.0 / x)[1:].sum(), np.array([np.inf, 0.0, 4.0]))
+    assert (found.place, found.operation, found.index) == ("forward", "div", (1,))
+    found = born(lambda x: jnp.sqrt(x)[1:].sum(), np.array([np.inf, -1.0, 4.0]))
+    assert (found.operation, found.index, found.cause) == ("sqrt", (1,), None)
+    found = born(lambda x: jnp.log(x)[1:].sum(), np.array([np.nan, 0.0, 4.0]))
+    assert (found.operation, found.kind, found.index) == ("log", "-inf", (1,))
+
+
 def test_sums_and_products_that_overflow():
     big = np.full(64, 1e308)
     found = born(jnp.sum, big)
