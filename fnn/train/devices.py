@@ -85,14 +85,14 @@ def everywhere(layout: Layout, tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, layout.everywhere), tree)
 
 
-@contextlib.contextmanager
-def on_mesh(layout: Layout | None) -> Iterator[None]:
-    """Within it, the layout's mesh is the context's, whatever mesh was set before."""
+def on_mesh(layout: Layout | None) -> contextlib.AbstractContextManager:
+    """Within it, the layout's mesh is the context's, whatever mesh was set before.
+
+    (No generator's context: that writes to an error on its way, which one may refuse.)
+    """
     if layout is None or jax.sharding.get_abstract_mesh().empty:
-        yield
-        return
-    with jax.set_mesh(layout.mesh):
-        yield
+        return contextlib.nullcontext()
+    return jax.set_mesh(layout.mesh)
 
 
 def on_its_mesh(function: Function) -> Function:
