@@ -101,7 +101,10 @@ def on_its_mesh(function: Function) -> Function:
     @functools.wraps(function)
     def run(*args: Any, **options: Any) -> Any:
         layout = options.get("layout") or getattr(args[0] if args else None, "layout", None)
-        with on_mesh(layout if isinstance(layout, Layout) else None):
+        if not isinstance(layout, Layout):
+            # Not within `on_mesh`: contextlib sets attributes of errors, and some are frozen.
+            return function(*args, **options)
+        with on_mesh(layout):
             return function(*args, **options)
 
     return run  # type: ignore[return-value]

@@ -314,7 +314,11 @@ def fit(
             result = work.result(interrupted=True)
             saved = " All is saved: the same call goes on." if keeper else ""
             steps = work.log.count
-            told.end(work, result)
+            try:
+                told.end(work, result)
+            except BaseException as error:  # a full disk, say
+                attach(error, result)
+                raise
             display.say(f"Interrupted in epoch {work.epoch}, after {steps} steps.{saved}")
         except BaseException as error:
             result = work.result(failed=not isinstance(error, NonFiniteError))
