@@ -11,11 +11,14 @@ decision_boundary   the plane as a classifier divides it
 learning_rates      the loss against the learning rate, of `fnn.find_learning_rate`
 activations         activations and gradients by part, of `fnn.activation_statistics`
 loss_surface        the loss along two directions, of `fnn.loss_surface`
+against             a quantity against a hyperparameter, of `fnn.sweep`
+bands               a quantity over the epochs, with bands over seeds, of `fnn.sweep`
 """
 
 from fnn.plot.classes import confusion, decision_boundary
 from fnn.plot.distributions import activations
 from fnn.plot.history import curves
+from fnn.plot.hyperparameters import against, bands
 from fnn.plot.images import templates
 from fnn.plot.rates import learning_rates
 from fnn.plot.reading import two_layers
@@ -23,6 +26,8 @@ from fnn.plot.surface import loss_surface
 
 __all__ = [
     "activations",
+    "against",
+    "bands",
     "confusion",
     "curves",
     "decision_boundary",

@@ -51,6 +51,7 @@ class SweepResult:
         axes: the name of each axis, and the values along it.
         history: for each quantity an array: the axes of the sweep, then the epochs. It is nan
             for epochs that a network wasn't trained in.
+        grid: for each axis the names of its hyperparameters, and how many places it has.
         epochs: how many epochs each network was trained for, an array with the sweep's axes.
         metric: what `best`, `mean` and the pictures go by unless told otherwise:
             `validation_loss`, or `loss` where there is no validation.
@@ -73,6 +74,7 @@ class SweepResult:
     ):
         """Arrays have an axis over the members; `states` a function for each, or None."""
         self._grid = axes
+        self.grid = [(axis.names, axis.size) for axis in axes.all]
         self.axes = {name: axes.values(name) for name in axes.names}
         shape = axes.shape
         self.history = {n: x.reshape(*shape, *x.shape[1:]) for n, x in history.items()}

@@ -1,0 +1,230 @@
+"""`against` and `bands`: what a sweep found, by hyperparameter and by epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fnn import arguments
+from fnn.plot.canvas import blank
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_LINES = 12
+
+
+def against(
+    found: Any,
+    name: str,
+    *,
+    over: str | Sequence[str] = "seed",
+    metric: str | None = None,
+    log: bool | None = None,
+) -> Figure:
+    """A quantity against a hyperparameter: the loss against the learning rate, say.
+
+    A line for each setting of the other hyperparameters, of medians over `over`, with a band from
+    the lowest to the highest. A network that diverged counts as the highest of all, inf: where
+    the median diverged there is no line, and where one did, the band is open to the top.
+
+    Args:
+        found: what `fnn.sweep` returned.
+        name: the hyperparameter; a logarithmic axis if its values are positive and evenly spaced
+            in their logarithms, names in their order if they aren't numbers.
+        over: the axis, or several, over which the band goes; left out where there is none.
+        metric: the quantity; `found.metric` by default.
+        log: whether the quantity gets a logarithmic axis; by default where its name ends in
+            "loss" and all of it is positive.
+
+    Raises:
+        ImportError: matplotlib isn't installed.
+        TypeError: `found` isn't what a sweep returned.
+        ValueError: there is no such hyperparameter or quantity.
+    """
+    values, lines, metric = _by_setting("against", found, name, over, metric)
+    figure = blank(width=7 if len(lines) > 3 else 5.5, height=3.6)
+    axes = figure.subplots()
+    x, is_log = _positions(values)
+    if is_log:
+        axes.set_xscale("log")
+    bound = _largest(lines)
+    for i, (label, entries) in enumerate(lines):
+        middle, low, high = _statistics(np.where(np.isfinite(entries), entries, np.inf))
+        shown = np.isfinite(middle)
+        colour = f"C{i % 10}"
+        axes.plot(x[shown], middle[shown], "o-", ms=3.5, color=colour, label=label)
+        if entries.shape[0] > 1:
+            axes.fill_between(
+                x,
+                np.where(np.isfinite(low), low, np.nan),
+                np.where(np.isfinite(high), high, 10 * bound),
+                alpha=0.2,
+                lw=0,
+                color=colour,
+            )
+    if not is_log:
+        axes.set_xticks(x, [_word(value) for value in values])
+    _finish(figure, axes, metric, lines, log)
+    axes.set_xlabel(name.replace("_", " "))
+    return figure
+
+
+def bands(
+    found: Any,
+    *,
+    over: str | Sequence[str] = "seed",
+    metric: str | None = None,
+    log: bool | None = None,
+) -> Figure:
+    """A quantity over the epochs: a line for each setting, the median over seeds, with a band.
+
+    Args:
+        found: what `fnn.sweep` returned.
+        over: the axis, or several, over which the band goes, from the lowest to the highest;
+            left out where there is none.
+        metric: the quantity; `found.metric` by default.
+        log: whether it gets a logarithmic axis; by default where its name ends in "loss" and all
+            of it is positive.
+
+    Of more than 12 settings those with the lowest last values are drawn.
+
+    Raises:
+        ImportError: matplotlib isn't installed.
+        TypeError: `found` isn't what a sweep returned.
+        ValueError: there is no such axis or quantity.
+    """
+    _, lines, metric = _by_setting("bands", found, None, over, metric)
+    last = [np.median(np.where(np.isfinite(e[:, -1]), e[:, -1], np.inf)) for _, e in lines]
+    chosen = sorted(np.argsort(last, kind="stable")[:MOST_LINES])
+    figure = blank(width=7 if len(chosen) > 3 else 5.5, height=3.6)
+    axes = figure.subplots()
+    from matplotlib.ticker import MaxNLocator
+
+    palette = _palette(len(chosen))
+    for colour, i in zip(palette, chosen, strict=True):
+        label, entries = lines[i]
+        middle, low, high = _statistics(entries)
+        epochs = np.arange(1, entries.shape[1] + 1)
+        axes.plot(epochs, middle, color=colour, label=label)
+        if entries.shape[0] > 1:
+            axes.fill_between(epochs, low, high, alpha=0.2, lw=0, color=colour)
+    _finish(figure, axes, metric, [lines[i] for i in chosen], log)
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def _by_setting(
+    where: str, found: Any, along: str | None, over: Any, metric: str | None
+) -> tuple[Sequence[Any], list[tuple[str, np.ndarray]], str]:
+    """The values along an axis, and for each setting of the others its label and its numbers.
+
+    The numbers have shape (those over which the band goes, values along the axis); without an
+    axis (..., epochs).
+    """
+    if not all(hasattr(found, name) for name in ("axes", "history", "grid", "metric")):
+        raise TypeError(f"{where}: pass what fnn.sweep returned, but got {arguments.show(found)}.")
+    metric = found.metric if metric is None else metric
+    names = [names for names, _ in found.grid]
+    place = None
+    if along is not None:
+        place = _place(where, names, along)
+    table = found.history[metric] if along is None and metric in found.history else None
+    numbers = found[metric].values if table is None else table
+    numbers = np.where(np.isfinite(numbers), numbers, np.nan)
+    wanted = (over,) if isinstance(over, str) else tuple(over)
+    given = [n for n in wanted if n != "seed" or any(n in own for own in names)]
+    folded = sorted({_place(where, names, n) for n in given} - {place})
+    rest = [i for i in range(len(names)) if i not in folded and i != place]
+    last = [place] if place is not None else [numbers.ndim - 1]
+    moved = np.transpose(numbers, [*rest, *folded, *last])
+    shape = [found.grid[i][1] for i in rest]
+    moved = moved.reshape(int(np.prod(shape)), -1, moved.shape[-1])
+    lines = []
+    for i, entries in enumerate(moved):
+        at = np.unravel_index(i, shape) if shape else ()
+        own = [
+            f"{name.replace('_', ' ')} {_word(found.axes[name][int(j)])}"
+            for k, j in zip(rest, at, strict=True)
+            for name in names[k]
+        ]
+        lines.append((", ".join(own), entries))
+    return (found.axes[along] if along is not None else ()), lines, metric
+
+
+def _place(where: str, names: Sequence[tuple[str, ...]], wanted: str) -> int:
+    place = next((i for i, own in enumerate(names) if wanted in own), None)
+    if place is None:
+        there = ", ".join(name for own in names for name in own)
+        raise ValueError(f"{where}: there is no axis {wanted!r}; there are {there}.")
+    return place
+
+
+def _positions(values: Sequence[Any]) -> tuple[np.ndarray, bool]:
+    """Where values lie, and whether on a logarithmic axis."""
+    numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+    if not numeric or len(values) < 3:
+        return np.arange(len(values)), False
+    x = np.asarray(values, float)
+    if (x <= 0).any():
+        return np.arange(len(values)), False
+    steps = np.diff(np.log(x))
+    if steps.std() < 0.3 * abs(steps.mean()) and x.max() > 5 * x.min():
+        return x, True
+    return np.arange(len(values)), False
+
+
+def _statistics(entries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The median, the lowest and the highest of each column; nan where one is missing."""
+    with np.errstate(invalid="ignore"):
+        return np.median(entries, axis=0), entries.min(axis=0), entries.max(axis=0)
+
+
+def _largest(lines: Sequence[tuple[str, np.ndarray]]) -> float:
+    finite = np.concatenate([e[np.isfinite(e)] for _, e in lines])
+    return float(finite.max()) if finite.size else 1.0
+
+
+def _palette(count: int) -> list[Any]:
+    """Colours that tell lines apart: a few by hue, many in their order."""
+    if count <= 5:
+        return [f"C{i}" for i in range(count)]
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.95 * i / (count - 1)) for i in range(count)]
+
+
+def _finish(
+    figure: Figure, axes: Any, metric: str, lines: Sequence[tuple[str, np.ndarray]], log: Any
+) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    finite = np.concatenate([e[np.isfinite(e)] for _, e in lines])
+    if log is None:
+        log = metric.endswith("loss") and bool((finite > 0).all()) and finite.size > 0
+    arguments.flag("plot", "log", log)
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    if high > low and log:
+        axes.set_ylim(low / (high / low) ** 0.05, high * (high / low) ** 0.05)
+    elif high > low:
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    axes.set_ylabel(metric.replace("_", " "))
+    if 1 < len(lines) <= 3:
+        axes.legend(fontsize="small")
+    elif len(lines) > 3:
+        figure.legend(loc="outside right center", fontsize="small")
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    name = getattr(value, "name", None) or getattr(value, "__name__", None)
+    return name if isinstance(name, str) else str(value)
