@@ -154,6 +154,24 @@ def test_the_fastest_layout_is_measured_once(monkeypatch):
     close(first["loss"].values, again["loss"].values)
 
 
+def test_again_with_functions_that_read_the_same_compiles_nothing():
+    seen = []
+    count = lambda name, *_, **__: seen.append(name == "/jax/core/compile/backend_compile_duration")
+    loss = lambda params, example: squares(params, example)[0]
+    make = lambda sign: lambda learning_rate: optax.sgd(sign * learning_rate)
+    first = sweep(loss, optimizer=make(1))
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        again = sweep(loss, optimizer=make(1))
+        assert not sum(seen)
+        other = sweep(loss, optimizer=make(-1))
+        assert sum(seen)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    close(first["loss"].values, again["loss"].values)
+    assert (other["loss"].values > first["loss"].values).all()
+
+
 @exhaustive
 def test_unshuffled_without_a_key_and_with_whole_batches():
     found = sweep(axes={"learning_rate": [0.05]}, init=start(0), shuffle=False, batch_size=11)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import dataclasses
 import hashlib
 import os
 import time
@@ -20,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fnn.sweeps.program import Carry, Program, Shared
 from fnn.train.orders import sorted_orders
+from fnn.train.readings import Kept, readings
 
 Layout = Literal["vmap", "scan", "threads", "devices"]
 LAYOUTS = ("vmap", "scan", "threads", "devices")
@@ -27,8 +28,8 @@ LAYOUTS = ("vmap", "scan", "threads", "devices")
 # The part of the free memory that a sweep takes.
 SHARE = 0.8
 
-# The orders of so many epochs are given to one call as fit into so many bytes; at least of one.
-ORDERS_BYTES = 2**22
+# A member is given the orders of as many epochs in one call as fit into so many bytes, or of one.
+ORDERS_BYTES = 2**18
 
 # A measurement of a layout is at least this long, unless one step is longer.
 SECONDS = 0.03
@@ -65,8 +66,16 @@ class Programs:
         self.program = program
         self._shared = shared
         self._one = {n: jax.ShapeDtypeStruct((), jnp.asarray(x).dtype) for n, x in numeric.items()}
-        self.carry_types = jax.eval_shape(program.begin, self._one, shared)
-        self._compiled: dict[Any, Future] = {}
+        # Jitted, so that what is traced for one layout serves for all.
+        self._traced = {
+            "begin": jax.jit(program.begin),
+            "advance": jax.jit(program.advance),
+        }
+        self._store = _kept_for(program, _types((self._one, shared)))
+        self._compiled = self._store.compiled
+        if self._store.carry_types is None:
+            self._store.carry_types = jax.eval_shape(self._traced["begin"], self._one, shared)
+        self.carry_types = self._store.carry_types
         self._everywhere: Any = None
         self.seconds = 0.0
 
@@ -90,16 +99,20 @@ class Programs:
         """How many steps one call may take from a step on: the epochs whose orders it is given."""
         steps = self.program.steps
         if self._is_given_orders:
-            return steps * (begin // steps + self._epochs_a_call(plan)) - begin
+            return steps * (begin // steps + self._epochs_a_call) - begin
         return steps * self.program.epochs - begin
+
+    @property
+    def _needed(self) -> tuple[str, ...]:
+        return ("advance", "begin", "bits") if self._is_given_orders else ("advance", "begin")
 
     @property
     def _is_given_orders(self) -> bool:
         return self.program.shuffle and not self.program.draws
 
-    def _epochs_a_call(self, plan: Plan) -> int:
-        size = 4 * self.program.size * plan.width
-        return max(1, min(self.program.epochs, ORDERS_BYTES // size))
+    @property
+    def _epochs_a_call(self) -> int:
+        return max(1, min(self.program.epochs, ORDERS_BYTES // (4 * self.program.size)))
 
     def _orders(self, plan: Plan, numeric: Any, begin: int, end: int) -> Any:
         """The orders of the examples in the epochs of some steps, in an array for the most."""
@@ -115,20 +128,28 @@ class Programs:
     def compile(self, plans: Sequence[Plan]) -> None:
         """Compile the programs of several plans at the same time, where that isn't done."""
         began = time.perf_counter()
-        with ThreadPoolExecutor(2 * len(plans)) as pool:
+        with ThreadPoolExecutor(len(self._needed) * len(plans)) as pool:
             self.compile_ahead(plans, pool)
-        for future in self._compiled.values():
-            future.result()
+        for plan in plans:
+            for what in self._needed:
+                self._compiled[what, *_kind(plan)].result()
         self.seconds = time.perf_counter() - began
 
     def compile_ahead(self, plans: Sequence[Plan], pool: ThreadPoolExecutor) -> None:
         """Trace the programs of several plans, and have them compiled by a pool."""
         for plan in plans:
-            for what in ("advance", "begin", *(["bits"] if self._is_given_orders else [])):
+            for what in self._needed:
                 key = (what, *_kind(plan))
-                if key not in self._compiled:
+                if not self._is_there(key):
                     lowered = self._lowered(what, plan)
                     self._compiled[key] = pool.submit(lowered.compile)
+
+    def _is_there(self, key: tuple) -> bool:
+        """Whether it is compiled, or on its way."""
+        future = self._compiled.get(key)
+        if future is None or future.cancelled():
+            return False
+        return not future.done() or future.exception() is None
 
     def _get(self, what: str, plan: Plan) -> Any:
         self.compile([plan])
@@ -145,10 +166,10 @@ class Programs:
             )
 
         if what == "begin":
-            begin = _begin_all(self.program.begin, plan)
+            begin = _begin_all(self._traced["begin"], plan)
             return jax.jit(begin).lower(over(self._one), self._shared)
         count = jax.ShapeDtypeStruct((), np.int32)
-        most = self._epochs_a_call(plan)
+        most = self._epochs_a_call
         if what == "bits":
 
             def bits(numeric, first, shared):
@@ -160,7 +181,7 @@ class Programs:
         if self._is_given_orders:
             orders = over(jax.ShapeDtypeStruct((most, self.program.size), np.int32))
         numeric = over(self._one)
-        mapped = jax.jit(_mapped(self.program.advance, plan.layout), donate_argnums=0)
+        mapped = jax.jit(_mapped(self._traced["advance"], plan.layout), donate_argnums=0)
         carry, shared = over(self.carry_types), self._shared_for(plan)
         return mapped.lower(carry, numeric, count, count, orders, shared)
 
@@ -182,16 +203,71 @@ class Programs:
         own = arguments - found.alias_size_in_bytes - shared + found.temp_size_in_bytes
         return max(0, own) * plan.lanes
 
-    @functools.cached_property
+    @property
     def name(self) -> str:
         """A name for the program of one member: alike for programs that compute alike."""
-        count, orders = jax.ShapeDtypeStruct((), np.int32), None
-        if self._is_given_orders:
-            orders = jax.ShapeDtypeStruct((1, self.program.size), np.int32)
-        jaxpr = jax.make_jaxpr(self.program.advance)(
-            self.carry_types, self._one, count, count, orders, self._shared
-        )
-        return hashlib.blake2b(str(jaxpr.jaxpr).encode()).hexdigest()
+        if self._store.name is None:
+            count, orders = jax.ShapeDtypeStruct((), np.int32), None
+            if self._is_given_orders:
+                orders = jax.ShapeDtypeStruct((self._epochs_a_call, self.program.size), np.int32)
+            jaxpr = jax.make_jaxpr(self._traced["advance"])(
+                self.carry_types, self._one, count, count, orders, self._shared
+            )
+            self._store.name = hashlib.blake2b(str(jaxpr.jaxpr).encode()).hexdigest()
+        return self._store.name
+
+
+@dataclasses.dataclass
+class Store:
+    """What is kept of a group's programs for later sweeps.
+
+    Fields:
+        compiled: the programs, or their compilation on its way.
+        carry_types, name: see `Programs`.
+    """
+
+    compiled: dict[Any, Future] = dataclasses.field(default_factory=dict)
+    carry_types: Any = None
+    name: str | None = None
+
+
+def _kept_for(program: Program, types: Any) -> Store:
+    """What an earlier sweep compiled, if its functions read the same; else an empty place for it.
+
+    It is kept as long as the loss lives; the other functions may be others that read the same.
+    """
+    loss, *others = program.recipe.functions
+    read = list(map(readings, (*others, *program.static.values())))
+    settings = [getattr(jax.config, name) for name in _SETTINGS]
+    kind = (types, settings, program.sizes)
+    try:
+        stores = _kept.find((loss,)) or []
+        for known, same, store in stores:
+            if known == kind and same == read:
+                return store
+        stores.append((kind, read, Store()))
+        _kept.keep((loss,), made=stores)
+    except TypeError:  # there are no weak references to the loss
+        return Store()
+    return stores[-1][2]
+
+
+_kept: Kept[list[tuple[Any, list, Store]]] = Kept()
+
+# What changes the program of a function, besides what it reads.
+_SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_numpy_dtype_promotion",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_debug_nans",
+)
+
+
+def _types(tree: Any) -> tuple:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves]
 
 
 def _begin_all(begin: Callable, plan: Plan) -> Callable:

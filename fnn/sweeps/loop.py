@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import optax
 
 from fnn import arguments
+from fnn.batch import example_types
 from fnn.sweeps.axes import Axes
 from fnn.sweeps.halving import Halving, checked
 from fnn.sweeps.layout import LAYOUTS, Layout
@@ -19,8 +21,9 @@ from fnn.sweeps.recipe import WHERE, Recipe
 from fnn.sweeps.result import SweepResult
 from fnn.sweeps.training import Book, Training
 from fnn.train.checks import check_values, find_labels
+from fnn.train.coupling import is_coupled
 from fnn.train.data import Arrays, batches_of, is_tree_of_arrays
-from fnn.train.loop import Interrupts
+from fnn.train.interrupts import Interrupts
 from fnn.train.loss import Loss, extras
 from fnn.train.progress import progress_for
 from fnn.train.step import TrainStep
@@ -146,6 +149,13 @@ def sweep(
         cut = batches_of(WHERE, data, batch_size=size, shuffle=shuffle, epochs=epochs)
         assert isinstance(cut, Arrays)
         validation_size = _smaller(size, validation)
+        first = grid.of(group.members[0])
+        example = example_types(data)
+        begin = functools.partial(recipe.begin, first, example)
+        uneven = cut.size % cut.batch_size > 0
+        state = jax.eval_shape(begin, shared.start) if check or uneven else None
+        if check:
+            _check(recipe, first, state, data, validation)
         program = Program(
             recipe,
             group.static,
@@ -155,10 +165,9 @@ def sweep(
             epochs=epochs,
             shuffle=shuffle,
             draws=jax.local_devices()[0].platform != "cpu",
+            pads=uneven and not _is_coupled(recipe, first, state, example),
         )
         groups.append(Training(program, shared, group, layout, at_once))
-        if check:
-            _check(recipe, grid.of(group.members[0]), groups[-1], data, validation)
 
     book = Book(grid, groups, epochs, halving)
     interrupted = False
@@ -217,9 +226,14 @@ def _smaller(size: int | None, data: Any) -> int:
     return min(size or 128, int(jax.tree.leaves(data)[0].shape[0]))
 
 
-def _check(recipe: Recipe, hyper: Any, training: Training, data: Any, validation: Any) -> None:
-    """Look at the values of the data, as `fit` does."""
-    state = training.state_types
+def _is_coupled(recipe: Recipe, hyper: Any, state: Any, example: Any) -> bool:
+    """Whether a batch can't be filled up with other examples; see `is_coupled`."""
+    key = jax.random.key(0) if recipe.has_key else None
+    return is_coupled(recipe.step(hyper), state, example, key)
+
+
+def _check(recipe: Recipe, hyper: Any, state: Any, data: Any, validation: Any) -> None:
+    """Look at the values of the data, as `fit` does; `state` holds the types of the first."""
     for name, source, loss, trained in (
         ("data", data, recipe.loss(hyper), True),
         ("validation", validation, recipe.validation_loss(hyper), False),

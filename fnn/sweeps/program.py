@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from fnn.sweeps.recipe import Recipe, as_floats_of
+from fnn.train.data import take
 from fnn.train.loss import batch_losses, extras, mean_metrics
 from fnn.train.orders import sort_bits
 from fnn.train.state import State
@@ -58,6 +59,8 @@ class Program:
         batch_size, size: of a batch, and of the data.
         epochs: how many.
         shuffle: whether the data are shuffled anew in each epoch.
+        pads: whether a smaller last batch is filled up with examples that don't count. Else, where
+            examples know of each other, it is a step of its own shape.
         draws: whether the program draws the orders of the examples itself. On a CPU it is given
             them: see `fnn.train.orders`.
     """
@@ -70,6 +73,13 @@ class Program:
     epochs: int
     shuffle: bool
     draws: bool
+    pads: bool = False
+
+    @property
+    def sizes(self) -> tuple:
+        """All that decides what is computed besides the recipe and the static hyperparameters."""
+        parts = self.batch_size, self.size, self.validation_batch_size, self.epochs
+        return (*parts, self.shuffle, self.draws, self.pads, self.recipe.injected)
 
     @property
     def whole(self) -> int:
@@ -95,7 +105,7 @@ class Program:
         state = self.recipe.begin(hyper, example, shared.start)
         _, metrics = jax.eval_shape(
             lambda state: self._stepping(hyper, state, shared)(
-                state, _rows(shared.data, jnp.arange(self.batch_size)), jnp.int32(0)
+                state, take(shared.data, jnp.arange(self.batch_size)), jnp.int32(0), None
             ),
             state,
         )
@@ -126,10 +136,13 @@ class Program:
         hyper = {**self.static, **numeric}
         step = self._stepping(hyper, carry.state, shared)
         key = self._keys(hyper, shared)[0]
+        rest = 0 if self.pads else self.rest
+        in_loop = self.steps - (rest > 0)
 
-        def take(carry: Carry, rows: Any, i: Any) -> Carry:
-            state, metrics = step(carry.state, _rows(shared.data, rows), i)
-            return carry._replace(state=state, sums=_add(carry.sums, metrics, len(rows)))
+        def advanced(carry: Carry, rows: Any, i: Any, count: Any) -> Carry:
+            state, metrics = step(carry.state, take(shared.data, rows), i, count)
+            size = rows.shape[0] if count is None else count
+            return carry._replace(state=state, sums=_add(carry.sums, metrics, size))
 
         def rest_of_epoch(at: tuple) -> tuple:
             i, carry = at
@@ -143,16 +156,24 @@ class Program:
                     orders, epoch - begin // self.steps, keepdims=False
                 )
 
+            if rest == 0 and self.rest:  # the last batch filled up with examples of its own
+                more = jnp.arange(self.batch_size - self.rest) % self.rest
+                order = jnp.concatenate([order, order[self.whole * self.batch_size + more]])
+
             def body(i, carry):
                 start = (i - first) * self.batch_size
-                return take(carry, lax.dynamic_slice(order, (start,), (self.batch_size,)), i)
+                count = None
+                if self.pads:
+                    count = jnp.minimum(self.batch_size, self.size - start)
+                rows = lax.dynamic_slice(order, (start,), (self.batch_size,))
+                return advanced(carry, rows, i, count)
 
-            carry = lax.fori_loop(i, jnp.minimum(stop, first + self.whole), body, carry)
+            carry = lax.fori_loop(i, jnp.minimum(stop, first + in_loop), body, carry)
             is_over = stop == first + self.steps
 
             def close(carry):
-                if self.rest:
-                    carry = take(carry, order[self.size - self.rest :], stop - 1)
+                if rest:
+                    carry = advanced(carry, order[self.size - rest :], stop - 1, None)
                 return self._closed(hyper, carry, epoch, shared)
 
             return stop, lax.cond(is_over, close, lambda carry: carry, carry)
@@ -190,11 +211,13 @@ class Program:
                 "member's."
             )
 
-        def take(state, batch, i):
+        def advanced(state, batch, i, count):
             own = jax.random.fold_in(key, i) if found.may_draw and key is not None else None
-            return step(state, batch, own)
+            # A member's inf and nan are its own affair, unless its bad steps are to be left out.
+            look = step._nonfinite == "skip"
+            return step._step(state, batch, own, True, count, look)[:2]
 
-        return take
+        return advanced
 
     # --------------------------------------------------------------------------- an epoch's end
 
@@ -260,23 +283,19 @@ class Program:
 _WEIGHT = ""
 
 
-def _add(sums: dict[str, Any], metrics: dict[str, Any], size: int) -> dict[str, Any]:
+def _add(sums: dict[str, Any], metrics: dict[str, Any], size: Any) -> dict[str, Any]:
     """Add a step's metrics. As in `fit`, those of a step that was skipped don't count."""
     skipped = metrics.get("skipped", jnp.zeros(()))
     new = {}
     for name, old in sums.items():
         if name == _WEIGHT:
-            new[name] = old + size * (1 - skipped).astype(old.dtype)
+            new[name] = old + jnp.asarray(size, old.dtype) * (1 - skipped).astype(old.dtype)
         elif name == "skipped":
             new[name] = old + skipped.astype(old.dtype)
         else:
-            x = metrics[name].astype(old.dtype) * size
+            x = metrics[name].astype(old.dtype) * jnp.asarray(size, old.dtype)
             new[name] = old + (jnp.where(skipped > 0, 0, x) if "skipped" in metrics else x)
     return new
-
-
-def _rows(data: Any, rows: jax.Array) -> Any:
-    return jax.tree.map(lambda x: x.at[rows].get(mode="promise_in_bounds"), data)
 
 
 def _wide(dtype: Any) -> Any:

@@ -97,6 +97,12 @@ class Recipe:
             if name in axes.static:
                 self.refuse_unused((name,))
 
+    @property
+    def functions(self) -> tuple:
+        """All that decides what a program computes, the loss first."""
+        others = (self._optimizer, self._init, self._key, self._model_state)
+        return (self._loss, self._validation_loss, *filter(callable, others), self._optimizer)
+
     # ------------------------------------------------------------------------- what they make
 
     def step(self, hyper: Mapping[str, Any]) -> TrainStep:

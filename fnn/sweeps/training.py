@@ -84,11 +84,6 @@ class Training:
         self.plan: Plan | None = None
         self._rate = 1  # steps in a call
 
-    @property
-    def state_types(self) -> Any:
-        """The types of a member's first state."""
-        return self.programs.carry_types.state
-
     def decide(self) -> Plan:
         """Choose the plan, if that isn't done yet."""
         if self.plan is None:
