@@ -202,6 +202,7 @@ class Book:
             self._metric = halving.by
         self._runs: list[list[Run]] = [[] for _ in groups]  # that are trained
         self._left: list[list[Run]] = [[] for _ in groups]  # that aren't any more
+        self._shown = 0  # epochs
 
     @property
     def has_begun(self) -> bool:
@@ -259,14 +260,13 @@ class Book:
     def _watch(self, futures: list[Future], display: Progress) -> None:
         """Show how far it is until all are done; raise what one of them raised."""
         pending = set(futures)
-        shown = self._epochs_over()
         while pending:
             done, pending = wait(pending, timeout=0.1, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
             now = self._epochs_over()
-            if now > shown:
-                shown = now
+            if now > self._shown:
+                self._shown = now
                 display.epoch(now, self._record())
 
     def _epochs_over(self) -> int:
