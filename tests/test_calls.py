@@ -234,7 +234,7 @@ def test_steps_with_convolutions_that_are_slow_in_a_loop_run_one_by_one():
         args = whole.state, jnp.asarray(images), rows, np.full(3, 4, np.int32), None
         where = np.zeros(3, np.int32)
         found[name] = "while" in programs.run.lower(how, *args, where).as_text()
-    assert found == {"plain": True, "inner": False}
+    assert found == {"plain": True, "inner": jax.default_backend() != "cpu"}
 
 
 # ------------------------------------------------------------------------------------- inf and nan
