@@ -32,6 +32,7 @@ def test_each_program_is_exported(accelerator, name, platform):
         assert GPT2_STATE < accelerator.size(program.types[0]) < 1.01 * GPT2_STATE
 
 
+@exhaustive
 def test_the_peers_do_the_same_work(accelerator):
     """In small sizes, on equal parameters: equal norms; an equal gradient of attention."""
     for name, of in {

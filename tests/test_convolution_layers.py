@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen
+from sweeps import exhaustive
 
 import fnn
 from fnn import ops
@@ -32,6 +33,7 @@ R = lambda seed, *shape: jnp.asarray(np.random.default_rng(seed).normal(size=sha
 close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+@exhaustive
 def test_conv_is_flaxs():
     x = R(0, 2, 7, 6, 4)
     for options, theirs in [
@@ -118,6 +120,7 @@ def network():
     )
 
 
+@exhaustive
 def test_per_example_gradients_and_kronecker_factors():
     net, xs = network(), R(1, 3, 8, 8, 3)
     params = net.init(KEY, xs[0])

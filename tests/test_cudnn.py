@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweeps import exhaustive
 
 from fnn import check_rule, layers, ops
 from fnn.ops.sequences import cudnn
@@ -46,6 +47,7 @@ def softmax_formula(q, k, v, causal=False, window=None):
     return np.einsum("hqk,khf->qhf", p / p.sum(-1, keepdims=True), v)
 
 
+@exhaustive
 @without_a_gpu
 def test_the_operations_are_the_formula_and_its_derivatives():
     q, k, v, g = (0.5 * x for x in arrays(4, 4, features=2, count=4))
@@ -53,6 +55,7 @@ def test_the_operations_are_the_formula_and_its_derivatives():
     check_rule(cudnn.cudnn_gradients, q, k, v, g, **STATIC)
 
 
+@exhaustive
 @without_a_gpu
 def test_gradients_are_those_of_the_formula_batched_and_twice():
     q, k, v = (x[None] for x in arrays())

@@ -157,6 +157,7 @@ def together(p, batch, names=tuple(FUNCTIONS)):
     return {name: FUNCTIONS[name](model, loss, p, batch) for name in names}
 
 
+@exhaustive
 @pytest.mark.parametrize("names", sweep(["all", "some"], quick=["some"]))
 @pytest.mark.parametrize("in_context", sweep([True, False], quick=[False]))
 def test_a_batch_spread_over_a_mesh_with_explicit_axes(in_context, names):

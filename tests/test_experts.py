@@ -174,6 +174,7 @@ def test_kronecker_factors():
         np.testing.assert_allclose(np.diag(leaf.to_dense()), 2 * own**2, rtol=1e-8, atol=1e-12)
 
 
+@exhaustive
 def test_in_networks():
     @network(moe=MixtureOfExperts(EXPERT, 3, 2, return_losses=True))
     def block(net, carried):

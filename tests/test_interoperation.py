@@ -62,6 +62,7 @@ def test_inside_an_nnx_module(example):
     chex.assert_trees_all_close(nnx.to_pure_dict(grads)["params"], want, rtol=1e-6)
 
 
+@exhaustive
 def test_their_modules_as_layers(example):
     net = chain(
         first=example.OfEquinox(lambda key: eqx.nn.Linear(3, 5, key=key)),
@@ -86,6 +87,7 @@ def test_their_modules_as_layers(example):
     np.testing.assert_allclose(per_example.norms(factored) ** 2, sum(squares), rtol=1e-6)
 
 
+@exhaustive
 def test_a_vector_field_of_diffrax(example):
     """dy/dt = W y is solved by the exponential of a matrix."""
     field, y = Linear(2, use_bias=False), jnp.array([1.0, -2.0])

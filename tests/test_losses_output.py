@@ -101,6 +101,7 @@ def test_memory():
     assert temporaries(ops.linear_softmax_cross_entropy) <= theirs / 64
 
 
+@exhaustive
 def test_per_example_gradients_stay_factored():
     h, W, b, labels = example(batch=(3,))
     loss = lambda params, example: jnp.sum(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweeps import exhaustive
 
 import fnn
 from fnn import ops
@@ -55,6 +56,7 @@ def test_mlp():
         narrow(params, X[0, :4])
 
 
+@exhaustive
 def test_mixer_block():
     layer = MixerBlock(7, 8)
     params = layer.init(KEY, X)

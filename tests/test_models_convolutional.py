@@ -193,6 +193,7 @@ def test_per_example_gradients_and_kronecker_factors(name):
         np.testing.assert_allclose(found[last]["W"].to_dense(), exact, rtol=1e-8, atol=1e-8)
 
 
+@exhaustive
 def test_training_moves_the_statistics():
     model, params, state, x = start("resnet")
     xs = jnp.stack([x, 2 * x, x - 1])

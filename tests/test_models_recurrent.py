@@ -136,6 +136,7 @@ def test_factors_are_kept():
     assert kept["['output']['W']"] == "A (4 × 48), G (4 × 64)"
 
 
+@exhaustive
 @pytest.mark.parametrize("name", sweep(MODELS, ["lstm"]))
 def test_training(name):
     """A text that repeats itself is learned."""

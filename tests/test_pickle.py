@@ -35,7 +35,7 @@ from fnn.layers import (
     residual,
 )
 from fnn.params import PathError
-from fnn.train import NonFiniteError, TrainStep, fit, train_step
+from fnn.train import CheckpointError, NonFiniteError, TrainStep, fit, train_step
 
 A = np.random.default_rng(0).normal(size=(8, 3))
 
@@ -103,6 +103,7 @@ def exceptions():
 
 
 EXAMPLES = {
+    "CheckpointError": lambda: CheckpointError("a message", "runs", 4, 2),
     "NonFiniteError": nonfinite_error,
     "GradientError": gradient_error,
     "PathError": lambda: PathError("load", ("a.W",), (), {"b": ("float32[3]", "float32[4]")}),

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from sweeps import exhaustive
 
 import fnn
 
@@ -82,6 +83,7 @@ def alone():
         }
 
 
+@exhaustive
 @pytest.mark.parametrize("kind", ["arrays", "batches", "rules"])
 def test_two_processes_train_as_one_device_does(kind, together, alone):
     wanted = alone[kind]

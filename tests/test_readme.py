@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from sweeps import exhaustive
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
+@exhaustive
 def test_python_blocks_run_and_print_what_the_readme_shows(tmp_path):
     """One program out of all blocks, as a reader would run it on a CPU that passes for two."""
     program, shown = [], {}

@@ -349,6 +349,7 @@ def test_where_parameters_start():
     np.testing.assert_array_equal(params["b"].reshape(4, 64)[:, 0], [0, 1, 0, 0])
 
 
+@exhaustive
 def test_layers_on_layers():
     net = chain(both=bidirectional(LSTM(3)), drop=Dropout(0.5), top=repeat(LSTM(6), 2))
     params = net.init(KEY, X)

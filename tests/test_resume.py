@@ -337,6 +337,7 @@ def test_a_damaged_checkpoint_and_the_one_before(tmp_path):
 # -------------------------------------------------------------------------------------- devices
 
 
+@exhaustive
 @pytest.mark.parametrize("devices", sweep([(4, 1), (1, 4), (4, 2)], [(4, 1)]), ids=str)
 def test_another_number_of_devices(tmp_path, devices):
     """Data parallel; equal to rounding."""

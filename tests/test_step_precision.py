@@ -76,6 +76,7 @@ def test_microbatches_are_the_whole_batch(loss, parts):
     chex.assert_trees_all_equal_dtypes(found, wanted)
 
 
+@exhaustive
 def test_the_first_bad_example_is_named_whatever_its_microbatch():
     step = train_step(loss_of, optax.sgd(0.1), accumulate=5, check=False)
     for bad in (0, 7, 23):

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sweeps import sweep
+from sweeps import exhaustive, sweep
 
 import fnn
 from fnn import layers, ops
@@ -201,6 +201,7 @@ def a_model(net, tokens):
     return net.blocks(net.at(net.embed(tokens)))
 
 
+@exhaustive
 def test_per_example_gradients_stay_factored():
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 30, (3, 2)))
     params = a_model.init(KEY, tokens[0])

@@ -66,6 +66,7 @@ def test_the_program_is_as_long_for_any_depth(name):
     assert equations(2) == equations(24)
 
 
+@exhaustive
 @pytest.mark.parametrize("name", sweep(LANGUAGE, ["gpt2"]))
 def test_losses_of_targets(name):
     """As those of the logits."""
@@ -108,6 +109,7 @@ def test_what_is_likely():
     assert kept(top_k=2, top_p=0.5) == [False, True, False, False]
 
 
+@exhaustive
 def test_generation_draws():
     net = tiny_gpt2(depth=1)
     params = params_of(net, TOKENS)

@@ -48,6 +48,7 @@ a backward of its own, stands in fnn/ops:
     linear recurrence                        state_space
     LSTM, GRU                                recurrent
     attention                                sequences/attention
+    attention over several devices           sequences/ring
     embedding                                sequences/embedding
     rotary and sinusoidal positions          sequences/positions
     cross-entropy, hinge loss (SVM)          losses/classification
