@@ -117,6 +117,7 @@ def test_no_gradient_of_a_weight_is_formed(gradient):
     assert cost(lambda a, x: gradient(of)(a, x), own, x) < whole
 
 
+@exhaustive
 def test_per_example_gradients_stay_factored():
     xs = R(4, 3, 4)
     _, g = pe.grads(loss)(TRAINED, xs)
@@ -128,6 +129,7 @@ def test_per_example_gradients_stay_factored():
     assert kept["['blocks']['out']['W']['A']"] == "2 × A (1 × 12), G (1 × 2)"
 
 
+@exhaustive
 def test_fit_trains_the_adapters_alone():
     data = R(5, 16, 4), R(6, 16, 3)
     tuned = lambda adapters, x: net(adapted(PARAMS, adapters), x)

@@ -124,6 +124,7 @@ def test_value_and_gradient():
     chex.assert_trees_all_close(all_of(ops.attention, 3), all_of(plain, None), rtol=1e-4, atol=1e-5)
 
 
+@exhaustive
 @pytest.mark.parametrize("block", sweep([2, 3, 128], [2]))
 @pytest.mark.parametrize("name", sweep(OPTIONS, ["positions"]))
 def test_two_modes_and_two_orders(name, block):
@@ -152,6 +153,7 @@ def test_against_jax_in_a_batch():
     chex.assert_trees_all_close(gradient(ours), gradient(theirs), rtol=1e-4, atol=1e-5)
 
 
+@exhaustive
 @pytest.mark.parametrize("block", sweep([128, 2], [2]))
 def test_a_query_without_keys_gives_0(block):
     """Neither nan in the value nor in a derivative, with the mask or with a bias of -inf."""

@@ -72,6 +72,7 @@ def test_a_right_rule_passes():
     check_rule(affine(right, right_tangent), *ARGS, dtypes=())
 
 
+@exhaustive
 def test_without_64_bit_mode():
     with jax.enable_x64(False):
         assert check_rule(affine(right), *(a.astype("float32") for a in ARGS), **QUICK).ok
@@ -79,6 +80,7 @@ def test_without_64_bit_mode():
             check_rule(affine(lambda r, g: (jnp.outer(g, r[1]), r[0] @ g, g)), *ARGS, **QUICK)
 
 
+@exhaustive
 def test_structures_integers_keys_and_static_arguments():
     @fnn.rule
     def noisy(params, key, labels, *, scale=1.0, power=2):
@@ -109,6 +111,7 @@ def test_structures_integers_keys_and_static_arguments():
         check_rule(wrong, *args, scale=3.0, power=3, **QUICK)
 
 
+@exhaustive
 def test_complex_numbers():
     @fnn.rule
     def square(z):
@@ -206,6 +209,7 @@ def test_each_kind_of_mistake_is_caught(kind):
         check_rule(affine(WRONG[kind]), *ARGS, **QUICK)
 
 
+@exhaustive
 def test_a_sum_over_the_batch_taken_as_mean():
     @fnn.rule
     def shift(X, b):
@@ -219,6 +223,7 @@ def test_a_sum_over_the_batch_taken_as_mean():
     assert check.error == pytest.approx(0.8)
 
 
+@exhaustive
 def test_a_wrong_tangent():
     op = affine(right, lambda r, dW, dx, db: dW @ r[1] + r[0] @ dx)
     report = check_rule(op, *ARGS, dtypes=(), raise_on_error=False)
@@ -227,6 +232,7 @@ def test_a_wrong_tangent():
     assert not report.ok and report.worst.worst.startswith("result[")
 
 
+@exhaustive
 def test_a_wrong_second_derivative():
     """The first derivative is right, but its dependence on a residual was cut."""
     op = affine(lambda r, g: (jnp.outer(g, r[1]), lax.stop_gradient(r[0]).T @ g, g))
@@ -244,6 +250,7 @@ def test_a_wrong_value():
         check_rule(op, *ARGS, **QUICK)
 
 
+@exhaustive
 def test_wrong_in_one_dtype_only():
     @fnn.rule
     def norm(x):
@@ -279,6 +286,7 @@ def relu(at_zero=0.0):
     return op
 
 
+@exhaustive
 @pytest.mark.parametrize("at_zero", [0.0, 0.3])
 def test_kinks_are_named(at_zero):
     """Any slope between the two one-sided ones is right, whatever autodiff takes."""
@@ -291,6 +299,7 @@ def test_kinks_are_named(at_zero):
     assert any("1 left out" in c.verdict for c in report.checks)
 
 
+@exhaustive
 def test_a_kink_excuses_no_nonsense():
     with pytest.raises(GradientError, match="should lie between .* the slopes on its two sides"):
         check_rule(relu(-1.0), np.array([-1.0, 0.0, 2.0]), **QUICK)
@@ -341,6 +350,7 @@ def test_the_edge_of_the_domain():
     assert not np.isfinite(report.kinks[0].left)
 
 
+@exhaustive
 def test_no_false_alarms():
     """Steep, flat, large and small; curved strongly."""
 
@@ -382,6 +392,7 @@ SIZES = [(e, k) for e in (-30, -15, 0, 12, 30) for k in (-30, -12, 0, 12, 30)]
 RIGHT, FALSE = scaled_sine(1.0), scaled_sine(2.5)
 
 
+@exhaustive
 @pytest.mark.parametrize("size", sweep(SIZES, [(-30, 30)]), ids=str)
 def test_functions_and_arguments_of_any_size(size):
     """e and k are arguments, so that all sizes share one program."""
@@ -476,6 +487,7 @@ def test_jumps_at_every_integer(x):
         check_grads(lambda x: wrong(x), np.array(x), **QUICK)
 
 
+@exhaustive
 @pytest.mark.parametrize("factor", sweep([1.01, 0.0, -1.0], quick=[1.01]))
 def test_one_wrong_entry_of_many_is_found_without_autodiff(factor):
     """It isn't in the sample, but some direction moves it; halving that finds its name."""
@@ -521,6 +533,7 @@ def test_what_checks_nothing_is_not_ok(f, x, why):
         check_grads(f, np.array(x), **QUICK)
 
 
+@exhaustive
 def test_nan_where_there_are_slopes():
     with pytest.raises(GradientError, match="At x.0. it is nan but should lie between -.* and "):
         check_grads(lambda x: jnp.sqrt(jnp.sum(x**2)), np.zeros(2), **QUICK)
@@ -530,6 +543,7 @@ def test_nan_where_there_are_slopes():
     assert report.ok and "result[1] is infinite" in str(report)
 
 
+@exhaustive
 def test_nan_beside_an_infinite_result():
     def f(x):
         return jnp.where(x > 2, jnp.inf, x**2)
@@ -719,6 +733,7 @@ def custom_vjp(backward):
     return f
 
 
+@exhaustive
 def test_custom_vjp():
     x, y = normal(0, 3), normal(1, 3)
     f = custom_vjp(lambda r, g: (jnp.cos(r[0]) * r[1] * g, jnp.sin(r[0]) * g))
@@ -801,6 +816,7 @@ def test_a_while_loop_has_no_reverse_mode():
     assert {c.mode for c in report.checks if not c.skipped} == {"forward", "forward over forward"}
 
 
+@exhaustive
 def test_a_function_that_computes_in_float32():
     W = jnp.asarray(3 * normal(1, 3, 3), "float32")
 
@@ -819,6 +835,7 @@ def test_a_function_that_computes_in_float32():
         check_grads(lambda x: wrong(x), normal(0, 3), **QUICK)
 
 
+@exhaustive
 def test_a_rule_around_a_while_loop():
     """JAX can't differentiate the definition in reverse mode; differences can."""
 
@@ -842,6 +859,7 @@ def test_a_rule_around_a_while_loop():
 # -------------------------------------------------------------------------------------- the report
 
 
+@exhaustive
 def test_reports_fit_a_screen():
     report = check_grads(lambda x, y: x[0] + y[0], np.zeros((3, 3)), np.zeros((3, 3)), **QUICK)
     many = [c.replace(what=f"{c.what}, {i}") for i in range(10) for c in report.checks]

@@ -252,6 +252,7 @@ def test_when_all_are_damaged(tmp_path):
 # ------------------------------------------------------------------------------------ the folder
 
 
+@exhaustive
 def test_the_newest_and_the_best_are_kept(tmp_path):
     scores = [0.5, 0.2, float("nan"), 0.3, 0.2, 0.9]
     many = [state_of({"W": W + i}, (i, 0, i)) for i in range(1, 7)]

@@ -105,6 +105,7 @@ def gpt2_in_numpy(w, tokens, heads):
     return layer_norm(w, "transformer.ln_f", x) @ w["lm_head.weight"].T
 
 
+@exhaustive
 def test_gpt2_by_its_formula():
     rng = np.random.default_rng(0)
     net = gpt2()

@@ -228,6 +228,7 @@ def test_same_and_circular_padding_by_hand():
     assert at(dilation=2) == [310, 420, 531, 42, 53]
 
 
+@exhaustive
 def test_the_transpose_is_the_transpose():
     w = R(0, 6, 2, 3, 2)
     for stride, padding, dilation in [
@@ -322,6 +323,7 @@ def test_what_does_not_fit_the_transpose():
 # ------------------------------------------------------------------- per example, and curvature
 
 
+@exhaustive
 def test_per_example_gradients_stay_factored():
     p = {"w": R(0, 12, 8, 3, 3), "d": R(1, 12, 6, 3, 3), "t": R(2, 12, 8, 3, 3)}
 
@@ -344,6 +346,7 @@ def test_per_example_gradients_stay_factored():
     assert kept == ["Convolution"] * 3
 
 
+@exhaustive
 def test_kronecker_factors():
     """With one position they are exact: the block itself."""
     w, xs = R(0, 3, 2, 2, 2), R(1, 4, 2, 2, 2)

@@ -143,6 +143,7 @@ def test_per_example_gradients_and_kronecker_factors():
     assert factors["stem"]["W"].A.shape == (1, 27, 27)
 
 
+@exhaustive
 def test_summary():
     text = str(summary(network(), jnp.zeros((8, 8, 3))))
     assert "Conv(8, 3, stride=2)" in text and "[4,4,8]" in text

@@ -157,6 +157,7 @@ def _some():
 # ---------------------------------------------------------------------------------- the matrices
 
 
+@exhaustive
 @pytest.mark.parametrize(("name", "loss"), list(_some()))
 def test_products_diagonals_traces_and_grams(name, loss):
     model, params, xs = NETWORKS[name]()
@@ -205,6 +206,7 @@ def test_products_diagonals_traces_and_grams(name, loss):
         close(jnp.linalg.eigvalsh(gram)[::-1][:k], jnp.linalg.eigvalsh(G)[::-1][:k])
 
 
+@exhaustive
 def test_which_networks_are_piecewise_linear():
     found = {}
     for name, make in NETWORKS.items():
@@ -268,6 +270,7 @@ def by_layers(name):
     return model, {"W": W, "V": V, "b": b}, x, found
 
 
+@exhaustive
 @pytest.mark.parametrize(
     "name",
     sweep(
@@ -290,6 +293,7 @@ def test_the_hessian_diagonal_through_layers(name):
     close(flat(diagonal), jnp.diag(H))
 
 
+@exhaustive
 def test_fisher_matrices():
     model, params, xs = mlp(jnp.tanh)
     batch = xs, LABELS
@@ -328,6 +332,7 @@ def test_sampled_diagonals_and_traces_are_unbiased(loss):
     assert abs(trace / jnp.trace(G) - 1) < 0.03
 
 
+@exhaustive
 def test_eigenpairs():
     model, params, xs = mlp(jnp.tanh)
     G, _, _ = dense("tanh", ops.softmax_cross_entropy)
@@ -480,6 +485,7 @@ def test_a_language_model_has_a_fisher_matrix_and_samples():
     close(flat(drawn(p)), G @ flat(p), 0.1, 0.01)
 
 
+@exhaustive
 def test_a_loss_with_a_weight_below_zero_is_not_convex():
     z = outputs_of("words")
     signed = lambda c: lambda z, t: c @ ops.softmax_cross_entropy(z, t)
@@ -523,6 +529,7 @@ def test_factors_are_exact_for_one_example_with_one_column():
     close(found["W1"].times(w).reshape(-1), found["W1"].to_dense() @ w.reshape(-1))
 
 
+@exhaustive
 @pytest.mark.parametrize("kind", sweep(["expand", "reduce"], quick=["expand"]))
 def test_factors_of_weights_used_at_several_positions(kind):
     """Written out position by position, for a recurrent and a convolutional network."""
@@ -644,6 +651,7 @@ def mean_loss(model, loss, batch):
     return lambda p: jnp.mean(jax.vmap(lambda x, t: loss(model(p, x), t))(*batch))
 
 
+@exhaustive
 def test_kfac_solves_a_linear_problem_in_one_step():
     model, W, batch = regression()
     optimizer = curvature.kfac(model, ops.squared_error, batch, damping=1e-12, samples=0)
@@ -690,6 +698,7 @@ OPTIONS = {
 }
 
 
+@exhaustive
 @pytest.mark.parametrize("name", sweep(OPTIONS, ["defaults"]))
 def test_kfac_in_a_training_step(name):
     model, params, xs = mlp(jnp.tanh)
@@ -809,6 +818,7 @@ def test_a_derivative_rule_of_its_own_is_not_linear_in_pieces():
     close(flat(curvature.hessian_diagonal(model, ops.squared_error)(p, batch)), jnp.diag(H))
 
 
+@exhaustive
 def test_the_hinge_has_no_columns_and_no_curvature():
     model, p, xs = convolutional()
     batch, loss = (xs, LABELS), ops.multiclass_hinge

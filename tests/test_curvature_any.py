@@ -110,6 +110,7 @@ def in_float64():
     )(params, (xs, LABELS))  # fmt: skip
 
 
+@exhaustive
 def test_types_in_half_precision():
     """Traced only, under x64."""
     model, params, xs = mlp()
@@ -224,6 +225,7 @@ def test_one_meaning_for_every_loss(name):
     close(factors, positive)
 
 
+@exhaustive
 def test_the_fisher_matrix_of_the_gaussian_with_a_variance():
     """diag(e⁻ˢ, ½), whatever the labels; and the labels that are drawn give it."""
     model = lambda p, x: p + x

@@ -186,6 +186,7 @@ STRICT = {
 }
 
 
+@exhaustive
 @pytest.mark.parametrize("name", sweep([*STRICT, "jax_debug_nans"], ["jax_numpy_dtype_promotion"]))
 def test_jaxs_strict_modes(name):
     """Traced, and for nans run, under x64 in float32."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sweeps import sweep
+from sweeps import exhaustive, sweep
 
 import fnn
 from fnn.backprop.grouping import Group, groups
@@ -140,6 +140,7 @@ def test_arrays_show_shape_range_and_norm():
     assert "‖g‖ 10" in shown  # of a hundred ones
 
 
+@exhaustive
 @pytest.mark.parametrize("count", sweep([1, 4], quick=[1]))
 def test_a_deep_network_is_grouped_by_function(count):
     graph = fnn.graph(loss)([block_parameters()] * count, jnp.ones((3, 4)) * jnp.arange(4.0))

@@ -126,6 +126,7 @@ def test_only_the_key_is_kept():
     assert temporaries(ours) <= temporaries(plain) - masks // 2
 
 
+@exhaustive
 @pytest.mark.parametrize("kind", sweep([AxisType.Explicit, AxisType.Auto], [AxisType.Explicit]))
 def test_over_devices(kind):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))

@@ -159,6 +159,7 @@ def test_a_second_call_for_curvature_compiles_nothing(name):
     assert counted(call) == 0
 
 
+@exhaustive
 @pytest.mark.parametrize("make", [loops, solve])
 def test_gradients_outside_jit_are_those_inside(make):
     f = make(jnp.arange(1.0, 4.0))

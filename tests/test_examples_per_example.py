@@ -22,6 +22,7 @@ def test_dp_sgd(tmp_path):
         assert sorted(map(float, spent), reverse=True) == list(map(float, spent))
 
 
+@exhaustive
 def test_poisson_sampling_draws_each_image_with_the_same_chance(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     pytest.importorskip("sklearn")
@@ -68,6 +69,7 @@ def test_attribution(tmp_path):
     assert (tmp_path / "pictures" / "attribution.png").stat().st_size > 10_000
 
 
+@exhaustive
 def test_attribution_is_the_change_of_the_loss_by_small_steps(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     pytest.importorskip("sklearn")

@@ -116,6 +116,7 @@ def by_hand(layer, params, x, capacity):
     return jnp.stack(ys)
 
 
+@exhaustive
 @pytest.mark.parametrize("way", sweep([(1, 1.0, 2), (2, None, 8)], [(1, 1.0, 2)]), ids=str)
 def test_the_layer(way):
     k, factor, capacity = way
@@ -136,6 +137,7 @@ def test_the_layer(way):
     )
 
 
+@exhaustive
 def test_per_example_gradients_stay_factored():
     layer, xs = MixtureOfExperts(EXPERT, 4, 2), R(0, 3, 2, 5)
     params = layer.init(KEY, xs[0])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sweeps import sweep
+from sweeps import exhaustive, sweep
 
 from fnn import ops
 from fnn.layers import Linear
@@ -79,6 +79,7 @@ def test_converges_to_the_closed_form():
     assert not START["W"].any()
 
 
+@exhaustive
 def test_what_fit_returns_is_printed_within_a_screen():
     """Whatever the number of parameters, of epochs and of metrics."""
 

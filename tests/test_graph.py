@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from sweeps import exhaustive
 
 import fnn
 from fnn.backprop.primitives import RULES
@@ -246,6 +247,7 @@ def test_many_values_of_one_name_are_numbered_in_little_time():
     assert "operations have" in repr(graph.coverage())
 
 
+@exhaustive
 def test_printed_within_a_screen():
     """A graph, a node and a step with hundreds of inputs."""
     params = {f"layer_{i}": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)} for i in range(200)}
@@ -386,6 +388,7 @@ def test_steps_of_arrays_are_spelled_out_in_shapes_and_words():
     assert lines[1].startswith("∂f/∂W = ∂f/∂v2 · ∂v2/∂W: (2,) [1, 1] → (2, 3) ‖g‖ 2.45, ")
 
 
+@exhaustive
 def test_rules_with_a_forward_of_their_own_say_their_local_gradient_too():
     holding_functions = {"scan", "cond", "while", "remat2", "checkpoint"}
     written_by_others = {"custom_jvp_call", "custom_vjp_call"}

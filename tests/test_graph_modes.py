@@ -46,6 +46,7 @@ CASES += [("dtype", "bfloat16"), ("rank", "float16")]
 QUICK = [("dtype", "bfloat16"), ("rank", "float32"), ("leaks", "float32")]
 
 
+@exhaustive
 @pytest.mark.parametrize(
     ("mode", "dtype"),
     [pytest.param(*c, marks=() if c in QUICK else exhaustive) for c in CASES],

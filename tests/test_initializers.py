@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweeps import exhaustive
 
 from fnn import initializers as init
 
@@ -102,6 +103,7 @@ def same_padded(x, W):
     return jax.lax.conv_general_dilated(x[None], W, (1, 1), "SAME", dimension_numbers=dims)[0]
 
 
+@exhaustive
 @pytest.mark.parametrize("window", [(3, 5), (2, 4)])
 def test_convolutions_that_start_as_the_identity(window):
     x = jax.random.normal(KEY, (6, 7, 3), jnp.float32)

@@ -196,6 +196,7 @@ def test_batch_norm(positions):
     assert same is new
 
 
+@exhaustive
 def test_batch_norm_of_large_numbers_and_its_gradient():
     xs = (1e4 + jax.random.normal(KEY, (8, 3))).astype(jnp.float32)
     layer = BatchNorm(use_scale=False, use_bias=False)
@@ -315,6 +316,7 @@ def test_nested_networks_have_readable_paths_and_gradients_by_jax():
 BLOCK = residual(norm=LayerNorm(), hidden=Linear(4), act=jnp.tanh, drop=Dropout(0.5))
 
 
+@exhaustive
 @pytest.mark.parametrize(
     "remat",
     [
@@ -407,6 +409,7 @@ def test_a_body_serves_init_and_apply_and_reads_parameters():
     assert isinstance(by_name, Network) and repr(by_name).startswith("by_name(embed=Linear(6), ")
 
 
+@exhaustive
 def test_init_needs_only_the_shape_and_works_under_transforms():
     net = chain(h=Linear(3), a=by_name, p=parallel(Linear(1), repeat(residual(Linear(2)), 2)))
     x = jnp.zeros(4)
@@ -520,6 +523,7 @@ def test_mode_is_a_pytree_whose_one_leaf_is_the_key():
         np.testing.assert_array_equal(y, net({}, jnp.ones(8), mode=training(key)))
 
 
+@exhaustive
 def test_a_network_with_dropout_has_factored_gradients():
     xs = jax.random.normal(KEY, (6, 4))
     params = by_name.init(KEY, xs[0])
@@ -777,6 +781,7 @@ def test_summary():
     assert len({len(line) for line in text.splitlines() if "─" not in line}) <= 2
 
 
+@exhaustive
 def test_summary_counts_what_is_kept():
     """Each array once; of a loop, what all rounds keep; of checkpoints, where they start."""
     block = residual(hidden=Linear(16), act=ops.tanh)

@@ -54,6 +54,7 @@ def test_fit_gives_what_one_device_gives(name, alone):
     close(found.history["validation_loss"], alone.history["validation_loss"])
 
 
+@exhaustive
 @pytest.mark.parametrize("name", sweep(LAYOUTS, ["both"]))
 def test_the_state_stays_where_it_was_put(name):
     """After a step, in one compiled program; a device holds the bytes that the layout says."""

@@ -7,6 +7,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from sweeps import exhaustive
 
 from fnn import sharding
 from fnn.layers import Linear, chain
@@ -85,6 +86,7 @@ def test_the_optimisers_state_lies_as_its_parameters():
         assert divided and all(path.endswith("['hidden']['W']") for path in divided)
 
 
+@exhaustive
 def test_parameters_are_made_where_they_lie():
     """The compiled program's memory on one device, and what each device has, is an eighth."""
     layout = sharding.fully_sharded(MESH)

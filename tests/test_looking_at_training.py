@@ -174,6 +174,7 @@ def test_surface_on_given_directions():
             np.testing.assert_allclose(surface.losses[j, i], 0.5 * d @ A @ d + 1, rtol=1e-6)
 
 
+@exhaustive
 def test_directions_are_normalised_by_filter():
     """Those of a convolution's kernel and of a matrix; biases stay."""
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sweeps import sweep
+from sweeps import exhaustive, sweep
 
 from fnn import curvature, ops
 
@@ -56,6 +56,7 @@ OPTAX = {
 }
 
 
+@exhaustive
 def test_optax_s():
     """Values and gradients."""
 
@@ -96,6 +97,7 @@ def test_pytorch_s():
         np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-7)
 
 
+@exhaustive
 @pytest.mark.parametrize("dtype", sweep(["float16", "float32"], ["float16"]))
 def test_extremes(dtype):
     """Values may overflow where the loss does; no nan arises, and gradients are finite."""
@@ -130,6 +132,7 @@ def test_extremes(dtype):
     assert value == 0 and np.all(np.isfinite(d))
 
 
+@exhaustive
 def test_where_nothing_has_a_direction():
     zero, x = jnp.zeros(4), X[0]
     for f in (
@@ -179,6 +182,7 @@ def test_what_is_kept():
         assert sum(k.size * k.dtype.itemsize for k in kept) <= entries * x.size
 
 
+@exhaustive
 def test_a_poisson_regression_s_fisher_matrix():
     """It is the Hessian in the log rates, and what labels drawn from the network give."""
     z = jnp.asarray([0.3, -0.7])
@@ -192,6 +196,7 @@ def test_a_poisson_regression_s_fisher_matrix():
     np.testing.assert_allclose(drawn, exact, atol=0.15)
 
 
+@exhaustive
 def test_arguments():
     for call, message in (
         (lambda: ops.triplet(X, Y, Z[:3]), r"'negative' has shape \(3, 4\), wanted \(6, 4\)"),

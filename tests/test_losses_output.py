@@ -44,6 +44,7 @@ OPTIONS = {
 }
 
 
+@exhaustive
 @pytest.mark.parametrize("block", sweep([4, 5, 256], [4]))
 @pytest.mark.parametrize("name", sweep(OPTIONS, ["all"]))
 def test_two_modes_and_two_orders(name, block):
@@ -67,6 +68,7 @@ def test_two_modes_and_two_orders(name, block):
     chex.assert_trees_all_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@exhaustive
 def test_a_batch_shares_the_weights():
     """Its examples are more positions; the gradient is summed block by block, in both orders."""
     args = example(batch=(2,))

@@ -40,6 +40,7 @@ def gradients(loss, params, batch):
     return of(params, batch)
 
 
+@exhaustive
 def test_mlp():
     layer = MLP(8)
     params = layer.init(KEY, X)
@@ -75,6 +76,7 @@ def test_mixer_block():
         layer.init(KEY, X[0])
 
 
+@exhaustive
 def test_gradients_of_examples():
     layer = MixerBlock(12, 12)
     batch = jnp.asarray(np.random.default_rng(1).normal(size=(3, 2, 3)))

@@ -54,6 +54,7 @@ def by_hand(params, state, x):
 # ------------------------------------------------------------------------- batch norm in a step
 
 
+@exhaustive
 def test_steps_with_batch_statistics_are_those_by_hand():
     step = fnn.train_step(loss_of(STEADY, accuracy=accuracy), optax.sgd(0.1))
     state = step.init(PARAMS, START)
@@ -76,6 +77,7 @@ def test_steps_with_batch_statistics_are_those_by_hand():
     assert "model_state: 2 arrays, 12 numbers" in repr(state)
 
 
+@exhaustive
 def test_evaluation_takes_the_running_statistics():
     loss = loss_of(STEADY, accuracy=accuracy)
     result = fit(loss)
@@ -93,6 +95,7 @@ def test_evaluation_takes_the_running_statistics():
     assert same["loss"] == pytest.approx(found["loss"], rel=1e-6)
 
 
+@exhaustive
 def test_a_bad_step_leaves_the_statistics_alone():
     bad = X.copy()
     bad[3] = np.inf
@@ -111,6 +114,7 @@ def test_a_bad_step_leaves_the_statistics_alone():
             chex.assert_trees_all_equal(jax.tree.map(np.asarray, state), before)
 
 
+@exhaustive
 def test_statistics_that_would_overflow_are_a_bad_step():
     """The loss and its gradient stay finite: y is 0 where the variance is infinite."""
     x = X.astype(np.float32)
@@ -203,6 +207,7 @@ def test_a_loss_is_given_what_it_names(named, by):
         assert seen["mode"] == EVALUATE
 
 
+@exhaustive
 def test_fit_gives_a_loss_of_ones_own_mode_and_state():
     def loss(params, example, state, mode: Mode):
         x, y = example
@@ -218,6 +223,7 @@ def test_fit_gives_a_loss_of_ones_own_mode_and_state():
 # ------------------------------------------------------------------------------------ supervised
 
 
+@exhaustive
 def test_supervised_is_a_loss_of_one_example():
     net = chain(hidden=Linear(4), f=ops.relu, out=Linear(3))
     params = net.init(KEY, X[0])

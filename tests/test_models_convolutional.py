@@ -145,6 +145,7 @@ def unet(p, s, x):
 FORMULAS = [lenet, resnet, resnet, convnext, unet]
 
 
+@exhaustive
 @pytest.mark.parametrize("name", sweep(TINY, ["resnet", "unet"]))
 def test_the_formula(name):
     model, params, state, x = start(name)

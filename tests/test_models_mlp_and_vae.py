@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sweeps import exhaustive
 
 import fnn
 from fnn import models
@@ -63,6 +64,7 @@ def test_gradients_of_examples_of_an_mlp():
 MODEL = models.vae((4, 3), latent=2, hidden=8)
 
 
+@exhaustive
 def test_vae_is_its_formula():
     params = MODEL.init(KEY, X[0])
     assert models.vae((4, 3)).init(KEY, X[0])["mean"]["W"].shape == (20, 500)
@@ -109,6 +111,7 @@ def test_gradients_of_examples_of_a_vae():
     assert len(re.findall(r"\['W'\] .*gradient is Gᵀ A", text)) == 4 + 1 - ("its factors" in text)
 
 
+@exhaustive
 def test_training_a_vae_finds_the_latent_of_its_data():
     """Bars at one of four places: two bits, which z must tell."""
     images = np.repeat(np.eye(4)[:, :, None], 3, 2)

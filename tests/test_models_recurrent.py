@@ -44,6 +44,7 @@ def state_space_by_hand(params, tokens):
 BY_HAND = {"lstm": lstm_by_hand, "state space": state_space_by_hand}
 
 
+@exhaustive
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_is_its_formula_whole_and_in_pieces(name):
     net = MODELS[name]

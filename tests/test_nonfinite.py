@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sweeps import exhaustive
 
 from fnn.train import NonFiniteError, fit, train_step
 
@@ -108,6 +109,7 @@ def test_a_moment_that_overflows_is_refused_whole():
     same(state, kept)
 
 
+@exhaustive
 def test_what_was_inf_from_the_start_may_stay():
     params = {"mask": jnp.array([0.0, -jnp.inf]), "W": jnp.zeros(3)}
 

@@ -97,6 +97,7 @@ def derivatives(f, mask):
     return of
 
 
+@exhaustive
 @pytest.mark.parametrize("mask", sweep(MASKS, ["all", "entries"]))
 def test_formulas(mask):
     """Values, gradients, and a derivative of these."""
@@ -272,6 +273,7 @@ LAYERS = {
 }
 
 
+@exhaustive
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_are_flax_s(name):
     layer, theirs = LAYERS[name]
@@ -290,6 +292,7 @@ def test_layers_are_flax_s(name):
     assert f"{len(params) * 6:>12}" in str(fnn.layers.summary(layer, X))
 
 
+@exhaustive
 def test_batch_norm_with_a_mask_is_flax_s():
     layer, mask = BatchNorm(decay=0.75), MASKS["positions"]
     params = {"scale": SCALE, "bias": BIAS}
@@ -325,6 +328,7 @@ def test_layer_errors():
         )
 
 
+@exhaustive
 def test_gradients_of_examples():
     """Weights on either side of a norm keep their factors; scale and bias are a few numbers."""
     net = chain(

@@ -14,7 +14,7 @@ from jax import lax
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from sweeps import sweep
+from sweeps import exhaustive, sweep
 
 import fnn
 
@@ -273,6 +273,7 @@ def test_operations_within_operations():
     close(transform(two)(W, x), transform(plain)(W, x))
 
 
+@exhaustive
 def test_a_handwritten_tangent():
     def loss(f):
         return lambda x: (f(x) ** 2).sum()
@@ -580,6 +581,7 @@ def test_vmap_of_vmap_under_shard_map(mesh):
     same(of, affine, W, X, b)
 
 
+@exhaustive
 @pytest.mark.parametrize("kind", sweep([AxisType.Auto, AxisType.Explicit], [AxisType.Explicit]))
 def test_jit_over_a_mesh(kind):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
@@ -676,6 +678,7 @@ def test_zero_size(shape):
     )
 
 
+@exhaustive
 def test_pytrees():
     params, x = {"gain": normal(0), "bias": normal(1, 4)}, normal(2, 4)
 
@@ -701,6 +704,7 @@ def test_pytrees():
     )
 
 
+@exhaustive
 def test_integers_and_keys_get_no_gradient():
     x, key = normal(0, 3), jax.random.key(0)
 
@@ -825,6 +829,7 @@ def test_without_64_bit():
     assert sigmoid(np.ones(3)).dtype == jnp.float64
 
 
+@exhaustive
 def test_without_jit_and_with_leak_and_nan_checks():
     x = normal(0, 3)
     with jax.disable_jit():

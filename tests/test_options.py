@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sweeps import exhaustive
 
 import fnn
 from fnn import initializers, plot
@@ -290,6 +291,7 @@ def test_losses_with_a_key(loss):
         fit(loss=loss, key=None, shuffle=False)
 
 
+@exhaustive
 def test_a_key_by_position_and_by_keyword():
     step = fnn.train_step(noisy, SGD)
     _, a = step(step.init(START), DATA, KEY)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sweeps import sweep
+from sweeps import exhaustive, sweep
 
 import fnn
 from fnn.operation.outer_products import with_matrix_products
@@ -89,6 +89,7 @@ def _(residuals, g):
     return g[:, None] * x, W.T @ g
 
 
+@exhaustive
 @pytest.mark.parametrize("depth", sweep([1, 2, 3], quick=[2]))
 def test_the_gradient_of_shared_weights_is_a_matrix_product(depth):
     W, x = normal(3, 7), normal(2, 4, 5, 7)[(0,) * (3 - depth)]

@@ -588,6 +588,7 @@ def groups_for(params):
     }
 
 
+@exhaustive
 @pytest.mark.parametrize("name", sweep(["perceptron", "tied", "recurrent", "keyed"], ["keyed"]))
 def test_clipped_gradients(name):
     loss, params, batch, about = CASES[name]()
@@ -768,6 +769,7 @@ def test_multiples_and_sums_of_gradients():
     close(*compiled(both, p, batch, others))
 
 
+@exhaustive
 def test_noise_has_the_norm_that_was_asked_for():
     """Of every coordinate σ C; with groups σ √ΣC²; complex ones have two coordinates."""
     loss = lambda p, x: 0 * x * (jnp.sum(p["a"]) + jnp.sum(p["b"]).real)
@@ -901,6 +903,7 @@ def mlp(out=3):
     return loss, {"W": R(0, 7, 5), "b": R(1, 7), "V": R(2, out, 7)}
 
 
+@exhaustive
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
 def test_the_tree_passes_through_transforms():
     loss, p = mlp()
@@ -933,6 +936,7 @@ def test_the_tree_passes_through_transforms():
     close(jax.jit(lambda b, g: pe.norms(lax.cond(b, turned, turned, 0, g)))(True, g), norms[::-1])
 
 
+@exhaustive
 @pytest.mark.parametrize("check_vma", sweep([True, False], quick=[True]))
 def test_sharded_over_devices(check_vma):
     mesh = jax.make_mesh((4,), ("batch",), (jax.sharding.AxisType.Auto,))
@@ -1165,6 +1169,7 @@ def test_errors_say_what_to_do():
 # ----------------------------------------------------------------------------------- efficiency
 
 
+@exhaustive
 def test_nothing_is_compiled_at_a_second_call():
     """Outside jit, with the functions and the loss made anew for each call."""
     w, batch = R(0, 6, 5), (R(1, 4, 3, 5), R(2, 4, 3, 6))

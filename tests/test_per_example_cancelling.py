@@ -215,6 +215,7 @@ ALL = [("float32", name) for name in CASES] + SOME
 QUICK = [("float32", "convolution"), ("bfloat16", "tied")]
 
 
+@exhaustive
 @pytest.mark.parametrize(
     ("dtype", "name"),
     [pytest.param(*c, marks=() if c in QUICK else pytest.mark.exhaustive) for c in ALL],
@@ -282,6 +283,7 @@ def test_the_example_of_the_issue():
         assert (found <= 1e-8 * (1 + 1e-5)).all() and found.max() > 1e-10
 
 
+@exhaustive
 def test_nothing_is_formed_where_nothing_cancels():
     """The branch that forms gradients is one that is not taken."""
     loss, p, _ = products()

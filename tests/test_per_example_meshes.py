@@ -93,6 +93,7 @@ def placed(mesh, p, batch, weights):
 
 
 # On the mesh of two axes the program computes less.
+@exhaustive
 @pytest.mark.parametrize("axes", sweep([("batch",), ("batch", "model")], [("batch", "model")]))
 def test_everything_is_as_on_one_device(axes):
     p, batch = data()
@@ -129,6 +130,7 @@ def test_outside_jit_and_without_a_mesh_set():
         close(some(*args), expected)
 
 
+@exhaustive
 def test_arrays_beside_the_batch():
     """As keyword arguments they may lie on the mesh; closed over, an error says so."""
     p, batch = data()

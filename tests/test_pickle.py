@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sweeps import exhaustive
 
 import fnn
 from fnn import ops
@@ -137,6 +138,7 @@ def in_the_pool(_):
     raise NonFiniteError("step 3: a message", 3, ("loss",), 2)
 
 
+@exhaustive
 def test_an_error_comes_out_of_a_pool():
     context = multiprocessing.get_context("forkserver")
     with (

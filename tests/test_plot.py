@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+from sweeps import exhaustive
 
 from fnn import plot
 
@@ -23,6 +24,7 @@ def test_without_matplotlib(monkeypatch):
         assert str(error.value) == 'fnn.plot needs matplotlib: pip install "matplotlib>=3.9"'
 
 
+@exhaustive
 def test_importing_the_module_does_not_import_matplotlib():
     import subprocess
 

@@ -72,6 +72,7 @@ def test_the_largest(name):
     must_agree(ours, lambda x: by_patches(x, *MAXIMA[name]), X)
 
 
+@exhaustive
 def test_of_equal_ones_the_first_gets_the_gradient():
     for window in (2, (2, 14)):
         x = jnp.ones((2, 14, 1))
@@ -123,6 +124,7 @@ def test_adaptive(sizes):
     must_agree(lambda x: ops.adaptive_max_pool(x, sizes), by(jnp.max), X)
 
 
+@exhaustive
 def test_upsampling():
     image = lambda x, sizes, method: jax.image.resize(x, (*sizes, 3), method, antialias=False)
     for method in ("nearest", "bilinear"):

@@ -201,6 +201,7 @@ def test_abs_and_sign_at_zero():
     check_primitive(lax.sign, jnp.array([0.0, -0.0, 1.0, -1.0]))
 
 
+@exhaustive
 def test_functions_of_the_plane_that_are_not_holomorphic():
     """Against central differences: JAX 0.10 gives zero for sign, and acosh the wrong sign."""
     z, h = jnp.array([1.3 - 0.7j, -2.0 + 0.1j, 0.4 + 2.0j, -1.5 - 1.0j]), 1e-6
@@ -422,6 +423,7 @@ CUMULATIVE = {
 }
 
 
+@exhaustive
 @pytest.mark.parametrize("name", sweep(CUMULATIVE, ["cumsum", "cumlogsumexp"]))
 @pytest.mark.parametrize("reverse", sweep([False, True], quick=[True]))
 def test_running_totals(name, reverse):

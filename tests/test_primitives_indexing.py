@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 from primitive_checks import check_cost, check_primitive, compare, our_vjp, random_like
-from sweeps import sweep
+from sweeps import exhaustive, sweep
 
 import fnn
 
@@ -88,6 +88,7 @@ def test_moves_cost_no_more_than_jaxs(name):
         check_cost(f, X)
 
 
+@exhaustive
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_moves_keep_the_dtype(dtype):
     x = X.astype(dtype)
@@ -221,6 +222,7 @@ def test_gather(name):
     check_cost(READS[name], A)
 
 
+@exhaustive
 def test_gather_of_other_dtypes_and_twice():
     together = lambda x: [f(x) for f in READS.values()]
     check_primitive(together, A.astype("complex128"))
@@ -263,6 +265,7 @@ def test_scatter_at_unique_indices(name, mode):
     check_cost(f, A, u)
 
 
+@exhaustive
 @pytest.mark.parametrize(
     "name", sweep(["set", "add", "subtract", "max", "min"], quick=["set", "add"])
 )

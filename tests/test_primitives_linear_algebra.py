@@ -123,6 +123,7 @@ def products(draw):
     return shape_of(a_order, a_kept), shape_of(b_order, b_kept), numbers
 
 
+@exhaustive
 @quick
 @given(products(), st.sampled_from([jnp.float64, jnp.complex128]))
 def test_dot_general(shapes, dtype):
@@ -390,6 +391,7 @@ def test_window_sum(case):
     )
 
 
+@exhaustive
 @settings(quick, max_examples=15)
 @given(window_options(), st.booleans())
 def test_window_extremum(case, largest):
@@ -669,6 +671,7 @@ def test_linear_algebra_second_order_and_dtype(function):
     check(function, positive(3, 3).astype(jnp.float32), tol=1e-2)
 
 
+@exhaustive
 @pytest.mark.parametrize("shape", sweep([(4, 4), (5, 3), (3, 5)], quick=[(4, 4)]))
 def test_each_factor_alone(shape):
     """Where one factor gets an upstream gradient, the others' part is left out."""

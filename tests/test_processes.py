@@ -97,6 +97,7 @@ def test_two_processes_train_as_one_device_does(kind, together, alone):
         np.testing.assert_allclose(ours["validation"], validation, rtol=1e-4)
 
 
+@exhaustive
 def test_a_device_holds_its_share(together, alone):
     params = fnn.params.flatten(alone["arrays"].params)
     for found in together:

@@ -189,6 +189,7 @@ def _numbers():
         yield pytest.param(number, id=str(case), marks=marks)
 
 
+@exhaustive
 @pytest.mark.parametrize("number", list(_numbers()))
 def test_every_rule(number):
     case = OPERATIONS[number]

@@ -95,6 +95,7 @@ def total(result):
     return sum(jnp.sum(jnp.sin(a * jnp.arange(1, a.size + 1).reshape(a.shape))) for a in leaves)
 
 
+@exhaustive
 @pytest.mark.parametrize("way", sweep(WAYS, QUICK), ids=str)
 def test_a_sequence_is_its_steps(way):
     """Values, gradients in both modes, and second derivatives."""
@@ -384,6 +385,7 @@ def test_a_cell_draws_anew_in_each_step():
     assert dropped.any() and not (dropped == dropped[0]).all()
 
 
+@exhaustive
 @pytest.mark.parametrize("layer", sweep([LSTM(8), GRU(8), RNN(8)], [GRU(8)]), ids=repr)
 def test_per_example_gradients_stay_factored(layer):
     """The weights meet the example in two products, whose factors are kept."""

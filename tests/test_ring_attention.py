@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from sweeps import sweep
+from sweeps import exhaustive, sweep
 
 import fnn
 from fnn import ops
@@ -59,6 +59,7 @@ def everything(attend, options, derivatives):
     return jax.jit(found)
 
 
+@exhaustive
 @pytest.mark.parametrize("name", sweep(OPTIONS, ["nobody", "slopes"]))
 def test_it_is_attention(name):
     """Value, gradient, and the Hessian times a vector: forward mode too."""
@@ -69,6 +70,7 @@ def test_it_is_attention(name):
     chex.assert_trees_all_close(ours, plain, rtol=2e-5, atol=2e-5)
 
 
+@exhaustive
 def test_of_a_batch_in_a_program_that_sends_no_more_than_it_must():
     """Each of 4 devices sends its keys and values 3 times, and back with their gradients."""
     q, k, v = (jnp.stack([x, x + 1, 2 * x, -x]) for x in arrays(16, 16, 2, 2))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sweeps import sweep
+from sweeps import exhaustive, sweep
 
 import fnn
 from fnn import ops
@@ -90,6 +90,7 @@ def test_rank_promotion():
             grad(jnp.ones((2, 3)), X)
 
 
+@exhaustive
 def test_random_bits():
     """Keys of another kind, and the other way to draw bits from one of the same kind."""
 

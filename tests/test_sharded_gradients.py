@@ -336,6 +336,7 @@ def test_on_explicit_meshes(family):
     close(ours, theirs)
 
 
+@exhaustive
 def test_on_explicit_meshes_without_jit():
     """And the two halves of a vjp, and zeros for what the function doesn't use."""
     mesh, args = explicit()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from sweeps import sweep
+from sweeps import exhaustive, sweep
 
 import fnn
 from fnn import ops
@@ -48,6 +48,7 @@ def placed():
     return params, jax.device_put(X, NamedSharding(MESH, P("data"))), jnp.zeros(6)
 
 
+@exhaustive
 @pytest.mark.parametrize("microbatches", sweep([1, 2, 3, 4, 8], [4]))
 @pytest.mark.parametrize("remat", sweep([None, True], [None]))
 def test_stages_give_what_one_device_gives(microbatches, remat):
@@ -78,6 +79,7 @@ def test_one_example_alone():
     np.testing.assert_allclose(y, NET(PARAMS, X[0]), rtol=1e-5)
 
 
+@exhaustive
 def test_what_cannot_be_divided():
     mode = dataclasses.replace(EVALUATE, across=across())
     six = repeat(BLOCK, 6)

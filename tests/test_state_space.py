@@ -130,6 +130,7 @@ def step_by_step(params, x):
     return jnp.stack(ys)
 
 
+@exhaustive
 def test_the_layer():
     layer, x = LRU(5), R(0, 6, 3)
     params = layer.init(KEY, x)
@@ -150,6 +151,7 @@ def test_the_layer():
     np.testing.assert_allclose(half.astype(float), wanted, rtol=0.1, atol=0.1)
 
 
+@exhaustive
 def test_where_the_layer_starts():
     params = LRU(4000, least=0.5, most=0.9, phase=1.0).init(KEY, jnp.zeros((1, 2)))
     size, angle = np.exp(-np.exp(params["nu"])), np.exp(params["theta"])

@@ -177,6 +177,7 @@ def test_what_trainable_refuses():
         train_step(LOSS, optax.adam(0.1), trainable="head.*")(state, DATA)
 
 
+@exhaustive
 def test_a_bad_step_names_what_is_trained():
     loss = lambda p, x: jnp.sum(p["a"]["W"] * 0) + jnp.sqrt(jnp.sum(p["b"]["W"] * x))
     params = {"a": {"W": jnp.ones(2)}, "b": {"W": jnp.zeros(2)}}
@@ -235,6 +236,7 @@ def test_clipping_hides_no_nan():
 # ------------------------------------------------------------------------------------------ ema
 
 
+@exhaustive
 @pytest.mark.parametrize("decay", sweep([0.0, 0.5, 0.999], [0.5]))
 def test_the_average_is_that_of_optax_and_of_the_closed_form(decay):
     step = train_step(LOSS, optax.adam(0.1), ema=decay)

@@ -139,6 +139,7 @@ def test_line_searches_and_microbatches():
     close((found.params, found.opt_state), (wanted.params, wanted.opt_state), rtol=1e-5)
 
 
+@exhaustive
 @pytest.mark.parametrize("parts", sweep([2, 5], [2]))
 @pytest.mark.parametrize("kind", sweep([AxisType.Explicit, AxisType.Auto], [AxisType.Explicit]))
 def test_microbatches_of_a_batch_on_a_mesh(kind, parts):
@@ -336,6 +337,7 @@ def test_what_loss_scale_refuses():
             DynamicLossScale(**({"initial": 2.0} | bad))
 
 
+@exhaustive
 def test_fit_with_everything_on_goes_on_where_it_was():
     rule = DynamicLossScale(initial=2.0**24, period=4)
     options = {"batch_size": 8, "key": KEY, "progress": False, "compute": jnp.float16}

@@ -42,6 +42,7 @@ def wanted():
     )
 
 
+@exhaustive
 @pytest.mark.parametrize("mode", sweep(MODES, ["dtype_promotion", "debug_nans"]))
 def test_operations(mode, wanted):
     """Value, gradient and product with the Hessian; vmapped, these are traced."""
@@ -55,6 +56,7 @@ def test_operations(mode, wanted):
             jax.eval_shape(jax.vmap(derivatives(case.op)), *case.example(batch=(2,)))
 
 
+@exhaustive
 @pytest.mark.parametrize("mode", sweep(MODES, ["dtype_promotion"]))
 def test_operations_without_jit(mode):
     with MODES[mode]():

@@ -112,6 +112,7 @@ EVERY = [(seed, rate) for seed in range(2) for rate in RATES]
 # ------------------------------------------------------------------------- as if trained alone
 
 
+@exhaustive
 @pytest.mark.parametrize(
     "layout_and_number",
     some(
@@ -245,6 +246,7 @@ def test_hyperparameters_of_the_loss(kind):
     as_alone(found.member(decay=0.3), 1, 0.05, decay=0.3)
 
 
+@exhaustive
 def test_static_hyperparameters_have_programs_of_their_own():
     def net(width, activation):
         return chain(hidden=Linear(width), f=activation, output=Linear(1))

@@ -68,6 +68,7 @@ def test_a_mesh_gives_the_same_numbers(kind, in_context, alone):
         close(train(params, data), alone)
 
 
+@exhaustive
 @pytest.mark.parametrize("kind", sweep([AxisType.Explicit, AxisType.Auto], [AxisType.Explicit]))
 def test_batch_statistics_are_those_of_the_whole_batch(kind):
     net = chain(hidden=Linear(6), norm=BatchNorm(), drop=Dropout(0.25), out=Linear(3))

@@ -56,6 +56,7 @@ def random_params(layer, *xs):
     return jax.tree.unflatten(tree, [sequence(*x.shape, seed=i) for i, x in enumerate(leaves)])
 
 
+@exhaustive
 @pytest.mark.parametrize("kv_heads", sweep([None, 2, 1], [2]))
 def test_attention_by_hand(kv_heads):
     layer, x, memory = Attention(4, kv_heads=kv_heads), sequence(), sequence(5, 3, seed=1)
@@ -79,6 +80,7 @@ CACHED = {
 }
 
 
+@exhaustive
 @pytest.mark.parametrize("name", sweep(CACHED, ["grouped-query"]))
 def test_step_by_step_as_at_once(name):
     """Blocks stacked by repeat, mapped over examples that are at different positions."""
@@ -140,6 +142,7 @@ def test_embedding():
         layer(params, jnp.ones(2))
 
 
+@exhaustive
 @pytest.mark.parametrize("layer", [PositionEmbedding(T), SinusoidalPositions()], ids=["P", "sin"])
 def test_positions(layer):
     x = sequence()
@@ -215,6 +218,7 @@ def test_per_example_gradients_stay_factored():
     chex.assert_trees_all_close(fnn.per_example.materialize(found), wanted, rtol=1e-3, atol=1e-5)
 
 
+@exhaustive
 def test_summary_and_errors():
     x = sequence()
     text = str(layers.summary(a_model, jnp.asarray([1, 2])))

@@ -54,6 +54,7 @@ def test_as_many_parameters_as_published(name):
     assert sum(x.size for x in jax.tree.leaves(params)) == count
 
 
+@exhaustive
 @pytest.mark.parametrize("name", sweep(LANGUAGE, ["llama"]))
 def test_the_program_is_as_long_for_any_depth(name):
     make = {"gpt2": tiny_gpt2, "llama": tiny_llama}[name]
@@ -77,6 +78,7 @@ def test_losses_of_targets(name):
     chex.assert_trees_all_close(net(params, TOKENS, targets), wanted, rtol=1e-4, atol=1e-5)
 
 
+@exhaustive
 @pytest.mark.parametrize("name", sweep([*LANGUAGE, "transformer"], ["llama"]))
 def test_generation_is_the_network_s(name):
     """The likeliest token each time, as found by passes over the whole text."""
@@ -134,6 +136,7 @@ def test_generation_draws():
         models.generate(net, params, TOKENS, 10, KEY)
 
 
+@exhaustive
 def test_the_future_stays_hidden():
     """What comes later in the text changes nothing before; of the source all counts but masked."""
     net = tiny_transformer()
@@ -148,6 +151,7 @@ def test_the_future_stays_hidden():
     assert jnp.max(jnp.abs(y - f(source.at[1].set(9), TOKENS))) > 1e-3
 
 
+@exhaustive
 def test_bert_reads_both_ways():
     net = models.bert(VOCABULARY, 8, features=8, depth=2, heads=2, hidden=12)
     params = params_of(net, TOKENS)
@@ -161,6 +165,7 @@ def test_bert_reads_both_ways():
     np.testing.assert_allclose(f(TOKENS, some)[1], of_short, rtol=1e-4, atol=1e-5)
 
 
+@exhaustive
 def test_vit_s_patches_are_a_convolution():
     net = models.vit(3, image=8, patch=4, features=6, depth=1, heads=2, hidden=8)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8, 2)))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from sweeps import sweep
+from sweeps import exhaustive, sweep
 
 import fnn
 
@@ -61,6 +61,7 @@ def test_arguments_that_are_not_differentiated_stay_python():
     same(fnn.grad(f)(X, "sin", scale=True), 2 * jnp.cos(X))
 
 
+@exhaustive
 def test_weak_types_and_dtypes_are_kept():
     assert fnn.grad(lambda x: x**2)(3.0).weak_type == jax.grad(lambda x: x**2)(3.0).weak_type
     for dtype in ("float16", "bfloat16", "float32", "float64"):
@@ -125,6 +126,7 @@ def test_a_jitted_gradient_traces_its_function_once(transform):
         gradient(jax.tree.map(lambda p, s=scale: s * p, PARAMS), X + scale)
 
 
+@exhaustive
 @pytest.mark.parametrize("check_vma", sweep([True, False], quick=[True]))
 def test_shard_map(check_vma):
     mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))

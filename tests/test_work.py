@@ -373,6 +373,7 @@ def test_a_stdout_of_few_letters(monkeypatch):
     assert out.buffer.getvalue().count(b"Gr\\xf6\\xdfe 0") == 2
 
 
+@exhaustive
 def test_a_script_whose_reader_leaves(tmp_path):
     script = """
         import sys, jax, jax.numpy as jnp, numpy as np, optax, fnn
