@@ -11,10 +11,16 @@ from torch.nn import functional as F
 from peers import of_torch
 
 
-def gpt2(tiny: bool, compiled: bool) -> Callable:
+def _gpt2(tiny: bool) -> tuple[torch.nn.Module, torch.Tensor]:
+    """The network, and a batch of texts."""
     sizes = (2, 16, 2, 16, 50) if tiny else (12, 768, 12, 1024, 50257)
     net = of_torch.GPT2(*sizes).cuda()
     tokens = torch.randint(0, 10, (2 if tiny else 8, sizes[3]), device="cuda")
+    return net, tokens
+
+
+def gpt2(tiny: bool, compiled: bool) -> Callable:
+    net, tokens = _gpt2(tiny)
     optimizer = torch.optim.AdamW(net.parameters(), 3e-4, weight_decay=1e-4, fused=True)
 
     def loss(net):
@@ -37,10 +43,8 @@ def resnet50(tiny: bool, compiled: bool) -> Callable:
 
 def norms(tiny: bool, compiled: bool) -> Callable:
     """torch.func's vmap of grad."""
-    sizes = (2, 16, 2, 16, 50) if tiny else (12, 768, 12, 1024, 50257)
-    net = of_torch.GPT2(*sizes).cuda()
+    net, tokens = _gpt2(tiny)
     params = {name: p.detach() for name, p in net.named_parameters()}
-    tokens = torch.randint(0, 10, (2 if tiny else 8, sizes[3]), device="cuda")
 
     def loss(params, tokens):
         logits = torch.func.functional_call(net, params, (tokens[None],))

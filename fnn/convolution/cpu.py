@@ -106,7 +106,6 @@ def _by_formula(
     if min(*x.shape, *w.shape, *out, 1) == 0:
         return None
     how = {"precision": precision}
-    order = (y_spec[0], *y_spec[2:], y_spec[1])  # where each axis of y belongs
     places, out_places = math.prod(w.shape[:-2]), math.prod(out)
     is_gradient = places > out_places and feature_group_count == 1  # of a weight
     if max(feature_group_count, batch_group_count) == 1:
@@ -114,7 +113,7 @@ def _by_formula(
             return y
         y = None if is_gradient else _with_w_as_it_lies(x, as_it_lies, w_spec, window, out, **how)
         if y is not None:
-            return lax.transpose(y, tuple(int(d) for d in numpy.argsort(order)))
+            return _in_order(y, y_spec)
     if is_gradient and (batch_group_count > 1 or out_places == 1 or x.shape[0] >= _MANY):
         y = _place_by_place(x, w, window, out, batch_group_count, **how)
     elif batch_group_count > 1:
@@ -125,6 +124,12 @@ def _by_formula(
         y = _phase_by_phase(x, w, window, out, feature_group_count, **how)
     else:
         y = _window_by_window(x, w, window, out, feature_group_count, **how)
+    return _in_order(y, y_spec)
+
+
+def _in_order(y, y_spec) -> jax.Array:
+    """(batch, space..., features) with each axis where it belongs."""
+    order = (y_spec[0], *y_spec[2:], y_spec[1])
     return lax.transpose(y, tuple(int(d) for d in numpy.argsort(order)))
 
 
