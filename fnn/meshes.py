@@ -180,6 +180,18 @@ def barrier(tree):
 # ------------------------------------------------------------------------------- training
 
 
+def stacked_zeros(count: int, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """`count` arrays of zeros, each of the shape, dtype and sharding of `like`, on a first axis."""
+    shape = (count, *like.shape)
+    zero = numpy.zeros((), like.dtype)
+    sharding: Any = like.sharding
+    if sharding is None:
+        return lax.broadcast_in_dim(zero, shape, ())
+    spread = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+    with jax.sharding.use_abstract_mesh(sharding.mesh):  # as in `broadcast`
+        return lax.broadcast_in_dim(zero, shape, (), out_sharding=spread)
+
+
 def dealt_alike(tree: Any) -> Any:
     """Arrays with the examples along their first axes, all dealt out as the first that is."""
     leaves, structure = jax.tree.flatten(tree)

@@ -25,7 +25,7 @@ from jax import lax
 
 from fnn.convolution import slow_in_a_loop
 from fnn.jaxpr import Program, inner_jaxprs, program
-from fnn.meshes import barrier, beside
+from fnn.meshes import barrier, beside, stacked_zeros
 from fnn.train.chunks import Chunk
 from fnn.train.data import take
 from fnn.train.fitting import foresee
@@ -121,7 +121,7 @@ def _run(
         put = lambda record, x: lax.dynamic_update_index_in_dim(record, x, i, 0)
         return i + 1, new, jax.tree.map(put, records, metrics), good
 
-    records = jax.tree.map(lambda x: jnp.zeros((places, *x.shape), x.dtype), metrics)
+    records = jax.tree.map(lambda x: stacked_zeros(places, x), metrics)
     begin = start, state, records, jnp.ones((), bool)
     end = jnp.minimum(count, places)
     done, new, records, good = lax.while_loop(lambda c: (c[0] < end) & c[3], one, begin)
