@@ -1,6 +1,6 @@
 """Whole epochs: `fnn.fit`, everything on, against the loops that users of other libraries write.
 
-    python benchmarks/epoch.py [--network ...] [--rounds 5] [--seconds 1] [--markdown]
+    python benchmarks/epoch.py [--network ...] [--rounds 5] [--seconds 2] [--markdown]
 
 All hold networks of the same sizes in float32, use Adam, shuffle the examples anew in each epoch,
 and read the losses at its end. `fit` also checks the data, prints each epoch's line, looks out for
@@ -362,7 +362,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--network", nargs="*", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--only", nargs="*", metavar="PEER")
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()

@@ -5,8 +5,8 @@
 
 The data are scikit-learn's 1797 digits of 8x8 pixels, which come with the package. A fifth of
 them, the same in every run, is kept for testing. Each network is trained from five different
-starts, all five at once: the program of one training step, mapped over the starts. In the folder
-out/ you find afterwards
+starts, all by one call of `fnn.sweep`: a program for each network, which trains its five starts. In
+the folder out/ you find afterwards
 
     graph.svg               the graph of a two-layer network's loss, with values and gradients
     curves.png              training loss and test error of all networks, epoch by epoch
@@ -17,7 +17,6 @@ out/ you find afterwards
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import time
 from collections.abc import Callable
@@ -39,7 +38,6 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
     from rich.table import Table
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -116,7 +114,7 @@ def networks() -> dict[str, Layer]:
 
 
 def loss_of(net: Layer):
-    """The loss of one example: cross entropy of the scores with smoothed labels."""
+    """The loss of one example: cross entropy of its scores with smoothed labels."""
 
     def loss(params, example):
         image, label = example
@@ -126,10 +124,25 @@ def loss_of(net: Layer):
     return loss
 
 
-def accuracy(net: Layer, params, images, labels):
-    """The fraction of the images whose largest score is their label's."""
-    scores = jax.vmap(net, (None, 0))(params, images)
-    return jnp.mean(jnp.argmax(scores, axis=-1) == labels)
+def noisy(loss: Callable):
+    """The same loss of the image with noise on it, drawn anew at each step."""
+
+    def loss_with_noise(params, example, key):
+        image, label = example
+        return loss(params, (image + NOISE * jax.random.normal(key, image.shape), label))
+
+    return loss_with_noise
+
+
+def test_of(net: Layer):
+    """What is looked at on the test images: the loss, and whether the label's score is largest."""
+    loss = loss_of(net)
+
+    def test(params, example):
+        image, label = example
+        return loss(params, example), {"accuracy": jnp.argmax(net(params, image)) == label}
+
+    return test
 
 
 # -------------------------------------------------------------------------- checks before training
@@ -173,94 +186,22 @@ def check(nets: dict[str, Layer], digits: Digits, pool: Executor, console: Conso
 # ---------------------------------------------------------------------------------------- training
 
 
-class Run(NamedTuple):
-    """What training one network from several starts gave."""
-
-    params: dict  # each array with a leading axis over the starts
-    loss: np.ndarray  # (epochs, starts)
-    accuracy: np.ndarray  # (epochs, starts), on the test images
-
-
-@functools.partial(jax.jit, static_argnames="starts")
-def batches(key, data, *, starts: int):
-    """An epoch's batches: the data in a new order, with new noise, another for each start.
-
-    Returns:
-        Images `(starts, steps, BATCH, 64)` and labels `(starts, steps, BATCH)`.
-    """
-    images, labels = data
-    steps = len(images) // BATCH
-
-    def of_start(key):
-        order_key, noise_key = jax.random.split(key)
-        order = jax.random.permutation(order_key, len(images))[: steps * BATCH]
-        order = order.reshape(steps, BATCH)
-        noise = jax.random.normal(noise_key, (steps, BATCH, images.shape[1]))
-        return images[order] + NOISE * noise, labels[order]
-
-    return jax.vmap(of_start)(jax.random.split(key, starts))
-
-
-def train(net: Layer, digits: Digits, *, epochs: int, starts: int, show: Callable = print) -> Run:
-    """Train a network from several starts at once; `show` gets the numbers of each epoch.
-
-    An epoch is one program: a scan of the training step over the batches, mapped over the starts.
-    """
+def train(nets: dict[str, Layer], digits: Digits, *, epochs: int, starts: int) -> fnn.SweepResult:
+    """Train all networks from several starts, and look at the test images after each epoch."""
     images = digits.train[0]
-    schedule = optax.cosine_decay_schedule(LEARNING_RATE, epochs * (len(images) // BATCH))
-    optimizer = optax.adamw(schedule, weight_decay=WEIGHT_DECAY)
-    step = fnn.train_step(loss_of(net), optimizer, nonfinite="ignore")
-
-    # Not jitted: networks of the same shapes share the little programs that draw their weights.
-    @jax.vmap
-    def begin(key):
-        return step.init(net.init(key, images[0]))
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    @jax.vmap
-    def epoch(state, batches):
-        state, metrics = jax.lax.scan(step, state, batches)
-        return state, (jnp.mean(metrics["loss"]), accuracy(net, state.params, *digits.test))
-
-    key = jax.random.key(0)
-    state = begin(jax.random.split(key, starts))
-    history = []
-    for i in range(epochs):
-        drawn = batches(jax.random.fold_in(key, i + 1), digits.train, starts=starts)
-        state, numbers = epoch(state, drawn)
-        history.append(jax.device_get(numbers))
-        show(i + 1, *history[-1])
-    loss, test_accuracy = (np.array(x) for x in zip(*history, strict=True))
-    return Run(state.params, loss, test_accuracy)
-
-
-def train_all(
-    nets: dict[str, Layer],
-    digits: Digits,
-    *,
-    epochs: int,
-    starts: int,
-    pool: Executor,
-    console: Console,
-) -> dict[str, Run]:
-    """Train each network, behind a progress bar."""
-    with Progress(
-        TextColumn("{task.description:<24}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[text]}"),
-        console=console,
-    ) as progress:
-
-        def train_one(name):
-            task = progress.add_task(name, total=epochs, text="compiling")
-
-            def show(epoch, loss, test):
-                text = f"loss {np.mean(loss):.3f}  test {np.mean(test):.2%}"
-                progress.update(task, completed=epoch, text=text)
-
-            return train(nets[name], digits, epochs=epochs, starts=starts, show=show)
-
-        return dict(zip(nets, pool.map(train_one, nets), strict=True))
+    steps = epochs * -(-len(images) // BATCH)
+    schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
+    return fnn.sweep(
+        lambda network: noisy(loss_of(nets[network])),
+        {"network": list(nets), "seed": range(starts)},
+        digits.train,
+        optimizer=optax.adamw(schedule, weight_decay=WEIGHT_DECAY),
+        init=lambda network, seed: nets[network].init(jax.random.key(seed), images[0]),
+        epochs=epochs,
+        batch_size=BATCH,
+        validation=digits.test,
+        validation_loss=lambda network: test_of(nets[network]),
+    )
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -282,18 +223,21 @@ def draw_graph(net: Layer, digits: Digits, path: Path) -> fnn.Graph:
     return graph
 
 
-def draw_curves(runs: dict[str, Run], path: Path) -> None:
+def draw_curves(found: fnn.SweepResult, path: Path) -> None:
     """Training loss and test error of every network, the means over its starts."""
+    loss = found.history["loss"].mean(axis=1)  # of (networks, starts, epochs)
+    error = 1 - found.history["validation_accuracy"].mean(axis=1)
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     styles = {"2 layers": "-", "3 layers": "--"}
-    kinds = [name.split(", ")[-1] for name in runs]
-    for name, run in runs.items():
+    names = found.axes["network"]
+    kinds = sorted({name.split(", ")[-1] for name in names})
+    for i, name in enumerate(names):
         layers, _, kind = name.partition(", ")
-        look = {"color": f"C{sorted(set(kinds)).index(kind or name)}", "label": name}
-        epochs = np.arange(1, len(run.loss) + 1)
-        left.plot(epochs, run.loss.mean(axis=1), styles.get(layers, ":"), **look)
-        right.plot(epochs, 1 - run.accuracy.mean(axis=1), styles.get(layers, ":"), **look)
+        look = {"color": f"C{kinds.index(kind or name)}", "label": name}
+        epochs = np.arange(1, loss.shape[1] + 1)
+        left.plot(epochs, loss[i], styles.get(layers, ":"), **look)
+        right.plot(epochs, error[i], styles.get(layers, ":"), **look)
     for axes, title in ((left, "training loss"), (right, "test error")):
         axes.set(title=title, xlabel="epoch", yscale="log")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -305,31 +249,27 @@ def draw_curves(runs: dict[str, Run], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def draw_templates(runs: dict[str, Run], out: Path) -> None:
+def draw_templates(found: fnn.SweepResult, out: Path) -> None:
     """W of the linear classifier, a row an image, and W1 of two layers, the 64 largest rows."""
-    rows = runs["linear"].params["output"]["W"][0]  # of the first start
+    rows = found.member(network="linear", seed=0).params["output"]["W"]
     titles = [str(digit) for digit in range(10)]
     plot.templates(rows, columns=5, titles=titles).savefig(out / "templates_linear.png", dpi=120)
-    rows = runs["2 layers, relu"].params["hidden"]["W"][0]
+    rows = found.member(network="2 layers, relu", seed=0).params["hidden"]["W"]
     largest = jnp.argsort(-jnp.linalg.norm(rows, axis=1))[:64]
     plot.templates(rows[largest], columns=16).savefig(out / "templates_hidden.png", dpi=80)
 
 
-def report(runs: dict[str, Run], digits: Digits, console: Console) -> None:
+def report(found: fnn.SweepResult, digits: Digits, console: Console) -> None:
     """A table of test accuracies."""
     table = Table(title=f"Accuracy on {len(digits.test[1])} test digits")
     for column in ("network", "parameters", "mean", "lowest", "highest"):
         table.add_column(column, justify="left" if column == "network" else "right")
-    for name, run in runs.items():
-        final = run.accuracy[-1]
-        count = sum(x[0].size for x in jax.tree.leaves(run.params))
-        table.add_row(
-            name,
-            f"{count:,}",
-            f"{final.mean():.2%}",
-            f"{final.min():.2%}",
-            f"{final.max():.2%}",
-        )
+    accuracy = found["validation_accuracy"]
+    columns = (accuracy.mean("seed"), accuracy.min("seed"), accuracy.max("seed"))
+    for i, name in enumerate(found.axes["network"]):
+        params = found.member(network=name, seed=0).params
+        count = sum(x.size for x in jax.tree.leaves(params))
+        table.add_row(name, f"{count:,}", *(f"{column.values[i]:.2%}" for column in columns))
     console.print(table)
 
 
@@ -351,12 +291,12 @@ def main() -> None:
     # Most of the time goes into compiling, on one core for each program: compile several at once.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         check(nets, digits, pool, console)
-        graph = draw_graph(nets["2 layers, relu"], digits, out / "graph.svg")
-        console.print(f"In the graph of the two-layer loss, {graph.coverage()}")
-        runs = train_all(nets, digits, epochs=epochs, starts=starts, pool=pool, console=console)
-    report(runs, digits, console)
-    draw_curves(runs, out / "curves.png")
-    draw_templates(runs, out)
+    graph = draw_graph(nets["2 layers, relu"], digits, out / "graph.svg")
+    console.print(f"In the graph of the two-layer loss, {graph.coverage()}")
+    found = train(nets, digits, epochs=epochs, starts=starts)
+    report(found, digits, console)
+    draw_curves(found, out / "curves.png")
+    draw_templates(found, out)
     seconds = time.perf_counter() - began
     console.print(f"{seconds:.0f} seconds. The pictures are in {out}{os.sep}", highlight=False)
 

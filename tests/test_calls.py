@@ -15,6 +15,7 @@ import fnn
 from fnn.layers import BatchNorm, Linear, chain
 from fnn.train import NonFiniteError, calls, chunks, train_step
 from fnn.train.prefetch import prefetched
+from fnn.train.result import Work
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -88,6 +89,49 @@ def test_the_same_numbers_however_epochs_are_cut(kind, monkeypatch, tmp_path):
     part = error.value.result
     assert list(part.state.position) == [1, 2, 6]
     equal(fit(params=part.state, data=data, epochs=2).state, whole.state)
+
+
+@pytest.mark.parametrize(
+    "ending",
+    sweep(["none", "stop", "bad step", "roll back", "roll back, looking"], quick=["stop"]),
+)
+def test_a_call_made_ahead_changes_nothing(ending, monkeypatch):
+    """The device has the next call before a call's result is read, and training may end there."""
+    adopted = []
+    follows = calls.Ahead.follows
+    watch = lambda *args: adopted.append(follows(*args)) or adopted[-1]
+    monkeypatch.setattr(calls.Ahead, "follows", watch)
+    data, step = (A, Y), fnn.train_step(noisy, ADAM)
+    options = {"epochs": 6, "steps_per_call": 1 if ending.endswith("looking") else 2}
+    if ending == "stop":
+        options["after_epoch"] = lambda epoch, state, record: epoch == 4
+    if ending == "bad step":  # in the third epoch
+        step = fnn.train_step(noisy, optax.sgd(lambda i: jnp.where(i == 11, jnp.inf, 0.1)))
+    if ending.startswith("roll back"):
+        loss = lambda params, example, key: noisy(params, example, key)[0] / (example[1] < 1e4)
+        data, options["check"] = (A, np.where(np.arange(26) == 7, 1e5, Y)), False
+        scale = fnn.train.DynamicLossScale(1, 1, 1) if ending.endswith("looking") else None
+        step = fnn.train_step(loss, ADAM, nonfinite="roll_back", loss_scale=scale)
+        save = Work.save  # at each epoch's end, not only where it takes no time
+        monkeypatch.setattr(Work, "save", lambda w: save(setattr(w, "_keep_after", 0.0) or w))
+
+    def train():
+        try:
+            return fit(step, data=data, optimizer=None, **options)
+        except NonFiniteError as error:
+            return error.result
+
+    train()  # now it is known how long a step takes
+    adopted.clear()
+    found = train()
+    assert sum(adopted) >= 4
+    monkeypatch.setattr(calls, "AHEAD_SECONDS", 0.0)
+    adopted.clear()
+    other = train()
+    assert not adopted
+    equal(found.state, other.state)
+    equal(found.steps, other.steps)
+    assert len(found.history["loss"]) == {"stop": 4, "bad step": 2}.get(ending, 6)
 
 
 def test_a_smaller_last_batch_is_a_mean_over_its_own_examples():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import time
 import weakref
 from collections.abc import Callable
@@ -43,6 +44,10 @@ MOST_STEPS, MOST_BYTES = 1024, 2**24
 
 # A state of more bytes is donated, and looked at before each update of it.
 LARGE = 2**28
+
+# The device is given the next call before the result of the one before is read, if it takes no
+# longer than this: where training ends in between, that call is for nothing.
+AHEAD_SECONDS = 0.2
 
 
 class How(NamedTuple):
@@ -221,6 +226,27 @@ def kept_programs(step: TrainStep) -> tuple[Programs, Callable[[], None]]:
 # ---------------------------------------------------------------------------------- on the host
 
 
+class Ahead(NamedTuple):
+    """A call that the device was given before the result of the one before was read.
+
+    Fields:
+        chunk, at, count: what it does, as in `Calls`.
+        state: what it goes on from.
+        made: what it makes, the only entry of a list.
+    """
+
+    chunk: Chunk
+    at: int
+    count: int
+    state: State
+    made: list
+
+    def follows(self, work: Work, chunk: Chunk, at: int) -> bool:
+        """Whether that is the call whose turn it is."""
+        place = self.chunk.sizes is chunk.sizes and self.at == at
+        return place and self.state is work.latest
+
+
 class Calls:
     """Calls of the device, as long as they should be.
 
@@ -234,7 +260,7 @@ class Calls:
         most: how many steps a call has; None for as many as take about half a second.
 
     Attributes:
-        meanwhile: what the host does while the device runs.
+        next_chunk: tells what comes after a chunk: another one, or None where that isn't known.
     """
 
     def __init__(
@@ -250,14 +276,20 @@ class Calls:
         self._key, self._most = key, most
         self._latest: Any = None  # the kind of batch
         self._on_mesh = False  # whether the state lies where the data do
-        self.meanwhile: Callable[[], None] = lambda: None
+        self.next_chunk: Callable[[Chunk], Chunk | None] = lambda chunk: None
+        self._ahead: Ahead | None = None
+        self._read = 0.0  # when the last result was
+        self._longest = math.inf  # how many steps a call of this program makes at most
         nonfinite = step._nonfinite
         stops = nonfinite in ("raise", "roll_back")
         size = sum(x.nbytes for x in jax.tree.leaves(numbers_of(state)))
         self._large = size > LARGE
         scales = step._scaling is not None  # which leaves out steps
         look = nonfinite == "skip" or (stops and (self._large or scales))
-        platforms = {d.platform for d in jax.tree.leaves(state.params)[0].devices()}
+        devices = {d for x in jax.tree.leaves(state) for d in x.devices()}
+        # Programs of several devices wait for each other: two at a time might do so for ever.
+        self._may_go_ahead = len(devices) == 1 and not self._large
+        platforms = {d.platform for d in devices}
         self._how = How(
             "",
             False,
@@ -274,7 +306,7 @@ class Calls:
             NonFiniteError: one was bad (with nonfinite="raise").
         """
         self._latest = _kind(chunk)
-        done, count = 0, min(len(chunk.sizes) - at, self.affordable())
+        done, count = 0, int(min(len(chunk.sizes) - at, self.affordable()))
         while done < count:
             done += self._once(work, chunk, at + done, count - done)
         return done
@@ -289,16 +321,24 @@ class Calls:
     def _once(self, work: Work, chunk: Chunk, at: int, count: int) -> int:
         """One call of the device."""
         began, known = time.perf_counter(), len(self._programs.traces)
-        self._call(work, chunk, at, count)
-        self.meanwhile()
+        count, was_ahead = self._call(work, chunk, at, count)
+        waits = not (was_ahead and work.made[0][2].is_ready())
+        self._go_ahead(work, chunk, at, count)
         done, good = np.asarray(work.made[0][2]).tolist()
         records = {name: np.asarray(values) for name, values in work.made[0][1].items()}
-        seconds = (time.perf_counter() - began) / max(1, done)
-        is_new = len(self._programs.traces) > known
-        if is_new:
+        now = time.perf_counter()
+        if len(self._programs.traces) > known:
             self._traced()
-        self._programs.seconds[self._latest] = 0.0 if is_new else seconds
+            self._programs.seconds[self._latest] = 0.0
+        elif waits:  # else it was over before anybody looked
+            since = self._read if was_ahead else began
+            self._programs.seconds[self._latest] = (now - since) / max(1, done)
+        self._read = now
+        if done != count or not good:
+            self._ahead = None  # what it goes on from isn't where training goes on
         if good:
+            if done < count:
+                self._longest = done
             work.enter(work.made[0][0], _first(records, done), chunk.sizes[at : at + done])
             return done
         if self._how.look:  # the bad step was the last, and not applied
@@ -316,26 +356,66 @@ class Calls:
                 self._tell(work, chunk, at + i)
         return done
 
-    def _call(self, work: Work, chunk: Chunk, at: int, count: int) -> None:
-        """Have the device run; what it makes stands in `work.made`."""
-        how = self._how._replace(kind=chunk.kind, masked=chunk.masked)
-        run = self._programs.run_donated if self._large else self._programs.run
-        where = np.array([at, work.seen, count], np.int32)
+    def _call(self, work: Work, chunk: Chunk, at: int, count: int) -> tuple[int, bool]:
+        """Have the device run; what it makes stands in `work.made`.
+
+        Returns:
+            How many steps it was asked for, and whether that was before.
+        """
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.follows(work, chunk, at):
+            work.made[:] = ahead.made
+            return ahead.count, True
         state = work.latest
         if not self._on_mesh:
             state, self._on_mesh = beside(state, chunk.data), True
-        sizes = chunk.sizes
-        if chunk.kind == "stack":  # with a place for each batch, there or not
-            sizes = np.resize(sizes, len(jax.tree.leaves(chunk.data)[0]))
-        args = (how, state, chunk.data, chunk.rows, sizes, self._key, where)
-        if (known := (how, _kind(chunk), self._large)) not in self._programs.fitting:
+        args = self._arguments(chunk, at, count, state, work.seen)
+        if (known := (args[0], _kind(chunk), self._large)) not in self._programs.fitting:
             types = jax.eval_shape(lambda x: batch_of(chunk._replace(data=x), at), chunk.data)
-            foresee("fit", self._step, run, args, state, types, self._key)
+            foresee("fit", self._step, self._run, args, state, types, self._key)
             self._programs.fitting.add(known)
         work.made.clear()
         # No signal's handler can come between a call's end and its result's place in the list:
         # they run between Python's instructions, and `extend` is one.
-        work.made.extend(map(run, *((x,) for x in args)))
+        work.made.extend(map(self._run, *((x,) for x in args)))
+        return count, False
+
+    def _go_ahead(self, work: Work, chunk: Chunk, at: int, count: int) -> None:
+        """Give the device the call after this one, whose result isn't read yet.
+
+        It goes on from the state that this call is making, so that the device needn't wait for
+        what the host does in between.
+        """
+        seconds = self._programs.seconds.get(self._latest)
+        if not (seconds and self._may_go_ahead):
+            return
+        after: Chunk | None = chunk
+        at += count
+        if at == len(chunk.sizes):
+            after, at = self.next_chunk(chunk), 0
+        if after is None or _kind(after) != self._latest:
+            return
+        steps = int(min(len(after.sizes) - at, self.affordable(), self._longest))
+        if steps * seconds > AHEAD_SECONDS:
+            return
+        state = work.made[0][0]
+        args = self._arguments(after, at, steps, state, work.seen + count)
+        # What goes wrong does so again when its turn comes.
+        with contextlib.suppress(Exception):
+            self._ahead = Ahead(after, at, steps, state, [self._run(*args)])
+
+    @property
+    def _run(self) -> Callable:
+        return self._programs.run_donated if self._large else self._programs.run
+
+    def _arguments(self, chunk: Chunk, at: int, count: int, state: State, seen: int) -> tuple:
+        """Those of a program: `count` steps from batch `at` on, of which `seen` were before."""
+        how = self._how._replace(kind=chunk.kind, masked=chunk.masked)
+        where = np.array([at, seen, count], np.int32)
+        sizes = chunk.sizes
+        if chunk.kind == "stack":  # with a place for each batch, there or not
+            sizes = np.resize(sizes, len(jax.tree.leaves(chunk.data)[0]))
+        return how, state, chunk.data, chunk.rows, sizes, self._key, where
 
     def _tell(self, work: Work, chunk: Chunk, i: int) -> None:
         """Make batch i's step with all that explains why it is bad.

@@ -82,36 +82,56 @@ class Resident:
         source: the arrays.
         data: the same on the device.
         pad: whether a smaller last batch may be filled up. Else it is a chunk of its own.
+        last: the number of the last epoch.
     """
 
     source: Arrays
     data: Any
     pad: bool
-    _prepared: dict[int, Any] = dataclasses.field(default_factory=dict)
-
-    def prepare(self, key: Any, epoch: int) -> None:
-        """Draw an epoch's order beforehand."""
-        if epoch not in self._prepared:
-            self._prepared.clear()
-            self._prepared[epoch] = self.source.rows(key, epoch)
+    last: int
+    _made: dict[int, tuple[Chunk, ...]] = dataclasses.field(default_factory=dict)
 
     def chunks(self, key: Any, epoch: int, start: int) -> Iterator[Chunk]:
         """Those of an epoch, without its first `start` batches."""
-        self.prepare(key, epoch)
-        rows, sizes = self._prepared[epoch], self.source.sizes
+        for chunk in self._of_epoch(key, epoch):
+            if start < len(chunk.sizes):
+                yield chunk._replace(start=max(0, start))
+            start -= len(chunk.sizes)
+
+    def after(self, key: Any, epoch: int, chunk: Chunk) -> Chunk | None:
+        """The chunk after one of an epoch; None after the last."""
+        own = self._of_epoch(key, epoch)
+        (place,) = [i for i, other in enumerate(own) if other.sizes is chunk.sizes]
+        if place + 1 < len(own):
+            return own[place + 1]
+        return self._of_epoch(key, epoch + 1)[0] if epoch < self.last else None
+
+    def _of_epoch(self, key: Any, epoch: int) -> tuple[Chunk, ...]:
+        if epoch not in self._made:
+            drawn = self.source.rows_ahead(key, epoch, self.last)
+            for old in [e for e in self._made if e < epoch - 1]:
+                del self._made[old]
+            self._made.update((epoch + i, self._cut(rows)) for i, rows in enumerate(drawn))
+        return self._made[epoch]
+
+    def _cut(self, rows: Any) -> tuple[Chunk, ...]:
+        sizes = self.source.sizes
         even = sizes[-1] == self.source.batch_size
         if even or self.pad:
-            yield Chunk("rows", self.data, rows, sizes, not even, start)
-            return
-        if start < len(sizes) - 1:
-            yield Chunk("rows", self.data, rows[:-1], sizes[:-1], False, start)
-        if start < len(sizes):
-            yield Chunk("rows", self.data, rows[-1:, : sizes[-1]], sizes[-1:], False)
+            return (Chunk("rows", self.data, rows, sizes, not even),)
+        return tuple(
+            Chunk("rows", self.data, own_rows, own_sizes, False)
+            for own_rows, own_sizes in (
+                (rows[:-1], sizes[:-1]),
+                (rows[-1:, : sizes[-1]], sizes[-1:]),
+            )
+            if len(own_sizes)
+        )
 
 
-def resident(source: Arrays, pad: bool) -> Resident:
+def resident(source: Arrays, pad: bool, last: int) -> Resident:
     """The arrays, put on the device."""
-    return Resident(source, jax.tree.map(jnp.asarray, source.data), pad)
+    return Resident(source, jax.tree.map(jnp.asarray, source.data), pad, last)
 
 
 # ----------------------------------------------------------------------------- data that come

@@ -28,6 +28,9 @@ from fnn.train.state import path_name
 # the others take too. JAX itself would wrap an integer that doesn't fit 32 bits around, make inf
 # of a large float64, and drop the mask of a masked array, each without a word.
 
+# So many numbers are drawn at once, to shuffle by.
+DRAWN_AT_ONCE = 2**16
+
 _NOT_NUMBERS = {
     "O": "objects (of several types, or missing, or integers of more than 64 bits)",
     "S": "byte strings",
@@ -206,23 +209,34 @@ class Arrays:
         sizes[-1] = min(self.batch_size, self.size - (self.steps - 1) * self.batch_size)
         return sizes
 
-    def rows(self, key: Any, epoch: int | None = None) -> Any:
-        """Which examples make each batch of an epoch, in an order drawn from the key.
-
-        Args:
-            key: the epoch's; or, with its number, that of all epochs.
-            epoch: that number.
+    def rows(self, key: Any) -> Any:
+        """Which examples make each batch of an epoch, in an order drawn from the epoch's key.
 
         Returns:
             Numbers of examples of shape (steps, batch_size). A smaller last batch is filled up
             with examples of its own.
         """
         if not self.shuffle:
-            order: Any = np.arange(self.size, dtype=np.int32)
-        elif jax.default_backend() == "cpu":  # whose sort is slow
-            order = sorted_orders(_bits(key, epoch, self.size))
-        else:
-            order = _permutation(key if epoch is None else fold_in(key, epoch), self.size)
+            return self._in_batches(np.arange(self.size, dtype=np.int32))
+        if jax.default_backend() == "cpu":  # whose sort is slow
+            return self._in_batches(sorted_orders(_bits(key, self.size)))
+        return self._in_batches(_permutation(key, self.size))
+
+    def rows_ahead(self, key: Any, epoch: int, last: int) -> list:
+        """`rows` of an epoch and of some after it, up to the last one.
+
+        Args:
+            key: of all epochs.
+            epoch, last: numbers of epochs.
+        """
+        if not self.shuffle or jax.default_backend() != "cpu":
+            return [self.rows(fold_in(key, epoch))]
+        # A short epoch takes no longer than drawing its order does: many are drawn at once.
+        count = max(1, DRAWN_AT_ONCE // self.size)
+        bits = np.asarray(_bits_of_epochs(key, np.uint32(epoch), count, self.size))
+        return [self._in_batches(order) for order in sorted_orders(bits[: last + 1 - epoch])]
+
+    def _in_batches(self, order: Any) -> Any:
         before = (self.steps - 1) * self.batch_size
         last = before + np.arange(self.batch_size) % (self.size - before)
         join = np.concatenate if isinstance(order, np.ndarray) else jnp.concatenate
@@ -414,9 +428,19 @@ def _take_on_device(arrays: dict, rows: jax.Array) -> dict:
     }
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _bits(key: Any, epoch: Any, size: int) -> jax.Array:
-    return sort_bits(key if epoch is None else jax.random.fold_in(key, epoch), size)
+@functools.partial(jax.jit, static_argnums=1)
+def _bits(key: Any, size: int) -> jax.Array:
+    return sort_bits(key, size)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _bits_of_epochs(key: Any, epoch: Any, count: int, size: int) -> jax.Array:
+    """`sort_bits` of `count` epochs from one on."""
+
+    def of_epoch(i):
+        return sort_bits(jax.random.fold_in(key, i), size)
+
+    return jax.vmap(of_epoch)(epoch + jnp.arange(count, dtype=jnp.uint32))
 
 
 @functools.partial(jax.jit, static_argnums=1)

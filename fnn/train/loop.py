@@ -253,7 +253,7 @@ def fit(
             state = work.latest
         calls = Calls(step, programs, traced, state, loss_key, steps_per_call)
         advance = RollingBack(calls, step._nonfinite == "roll_back")
-        source = _source(training, step, state, loss_key, look_at, calls)
+        source = _source(training, step, state, loss_key, look_at, calls, last)
         first = last + 1 if keeper and keeper.is_over else work.epoch
         validate = _validation(
             stack,
@@ -285,8 +285,8 @@ def fit(
             told.begin(work)
             for epoch in range(first, last + 1):
                 began = time.perf_counter()
-                if isinstance(source, Resident) and epoch < last:
-                    calls.meanwhile = functools.partial(source.prepare, order_key, epoch + 1)
+                if isinstance(source, Resident):
+                    calls.next_chunk = functools.partial(source.after, order_key, epoch)
                 with _chunks(source, order_key, epoch, work.batch) as chunks:
                     for chunk in chunks:
                         at = chunk.start
@@ -385,6 +385,7 @@ def _source(
     key: Any,
     look_at: Callable[[Any], None],
     calls: Calls,
+    last: int,
 ) -> Resident | Streamed:
     """Where the chunks come from."""
     # Types alone: the state must not be kept.
@@ -405,7 +406,7 @@ def _source(
         # Of what comes once, no more is read than the next call trains on.
         return dataclasses.replace(source, most=calls.affordable) if source.comes_once else source
     even = training.sizes[-1] == training.batch_size
-    return resident(training, not even and may_pad(training.data))
+    return resident(training, not even and may_pad(training.data), last)
 
 
 def _chunks(source: Resident | Streamed, key: Any, epoch: int, start: int) -> Any:
