@@ -230,14 +230,14 @@ class Ahead(NamedTuple):
     """A call that the device was given before the result of the one before was read.
 
     Fields:
-        chunk, at, count: what it does, as in `Calls`.
+        chunk, at, steps: what it does, as in `Calls`.
         state: what it goes on from.
         made: what it makes, the only entry of a list.
     """
 
     chunk: Chunk
     at: int
-    count: int
+    steps: int
     state: State
     made: list
 
@@ -365,7 +365,7 @@ class Calls:
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead.follows(work, chunk, at):
             work.made[:] = ahead.made
-            return ahead.count, True
+            return ahead.steps, True
         state = work.latest
         if not self._on_mesh:
             state, self._on_mesh = beside(state, chunk.data), True
