@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from jax import export, lax
-from sweeps import exhaustive
+from sweeps import exhaustive, sweep
 from test_primitives_linear_algebra import convolutions
 
 import fnn
@@ -191,6 +191,20 @@ def test_a_weights_gradient_takes_little_memory():
         for f in (ops.convolution, plain)
     )
     assert ours <= theirs + 4 * cpu._CACHED
+
+
+@pytest.mark.parametrize("ins, outs", sweep([(1, 6), (6, 16), (64, 3), (32, 64)], quick=[(1, 6)]))
+def test_no_formula_does_more_than_it_must(ins, outs):
+    """Multiplications and additions of LeNet's convolutions, and of wider ones."""
+    x, w = R(0, 64, 16, 16, ins, dtype=jnp.float32), R(1, 5, 5, ins, outs, dtype=jnp.float32)
+    f = lambda x, w: ops.convolution(x, jnp.moveaxis(w, (2, 3), (1, 0)))
+    g = f(x, w)
+    operations = 2 * w.size * g.size // outs
+    of_x = lambda w, g: jax.linear_transpose(lambda x: f(x, w), x)(g)[0]
+    of_w = lambda x, g: jax.linear_transpose(lambda w: f(x, w), w)(g)[0]
+    for function, args in ((f, (x, w)), (of_x, (w, g)), (of_w, (x, g))):
+        cost = jax.jit(function).lower(*args).compile().cost_analysis()
+        assert cost["flops"] < 2 * operations
 
 
 def test_other_platforms_get_their_own_convolution():

@@ -225,11 +225,12 @@ def _patch_rows(x, kernel, out, strides, holes, inner: int) -> jax.Array:
 
 
 def _window_by_window(x, w, window: _Window, out, groups: int, **how) -> jax.Array:
-    if w.shape[-2] == 1 and math.prod(w.shape[:-2]) <= _FEW:
+    few = math.prod(w.shape[:-2]) <= _FEW
+    if w.shape[-2] == 1 and few:
         return _multiply_and_add(x, w, window, out, groups)
     if groups > 1:
         return _in_groups(x, w, window, out, groups, **how)
-    if w.shape[-1] <= _NARROW < w.shape[-2] and _stays(window):
+    if w.shape[-1] <= _NARROW < w.shape[-2] and few and _stays(window):
         return _to_few_features(x, w, window, out, **how)
     return _library(x, w, window, **how)
 
