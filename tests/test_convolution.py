@@ -193,9 +193,10 @@ def test_a_weights_gradient_takes_little_memory():
     assert ours <= theirs + 4 * cpu._CACHED
 
 
-@pytest.mark.parametrize("ins, outs", sweep([(1, 6), (6, 16), (64, 3), (32, 64)], quick=[(1, 6)]))
-def test_no_formula_does_more_than_it_must(ins, outs):
+@pytest.mark.parametrize("sizes", sweep([(1, 6), (6, 16), (64, 3), (32, 64)], quick=[(1, 6)]))
+def test_no_formula_does_more_than_it_must(sizes):
     """Multiplications and additions of LeNet's convolutions, and of wider ones."""
+    ins, outs = sizes
     x, w = R(0, 64, 16, 16, ins, dtype=jnp.float32), R(1, 5, 5, ins, outs, dtype=jnp.float32)
     f = lambda x, w: ops.convolution(x, jnp.moveaxis(w, (2, 3), (1, 0)))
     g = f(x, w)
