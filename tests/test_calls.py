@@ -272,7 +272,7 @@ def test_steps_with_convolutions_that_are_slow_in_a_loop_run_one_by_one():
         for i in [0, 4, 8] * 3:
             state, _ = step(state, images[i : i + 4])
         close(state.params, whole.params)
-        programs = step._programs
+        programs = step.programs
         (how,) = set(programs.traces)
         rows = np.zeros((3, 4), np.int32)
         args = whole.state, jnp.asarray(images), rows, np.full(3, 4, np.int32), None

@@ -194,5 +194,5 @@ def test_looking_whether_it_fits_compiles_nothing_twice(caplog):
     with jax.log_compiles(), caplog.at_level("WARNING"):
         for _ in range(3):
             state, _ = step(state, batch)
-    compiled = [r for r in caplog.records if "XLA compilation of jit(_step)" in r.getMessage()]
+    compiled = [r for r in caplog.records if "XLA compilation of jit(step)" in r.getMessage()]
     assert len(compiled) == 1

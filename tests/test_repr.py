@@ -60,6 +60,14 @@ def fitted():
     return fnn.FitResult(PARAMS, n, {k: np.ones(5000) for k in n}, state, False)
 
 
+def everything_on():
+    layout = fnn.sharding.fully_sharded(jax.make_mesh((8,), ("devices",)))
+    options = {"trainable": ["*.a_long_path*"] * 9, "accumulate": 2, "compute": jnp.bfloat16}
+    options |= {"loss_scale": "dynamic", "ema": 0.99, "clip": 1.0, "layout": layout}
+    optimizer = optax.chain(*[optax.adam(1e-3)] * 30)
+    return fnn.train_step(fnn.supervised(NET, output_loss), optimizer, **options)
+
+
 @functools.cache
 def graph():
     return fnn.graph(scalar)(PARAMS, (X[0], Y[0]))
@@ -92,6 +100,7 @@ RESULTS = {
     "fit": fitted,
     "state": lambda: fitted().state,
     "train_step": lambda: fnn.train_step(loss, optax.adam(1e-3)),
+    "train_step of everything": everything_on,
     "supervised": lambda: fnn.supervised(SMALL, output_loss),
     "graph": graph,
     "node": lambda: graph().nodes[-1],
@@ -196,3 +205,32 @@ def test_fields_in_words():
     assert shown == "R(a=float64[2, 3], b=0.5, c=1 array, 1200 numbers, d=None, e=(1, 2))"
     assert repr(EVALUATE) == "Mode(train=False, key=None, axis=None)"
     assert repr(training(KEY, "batch")) == "Mode(train=True, key=key<fry>, axis='batch')"
+
+
+def test_a_step_in_words():
+    """The loss, what the optimiser is made of, and the options that aren't the defaults."""
+    shown = lambda loss, optimizer, **options: repr(fnn.train_step(loss, optimizer, **options))
+    sgd = "chain(trace, scale)"
+    momentum = optax.sgd(0.1, momentum=0.9)
+    assert shown(scalar, momentum) == f"TrainStep(scalar, {sgd})"
+    assert shown(jax.jit(scalar), momentum, nonfinite="raise") == f"TrainStep(scalar, {sgd})"
+    options = {"nonfinite": "skip", "trainable": "*.W", "compute": jnp.bfloat16, "clip": 1.0}
+    assert shown(scalar, momentum, **options) == (
+        f"TrainStep(scalar, {sgd}, nonfinite='skip', trainable='*.W', compute=bfloat16, clip=1.0)"
+    )
+    chosen = shown(scalar, momentum, trainable=lambda path, x: True, loss_scale="dynamic")
+    assert chosen == f"TrainStep(scalar, {sgd}, trainable=<lambda>, loss_scale='dynamic')"
+    schedules = optax.inject_hyperparams(optax.sgd)(0.1)
+    assert shown(scalar, schedules) == "TrainStep(scalar, inject_hyperparams)"
+
+    class Own:
+        def __call__(self, params, example):
+            return scalar(params, example)
+
+        def init(self, params):
+            return ()
+
+        def update(self, updates, state, params=None):
+            return updates, state
+
+    assert shown(Own(), Own()) == "TrainStep(Own, Own)"

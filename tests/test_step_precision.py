@@ -180,7 +180,7 @@ def test_the_forward_and_the_backward_pass_are_in_16_bits(dtype):
     assert metrics["loss"] == pytest.approx(float(value), rel=eps)
     step = train_step(loss_of, optimizer, compute=dtype, ema=0.9)
     wide = {jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}
-    found = jax.eval_shape(step._step, step.init(SINGLE), batch, None)
+    found = jax.eval_shape(step.traced, step.init(SINGLE), batch, None)
     assert {x.dtype for x in jax.tree.leaves(found)} <= wide
     # The products are in 16 bits: of the step, none is in 32.
     text = step._compiled.lower(step.init(SINGLE), batch, None).as_text()

@@ -214,8 +214,8 @@ class Program:
         def advanced(state, batch, i, count):
             own = jax.random.fold_in(key, i) if found.may_draw and key is not None else None
             # A member's inf and nan are its own affair, unless its bad steps are to be left out.
-            look = step._nonfinite == "skip"
-            return step._step(state, batch, own, True, count, look)[:2]
+            look = step.traced.nonfinite == "skip"
+            return step.traced(state, batch, own, True, count, look)[:2]
 
         return advanced
 

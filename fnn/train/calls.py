@@ -55,7 +55,7 @@ class How(NamedTuple):
 
     Fields:
         kind, masked: see `Chunk`.
-        exact, look: see `TrainStep._step`.
+        exact, look: see `TrainStep.traced`.
         stop: whether to end before the first bad step.
         may_loop: whether all that a step may hold is as fast in a loop.
     """
@@ -98,7 +98,7 @@ def _run(
     @jax.jit
     def advance(state, batch, key, size):
         counted = size if how.masked else None
-        new, metrics, told = step._step(state, batch, key, how.exact, counted, how.look)
+        new, metrics, told = step.traced(state, batch, key, how.exact, counted, how.look)
         good = jnp.ones((), bool)
         if how.stop:
             bad = ~(jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"]))
@@ -187,10 +187,10 @@ class Programs:
 
 def programs_of(step: TrainStep) -> Programs:
     """The programs of a step that `train_step` made: the step's own."""
-    if step._programs is None:
-        step._programs = Programs()
-        step._programs.serve(step)
-    return step._programs
+    if step.programs is None:
+        step.programs = Programs()
+        step.programs.serve(step)
+    return step.programs
 
 
 _kept: Kept[Programs] = Kept()
@@ -202,7 +202,7 @@ def kept_programs(step: TrainStep) -> tuple[Programs, Callable[[], None]]:
     Returns:
         The programs, and what keeps them for a later step, to be called when one was traced.
     """
-    loss, optimizer, options = step._made_of
+    loss, optimizer, options = step.made_of
     functions, more = [loss, optimizer.init, optimizer.update], []
     for name in sorted(options.keys() - {"check"}):
         value = options[name]
@@ -280,11 +280,11 @@ class Calls:
         self._ahead: Ahead | None = None
         self._read = 0.0  # when the last result was
         self._longest = math.inf  # how many steps a call of this program makes at most
-        nonfinite = step._nonfinite
+        nonfinite = step.traced.nonfinite
         stops = nonfinite in ("raise", "roll_back")
         size = sum(x.nbytes for x in jax.tree.leaves(numbers_of(state)))
         self._large = size > LARGE
-        scales = step._scaling is not None  # which leaves out steps
+        scales = step.traced.scaling is not None  # which leaves out steps
         look = nonfinite == "skip" or (stops and (self._large or scales))
         devices = {d for x in jax.tree.leaves(state) for d in x.devices()}
         # Programs of several devices wait for each other: two at a time might do so for ever.
@@ -293,7 +293,7 @@ class Calls:
         self._how = How(
             "",
             False,
-            exact=look and holds_nonfinite(step._trainable.split(state)[0]),
+            exact=look and holds_nonfinite(step.traced.trainable.split(state)[0]),
             look=look,
             stop=stops,
             may_loop="cpu" not in platforms,
@@ -427,7 +427,7 @@ class Calls:
         batch, size = batch_of(chunk, i), chunk.sizes[i : i + 1]
         key = None if self._key is None else jax.random.fold_in(self._key, np.uint32(work.seen))
         state = jax.tree.map(jnp.copy, work.latest)
-        new, metrics = self._step._advance(state, batch, key, look_at=False)
+        new, metrics = self._step.advance(state, batch, key, look_at=False)
         try:
             self._step.finish(new)
         except NonFiniteError:

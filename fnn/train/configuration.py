@@ -61,7 +61,7 @@ def of_call(
         call = {"data": of_data(training.data, "data"), "batch_size": size, "shuffle": shuffle}
     else:
         call = {"data": of_data(training.source, "data")}
-    _, optimizer, settings = step._made_of
+    _, optimizer, settings = step.made_of
     settings = {name: settings[name] for name in settings if name not in _NO_MATTER}
     return call | {
         "key": of_key(key),

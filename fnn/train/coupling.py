@@ -25,7 +25,7 @@ def is_coupled(step: TrainStep, state: State, example: Any, key: Any) -> bool:
     found = extras(step.loss)
     if found.mode is not None and _sums_over_batch(step.loss, state, example, key):
         return True
-    trained, _ = step._trainable.split(state)
+    trained, _ = step.traced.trainable.split(state)
     return _reads_batch(step.optimizer, trained, example)
 
 

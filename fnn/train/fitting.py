@@ -47,9 +47,9 @@ def foresee(
 
 def _kept(step: Any, state: State, batch: Any, key: Any) -> Residuals:
     """What the backward pass of a step keeps at a time."""
-    trained, whole = step._trainable.split(state)
-    objective = dataclasses.replace(step._objective, microbatches=1)
-    rows = -(-batch_size(batch) // step._objective.microbatches)
+    trained, whole = step.traced.trainable.split(state)
+    objective = dataclasses.replace(step.traced.objective, microbatches=1)
+    rows = -(-batch_size(batch) // step.traced.objective.microbatches)
 
     def loss(params, model_state, batch):
         params = whole(trained._replace(params=params)).params
@@ -63,12 +63,12 @@ def _kept(step: Any, state: State, batch: Any, key: Any) -> Residuals:
 
 
 def _advice(step: Any) -> list[str]:
-    parts = 2 * step._objective.microbatches
+    parts = 2 * step.traced.objective.microbatches
     advice = [
         "a smaller batch",
         f"accumulate={parts}: the same numbers, a part of the batch at once",
     ]
-    if step._objective.compute is None:
+    if step.traced.objective.compute is None:
         advice.append("compute=jax.numpy.bfloat16: half the bytes")
     advice.append(
         "jax.checkpoint around the parts that keep most, or fnn.layers.repeat(block, n, "

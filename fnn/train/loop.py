@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import inspect
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,33 +17,30 @@ from fnn.batch import example_types
 from fnn.logs import Logs, Writer
 from fnn.params import Where
 from fnn.sharding import Layout
+from fnn.train.call_checks import check_call, step_of
 from fnn.train.calls import Calls, kept_programs, programs_of
-from fnn.train.checkpoints import Checkpoints, check_checkpoints
-from fnn.train.checks import BatchChecks, check_values
-from fnn.train.chunks import Resident, Streamed, fits, resident
+from fnn.train.checkpoints import Checkpoints
+from fnn.train.checks import check_values
+from fnn.train.chunks import Resident
 from fnn.train.configuration import of_call
-from fnn.train.coupling import is_coupled
-from fnn.train.data import Arrays, Stream, batches_of, is_tree_of_arrays
-from fnn.train.devices import Placed, on_its_mesh
-from fnn.train.early_stopping import BestKeeper, EarlyStopping, check_early_stopping
-from fnn.train.evaluation import evaluation_of
+from fnn.train.data import Arrays, Stream, batches_of
+from fnn.train.devices import on_its_mesh
+from fnn.train.early_stopping import BestKeeper, EarlyStopping
+from fnn.train.epoch_end import AfterEpoch, Logged, Shown, validation_of
 from fnn.train.events import Listener, Listeners
 from fnn.train.interrupts import Interrupts
 from fnn.train.keeping import kept
 from fnn.train.learning_rate import rate_of
-from fnn.train.loss import Extras, Loss, check_loss, extras
+from fnn.train.loss import Extras, Loss, extras
 from fnn.train.loss_scaling import DynamicLossScale
 from fnn.train.nonfinite import NonFiniteError
-from fnn.train.outcome import NONFINITE, NonFinite
-from fnn.train.prefetch import prefetched
-from fnn.train.progress import Progress, progress_for
+from fnn.train.outcome import NonFinite
+from fnn.train.progress import progress_for
 from fnn.train.result import FitResult, Work, attach
 from fnn.train.rolling_back import RollingBack
-from fnn.train.state import State, check_optimizer, own
+from fnn.train.sources import chunks_of, looking, source_of
+from fnn.train.state import State, own
 from fnn.train.step import TrainStep
-
-# How many chunks of batches that come one by one are made ahead.
-AHEAD = 2
 
 
 @on_its_mesh
@@ -177,36 +172,25 @@ def fit(
     options: dict[str, Any] = {"nonfinite": nonfinite, "trainable": trainable, "layout": layout}
     options |= {"accumulate": accumulate, "compute": compute, "loss_scale": loss_scale}
     options |= {"ema": ema, "clip": clip}
-    step = _step(loss, optimizer, options, check)
+    step = step_of(loss, optimizer, options, check)
     loss = step.loss
-    if not isinstance(params, State):
-        arguments.no_result("fit", "params", params)
-    for name, value in {"shuffle": shuffle, "progress": progress, "check": check}.items():
-        arguments.flag("fit", name, value)
-    arguments.flag("fit", "drop_last", drop_last)
+    check_call(
+        loss,
+        params,
+        flags={"shuffle": shuffle, "progress": progress, "check": check, "drop_last": drop_last},
+        key=key,
+        model_state=model_state,
+        checkpoints=checkpoints,
+        validates=validation is not None,
+        validation_loss=validation_loss,
+        early_stopping=early_stopping,
+        schedule=schedule,
+        after_epoch=after_epoch,
+    )
     if steps_per_call is not None:
         steps_per_call = arguments.integer("fit", "steps_per_call", steps_per_call, least=1)
-    if key is not None:
-        arguments.key("fit", "key", key)
-    if checkpoints is not None:
-        check_checkpoints(checkpoints, validation is not None)
-    if validation_loss is not None:
-        check_loss("fit", validation_loss, "validation_loss")
-        if validation is None:
-            raise ValueError("fit: validation_loss is given, but no data for it: validation=...")
-    if early_stopping is not None:
-        check_early_stopping(early_stopping, validation is not None)
-    if schedule is not None:
-        arguments.function("fit", "schedule", schedule, "a function of the number of steps")
-    if after_epoch is not None:
-        form = "a function after_epoch(epoch, state, record)"
-        arguments.function("fit", "after_epoch", after_epoch, form)
     books = Logs("fit", logs)
     found = extras(loss)
-    if found.needs_key and key is None:
-        raise TypeError("the loss takes a key, loss(params, example, key): pass key=... to fit.")
-    if isinstance(params, State) and model_state is not None:
-        raise TypeError("fit: params is a training State, which has a model_state: give only one.")
     training = batches_of(
         "fit",
         data,
@@ -229,7 +213,7 @@ def fit(
         loss_key = None
     elif step.layout is not None:
         loss_key = step.layout.spread(loss_key)
-    step._meet(state, loss_key)
+    step.meet(state, loss_key)
 
     if optimizer is None:
         programs, traced = programs_of(step), lambda: None
@@ -239,7 +223,7 @@ def fit(
         check_values(
             step.find_labels, state.params, training.data, loss_key, state.model_state, "data"
         )
-    look_at = _look_at(step.find_labels, state, loss_key, check and isinstance(training, Stream))
+    look_at = looking(step.find_labels, state, loss_key, check and isinstance(training, Stream))
 
     work = Work(state, start, training.steps)
     last = work.epoch + epochs - 1
@@ -252,10 +236,10 @@ def fit(
             keeper = stack.enter_context(kept(checkpoints, call, last, work, training, interrupts))
             state = work.latest
         calls = Calls(step, programs, traced, state, loss_key, steps_per_call)
-        advance = RollingBack(calls, step._nonfinite == "roll_back")
-        source = _source(training, step, state, loss_key, look_at, calls, last)
+        advance = RollingBack(calls, step.traced.nonfinite == "roll_back")
+        source = source_of(training, step, state, loss_key, look_at, calls, last)
         first = last + 1 if keeper and keeper.is_over else work.epoch
-        validate = _validation(
+        validate = validation_of(
             stack,
             validation,
             validation_loss or loss,
@@ -270,15 +254,15 @@ def fit(
         display = progress_for(progress, last, training.steps, first)
         stack.callback(display.close)
         stack.callback(books.close)
-        listeners: list[Listener] = [_Shown(display)]
+        listeners: list[Listener] = [Shown(display)]
         if epochs:  # before what is saved: of an epoch in a checkpoint there is a line in the log
-            listeners.append(_Logged(books))
+            listeners.append(Logged(books))
         if early_stopping is not None:
             listeners.append(BestKeeper(early_stopping))
         if keeper:
             listeners.append(keeper)
         if after_epoch is not None:
-            listeners.append(_AfterEpoch(after_epoch))
+            listeners.append(AfterEpoch(after_epoch))
         told = Listeners(*listeners)
         stack.enter_context(interrupts)
         try:
@@ -287,7 +271,7 @@ def fit(
                 began = time.perf_counter()
                 if isinstance(source, Resident):
                     calls.next_chunk = functools.partial(source.after, order_key, epoch)
-                with _chunks(source, order_key, epoch, work.batch) as chunks:
+                with chunks_of(source, order_key, epoch, work.batch) as chunks:
                     for chunk in chunks:
                         at = chunk.start
                         while at < len(chunk.sizes):
@@ -328,26 +312,6 @@ def fit(
     return result
 
 
-# -------------------------------------------------------------------------- before it begins
-
-
-def _step(loss: Any, optimizer: Any, options: dict[str, Any], check: bool) -> TrainStep:
-    """The step that is given, or the one of a loss and an optimiser."""
-    if not isinstance(loss, TrainStep):
-        check_loss("fit", loss)
-        check_optimizer("fit", optimizer)
-        arguments.choice("fit", "nonfinite", options["nonfinite"], NONFINITE)
-        return TrainStep(loss, optimizer, check=check, **options)
-    defaults = inspect.signature(TrainStep).parameters
-    given = [name for name, value in options.items() if value != defaults[name].default]
-    if optimizer is not None or given:
-        raise TypeError(
-            f"fit: {', '.join(given) or 'optimizer'} is given beside a TrainStep, which has its "
-            "own: give it to train_step."
-        )
-    return loss
-
-
 def _start(step: TrainStep, params: Any, model_state: Any) -> State:
     """The state to start from, in arrays of its own."""
     if not isinstance(params, State):
@@ -367,131 +331,3 @@ def _initial_model_state(loss: Loss, found: Extras, training: Arrays | Stream, g
     if make is None or not isinstance(training, Arrays):
         return None  # batches of an iterable are looked at once only
     return make(example_types(training.data))
-
-
-def _look_at(find: Callable, state: State, key: Any, values: bool) -> Callable[[Any], None]:
-    """What checks each batch that comes."""
-    checks = BatchChecks(find, values)
-    types = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state.params, state.model_state)
-    )
-    return lambda batch: checks.look_at(types[0], batch, key, types[1])
-
-
-def _source(
-    training: Arrays | Stream,
-    step: TrainStep,
-    state: State,
-    key: Any,
-    look_at: Callable[[Any], None],
-    calls: Calls,
-    last: int,
-) -> Resident | Streamed:
-    """Where the chunks come from."""
-    # Types alone: the state must not be kept.
-    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-    known: list[bool] = []
-    if step.layout is not None:
-        placed = Placed(training, step.layout, look_at)
-        return Streamed(placed, lambda batch: None, lambda batch: False)
-
-    def may_pad(batch):
-        if not known:
-            example = example_types(batch)
-            known.append(not is_coupled(step, types, example, key))
-        return known[0]
-
-    if isinstance(training, Stream) or not fits(training.data):
-        source = Streamed(training, look_at, may_pad)
-        # Of what comes once, no more is read than the next call trains on.
-        return dataclasses.replace(source, most=calls.affordable) if source.comes_once else source
-    even = training.sizes[-1] == training.batch_size
-    return resident(training, not even and may_pad(training.data), last)
-
-
-def _chunks(source: Resident | Streamed, key: Any, epoch: int, start: int) -> Any:
-    """An epoch's chunks, to be closed; those that come are read ahead, if they come again."""
-    make = lambda: source.chunks(key, epoch, start)
-    again = isinstance(source, Streamed) and not source.comes_once
-    return contextlib.closing(prefetched(make, AHEAD if again else 0))
-
-
-# ------------------------------------------------------------------------------- at an epoch's end
-
-
-class _Shown(Listener):
-    """Has the display show what there is."""
-
-    def __init__(self, display: Progress):
-        self._display = display
-
-    def call_over(self, work: Work) -> None:
-        self._display.step(work.epoch, work.batch, work.log.latest)
-
-    def epoch_over(self, work: Work, epoch: int, record: dict[str, Any]) -> None:
-        self._display.epoch(epoch, record)
-
-
-class _Logged(Listener):
-    """Writes the records down."""
-
-    def __init__(self, books: Logs):
-        self._books = books
-
-    def begin(self, work: Work) -> None:
-        self._books.begin(work.epoch)
-
-    def epoch_over(self, work: Work, epoch: int, record: dict[str, Any]) -> None:
-        self._books.write(epoch, work.seen, record)
-
-
-class _AfterEpoch(Listener):
-    """Calls a function, which may end training."""
-
-    def __init__(self, function: Callable):
-        self._function = function
-
-    def epoch_over(self, work: Work, epoch: int, record: dict[str, Any]) -> bool:
-        return bool(self._function(epoch, work.state, record))
-
-
-def _validation(
-    stack: contextlib.ExitStack,
-    data: Any,
-    loss: Loss,
-    state: State,
-    batch_size: int | None,
-    epochs: int,
-    key: Any,
-    check: bool,
-    layout: Layout | None,
-) -> Callable[[State], dict[str, Any]]:
-    """A function from the state to the validation's part of an epoch's record."""
-    if data is None:
-        return lambda state: {}
-    draws = extras(loss).needs_key
-    if draws and key is None:
-        raise TypeError("the validation loss takes a key: pass key=... to fit.")
-    size = batch_size if is_tree_of_arrays(data) else None
-    source = batches_of(
-        "fit", data, batch_size=size, shuffle=False, epochs=epochs, name="validation"
-    )
-    evaluation = stack.enter_context(evaluation_of(loss))
-    if check and isinstance(source, Arrays):  # before training begins, and no more
-        check_values(
-            evaluation.find_labels,
-            state.params,
-            source.data,
-            key if draws else None,
-            state.model_state,
-            "validation",
-        )
-        check = False
-
-    def validate(state):
-        means = evaluation.means(
-            state.params, state.model_state, source, key, check, "validation", layout
-        )
-        return {f"validation_{name}": value for name, value in means.items()}
-
-    return validate

@@ -39,22 +39,22 @@ def birth_in_step(step: Any, state: State, batch: Any, key: Any) -> Birth | None
         ValueError: arrays lie in other processes, too.
     """
     state, batch, key = jax.tree.map(_on_one_device, (state, batch, key))
-    trained, whole = step._trainable.split(state)
+    trained, whole = step.traced.trainable.split(state)
     every = lambda params: whole(trained._replace(params=params)).params
-    scale = step._loss_scale if step._scaling is None else trained.loss_scale.scale
+    scale = step.traced.loss_scale if step.traced.scaling is None else trained.loss_scale.scale
 
     def loss(params, model_state, batch):
-        return step._objective.value(every(params), batch, key, model_state)
+        return step.traced.objective.value(every(params), batch, key, model_state)
 
     def gradient(params, model_state, batch):
-        found = step._objective.found(params, every, batch, key, model_state, scale=scale)
+        found = step.traced.objective.found(params, every, batch, key, model_state, scale=scale)
         return found.gradient
 
     def update(params, opt_state, model_state, batch):
         before = whole(
             trained._replace(params=params, opt_state=opt_state, model_state=model_state)
         )
-        return step._step(before, batch, key, look=False)[0].params
+        return step.traced(before, batch, key, look=False)[0].params
 
     args = (trained.params, trained.model_state, batch)
     parts: list[tuple[Callable, tuple]] = [(loss, args), (gradient, args)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import chex
@@ -11,36 +12,26 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from fnn import arguments
+from fnn import arguments, text
 from fnn.batch import batch_size, example_types
 from fnn.meshes import beside
 from fnn.params import Where
 from fnn.sharding import Layout
-from fnn.train.averaging import averaged, first_average
+from fnn.train import described
 from fnn.train.checks import BatchChecks, describe_bad_labels, describe_nonfinite, find_labels
-from fnn.train.clipping import clipped
 from fnn.train.data import as_arrays
-from fnn.train.devices import check_layout, everywhere, held, on_its_mesh
+from fnn.train.descent import Descent
+from fnn.train.devices import check_layout, on_its_mesh
 from fnn.train.fitting import foresee
 from fnn.train.freezing import Trainable
 from fnn.train.loss import Loss, check_key, check_loss, extras
 from fnn.train.loss_scaling import DynamicLossScale, check_loss_scale
 from fnn.train.nonfinite import Run, Runs, holds_nonfinite
 from fnn.train.objective import Objective
-from fnn.train.outcome import NONFINITE, NonFinite, settle
+from fnn.train.outcome import NONFINITE, NonFinite
 from fnn.train.precision import check_compute
 from fnn.train.replay import birth_in_step
-from fnn.train.state import (
-    State,
-    check_average,
-    check_opt_state,
-    check_optimizer,
-    check_params,
-    check_scale,
-    check_state,
-    own,
-    typed_like,
-)
+from fnn.train.state import State, check_optimizer, check_params, check_state
 
 
 def train_step(
@@ -170,6 +161,13 @@ class TrainStep:
     Runs. One step may serve several runs, in turn or in threads. Notices belong to the run, the
     chain of states; a copy of a state (by `jax.tree.map`, from a file) begins a run of its own.
     If a run is given up, its notices end as a RuntimeWarning.
+
+    Attributes, for the rest of the library:
+        loss, optimizer, layout: as given; the optimiser takes extra arguments.
+        traced: the step as a traceable function, with the options in its fields.
+        find_labels: `find_labels` of the loss.
+        made_of: `(loss, optimizer, options)`, by which to make the step again.
+        programs: where `fit` keeps the programs that it compiled.
     """
 
     def __init__(
@@ -200,32 +198,40 @@ class TrainStep:
         options |= {"accumulate": accumulate, "compute": compute, "loss_scale": loss_scale}
         check_layout(where, layout, extras(loss).mode is not None)
         options |= {"ema": ema, "clip": clip, "layout": layout}
-        self._made_of = (loss, optimizer, options)
+        self.made_of = (loss, optimizer, options)
         self.layout = layout
         self.loss = loss
         self.optimizer = optax.with_extra_args_support(optimizer)
-        self._nonfinite = nonfinite
-        self._trainable = Trainable(trainable, where)
+        chosen = Trainable(trainable, where)
         compute = check_compute(where, compute)
         accumulate = arguments.integer(where, "accumulate", accumulate, least=1)
-        self._objective = Objective(loss, compute, accumulate, layout)
-        self._loss_scale = check_loss_scale(where, loss_scale, compute)
-        self._scaling = self._loss_scale if isinstance(self._loss_scale, DynamicLossScale) else None
-        self._ema = None if ema is None else float(ema)
-        self._clip = None if clip is None else float(clip)
+        self.traced = traced = Descent(
+            Objective(loss, compute, accumulate, layout),
+            self.optimizer,
+            chosen,
+            nonfinite,
+            check_loss_scale(where, loss_scale, compute),
+            ema=None if ema is None else float(ema),
+            clip=None if clip is None else float(clip),
+            layout=layout,
+        )
+        self.programs: Any = None
+        self.find_labels = functools.partial(find_labels, loss, trained=chosen.flags)
         self._extras = extras(loss)
         self._runs = Runs()
-        self._programs: Any = None  # `fit` keeps here what it compiled
-        self.find_labels = functools.partial(find_labels, loss, trained=self._trainable.flags)
         self._checks = BatchChecks(self.find_labels, check)
-        self._compiled = jax.jit(self._step, donate_argnums=0, static_argnums=3)
+
+        def step(state: State, batch: Any, key: Any, exact: bool = False) -> Any:
+            return traced(state, batch, key, exact)
+
+        self._compiled = jax.jit(step, donate_argnums=0, static_argnums=3)
 
     def __reduce__(self):
         """Pickled and copied as the call that made it: compiled programs and runs are left out."""
-        return _made_again, self._made_of
+        return _made_again, self.made_of
 
     def __deepcopy__(self, memo: dict) -> TrainStep:
-        return _made_again(*self._made_of)
+        return _made_again(*self.made_of)
 
     @on_its_mesh
     def init(self, params: chex.ArrayTree, model_state: chex.ArrayTree | None = None) -> State:
@@ -248,22 +254,12 @@ class TrainStep:
             model_state = {}
         params = as_arrays(params, "params", only_arrays=True)
         model_state = as_arrays(model_state, "model_state", only_arrays=True)
-        check_params(params, self._trainable.flags)
+        check_params(params, self.traced.trainable.flags)
         if self.layout is None:
-            return self._first(params, model_state)
+            return self.traced.first(params, model_state)
         params, model_state = self.layout.place(params), self.layout.spread(model_state)
-        wanted = self.layout.of_state(jax.eval_shape(self._first, params, model_state))
-        return jax.jit(self._first, out_shardings=wanted)(params, model_state)
-
-    def _first(self, params: Any, model_state: Any) -> State:
-        opt_state = self.optimizer.init(self._trainable.part(params))
-        start = State(params, opt_state, jnp.zeros((), jnp.int32), model_state=model_state)
-        if self._ema is not None:
-            start = start._replace(ema=first_average(params))
-        if self._scaling is not None:
-            start = start._replace(loss_scale=self._scaling.first())
-        # A step donates its state's buffers; copies keep the caller's `params` alive.
-        return own(start)
+        wanted = self.layout.of_state(jax.eval_shape(self.traced.first, params, model_state))
+        return jax.jit(self.traced.first, out_shardings=wanted)(params, model_state)
 
     def __call__(
         self, state: State, batch: chex.ArrayTree, key: chex.PRNGKey | None = None
@@ -286,16 +282,53 @@ class TrainStep:
         """
         check_state(state)
         batch = as_arrays(batch, "batch")
-        if any(map(_is_traced, jax.tree.leaves((state, batch, key)))):
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves((state, batch, key))):
             self._look_at(state, batch, key)
             return self._compiled(state, batch, key, True)[:2]
-        return self._advance(state, batch, key, look_at=True)
+        return self.advance(state, batch, key, look_at=True)
+
+    def finish(self, state: State | None = None) -> None:
+        """Wait for the steps under way.
+
+        Args:
+            state: the run's latest state; unless given, all runs of this thread: those whose
+                state is still held by somebody, and the one whose step came last.
+
+        Raises:
+            NonFiniteError: one of them met inf or nan (with nonfinite="raise").
+        """
+        for run in self._runs.of_this_thread() if state is None else [self._run_of(state)]:
+            run.read(state, wait=True)
+
+    def __repr__(self) -> str:
+        loss, optimizer, options = self.made_of
+        defaults = inspect.signature(TrainStep).parameters
+        shown = [described.option(loss), described.transformations(optimizer)]
+        for name, value in options.items():
+            if value is not defaults[name].default and value != defaults[name].default:
+                shown.append(f"{name}={described.option(value)}")
+        return text.one_screen(f"TrainStep({', '.join(shown)})")
+
+    # ------------------------------------------------------------------- for `fit` and `sweep`
+
+    def meet(self, state: State, key: Any) -> None:
+        """Raise a TypeError or ValueError unless state and key are such as this step takes."""
+        check_key(self._extras, key)
+        self.traced.check(state)
 
     @on_its_mesh
-    def _advance(
+    def advance(
         self, state: State, batch: Any, key: Any, *, look_at: bool
     ) -> tuple[State, dict[str, chex.Array]]:
-        """The step, of arrays, whose batch is looked at beforehand if asked for."""
+        """The step, called with arrays.
+
+        Args:
+            state, batch, key: as above; the state's memory is taken.
+            look_at: whether to check the batch before.
+
+        Raises:
+            NonFiniteError: as above.
+        """
         known = self._runs.of(state) is not None
         if self.layout is not None:
             state = state if known else self.layout.place(state)
@@ -321,98 +354,18 @@ class TrainStep:
         self._runs.link(new, run)
         return new, metrics
 
-    def finish(self, state: State | None = None) -> None:
-        """Wait for the steps under way.
-
-        Args:
-            state: the run's latest state; unless given, all runs of this thread: those whose
-                state is still held by somebody, and the one whose step came last.
-
-        Raises:
-            NonFiniteError: one of them met inf or nan (with nonfinite="raise").
-        """
-        for run in self._runs.of_this_thread() if state is None else [self._run_of(state)]:
-            run.read(state, wait=True)
-
     def _run_of(self, state: State) -> Run:
         run = self._runs.of(state)
         if run is not None:
             return run
         self._runs.warn_of_abandoned()
-        trained, _ = self._trainable.split(state)
+        trained, _ = self.traced.trainable.split(state)
         with jax.ensure_compile_time_eval():
-            run = Run(state, trained, self._nonfinite != "ignore" and holds_nonfinite(trained))
+            run = Run(
+                state, trained, self.traced.nonfinite != "ignore" and holds_nonfinite(trained)
+            )
         self._runs.link(state, run)
         return run
-
-    # ---------------------------------------------------------------- the step, on the device
-
-    def _step(
-        self,
-        state: State,
-        batch: Any,
-        key: Any,
-        exact: bool = False,
-        count: Any = None,
-        look: bool | None = None,
-    ):
-        """The step, traced: `(state, metrics, report or None)`.
-
-        Args:
-            exact: see `square_sums`.
-            count: how many of the batch's first examples count; all unless given.
-            look: whether to look for inf and nan before the step is applied; by default, unless
-                `nonfinite` is "ignore".
-        """
-        # Python comes by here only to trace a new program: to check shapes here costs no time.
-        self._check_parts(state)
-        state, whole = self._trainable.split(state)
-        every = lambda params: whole(state._replace(params=params)).params
-        scale = self._loss_scale if self._scaling is None else state.loss_scale.scale
-        found = self._objective.found(
-            state.params, every, batch, key, state.model_state, count=count, scale=scale
-        )
-        gradient = jax.tree.map(_steepest, found.gradient)
-
-        def value_of(params, batch=batch):  # a line search passes on what else update was given
-            return self._objective.value(every(params), batch, key, state.model_state, count)
-
-        def apply():
-            updates, opt_state = self.optimizer.update(
-                gradient if self._clip is None else clipped(gradient, self._clip),
-                state.opt_state,
-                state.params,
-                value=found.means["loss"],
-                grad=gradient,
-                value_fn=value_of,
-                batch=batch,
-            )
-            new = state._replace(
-                params=optax.apply_updates(state.params, updates),
-                opt_state=opt_state,
-                step=state.step + 1,
-                model_state=found.model_state,
-            )
-            if self._ema is not None:
-                new = new._replace(ema=averaged(state.ema, new.params, self._ema, new.step))
-            return typed_like(new, state)
-
-        kept, metrics, report = settle(
-            state,
-            apply,
-            gradient,
-            found.means["loss"],
-            found.losses,
-            nonfinite=self._nonfinite,
-            look=self._nonfinite != "ignore" if look is None else look,
-            exact=exact,
-            scaling=self._scaling,
-        )
-        new, metrics = whole(kept), found.means | metrics
-        if self.layout is not None:
-            new = held(self.layout, new)
-            metrics, report = everywhere(self.layout, (metrics, report))
-        return new, metrics, report
 
     # ------------------------------------------------------------------ checks, on the host
 
@@ -425,28 +378,10 @@ class TrainStep:
 
         def meet():
             new.append(None)
-            self._meet(state, key)
+            self.meet(state, key)
 
-        self._checks.look_at(
-            state.params,
-            batch,
-            key,
-            state.model_state,
-            first=meet,
-        )
+        self._checks.look_at(state.params, batch, key, state.model_state, first=meet)
         return bool(new)
-
-    def _meet(self, state: State, key: Any) -> None:
-        check_key(self._extras, key)
-        self._check_parts(state)
-
-    def _check_parts(self, state: State) -> None:
-        """Raise a TypeError or ValueError unless the state's parts are those of this step."""
-        check_params(state.params, self._trainable.flags)
-        trained = self._trainable.part(state.params)
-        check_opt_state(self.optimizer, trained, state.opt_state)
-        check_average(state, self._ema is not None)
-        check_scale(state, self._scaling is not None)
 
     def _what_is_wrong_with(self, batch: Any, types: tuple[Any, Any], key: Any) -> str:
         """What is wrong with the batch of a bad step, if that can be seen; see `Run.types`."""
@@ -456,11 +391,3 @@ class TrainStep:
             labels = find_labels(self.loss, params, example_types(batch), key, state)
             data = describe_bad_labels(batch, labels)
         return data
-
-
-def _is_traced(x: Any) -> bool:
-    return isinstance(x, Tracer)
-
-
-def _steepest(g: jax.Array) -> jax.Array:
-    return jnp.conj(g) if jnp.issubdtype(g.dtype, jnp.complexfloating) else g

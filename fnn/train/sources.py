@@ -1,0 +1,88 @@
+"""Where the batches of `fit` come from: arrays on the device, or a stream that is read ahead."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from fnn.batch import example_types
+from fnn.train.calls import Calls
+from fnn.train.checks import BatchChecks
+from fnn.train.chunks import Resident, Streamed, fits, resident
+from fnn.train.coupling import is_coupled
+from fnn.train.data import Arrays, Stream
+from fnn.train.devices import Placed
+from fnn.train.prefetch import prefetched
+from fnn.train.state import State
+from fnn.train.step import TrainStep
+
+# How many chunks of batches that come one by one are made ahead.
+AHEAD = 2
+
+
+def looking(find: Callable, state: State, key: Any, values: bool) -> Callable[[Any], None]:
+    """What checks each batch that comes.
+
+    Args:
+        find: `find_labels` of the loss.
+        state: any of the training; its types are kept.
+        key: the loss's, or None.
+        values: whether to look at values, too.
+    """
+    checks = BatchChecks(find, values)
+    types = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state.params, state.model_state)
+    )
+    return lambda batch: checks.look_at(types[0], batch, key, types[1])
+
+
+def source_of(
+    training: Arrays | Stream,
+    step: TrainStep,
+    state: State,
+    key: Any,
+    look_at: Callable[[Any], None],
+    calls: Calls,
+    last: int,
+) -> Resident | Streamed:
+    """Where the chunks come from.
+
+    Args:
+        training: the data.
+        step: what is trained.
+        state: the first; its types are kept.
+        key: the loss's, or None.
+        look_at: called with each batch that comes.
+        calls: by which a stream that can't be read twice knows how much to read.
+        last: the number of the last epoch.
+    """
+    # Types alone: the state must not be kept.
+    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    known: list[bool] = []
+    if step.layout is not None:
+        placed = Placed(training, step.layout, look_at)
+        return Streamed(placed, lambda batch: None, lambda batch: False)
+
+    def may_pad(batch):
+        if not known:
+            example = example_types(batch)
+            known.append(not is_coupled(step, types, example, key))
+        return known[0]
+
+    if isinstance(training, Stream) or not fits(training.data):
+        source = Streamed(training, look_at, may_pad)
+        # Of what comes once, no more is read than the next call trains on.
+        return dataclasses.replace(source, most=calls.affordable) if source.comes_once else source
+    even = training.sizes[-1] == training.batch_size
+    return resident(training, not even and may_pad(training.data), last)
+
+
+def chunks_of(source: Resident | Streamed, key: Any, epoch: int, start: int) -> Any:
+    """An epoch's chunks, to be closed; those that come are read ahead, if they come again."""
+    make = lambda: source.chunks(key, epoch, start)
+    again = isinstance(source, Streamed) and not source.comes_once
+    return contextlib.closing(prefetched(make, AHEAD if again else 0))
