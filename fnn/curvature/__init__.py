@@ -43,6 +43,7 @@ Each module imports only from those above it:
     piecewise_linear whether a network is linear in pieces
     exact_diagonal   the Hessian's diagonal
     kronecker        Kronecker factors
+    part_of_params   a model of which only some parameters are trained
     kfac_optimizer   KFAC
 """
 

@@ -17,6 +17,12 @@ from fnn.curvature import output_hessian
 from fnn.curvature.checks import check_like, check_loss, check_model, checked_params, pair
 from fnn.curvature.kronecker import Block, Diagonal, Kronecker, factors
 from fnn.curvature.linearize import linearized
+from fnn.curvature.part_of_params import (
+    NOT_TOLD,
+    first_without_array,
+    others_of,
+    with_others,
+)
 from fnn.curvature.sqrt_ggn import one_array
 from fnn.eager import once
 from fnn.meshes import specs_of, with_auto_axes
@@ -72,6 +78,7 @@ def kfac(
     kind: str = "expand",
     samples: int = 1,
     key: chex.PRNGKey | None = None,
+    example_params: chex.ArrayTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """KFAC (Martens & Grosse 2015), for any network.
 
@@ -109,17 +116,22 @@ def kfac(
         l2: the weight of ½ l2 |params|², added to the loss, its gradient and the GGN.
         kind, samples: as for `kronecker_factors`; samples=0 takes all columns.
         key: for the labels that are drawn; `jax.random.key(0)` unless given.
+        example_params: all parameters of the model, or their shapes, where only some are trained,
+            as by `fnn.train_step(..., trainable=...)`: the optimiser is then given trees with None
+            in the places of the others. The values aren't looked at.
 
     Returns:
         An optax optimiser. Its update takes the batch, too:
 
             updates, state = optimizer.update(gradient, state, params, batch=(inputs, targets))
 
-        where the gradient is that of the mean loss. `fnn.train_step` passes it on.
+        where the gradient is that of the mean loss; and, where only some parameters are trained,
+        the tree of all, `all_params`. `fnn.train_step` passes both on.
 
     Raises:
         TypeError: an argument is of the wrong type, or a parameter is no real array.
-        ValueError: an argument is out of range, or update gets no params or no batch.
+        ValueError: an argument is out of range; update gets no params or no batch; parameters have
+            None where the model needs arrays, and the others aren't known.
     """
     check_model("kfac", model)
     check_loss("kfac", loss)
@@ -147,15 +159,22 @@ def kfac(
     with_model = learning_rate is None
     look_back = momentum is None or momentum > 0 if with_model else bool(momentum)
 
-    def new_factors(params, batch, key):
+    def new_factors(params, batch, key, others):
         draw = {"key": key, "samples": samples} if samples else {}
-        return factors(model, loss, params, batch, kind=kind, part="fisher", **draw)
+        of = with_others(model, others)
+        return factors(of, loss, params, batch, kind=kind, part="fisher", **draw)
 
     def init(params):
         # Of types alone: how the arrays are laid out on a mesh doesn't matter.
         types = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
         given = types(checked_params("kfac", params)), types(example_batch)
-        shapes = jax.eval_shape(new_factors, *given, key)
+        others = others_of(params, types(example_params), "example_params")
+        try:
+            shapes = jax.eval_shape(new_factors, *given, key, others)
+        except Exception as error:
+            if example_params is None and (place := first_without_array(params)):
+                error.add_note(f"kfac: {place} is None. {NOT_TOLD}")
+            raise
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         dtype = functools.reduce(
             jnp.promote_types, [x.dtype for x in parameters(params)[1]], jnp.float32
@@ -172,7 +191,7 @@ def kfac(
             jnp.ones((), dtype),
         )
 
-    def update(gradient, state, params=None, *, batch=None, **unused):
+    def update(gradient, state, params=None, *, batch=None, all_params=None, **unused):
         if params is None or batch is None:
             missing = "params" if params is None else "batch=(inputs, targets)"
             raise ValueError(
@@ -180,11 +199,21 @@ def kfac(
             )
         inputs, targets = pair("kfac", batch)
         check_like("kfac", "the gradient", gradient, params)
+        others = others_of(params, all_params, "all_params")
+        place = first_without_array(params)
+        if place and example_params is None and jax.tree.leaves(others):
+            raise ValueError(f"kfac: {place} isn't trained. {NOT_TOLD}")
+        if place and example_params is not None and others is None:
+            raise ValueError(
+                f"kfac: {place} is None, so update needs the tree of all parameters: "
+                "update(gradient, state, params, batch=..., all_params=...)."
+            )
         # Where the parameters and the state are laid out, so is what comes of them.
         out = specs_of((gradient, state))
-        return with_auto_axes(once(step), (gradient, state, params, (inputs, targets)), out)
+        args = gradient, state, params, (inputs, targets), others
+        return with_auto_axes(once(step), args, out)
 
-    def step(gradient, state, params, batch):
+    def step(gradient, state, params, batch, others):
         inputs, targets = batch
         dtype = state.damping.dtype
         damping = state.damping + l2
@@ -196,7 +225,7 @@ def kfac(
             state.count,
             lambda: _averaged(
                 (state.factors, state.weight),
-                new_factors(params, batch, jax.random.fold_in(state.key, state.count)),
+                new_factors(params, batch, jax.random.fold_in(state.key, state.count), others),
                 average,
             ),
             (state.factors, state.weight),
@@ -212,7 +241,8 @@ def kfac(
         # Directions of entries up to one: so nothing overflows, whatever the units of the data.
         found = [direction, _wide(state.velocity)] if look_back else [direction]
         vectors, sizes = zip(*[_normalised(v, dtype) for v in found], strict=True)
-        outputs = lambda p: jax.vmap(lambda x: one_array(model(p, x)))(inputs)
+        of = with_others(model, others)
+        outputs = lambda p: jax.vmap(lambda x: one_array(of(p, x)))(inputs)
         z, push, _ = linearized(outputs, params)
         pushed = [push(_like(v, params)) for v in vectors]
         bend = output_hessian.products(loss, z, targets, "fisher")

@@ -26,7 +26,8 @@ def is_coupled(step: TrainStep, state: State, example: Any, key: Any) -> bool:
     if found.mode is not None and _sums_over_batch(step.loss, state, example, key):
         return True
     trained, _ = step.traced.trainable.split(state)
-    return _reads_batch(step.optimizer, trained, example)
+    frozen = () if step.traced.trainable.is_all else state.params
+    return _reads_batch(step.optimizer, trained, frozen, example)
 
 
 def _sums_over_batch(loss: Loss, state: State, example: Any, key: Any) -> bool:
@@ -53,13 +54,19 @@ def _names_axis(flat: Program) -> bool:
     )
 
 
-def _reads_batch(optimizer: Any, state: State, example: Any) -> bool:
-    """Does the update depend on the argument `batch`, other than by way of the loss?"""
+def _reads_batch(optimizer: Any, state: State, every: Any, example: Any) -> bool:
+    """Does the update depend on the argument `batch`, other than by way of the loss?
+
+    Args:
+        state: of what is trained.
+        every: all parameters, where some are frozen; else ().
+    """
     leaves, tree = jax.tree.flatten(example)
     batch = [jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in leaves]
     value = jax.ShapeDtypeStruct((), jax.numpy.result_type(float))
 
-    def update(opt_state, params, value, *batch):
+    def update(opt_state, params, every, value, *batch):
+        more = {"all_params": every} if jax.tree.leaves(every) else {}
         updates, new = optimizer.update(
             params,
             opt_state,
@@ -68,9 +75,10 @@ def _reads_batch(optimizer: Any, state: State, example: Any) -> bool:
             grad=params,
             value_fn=lambda params, batch=None: value,
             batch=jax.tree.unflatten(tree, batch),
+            **more,
         )
         return jax.tree.leaves((updates, new))
 
-    flat = program(trace(update, (state.opt_state, state.params, value, *batch)))
+    flat = program(trace(update, (state.opt_state, state.params, every, value, *batch)))
     reached = flat.dependents(flat.inputs[-len(batch) :])
     return not reached.isdisjoint(flat.outputs)

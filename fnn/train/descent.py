@@ -110,6 +110,9 @@ class Descent:
         def value_of(params, batch=batch):  # a line search passes on what else update was given
             return self.objective.value(every(params), batch, key, state.model_state, count)
 
+        # The model may be part of the optimiser, as of KFAC, and needs what is frozen, too.
+        more = {} if self.trainable.is_all else {"all_params": every(state.params)}
+
         def apply():
             updates, opt_state = self.optimizer.update(
                 gradient if self.clip is None else clipped(gradient, self.clip),
@@ -119,6 +122,7 @@ class Descent:
                 grad=gradient,
                 value_fn=value_of,
                 batch=batch,
+                **more,
             )
             new = state._replace(
                 params=optax.apply_updates(state.params, updates),

@@ -31,6 +31,11 @@ class Trainable:
         self._where = where
         self._op = op
 
+    @property
+    def is_all(self) -> bool:
+        """Whether all is trained, because nothing was chosen."""
+        return self._where is None
+
     def flags(self, params: Any) -> list[bool]:
         """For each leaf, in the order of `jax.tree.leaves`, whether it is trained.
 

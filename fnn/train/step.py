@@ -68,9 +68,9 @@ def train_step(
             `(scalar, metrics, state)`. `fnn.supervised(net, ...)` writes such a loss.
         optimizer: any optax transformation. Those that want more than the gradient
             (`optax.lbfgs`, `polyak_sgd`, `reduce_on_plateau`, ...) get `value`, `grad` and
-            `value_fn` of the batch's mean loss, and `batch` (for `fnn.curvature.kfac`). Complex
-            parameters move along the conjugate of JAX's gradient, the direction of steepest
-            descent.
+            `value_fn` of the batch's mean loss, `batch`, and with `trainable` the tree of
+            `all_params` (both for `fnn.curvature.kfac`). Complex parameters move along the
+            conjugate of JAX's gradient, the direction of steepest descent.
         nonfinite: what to do about a step whose loss or gradient holds inf or nan (or is so
             large that its norm overflows), or that would make a number of the parameters or of
             the optimiser's state inf or nan that wasn't. "raise": the step isn't applied and a
