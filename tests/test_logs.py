@@ -359,12 +359,16 @@ def test_only_the_first_process_writes(monkeypatch):
 # -------------------------------------------------------------------------------- TensorBoard
 
 
-def scalars_of(folder):
-    """By TensorBoard's own reader."""
+def reader_of(folder):
+    """TensorBoard's own."""
     event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
     )
-    read = event_accumulator.EventAccumulator(str(folder)).Reload()
+    return event_accumulator.EventAccumulator(str(folder), {"histograms": 0, "scalars": 0}).Reload()
+
+
+def scalars_of(folder):
+    read = reader_of(folder)
     tags = read.Tags()["scalars"]
     return {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in tags}
 
@@ -373,10 +377,42 @@ def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboardX")
     result = train(logs=[TensorBoard(tmp_path / "run")])
     scalars = scalars_of(tmp_path / "run")
-    assert set(scalars) == set(result.history) - {"error"}  # an array
+    history = {k: v for k, v in result.history.items() if k != "error"}
+    history |= {f"error/{i}": [error[i] for error in result.history["error"]] for i in range(3)}
+    assert set(scalars) == set(history)
     for name, entries in scalars.items():
         assert [step for step, _ in entries] == [1, 2, 3]
-        np.testing.assert_allclose([v for _, v in entries], result.history[name], rtol=1e-6)
+        np.testing.assert_allclose([v for _, v in entries], history[name], rtol=1e-6)
+
+
+def test_tensorboard_of_arrays(tmp_path):
+    """Small ones number by number, large ones as histograms, whatever is in them."""
+    pytest.importorskip("tensorboardX")
+    large = np.random.default_rng(0).normal(size=(5, 20))
+    log = TensorBoard(tmp_path)
+    log.begin(1)
+    log.write(1, 7, {"matrix": np.arange(6.0).reshape(2, 3), "large": large, "none": np.ones(0)})
+    odd = large.copy()
+    odd[0] = np.nan, *[np.inf] * 19
+    log.write(2, 14, {"large": odd})
+    log.write(3, 21, {"large": np.full(50, np.nan)})  # there is nothing to show
+    log.write(4, 28, {"large": np.full(50, 2.5), "matrix": np.full((2, 3), np.nan)})
+    log.close()
+    scalars = scalars_of(tmp_path)
+    assert scalars["matrix/1/2"][0] == (1, 5.0) and np.isnan(scalars["matrix/1/2"][1][1])
+    assert set(scalars) == {f"matrix/{i}/{j}" for i in range(2) for j in range(3)}
+    read = reader_of(tmp_path)
+    assert read.Tags()["histograms"] == ["large"]
+    first, second, constant = read.Histograms("large")
+    assert [e.step for e in (first, second, constant)] == [1, 2, 4]
+    for event, numbers in ((first, large), (second, large[1:]), (constant, np.full(50, 2.5))):
+        found = event.histogram_value
+        assert found.num == numbers.size == sum(found.bucket)
+        np.testing.assert_allclose([found.min, found.max], [numbers.min(), numbers.max()])
+        np.testing.assert_allclose(found.sum, numbers.sum(), rtol=1e-6)
+        # Each bucket counts what lies above the limit before, up to its own.
+        below = [np.sum(numbers.ravel() < limit) for limit in found.bucket_limit[1:-1]]
+        np.testing.assert_array_equal(np.cumsum(found.bucket)[1:-1], below)
 
 
 def test_tensorboard_goes_on_and_begins_anew(tmp_path):

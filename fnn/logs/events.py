@@ -6,7 +6,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,21 @@ from fnn.logs.writer import checked_path
 
 REQUIREMENT = "tensorboardX>=2.6"
 
+# An array of at most so many numbers is logged number by number, a larger one as a histogram.
+MOST_SCALARS = 32
+
+# The bins of a histogram, equally wide; what TensorBoard shows has 30, too.
+BINS = 30
+
 
 class TensorBoard:
     """Scalars for TensorBoard, one for each quantity and epoch: `tensorboard --logdir FOLDER`.
 
-    The step that TensorBoard shows is the epoch. Metrics that are arrays are left out. Training
-    that goes on from a state, or begins anew in the same folder, tells TensorBoard that the epochs
-    logged before from its first on don't count: they are in the files, but not shown.
+    The step that TensorBoard shows is the epoch. A metric that is an array of up to 32 numbers is
+    a scalar for each, `error/0`, `error/1`, of a matrix `error/0/1`, which TensorBoard shows
+    together; a larger one is a histogram of its finite numbers, in 30 bins. Training that goes on
+    from a state, or begins anew in the same folder, tells TensorBoard that the epochs logged before
+    from its first on don't count: they are in the files, but not shown.
 
     Args:
         folder: where the events' files go, one for each call of `fit`; it is made if it isn't
@@ -46,7 +54,7 @@ class TensorBoard:
             raise arguments.missing("fnn.logs.TensorBoard", REQUIREMENT) from error
         # Not its SummaryWriter, which writes in a thread: that dies of a full disk without a word,
         # and all that comes later waits for it for ever.
-        self._checksum, self._scalar = record_writer.masked_crc32c, summary.scalar
+        self._checksum, self._summary = record_writer.masked_crc32c, summary
         self._events = event_pb2
         self._file: WholeFile | None = None
 
@@ -69,12 +77,22 @@ class TensorBoard:
         if self._file is None or not self._file.path.exists():
             self.begin(epoch)
         assert self._file is not None
-        scalars = {name: float(value) for name, value in record.items() if np.ndim(value) == 0}
-        made = [self._record(step=epoch, summary=self._scalar(k, x)) for k, x in scalars.items()]
-        self._file.append(b"".join(made))
+        made = [x for name, value in record.items() for x in self._summaries(name, value)]
+        self._file.append(b"".join(self._record(step=epoch, summary=x) for x in made))
 
     def close(self) -> None:
         """Nothing is open between two epochs."""
+
+    def _summaries(self, name: str, value: Any) -> Iterator[Any]:
+        """What is logged of a quantity."""
+        value = np.asarray(value, float)
+        if value.size <= MOST_SCALARS:
+            for place, x in np.ndenumerate(value):
+                yield self._summary.scalar("/".join([name, *map(str, place)]), float(x))
+            return
+        finite = value[np.isfinite(value)]
+        if finite.size:
+            yield self._summary.histogram(name, finite, BINS)
 
     def _record(self, **fields: Any) -> bytes:
         """An event as TensorFlow's record: its length and itself, each with a checksum."""
