@@ -352,6 +352,14 @@ def test_the_thread_computes_as_its_maker():
     with jax.enable_x64(False):
         (found,) = prefetched(lambda: (jnp.ones(()) for _ in range(1)), 1)
     assert found.dtype == jnp.float32
+    draw = lambda: (jax.random.normal(jax.random.key(0), (3,)) for _ in range(1))
+    for setting in (jax.threefry_partitionable(False), jax.default_prng_impl("rbg")):
+        with setting:
+            (found,), (wanted,) = prefetched(draw, 1), draw()
+        assert found.tolist() == wanted.tolist()
+    zeros = lambda: (jnp.zeros(3) / jnp.zeros(3) for _ in range(1))
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        list(prefetched(zeros, 1))
 
 
 def test_an_iterator_is_read_no_further_than_it_is_trained_on():
