@@ -262,6 +262,17 @@ def test_the_transpose_is_the_transpose():
         close(found, jax.linear_transpose(into, x)(g)[0], 1e-4)
 
 
+def test_the_transpose_with_a_window_shorter_than_the_stride():
+    """Its output is stride times its input, as the convolution's input was."""
+    w = R(0, 2, 3, 1, 2)
+    into = functools.partial(ops.convolution, w=w, stride=(2, 3))
+    x = R(1, 8, 12, 3)
+    g = R(2, *into(x).shape)
+    found = ops.conv_transpose(g, w, stride=(2, 3))
+    assert found.shape == x.shape
+    close(found, jax.linear_transpose(into, x)(g)[0], 1e-4)
+
+
 def test_one_dimension_three_and_none():
     x, w = R(0, 2, 3, 5, 4, 6, 2), R(1, 3, 2, 2, 1, 3)
     ours = ops.convolution(x, w, padding="valid")

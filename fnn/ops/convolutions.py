@@ -149,6 +149,8 @@ def conv_transpose(
     reach = [1 + d * (k - 1) for k, d in zip(w.shape[2:], dilations, strict=True)]
     whole = [n * s for n, s in zip(x.shape[-1 - space : -1], strides, strict=True)]
     pads = pads_of(op, padding, whole, reach, strides)
+    if padding == "same":  # a window that is shorter than the stride leaves entries at the end out
+        more = tuple(m + max(s - r, 0) for m, s, r in zip(more, strides, reach, strict=True))
     around = [
         (r - 1 - low, r - 1 - high + m) for r, (low, high), m in zip(reach, pads, more, strict=True)
     ]
