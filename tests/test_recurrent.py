@@ -460,6 +460,8 @@ def test_kronecker_factors(layer):
     model = lambda p, x: jnp.sum(layer(p, x, None, carry), keepdims=True)[0, 0]
     square = lambda y, _: y**2
     found = fnn.curvature.kronecker_factors(model, square)(params, (xs, jnp.zeros(1)))
+    if layer is not OF_CELL:
+        assert all(isinstance(found[name], fnn.curvature.Kronecker) for name in "WU"), found
     flat, unravel = ravel_pytree(params)
     J = jax.grad(lambda v: model(unravel(v), xs[0]))(flat)
     ggn = 2 * np.outer(J, J)

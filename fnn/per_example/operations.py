@@ -60,17 +60,23 @@ def gradients(
     }
     if not dots:
         return None
+    # What doesn't come of the upstream gradient is made outside of what is hidden: so it is known
+    # to be the same for all of them, where there are several.
+    once = dict(flat.constants)
+    before, _ = flat.needed_for([dot.a for dot in dots.values()])
+    apply_all(before, once)
     outs = dict(zip(places, flat.outputs, strict=True))
-    targets = [i for k, i in outs.items() if k not in dots]
-    targets += [i for dot in dots.values() for i in (dot.a, dot.g)]
-    equations, _ = flat.needed_for(targets)
+    targets = {k: dots[k].g if k in dots else i for k, i in outs.items()}
+    equations, _ = flat.needed_for(list(targets.values()))
 
     def run(constants, g):
         values = constants | dict(zip(flat.inputs, jax.tree.leaves(g), strict=True))
         apply_all(equations, values)
-        return {k: dots[k].term(values) if k in dots else values[i] for k, i in outs.items()}
+        return {k: values[i] for k, i in targets.items()}
 
     found = hidden(run, opaque)(flat.constants, list(g))
+    for k, dot in dots.items():
+        found[k] = dot.term(once[dot.a], found[k])
     return [found.get(k) for k in range(len(needed))]
 
 
@@ -89,9 +95,9 @@ class _Dot(NamedTuple):
     g_first: bool
     views: list[View]
 
-    def term(self, values: dict) -> Terms:
-        a, stack, ins = _as_factor(values[self.a], self.a_axes)
-        g, _, out = _as_factor(values[self.g], self.g_axes)
+    def term(self, a: Any, g: Any) -> Terms:
+        a, stack, ins = _as_factor(a, self.a_axes)
+        g, _, out = _as_factor(g, self.g_axes)
         places = list(range(len(stack) + len(out) + len(ins)))
         of_stack, of_out = places[: len(stack)], places[len(stack) : len(stack) + len(out)]
         of_in = places[len(stack) + len(out) :]
