@@ -471,8 +471,16 @@ def test_gradients_of_examples_through_norms_of_weights():
     batch = normal(7, 4, 5)
     params, state = net.init(KEY, batch[0]), net.init_state(batch[0])
     loss = lambda p, x: jnp.sum(jnp.sin(net.apply(p, state, x)[0]) ** 2)
-    formed = jax.jit(
-        lambda p, b: fnn.per_example.materialize(fnn.per_example.grads(loss)(p, b)[1])
-    )(params, batch)
+
+    @jax.jit
+    def both(p, b):
+        _, g = fnn.per_example.grads(loss)(p, b)
+        return g, fnn.per_example.materialize(g)
+
+    grads, formed = both(params, batch)
+    # Kept whole: it isn't a product, as the layers' docstrings say.
+    why = {row["path"]: (row["kept"], row["why"]) for row in fnn.per_example.explain(grads)}
+    for path in ("['a']['v']", "['b']['W']"):
+        assert why[path][0] == "dense" and why[path][1].startswith("made from it by mul"), why
     wanted = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, batch)
     chex.assert_trees_all_close(formed, wanted, rtol=1e-9, atol=1e-12)

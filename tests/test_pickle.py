@@ -26,6 +26,7 @@ from fnn.layers import (
     LayerNorm,
     Linear,
     Maxout,
+    Once,
     RMSNorm,
     SpectralNorm,
     WeightNorm,
@@ -160,6 +161,7 @@ def test_an_error_comes_out_of_a_pool():
         BY_NAME,
         dataclasses.replace(BY_NAME, parts={"hidden": Linear(5), "output": Linear(2)}),
         chain(
+            Once(Linear(4)),
             WeightNorm(Linear(4)),
             RMSNorm(),
             DropPath(0.5),

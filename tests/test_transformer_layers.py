@@ -15,8 +15,11 @@ from fnn.layers import (
     GatedMLP,
     LayerError,
     LayerNorm,
+    Linear,
+    Once,
     PositionEmbedding,
     SinusoidalPositions,
+    chain,
     network,
     repeat,
 )
@@ -112,6 +115,84 @@ def test_step_by_step_as_at_once(name):
     close(jnp.concatenate([firsts[0], steps[:, 0]]), wanted[0])
     close(jnp.concatenate([firsts[1], steps[: T - 3, 1]]), wanted[1])
     assert jnp.all(jnp.isnan(steps[T - 3 :, 1])), "beyond the cache"
+
+
+CROSSED = {
+    "all": {},
+    "rotary": {"rotary": 100.0, "kv_heads": 2},
+    "window": {"window": 3, "use_bias": False},
+    "causal": {"causal": True, "alibi": True},
+}
+
+
+@exhaustive
+@pytest.mark.parametrize("name", CROSSED)
+def test_cross_attention_step_by_step(name):
+    """The memory is read in the first call, and never again."""
+    layer, x, memory = Attention(4, **CROSSED[name]), sequence(), sequence(5, 3, seed=1)
+    mask = jnp.asarray(np.random.default_rng(0).random((T, 5)) > 0.3)
+    params = random_params(layer, x, memory)
+    wanted = layer(params, x, memory, mask)
+    gone = jnp.full_like(memory, jnp.nan)
+
+    def pieces(params, x, memory):
+        y, cache = layer.extend(params, layer.init_cache(T, x, memory), x[:2], memory, mask[:2])
+
+        def step(cache, given):
+            x, mask = given
+            y, cache = layer.extend(params, cache, x[None], gone, mask[None])
+            return cache, y[0]
+
+        cache, ys = jax.lax.scan(step, cache, (x[2:], mask[2:]))
+        return jnp.concatenate([y, ys]), cache
+
+    y, cache = jax.jit(pieces)(params, x, memory)
+    np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-5)
+    assert cache["cache"]["position"] == T and cache["cache"]["k"].shape[0] == 5
+    batch = jax.vmap(pieces, (None, 0, 0))(params, x[None], memory[None])[0]
+    np.testing.assert_allclose(batch[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+@exhaustive
+def test_cross_attention_s_cache_outside_of_jit():
+    layer, x, memory = Attention(2), sequence(), sequence(5, 3, seed=1)
+    params, cache = layer.init(KEY, x, memory), layer.init_cache(T, x, memory)
+    first, cache = layer.extend(params, cache, x[:1], memory)
+    rest, _ = layer.extend(params, cache, x[1:], jnp.full_like(memory, jnp.nan))
+    wanted = layer(params, x, memory)
+    np.testing.assert_allclose(jnp.concatenate([first, rest]), wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(LayerError, match="was given a cache and no memory"):
+        layer.extend(params, cache, x[:1])
+    with pytest.raises(LayerError, match=r"for a memory of 5 positions, but got one of .*\(4, 3\)"):
+        layer.extend(params, cache, x[:1], memory[:4])
+
+
+def test_what_is_computed_once():
+    """With the parameters of the layer; of a tree of outputs; under jit as outside."""
+    calls = []
+
+    def both(x):
+        calls.append(x)
+        return {"double": 2 * x, "first": x[0]}
+
+    layer, x = Once(both), jnp.arange(3.0)
+    chex.assert_trees_all_equal(layer({}, x), both(x))
+    cache, before = layer.init_cache(9, x), len(calls)
+    y, cache = layer.extend({}, cache, x)
+    again, cache = layer.extend({}, cache, x + 1)
+    compiled, _ = jax.jit(layer.extend)({}, cache, x + 2)
+    fresh, _ = jax.jit(layer.extend)({}, layer.init_cache(9, x), x)
+    for other in (again, compiled, fresh):
+        chex.assert_trees_all_equal(y, other)
+    assert y["double"].tolist() == [0, 2, 4] and len(calls) == before + 4
+    net = network(encode=Once(chain(Linear(4), LayerNorm())), decode=Linear(2))(
+        lambda net, x: net.decode(net.encode(x))
+    )
+    params, plain = net.init(KEY, x), Once(Linear(4)).init(KEY, x)
+    assert params["encode"]["0"]["W"].shape == (4, 3)
+    chex.assert_trees_all_equal(plain, Linear(4).init(KEY, x))
+    rows = {row.path for row in layers.summary(net, x).rows}
+    assert ("encode", "0") in rows, rows
 
 
 def test_a_cache_that_is_full():

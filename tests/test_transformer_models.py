@@ -96,6 +96,35 @@ def test_generation_is_the_network_s(name):
     np.testing.assert_array_equal(drawn, found)
 
 
+@exhaustive
+def test_translation_step_by_step():
+    """As at once; the source is encoded in the first step, and not looked at again."""
+    net, source, mask = tiny_transformer(), TOKENS[::-1], jnp.arange(5) != 2
+    params = params_of(net, source, TOKENS)
+
+    @jax.jit
+    def both(params):
+        cache = net.init_cache(5, source, TOKENS, mask)
+        y, cache = net.extend(params, cache, source, TOKENS[:2], mask)
+
+        def step(cache, token):
+            y, cache = net.extend(params, cache, jnp.zeros_like(source), token[None], mask)
+            return cache, y[0]
+
+        _, ys = jax.lax.scan(step, cache, TOKENS[2:])
+        return jnp.concatenate([y, ys]), net(params, source, TOKENS, mask)
+
+    steps, whole = both(params)
+    np.testing.assert_allclose(steps, whole, rtol=1e-6, atol=1e-9)
+    sources = jnp.stack([source, TOKENS])
+    many = jax.vmap(
+        lambda s: models.generate(net, params, TOKENS[:1], 4, temperature=0, inputs=(s,))
+    )
+    for found, one in zip(many(sources), sources, strict=True):
+        alone = models.generate(net, params, TOKENS[:1], 4, temperature=0, inputs=(one,))
+        np.testing.assert_array_equal(found, alone)
+
+
 def test_what_is_likely():
     logits = jnp.log(jnp.asarray([0.1, 0.4, 0.2, 0.3]))
     kept = lambda **options: list(

@@ -16,6 +16,7 @@ Embedding                                 of tokens
 PositionEmbedding, SinusoidalPositions    of positions
 Attention                                 multi-head attention: self, cross, grouped-query; a cache
 LSTM, GRU, RNN                            recurrent layers
+Once                                      what doesn't change from step to step: computed once
 recurrent, bidirectional                  of a cell of one's own; from both ends
 LRU                                       a diagonal state space
 MixtureOfExperts                          many layers, each position through a few
@@ -47,6 +48,7 @@ from fnn.layers.normalization import (
     SpectralNorm,
     WeightNorm,
 )
+from fnn.layers.once import Once
 from fnn.layers.pooling import (
     AdaptiveAveragePool,
     AdaptiveMaxPool,
@@ -98,6 +100,7 @@ __all__ = [
     "Mode",
     "Net",
     "Network",
+    "Once",
     "PositionEmbedding",
     "RMSNorm",
     "SinusoidalPositions",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -15,6 +16,7 @@ from fnn.initializers import Initializer, xavier_uniform, zeros
 from fnn.layers.layer import Layer, LayerError, check_parts, last_axis, set_count
 from fnn.layers.linear import Linear, check_options
 from fnn.layers.mode import EVALUATE, Mode
+from fnn.layers.once import unless_there
 from fnn.ops import alibi_slopes, attention, ring_attention, rotary
 
 
@@ -32,7 +34,9 @@ class Attention(Layer):
 
     With a cache (`init_cache(length, x)`) self-attention goes on from the positions before: it adds
     its keys and values to the cache's, and looks at all of them. It must be causal for that; else
-    there is no cache. Beyond the cache's length the output is NaN. Cross-attention has no cache.
+    there is no cache. Beyond the cache's length the output is NaN. Cross-attention's cache
+    (`init_cache(length, x, memory)`) keeps the memory's keys and values: the first call makes them,
+    all further ones make q alone, and look at no more of the memory than its shape.
 
     Where the mode says that positions are divided over devices (`fnn.sharding.sequence_parallel`),
     it is computed by `fnn.ops.ring_attention`.
@@ -118,13 +122,14 @@ class Attention(Layer):
 
     def init_cache(self, length: int, x: Any, memory: Any = None, mask: Any = None) -> dict:
         length = arguments.integer("Attention.init_cache", "length", length, least=1)
-        if memory is not None or not self.causal:
+        if memory is None and not self.causal:
             return {}
-        shape = length, self._kv_heads, self._features(x)
+        count, dtype = (length, x.dtype) if memory is None else (memory.shape[0], memory.dtype)
+        shape = count, self._kv_heads, self._features(x)
         return {
             "cache": {
-                "k": jnp.zeros(shape, x.dtype),
-                "v": jnp.zeros(shape, x.dtype),
+                "k": jnp.zeros(shape, dtype),
+                "v": jnp.zeros(shape, dtype),
                 "position": jnp.zeros((), jnp.int32),
             }
         }
@@ -151,30 +156,62 @@ class Attention(Layer):
         def heads_of(name: str, x: Any) -> Any:
             return parts[name](params[name], x).reshape(x.shape[0], -1, features)
 
-        q, k, v = heads_of("q", x), heads_of("k", source), heads_of("v", source)
-        cache = state.get("cache") if memory is None else None
+        cache = state.get("cache")
         start = 0 if cache is None else cache["position"]
+
+        def keys_and_values() -> tuple[Any, Any]:
+            k, v = heads_of("k", source), heads_of("v", source)
+            if self.rotary is not None:
+                k = self._turned(k, start if memory is None else 0)
+            return k, v
+
+        q = heads_of("q", x)
         if self.rotary is not None:
             q = self._turned(q, start)
-            k = self._turned(k, start if memory is None else 0)
         options: dict[str, Any] = {"causal": self.causal, "window": self.window, "mask": mask}
         if self.alibi:
             options["slopes"] = alibi_slopes(self.heads)
         across = mode.across
-        if across is not None and across.sequence is not None and cache is None:
+        if cache is not None:
+            y, state = self._continued(q, keys_and_values, memory, options, state)
+        elif across is not None and across.sequence is not None:
             options |= {"mesh": across.mesh, "axis": across.sequence}
-            y = ring_attention(q, k, v, block=self.block, **options)
-        elif cache is None:
-            y = attention(q, k, v, block=self.block, **options)
+            y = ring_attention(q, *keys_and_values(), block=self.block, **options)
         else:
-            y, state = self._continued(q, k, v, options, state)
+            y = attention(q, *keys_and_values(), block=self.block, **options)
         y = parts["out"](params["out"], y.reshape(x.shape[0], -1))
         return y, state
 
-    def _continued(self, q: Any, k: Any, v: Any, options: dict, state: dict) -> tuple[Any, dict]:
-        """Attention to the cache's keys and these, and the state with these added."""
-        cache = state["cache"]
-        start, length, count = cache["position"], cache["k"].shape[0], q.shape[0]
+    def _continued(
+        self, q: Any, keys_and_values: Callable, memory: Any, options: dict, state: dict
+    ) -> tuple[Any, dict]:
+        """Attention to the cache's keys, and the state that goes on from here."""
+        start, count = state["cache"]["position"], q.shape[0]
+        extended = self._with_these if memory is None else self._of_memory
+        k, v, fits = extended(keys_and_values, memory, count, state["cache"])
+        # As many scores at once as in a block of many queries.
+        size = self.block or 128
+        y = attention(
+            q,
+            k.astype(q.dtype),
+            v.astype(q.dtype),
+            q_positions=start + jnp.arange(count, dtype=jnp.int32),
+            block=max(size, size**2 // max(count, 1)),
+            **options,
+        )
+        y = jnp.where(fits, y, jnp.asarray(jnp.nan, y.dtype))
+        return y, state | {"cache": {"k": k, "v": v, "position": start + count}}
+
+    def _with_these(
+        self, keys_and_values: Callable, memory: None, count: int, cache: dict
+    ) -> tuple[Any, Any, Any]:
+        """The cache's keys and values with those of these positions added; whether they fit."""
+        start, length = cache["position"], cache["k"].shape[0]
+        if not self.causal:
+            raise LayerError(
+                f"{self} was given a cache and no memory: without one it attends to x itself, and "
+                "has a cache only with causal=True."
+            )
         if count > length or (arguments.is_known(start) and int(start) + count > length):
             raise LayerError(
                 f"{self}: the cache has room for {length} positions, of which "
@@ -182,21 +219,20 @@ class Attention(Layer):
                 "fit. Make it longer: init_cache(length, x)."
             )
         put = lambda old, new: lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 0)
-        k, v = put(cache["k"], k), put(cache["v"], v)
-        positions = start + jnp.arange(count, dtype=jnp.int32)
-        # As many scores at once as in a block of many queries.
-        size = self.block or 128
-        block = max(size, size**2 // max(count, 1))
-        y = attention(
-            q,
-            k.astype(q.dtype),
-            v.astype(q.dtype),
-            q_positions=positions,
-            block=block,
-            **options,
-        )
-        y = jnp.where(start + count <= length, y, jnp.asarray(jnp.nan, y.dtype))
-        return y, state | {"cache": {"k": k, "v": v, "position": start + count}}
+        k, v = keys_and_values()
+        return put(cache["k"], k), put(cache["v"], v), start + count <= length
+
+    def _of_memory(
+        self, keys_and_values: Callable, memory: Any, count: int, cache: dict
+    ) -> tuple[Any, Any, Any]:
+        """The memory's keys and values, made where no position came before."""
+        if memory.shape[0] != cache["k"].shape[0]:
+            raise LayerError(
+                f"{self} has a cache for a memory of {cache['k'].shape[0]} positions, but got one "
+                f"of shape {memory.shape}."
+            )
+        kept = cache["k"], cache["v"]
+        return *unless_there(cache["position"] > 0, kept, keys_and_values), True
 
     def _turned(self, x: Any, start: Any) -> Any:
         assert self.rotary is not None

@@ -275,8 +275,11 @@ class WeightNorm(Layer):
     """A layer whose weight is W = g v / ‖v‖, row by row: length and direction are trained apart.
 
     Parameters: the layer's, but `{"v": (out, ...), "g": (out,)}` in the place of W. At first W is
-    the layer's own. (The gradient of v has a part along v, row by row: `fnn.per_example` keeps it
-    whole, not as factors.)
+    the layer's own.
+
+    `fnn.per_example` keeps the gradient of v whole, not as factors. Row by row it is g/‖v‖ times
+    the part of W's gradient Gᵀ A that is orthogonal to v. What is taken away is D v with a diagonal
+    D of each example's, of the rank of v: no pair of factors smaller than the gradient holds it.
 
     Args:
         layer: a layer whose parameters have a W, such as `Linear(100)`.
@@ -319,7 +322,9 @@ class SpectralNorm(Layer):
 
     Parameters: the layer's. State: `{"statistics": {"u": (out,), "v": (in,)}}`, where a weight
     `(out, ...)` is taken for a matrix; at first u is drawn from a fixed key, and v is 0, until a
-    training step. (Of a v of 0, σ is ‖Wᵀ u‖.) `fnn.per_example` keeps W's gradient whole.
+    training step. (Of a v of 0, σ is ‖Wᵀ u‖.)
+
+    `fnn.per_example` keeps W's gradient whole: it has a part u vᵀ, through σ, beside Gᵀ A / σ.
 
     Args:
         layer: a layer without a state whose parameters have a W, such as `Linear(100)`.

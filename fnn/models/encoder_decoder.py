@@ -18,6 +18,7 @@ from fnn.layers import (
     LayerNorm,
     Net,
     Network,
+    Once,
     SinusoidalPositions,
     repeat,
 )
@@ -48,8 +49,9 @@ def transformer(
         logits = net(params, source, tokens, mask)            mask: booleans, which of source are
 
     so that it learns from `tokens` the token after each: the target, with a token for the start in
-    front. `fnn.models.generate(..., inputs=(source,))` translates (each step encodes the source
-    again). In training it needs a key, for dropout (none of the attention's probabilities).
+    front. `fnn.models.generate(..., inputs=(source,))` translates; the source is encoded once, and
+    the keys and values that the decoder makes of it are kept. In training it needs a key, for
+    dropout (none of the attention's probabilities).
 
     Args:
         vocabulary: how many tokens there are, of both languages together.
@@ -98,7 +100,7 @@ def transformer(
         "embed": Embedding(vocabulary, features, init_table=table),
         "position": SinusoidalPositions(),
         "dropout": Dropout(dropout),
-        "encoder": repeat(encoder, depth, remat=remat),
+        "encoder": Once(repeat(encoder, depth, remat=remat)),
         "decoder": repeat(decoder, depth, remat=remat),
     }
     return Network(_transformer, parts)
