@@ -20,19 +20,22 @@ Each module imports only from those above it:
 
     traffic     the collectives of a compiled program
     placement   arrays onto a mesh, of one process or of many
-    layout      `Layout`, and the functions that make the usual ones
+    specs       paths of parameters, the patterns that fit them, and specs of divided arrays
+    shown       layouts as text
+    layout      `Layout`
+    usual       the functions that make the usual ones
 """
 
-from fnn.sharding.layout import (
+from fnn.sharding.layout import Layout
+from fnn.sharding.traffic import Collective, collectives
+from fnn.sharding.usual import (
     TRANSFORMER,
-    Layout,
     data_parallel,
     fully_sharded,
     pipeline_parallel,
     sequence_parallel,
     tensor_parallel,
 )
-from fnn.sharding.traffic import Collective, collectives
 
 __all__ = [
     "TRANSFORMER",
