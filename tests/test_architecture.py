@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "eager": "jaxpr operation",
     "ops": "arguments text meshes jaxpr operation convolution",
     "backprop": "arguments text meshes frames jaxpr operation convolution eager",
-    "birth": "arguments text frames jaxpr operation eager backprop",
+    "birth": "arguments text meshes frames jaxpr operation eager backprop",
     "footprint": "arguments text frames jaxpr operation backprop",
     "check": "arguments text jaxpr operation eager backprop",
     "per_example": "arguments text batch meshes frames jaxpr operation eager backprop",

@@ -16,7 +16,6 @@ import numpy as np
 
 from fnn.birth.entries import can_be_read, on_host
 from fnn.birth.levels import Level, Place
-from fnn.eager import apply_all
 
 _MOST_AXES = 4
 
@@ -34,6 +33,8 @@ def example_of(
         None and nothing if it belongs to no single example, or that isn't certain.
     """
     level, number, index = place
+    if level.devices is not None:  # an example's rows are spread over devices
+        return None, ()
     value = level.values[number]
     if not can_be_read(value):
         return None, ()
@@ -71,8 +72,10 @@ def _again(level: Level, numbers: Sequence[int], args: Sequence) -> list[Any]:
     if level.around is not None:
         outer, equation = level.around
         args = level.enter(_again(outer, equation.ins, args))
-    values = dict(enumerate(level.flat.values(args)))
-    apply_all(level.flat.needed_for(numbers)[0], values)
+    values = level.start(args)
+    for equation in level.flat.needed_for(numbers)[0]:
+        outs = level.apply(equation, [values[i] for i in equation.ins])
+        values.update(zip(equation.outs, outs, strict=True))
     return [values[i] for i in numbers]
 
 

@@ -37,10 +37,10 @@ def find_nonfinite(
           ...
 
     The function is run operation by operation, under `jit`, `scan`, `while_loop`, `cond`,
-    `vmap`, `checkpoint` and custom derivatives too. If an output isn't finite, the search
-    goes from there backwards: at each operation the inf and nan among its inputs are replaced by
-    ordinary numbers; if the output is then fine, the inputs are to blame and the search goes on
-    from them, else the number was born here. So what is inf for a good reason, and goes no
+    `vmap`, `shard_map`, `checkpoint` and custom derivatives too. If an output isn't finite, the
+    search goes from there backwards: at each operation the inf and nan among its inputs are
+    replaced by ordinary numbers; if the output is then fine, the inputs are to blame and the search
+    goes on from them, else the number was born here. So what is inf for a good reason, and goes no
     further (the −inf of a mask before a softmax, the start of a running maximum), is never blamed.
     A nan comes before an inf: reported is where it became a nan, and in `cause` the birth of the
     inf that it was made of, if it was. Of several births that reached the outputs, the report is of

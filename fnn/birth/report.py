@@ -7,7 +7,7 @@ from typing import Any
 
 from fnn import text
 from fnn.birth.entries import Index
-from fnn.birth.levels import Iteration
+from fnn.birth.loops import Iteration
 
 # How an inf or nan came to be.
 FORWARD = "forward"
@@ -38,6 +38,8 @@ class Birth:
         source: `file.py:12 (function)`, the user's line; "" where there is none.
         code: the text of that line.
         loops: the steps of the loops that it stood in, the outer first.
+        device: inside a shard_map, the device by its place along each axis of the mesh along which
+            they differ: (("data", 3),).
         example: which example of `example_of` it belongs to, if that is certain; else None.
         example_of: the names of the arguments that hold the examples, along their first axes.
         index: its place in the array.
@@ -56,6 +58,7 @@ class Birth:
     source: str = ""
     code: str = ""
     loops: tuple[Iteration, ...] = ()
+    device: tuple[tuple[str, int], ...] = ()
     example: int | None = None
     example_of: tuple[str, ...] = ()
     index: Index = ()
@@ -81,6 +84,7 @@ class Birth:
     def in_a_sentence(self) -> str:
         """The same in one sentence, for an error message."""
         where = [f"in the part {self.part}" if self.part else "", self._loops_in_words()]
+        where.append(f"on the device {self._device_in_words()}" if self.device else "")
         where.append(f"at {self.source}" if self.source else "")
         there = ", ".join(w for w in where if w)
         equation = f": {self._equation()}" if self.primitive else ""
@@ -108,11 +112,12 @@ class Birth:
             ("part", self.part),
             ("line", f"{self.source}{code}" if self.source else ""),
             ("loop", self._loops_in_words()),
+            ("device", self._device_in_words()),
             ("example", example),
             ("entry", f"{list(self.index)} of {array}" if self.shape else ""),
             ("value", self._equation()),
         ]
-        return rows if self.place not in (ARGUMENT, CONSTANT) else rows[3:5]
+        return rows if self.place not in (ARGUMENT, CONSTANT) else rows[3:6]
 
     def _loops_in_words(self) -> str:
         return ", ".join(
@@ -120,6 +125,9 @@ class Birth:
             + (f" at {step.source})" if step.source else ")")
             for step in self.loops
         )
+
+    def _device_in_words(self) -> str:
+        return ", ".join(f"{name}={place}" for name, place in self.device)
 
     def _equation(self) -> str:
         return f"{self.primitive}({', '.join(self.inputs)}) = {self.kind}" if self.primitive else ""

@@ -14,7 +14,6 @@ from fnn.backprop.scopes import is_backward, named_scopes
 from fnn.birth.entries import Index, causes, on_host
 from fnn.birth.levels import Place
 from fnn.birth.report import ARGUMENT, CONSTANT, FORWARD, LOCAL_GRADIENT, PRODUCT, Birth
-from fnn.eager import apply
 from fnn.frames import line_of
 from fnn.jaxpr import Equation
 from fnn.operation import operation_name
@@ -73,7 +72,7 @@ def first_birth(starts: Iterable[Place]) -> Found:
         if inner is not None:
             waiting.append((inner, start))
             continue
-        again = functools.partial(apply, equation)
+        again = functools.partial(level.apply, equation)
         came = causes(again, level.ins(equation), output, index)
         places = [Place(level, equation.ins[i], entry) for i, entry in came.followed]
         waiting += [(p, start) for p in places]
@@ -91,11 +90,12 @@ def described(found: Found, labels: Sequence[str], depth: int = 0) -> Birth:
         labels: of the function's inputs.
         depth: how many births it is the cause of.
     """
-    level, number, index = found.place
-    value = level.values[number]
+    level, number, entry = found.place
     aval = level.flat.avals[number]
     equation = found.equation
-    kind = _kind(on_host(value)[index])
+    kind = _kind(on_host(level.values[number])[entry])
+    _, index = level.split(entry)
+    device = () if level.devices is None else level.devices.coordinates(entry, aval)
     cause = None
     if found.made_of and depth < _DEEPEST:
         cause = described(first_birth(found.made_of), labels, depth + 1)
@@ -103,10 +103,12 @@ def described(found: Found, labels: Sequence[str], depth: int = 0) -> Birth:
         is_input = number in level.flat.inputs
         what = labels[level.flat.inputs.index(number)] if is_input else "constant"
         place = ARGUMENT if is_input else CONSTANT
-        return Birth(kind, place, what, index=index, shape=aval.shape, dtype=aval.dtype)
+        where = {"index": index, "shape": aval.shape, "device": device}
+        return Birth(kind, place, what, dtype=aval.dtype, **where)
     scopes = level.scope_of(equation)
     part, operation = named_scopes(scopes)
-    ins = level.ins(equation)
+    operation = "" if operation == "shard_map" else operation  # what is inside it says more
+    ins = [level.on_device(x, entry) for x in level.ins(equation)]
     frame = level.frame_of(equation)
     place = FORWARD
     if is_backward(scopes):
@@ -120,6 +122,7 @@ def described(found: Found, labels: Sequence[str], depth: int = 0) -> Birth:
         source=line_of(frame),
         code=linecache.getline(frame.file_name, frame.line_num).strip() if frame else "",
         loops=level.loops,
+        device=device,
         index=index,
         shape=tuple(aval.shape),
         dtype=aval.dtype,
