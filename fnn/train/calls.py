@@ -29,6 +29,7 @@ from fnn.jaxpr import Program, inner_jaxprs, program
 from fnn.meshes import barrier, beside, stacked_zeros
 from fnn.train.chunks import Chunk
 from fnn.train.data import take
+from fnn.train.devices import dealt, settled
 from fnn.train.fitting import foresee
 from fnn.train.nonfinite import NonFiniteError, became_nonfinite, holds_nonfinite, numbers_of
 from fnn.train.readings import Kept
@@ -93,7 +94,8 @@ def _run(
             return data
         if how.kind == "stack":
             return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), data)
-        return take(data, lax.dynamic_index_in_dim(rows, i, keepdims=False))
+        batch = take(data, lax.dynamic_index_in_dim(rows, i, keepdims=False))
+        return batch if step.layout is None else dealt(step.layout, batch)
 
     @jax.jit
     def advance(state, batch, key, size):
@@ -305,6 +307,9 @@ class Calls:
         Raises:
             NonFiniteError: one was bad (with nonfinite="raise").
         """
+        layout = self._step.layout
+        if layout is not None and chunk.kind == "batch":
+            chunk = chunk._replace(data=settled(layout, chunk.data, chunk.fill), fill=None)
         self._latest = _kind(chunk)
         done, count = 0, int(min(len(chunk.sizes) - at, self.affordable()))
         while done < count:

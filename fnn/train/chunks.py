@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn.train.data import Arrays, Stream, fold_in, take
+from fnn.sharding import Layout
+from fnn.train.data import Arrays, Stream, filled, fold_in
 from fnn.train.devices import Placed
 
 # Batches are stacked up to so many bytes, and so many of them, in one chunk.
@@ -43,6 +44,7 @@ class Chunk(NamedTuple):
         sizes: how many examples each batch has, on the host.
         masked: whether batches may be filled up with others, that don't count.
         start: the first batch that isn't over.
+        fill: up to how many examples `data`, one batch on a layout, is yet to be filled up.
     """
 
     kind: str
@@ -51,6 +53,7 @@ class Chunk(NamedTuple):
     sizes: np.ndarray
     masked: bool
     start: int = 0
+    fill: int | None = None
 
 
 # -------------------------------------------------------------------------- data on the device
@@ -68,10 +71,22 @@ def device_memory() -> int:
     return 2**32
 
 
-def fits(data: Any) -> bool:
-    """Whether arrays lie on the device, or can be put there with room to spare."""
-    new = [x for x in jax.tree.leaves(data) if not isinstance(x, jax.Array)]
-    return sum(x.nbytes for x in new) <= PART_OF_MEMORY * device_memory()
+def fits(data: Any, layout: Layout | None = None) -> bool:
+    """Whether arrays lie on the device, or can be put there with room to spare.
+
+    Args:
+        data: a tree of arrays.
+        layout: of the devices each of which gets them, if it isn't one alone.
+    """
+    leaves = jax.tree.leaves(data)
+    if layout is None:
+        size = sum(x.nbytes for x in leaves if not isinstance(x, jax.Array))
+    else:
+        part = lambda x: math.prod(layout.of_data(x.shape).shard_shape(x.shape))
+        size = sum(part(x) * x.dtype.itemsize for x in leaves)
+        if layout.mesh.devices.flat[0].platform == "cpu":  # whose devices share one memory
+            size *= layout.mesh.size
+    return size <= PART_OF_MEMORY * device_memory()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +98,14 @@ class Resident:
         data: the same on the device.
         pad: whether a smaller last batch may be filled up. Else it is a chunk of its own.
         last: the number of the last epoch.
+        on_mesh: whether they lie on the devices of a layout.
     """
 
     source: Arrays
     data: Any
     pad: bool
     last: int
+    on_mesh: bool = False
     _made: dict[int, tuple[Chunk, ...]] = dataclasses.field(default_factory=dict)
 
     def chunks(self, key: Any, epoch: int, start: int) -> Iterator[Chunk]:
@@ -116,6 +133,7 @@ class Resident:
 
     def _cut(self, rows: Any) -> tuple[Chunk, ...]:
         sizes = self.source.sizes
+        rows = np.asarray(rows) if self.on_mesh else rows  # not on one device alone
         even = sizes[-1] == self.source.batch_size
         if even or self.pad:
             return (Chunk("rows", self.data, rows, sizes, not even),)
@@ -129,9 +147,11 @@ class Resident:
         )
 
 
-def resident(source: Arrays, pad: bool, last: int) -> Resident:
-    """The arrays, put on the device."""
-    return Resident(source, jax.tree.map(jnp.asarray, source.data), pad, last)
+def resident(source: Arrays, pad: bool, last: int, layout: Layout | None = None) -> Resident:
+    """The arrays, put on the device, or on the devices of a layout."""
+    if layout is None:
+        return Resident(source, jax.tree.map(jnp.asarray, source.data), pad, last)
+    return Resident(source, layout.place_data(source.data), pad, last, on_mesh=True)
 
 
 # ----------------------------------------------------------------------------- data that come
@@ -153,6 +173,14 @@ class Streamed:
     look_at: Callable[[Any], None]
     may_pad: Callable[[Any], bool]
     most: Callable[[], int] = lambda: MOST_STACKED
+
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether a thread may read it. Not if that takes programs of several devices."""
+        held = self.source.source if isinstance(self.source, Placed) else None
+        leaves = jax.tree.leaves(held.data) if isinstance(held, Arrays) else []
+        several = any(isinstance(x, jax.Array) and len(x.devices()) > 1 for x in leaves)
+        return not (several or self.comes_once)
 
     @property
     def comes_once(self) -> bool:
@@ -187,7 +215,7 @@ class Streamed:
                 problem = error
                 break
             own, pad = _kind(batch), self.may_pad(batch)
-            most = min(_places(batch), self.most())
+            most = min(self._places(batch), self.most())
             if group and (own != kind or len(group) >= most):
                 yield self._chunk(group)
                 group, before = [], kind
@@ -207,23 +235,24 @@ class Streamed:
     def _chunk(self, group: list, size: int | None = None) -> Chunk:
         """A chunk of them; the only one filled up to `size` examples, if given."""
         sizes = np.array([jax.tree.leaves(batch)[0].shape[0] for batch in group], np.int32)
-        if size is not None:
-            group = [take(group[0], np.arange(size) % sizes[0])]
-        places = _places(group[0])
         masked = self.may_pad(group[0])
+        if isinstance(self.source, Placed):
+            return Chunk("batch", group[0], None, sizes, masked, fill=size)
+        group = [filled(batch, size) for batch in group]
+        places = self._places(group[0])
         if places == 1:
             return Chunk("batch", group[0], None, sizes, masked)
         data = jax.tree.map(lambda *xs: _stacked(xs, places), *group)
         return Chunk("stack", data, None, sizes, masked)
 
-
-def _places(batch: Any) -> int:
-    """How many such batches are stacked."""
-    leaves = jax.tree.leaves(batch)
-    if any(isinstance(x, jax.Array) and len(x.devices()) > 1 for x in leaves):
-        return 1
-    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-    return max(1, min(MOST_STACKED, STACKED_BYTES // max(1, size)))
+    def _places(self, batch: Any) -> int:
+        """How many such batches are stacked."""
+        leaves = jax.tree.leaves(batch)
+        several = any(isinstance(x, jax.Array) and len(x.devices()) > 1 for x in leaves)
+        if several or isinstance(self.source, Placed):
+            return 1
+        size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+        return max(1, min(MOST_STACKED, STACKED_BYTES // max(1, size)))
 
 
 class _Kind(NamedTuple):

@@ -420,6 +420,11 @@ def take(data: Any, rows: Any) -> Any:
     )
 
 
+def filled(batch: Any, size: int | None) -> Any:
+    """A batch, filled up to `size` examples with its own, if given."""
+    return batch if size is None else take(batch, np.arange(size) % size_of(batch))
+
+
 @jax.jit
 def _take_on_device(arrays: dict, rows: jax.Array) -> dict:
     return {

@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding
 from fnn import arguments
 from fnn.layers.mode import Across
 from fnn.sharding import Layout
-from fnn.train.data import Arrays, Stream
+from fnn.sharding.placement import is_spread
+from fnn.train.data import Arrays, Stream, filled
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -80,6 +81,12 @@ def held(layout: Layout, state: Any) -> Any:
     return jax.lax.with_sharding_constraint(state, layout.of_state(state))
 
 
+def dealt(layout: Layout, batch: Any) -> Any:
+    """A batch, traced, dealt out to the devices."""
+    at = lambda x: jax.lax.with_sharding_constraint(x, layout.of_batch(x.shape))
+    return jax.tree.map(at, batch)
+
+
 def everywhere(layout: Layout, tree: Any) -> Any:
     """What is traced, on all devices alike: metrics and reports, which every process reads."""
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, layout.everywhere), tree)
@@ -115,7 +122,8 @@ class Placed:
     """Data whose batches are dealt out to a layout's devices.
 
     Of arrays each process reads the rows of its own devices. Of an iterable each gives its own
-    part of every batch, which is looked at before it is placed.
+    part of every batch, which is looked at before it is placed; what lies on devices already stays
+    there, to be placed by who trains (see `settled`).
     """
 
     source: Arrays | Stream
@@ -131,4 +139,17 @@ class Placed:
             return
         for batch in self.source.epoch(key, start):
             self.look_at(batch)
-            yield self.layout.place_batch(batch)
+            yield jax.tree.map(self._placed_from_host, batch)
+
+    def _placed_from_host(self, x: Any) -> Any:
+        of_others = is_spread(self.layout.mesh) and getattr(x, "is_fully_addressable", True)
+        return self.layout.place_batch(x) if of_others or not isinstance(x, jax.Array) else x
+
+
+def settled(layout: Layout, batch: Any, size: int | None) -> Any:
+    """A batch, placed, and filled up to `size` examples if given.
+
+    Not in the thread that reads the data: a program of several devices is begun by one thread
+    alone, since two that are begun in another order on each device would wait for each other.
+    """
+    return layout.place_batch(filled(layout.place_batch(batch), size))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import chex
@@ -20,9 +20,9 @@ from fnn.batch import batch_size as size_of
 from fnn.meshes import beside
 from fnn.sharding import Layout
 from fnn.train.checks import BatchChecks, Labels, check_values, find_labels
-from fnn.train.data import Arrays, Stream, as_arrays, batches_of, fold_in
-from fnn.train.devices import Placed, check_layout, everywhere, on_its_mesh
-from fnn.train.loss import Loss, batch_losses, check_loss, extras, mean_metrics
+from fnn.train.data import Arrays, Stream, as_arrays, batches_of, filled, fold_in
+from fnn.train.devices import Placed, check_layout, everywhere, on_its_mesh, settled
+from fnn.train.loss import Loss, batch_losses, check_loss, extras
 from fnn.train.readings import Kept, reference
 from fnn.train.result import stacked, weighted_mean
 from fnn.train.state import State, path_name
@@ -61,7 +61,8 @@ def evaluate(
     A loss is compiled at its first evaluation, for each shape of batch, and again if what it
     reads besides its arguments has changed since: variables that it closes over, globals,
     attributes of its object. (Attributes read by a computed name aren't seen.) The program
-    is kept as long as the loss is, and doesn't keep the loss.
+    is kept as long as the loss is, and doesn't keep the loss. A smaller last batch is filled up
+    with examples that don't count, so that it needs no program of its own.
     """
     check_loss("evaluate", loss)
     arguments.flag("evaluate", "check", check)
@@ -111,8 +112,8 @@ class Evaluation:
         traces: list[str] = []
         self.traces = traces
 
-        @functools.partial(jax.jit, static_argnums=4)
-        def means(params, state, batch, key, layout):
+        @functools.partial(jax.jit, static_argnums=5)
+        def means(params, state, batch, count, key, layout):
             traces.append("means")
             losses, metrics, _ = batch_losses(
                 loss(),
@@ -124,7 +125,8 @@ class Evaluation:
                 state=state,
                 layout=layout,
             )
-            found = {"loss": jnp.mean(losses), **mean_metrics(metrics)}
+            found = {"loss": _mean(losses, count)}
+            found |= {name: _mean(values, count) for name, values in metrics.items()}
             return found if layout is None else everywhere(layout, found)
 
         self._means = means
@@ -155,11 +157,15 @@ class Evaluation:
             params = layout.place(params)
             state, own_key = layout.spread(state), layout.spread(own_key)
         means, sizes = [], []
-        for i, batch in enumerate(batches):
+        even = isinstance(source, Arrays) and source.sizes[-1] == source.sizes[0]
+        for i, (batch, is_last) in enumerate(_with_last(batches)):
             look_at(batch)
             sizes.append(size_of(batch))
+            fill = sizes[-2] if is_last and len(sizes) > 1 and sizes[-1] < sizes[-2] else None
+            batch = filled(batch, fill) if layout is None else settled(layout, batch, fill)
+            count = None if even else np.int32(sizes[-1])
             placed = beside((params, state), batch)
-            means.append(self._means(*placed, batch, fold_in(own_key, i), layout))
+            means.append(self._means(*placed, batch, count, fold_in(own_key, i), layout))
         if not means:
             raise ValueError(f"{name} has no batches to evaluate.")
         return weighted_mean(stacked(jax.device_get(means)), np.array(sizes))
@@ -172,6 +178,26 @@ class Evaluation:
             self.traces.append("labels")
             self._labels[types] = find_labels(self._loss(), params, example, key, state)
         return self._labels[types]
+
+
+def _with_last(entries: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+    """Pairs of an entry and whether it is the last one."""
+    nothing = object()
+    before = nothing
+    for entry in entries:
+        if before is not nothing:
+            yield before, False
+        before = entry
+    if before is not nothing:
+        yield before, True
+
+
+def _mean(values: jax.Array, count: Any) -> jax.Array:
+    """The mean over a batch's first `count` examples, traced; over all for None. (True is 1.)"""
+    if count is None:
+        return jnp.mean(values, axis=0)
+    counts = jnp.arange(len(values)) < count
+    return jnp.mean(values, axis=0, where=counts.reshape(-1, *[1] * (values.ndim - 1)))
 
 
 @contextlib.contextmanager

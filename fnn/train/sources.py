@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from fnn.batch import example_types
+from fnn.sharding.placement import is_spread
 from fnn.train.calls import Calls
 from fnn.train.checks import BatchChecks
 from fnn.train.chunks import Resident, Streamed, fits, resident
@@ -63,9 +64,6 @@ def source_of(
     # Types alone: the state must not be kept.
     types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     known: list[bool] = []
-    if step.layout is not None:
-        placed = Placed(training, step.layout, look_at)
-        return Streamed(placed, lambda batch: None, lambda batch: False)
 
     def may_pad(batch):
         if not known:
@@ -73,16 +71,21 @@ def source_of(
             known.append(not is_coupled(step, types, example, key))
         return known[0]
 
-    if isinstance(training, Stream) or not fits(training.data):
-        source = Streamed(training, look_at, may_pad)
-        # Of what comes once, no more is read than the next call trains on.
-        return dataclasses.replace(source, most=calls.affordable) if source.comes_once else source
-    even = training.sizes[-1] == training.batch_size
-    return resident(training, not even and may_pad(training.data), last)
+    layout = step.layout
+    # Of several processes each would make calls of other lengths: there a call is one step.
+    here = layout is None or not is_spread(layout.mesh)
+    if here and isinstance(training, Arrays) and fits(training.data, layout):
+        even = training.sizes[-1] == training.batch_size
+        return resident(training, not even and may_pad(training.data), last, layout)
+    if layout is not None:
+        return Streamed(Placed(training, layout, look_at), lambda batch: None, may_pad)
+    source = Streamed(training, look_at, may_pad)
+    # Of what comes once, no more is read than the next call trains on.
+    return dataclasses.replace(source, most=calls.affordable) if source.comes_once else source
 
 
 def chunks_of(source: Resident | Streamed, key: Any, epoch: int, start: int) -> Any:
-    """An epoch's chunks, to be closed; those that come are read ahead, if they come again."""
+    """An epoch's chunks, to be closed; those that come are read ahead, if they may be."""
     make = lambda: source.chunks(key, epoch, start)
-    again = isinstance(source, Streamed) and not source.comes_once
-    return contextlib.closing(prefetched(make, AHEAD if again else 0))
+    ahead = isinstance(source, Streamed) and source.may_run_ahead
+    return contextlib.closing(prefetched(make, AHEAD if ahead else 0))
