@@ -134,6 +134,20 @@ def test_a_call_made_ahead_changes_nothing(ending, monkeypatch):
     assert len(found.history["loss"]) == {"stop": 4, "bad step": 2}.get(ending, 6)
 
 
+def test_hardly_a_call_is_made_for_nothing(monkeypatch):
+    """Where a program makes fewer steps than asked for, the call ahead knows it after one time."""
+    monkeypatch.setattr(calls, "MOST_STEPS", 3)
+    made, arguments = [], calls.Calls._arguments
+    watch = lambda self, chunk, at, *rest: made.append(at) or arguments(self, chunk, at, *rest)
+    monkeypatch.setattr(calls.Calls, "_arguments", watch)
+    step = fnn.train_step(noisy, ADAM)
+    run = lambda: fit(step, optimizer=None, batch_size=2, epochs=4)  # of 13 steps
+    run()
+    made.clear()
+    run()
+    assert 4 * 5 <= len(made) <= 4 * 5 + 2
+
+
 def test_a_smaller_last_batch_is_a_mean_over_its_own_examples():
     """Against steps on the batches as they are, each compiled for itself."""
     step = train_step(squares, ADAM)

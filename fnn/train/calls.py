@@ -313,7 +313,7 @@ class Calls:
         self._latest = _kind(chunk)
         done, count = 0, int(min(len(chunk.sizes) - at, self.affordable()))
         while done < count:
-            done += self._once(work, chunk, at + done, count - done)
+            done += self._once(work, chunk, at + done, int(min(count - done, self._longest)))
         return done
 
     def affordable(self) -> int:
