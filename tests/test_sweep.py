@@ -17,7 +17,8 @@ from sweeps import sweep as some
 import fnn
 from fnn import ops
 from fnn.layers import Linear, chain
-from fnn.sweeps import layout as layouts
+from fnn.sweeps import choice, machine
+from fnn.sweeps.compiled import Programs
 from fnn.train import progress
 from fnn.train.orders import sort_bits, sorted_orders
 
@@ -143,9 +144,9 @@ def test_fit_gives_the_same_and_goes_on_from_a_member():
 
 def test_the_fastest_layout_is_measured_once(monkeypatch):
     measured = []
-    real = layouts._seconds_a_step
+    real = choice._seconds_a_step
     count = lambda *args: measured.append(args) or real(*args)
-    monkeypatch.setattr(layouts, "_seconds_a_step", count)
+    monkeypatch.setattr(choice, "_seconds_a_step", count)
     axes = {"seed": range(2), "learning_rate": [0.03, 0.04]}
     first = sweep(axes=axes, layout=None)
     assert len(measured) == 2  # one batch, and threads
@@ -332,16 +333,14 @@ def test_the_data_are_shared_and_memory_bounds_how_many_are_trained_at_once(monk
     data = RNG.normal(size=(4096, 3)), RNG.normal(size=4096)
     size = sum(x.nbytes for x in data)
     taken = []
-    real = layouts.Programs.bytes
+    real = Programs.bytes
     note = lambda *args: taken.append(real(*args)) or taken[-1]
-    monkeypatch.setattr(layouts.Programs, "bytes", note)
+    monkeypatch.setattr(Programs, "bytes", note)
     axes = {"seed": range(16), "learning_rate": [0.01]}
     whole = sweep(axes=axes, data=data, layout="vmap", epochs=1, shuffle=False)
     assert whole.layouts == [("vmap", 16)]
     assert taken[-1] < 4 * size  # sixteen copies would take sixteen times as much
-    monkeypatch.setattr(
-        layouts, "free_bytes", lambda: taken[-1] if len(taken) > 1 else taken[0] / 3
-    )
+    monkeypatch.setattr(choice, "free_bytes", lambda: taken[-1] if len(taken) > 1 else taken[0] / 3)
     del taken[1:]
     cut = sweep(axes=axes, data=data, layout="vmap", epochs=1, shuffle=False)
     ((_, at_once),) = cut.layouts
@@ -357,7 +356,7 @@ def test_orders_are_those_of_jax(size):
 
 
 def test_free_memory_is_known_here():
-    assert 2**20 < layouts.free_bytes() < 2**50 and layouts.cores() >= 1
+    assert 2**20 < machine.free_bytes() < 2**50 and machine.cores() >= 1
 
 
 @pytest.mark.parametrize("layout", some(["vmap", "threads"], ["threads"]))

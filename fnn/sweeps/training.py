@@ -14,18 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn.sweeps.axes import Axes, Group
+from fnn.sweeps.choice import plan_for
+from fnn.sweeps.compiled import Programs
 from fnn.sweeps.halving import Halving, chosen, rounds
-from fnn.sweeps.layout import (
-    Layout,
-    Plan,
-    Programs,
-    cores,
-    is_key,
-    padded,
-    plan_for,
-    plan_of,
-    to_host,
-)
+from fnn.sweeps.layout import Layout, Plan, padded, plan_of
+from fnn.sweeps.machine import cores
 from fnn.sweeps.program import Program, Shared
 from fnn.sweeps.result import SweepResult
 from fnn.train.progress import Progress
@@ -151,7 +144,7 @@ class Training:
         if runs[0].plan.layout == "threads":
             return [run for run in runs if run.members[0] in kept], left
         for run in runs:
-            run.carry = jax.tree.map(to_host, run.carry)
+            run.carry = jax.tree.map(_to_host, run.carry)
         going_on = [
             (m, run, p)
             for run in runs
@@ -246,7 +239,7 @@ class Book:
         def advance(run: Run) -> None:
             group.advance(run, end * group.program.steps, stop, metric, x64)
             if len(runs) > runs[0].plan.lanes:  # it waits for others: not in the device's memory
-                run.carry = jax.tree.map(to_host, run.carry)
+                run.carry = jax.tree.map(_to_host, run.carry)
 
         with ThreadPoolExecutor(runs[0].plan.lanes) as pool:
             futures = [pool.submit(advance, run) for run in runs]
@@ -309,7 +302,7 @@ class Book:
             for run in (*left, *now):
                 if run.carry is None or _is_lost(run.carry):
                     continue
-                run.carry = jax.tree.map(to_host, run.carry)
+                run.carry = jax.tree.map(_to_host, run.carry)
                 over, steps = divmod(run.done, group.program.steps)
                 for member in run.members:
                     own = run.of(member)
@@ -347,7 +340,7 @@ def _at(carry: Any, place: int) -> Any:
 
 
 def _stacked(*xs: Any) -> Any:
-    if is_key(xs[0]):
+    if _is_key(xs[0]):
         return jnp.stack(xs)
     return jnp.asarray(np.stack([np.asarray(x) for x in xs]))
 
@@ -360,3 +353,12 @@ def _order(name: str) -> tuple:
 
 def _is_lost(carry: Any) -> bool:
     return any(x.is_deleted() for x in jax.tree.leaves(carry) if isinstance(x, jax.Array))
+
+
+def _to_host(x: Any) -> Any:
+    """A copy in the host's memory, that doesn't hold on to x's; keys stay as they are."""
+    return x if _is_key(x) else np.array(x)
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.extended)

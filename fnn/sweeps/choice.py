@@ -1,0 +1,101 @@
+"""Which layout is the fastest here, found by measuring, and how many members memory holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from fnn.sweeps.compiled import Programs
+from fnn.sweeps.layout import Layout, Plan, padded, plan_of
+from fnn.sweeps.machine import cores, free_bytes
+
+# The part of the free memory that a sweep takes.
+SHARE = 0.8
+
+# A measurement of a layout is at least this long, unless one step is longer.
+SECONDS = 0.03
+
+
+def plan_for(
+    programs: Programs,
+    members: int,
+    layout: Layout | None,
+    at_once: int | None,
+    numeric: Mapping[str, Any],
+) -> Plan:
+    """The plan for a group: the layout asked for, or the fastest, in the memory that there is."""
+    candidates = [layout] if layout is not None else _candidates(members)
+    if len(candidates) == 1:
+        return _fitted(programs, plan_of(candidates[0], members, at_once), at_once)
+    place = (programs.name, members, at_once, jax.local_devices()[0].device_kind, cores())
+    if place not in _fastest:
+        plans = [plan_of(c, members, at_once) for c in candidates]
+        programs.compile(plans)
+        plans = [_fitted(programs, plan, at_once) for plan in plans]
+        times = [_seconds_a_step(programs, plan, numeric) for plan in plans]
+        _fastest[place] = plans[int(np.argmin(times))].layout
+    return _fitted(programs, plan_of(_fastest[place], members, at_once), at_once)
+
+
+# The layout that was the fastest, by program, members and machine.
+_fastest: dict[tuple, Layout] = {}
+
+
+def _candidates(members: int) -> list[Layout]:
+    """The layouts that may be the fastest here."""
+    devices = jax.local_devices()
+    on_cpu = devices[0].platform == "cpu"
+    if members == 1:
+        return ["threads" if on_cpu else "vmap"]
+    if on_cpu:
+        return ["vmap", "threads"]
+    return ["devices"] if len(devices) > 1 else ["vmap", "scan"]
+
+
+def _fitted(programs: Programs, plan: Plan, at_once: int | None) -> Plan:
+    """The plan with as many members at once as there is memory for; at least one."""
+    if at_once is not None:
+        return plan
+    free = free_bytes()
+    while free is not None and plan.at_once > 1:
+        wanted = programs.bytes(plan)
+        if wanted <= SHARE * free:
+            break
+        fewer = max(1, min(plan.at_once - 1, int(plan.at_once * SHARE * free / wanted)))
+        smaller = plan_of(plan.layout, plan.at_once, fewer)
+        if smaller == plan:
+            break
+        plan = smaller
+    return plan
+
+
+def _seconds_a_step(programs: Programs, plan: Plan, numeric: Mapping[str, Any]) -> float:
+    """Seconds for one step of one member, measured."""
+    values = padded({name: x[: plan.at_once] for name, x in numeric.items()}, plan.at_once)
+    own = [values]
+    if plan.layout == "threads":
+        own = [{n: x[i] for n, x in values.items()} for i in range(plan.lanes)]
+    run = programs.get(plan)
+    carries = [programs.begin(plan, each) for each in own]
+    total = programs.program.steps * programs.program.epochs
+    at, count = 0, 1
+
+    def advance(i):
+        carries[i] = jax.block_until_ready(run(carries[i], own[i], at, at + count))
+
+    with ThreadPoolExecutor(plan.lanes) as pool:
+        list(pool.map(advance, range(len(own))))
+        while True:
+            at = (at + count) % total
+            count = min(count, programs.most_steps(plan, at))
+            began = time.perf_counter()
+            list(pool.map(advance, range(len(own))))
+            seconds = time.perf_counter() - began
+            if seconds >= SECONDS or count == programs.most_steps(plan, at):
+                return seconds / count / plan.at_once
+            count = min(max(2 * count, int(1.2 * count * SECONDS / seconds)), 16 * count)
