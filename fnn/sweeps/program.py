@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from fnn.sweeps.recipe import Recipe, as_floats_of
 from fnn.train.data import take
-from fnn.train.loss import batch_losses, extras, mean_metrics
+from fnn.train.loss import batch_means, extras
 from fnn.train.orders import sort_bits
 from fnn.train.state import State
 
@@ -261,22 +260,18 @@ class Program:
         data, size = shared.validation, self.validation_batch_size
         total = jax.tree.leaves(data)[0].shape[0]
 
-        def sums(batch, count, i):
+        def sums(i):
+            count = jnp.minimum(size, total - i * size)
+            # A smaller last batch is filled up with examples of its own, as in `evaluate`.
+            batch = take(data, i * size + jnp.arange(size, dtype=jnp.int32) % count)
             own = None if key is None else jax.random.fold_in(key, i)
-            losses, metrics, _ = batch_losses(
-                loss, state.params, batch, count, own, train=False, state=state.model_state
-            )
-            means = {"loss": jnp.mean(losses), **mean_metrics(metrics)}
-            return {n: x.astype(_wide(x.dtype)) * count for n, x in means.items()}
+            options = {"state": state.model_state, "count": count if total % size else None}
+            means = batch_means(loss, state.params, batch, size, own, **options)
+            wide = {n: x.astype(_wide(x.dtype)) for n, x in means.items()}
+            return {n: x * count.astype(x.dtype) for n, x in wide.items()}
 
-        whole = total // size
-        cut = jax.tree.map(lambda x: x[: whole * size].reshape(whole, size, *x.shape[1:]), data)
-        parts = lax.map(lambda at: sums(at[0], size, at[1]), (cut, jnp.arange(whole)))
-        found = jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
-        if total % size:
-            last = sums(jax.tree.map(lambda x: x[whole * size :], data), total % size, whole)
-            found = jax.tree.map(jnp.add, found, last)
-        return {name: x / total for name, x in found.items()}
+        parts = lax.map(sums, jnp.arange(-(-total // size), dtype=jnp.int32))
+        return {name: jnp.sum(x, axis=0) / total for name, x in parts.items()}
 
 
 # The place of the weights among the sums: no metric has an empty name.
@@ -299,5 +294,6 @@ def _add(sums: dict[str, Any], metrics: dict[str, Any], size: Any) -> dict[str, 
 
 
 def _wide(dtype: Any) -> Any:
-    """The dtype of a mean: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32) if dtype != np.bool_ else jnp.float32
+    """The dtype of a mean: at least float32. (Not by JAX's promotion, which may be strict.)"""
+    is_wide = jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 32
+    return dtype if is_wide else jnp.float32

@@ -22,7 +22,7 @@ from fnn.sharding import Layout
 from fnn.train.checks import BatchChecks, Labels, check_values, find_labels
 from fnn.train.data import Arrays, Stream, as_arrays, batches_of, filled, fold_in
 from fnn.train.devices import Placed, check_layout, everywhere, on_its_mesh, settled
-from fnn.train.loss import Loss, batch_losses, check_loss, extras
+from fnn.train.loss import Loss, batch_means, check_loss, extras
 from fnn.train.readings import Kept, reference
 from fnn.train.result import stacked, weighted_mean
 from fnn.train.state import State, path_name
@@ -115,18 +115,8 @@ class Evaluation:
         @functools.partial(jax.jit, static_argnums=5)
         def means(params, state, batch, count, key, layout):
             traces.append("means")
-            losses, metrics, _ = batch_losses(
-                loss(),
-                params,
-                batch,
-                size_of(batch),
-                key,
-                train=False,
-                state=state,
-                layout=layout,
-            )
-            found = {"loss": _mean(losses, count)}
-            found |= {name: _mean(values, count) for name, values in metrics.items()}
+            options = {"state": state, "count": count, "layout": layout}
+            found = batch_means(loss(), params, batch, size_of(batch), key, **options)
             return found if layout is None else everywhere(layout, found)
 
         self._means = means
@@ -141,7 +131,12 @@ class Evaluation:
         name: str = "data",
         layout: Layout | None = None,
     ) -> dict[str, Any]:
-        """The mean loss and metrics over all batches; see `evaluate`."""
+        """The mean loss and metrics over all batches; see `evaluate`.
+
+        A call of the device for each batch, and their mean in 64 bits on the host: batches may be
+        a stream's, or lie on a mesh, and a convolution may be slow in a loop. (`fnn.sweep` does
+        evaluate in a loop, as it trains: its data are arrays on one device.)
+        """
         own_key = key if extras(self._loss()).needs_key else None
         if check and isinstance(source, Arrays):
             check_values(self.find_labels, params, source.data, own_key, state, name)
@@ -190,14 +185,6 @@ def _with_last(entries: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
         before = entry
     if before is not nothing:
         yield before, True
-
-
-def _mean(values: jax.Array, count: Any) -> jax.Array:
-    """The mean over a batch's first `count` examples, traced; over all for None. (True is 1.)"""
-    if count is None:
-        return jnp.mean(values, axis=0)
-    counts = jnp.arange(len(values)) < count
-    return jnp.mean(values, axis=0, where=counts.reshape(-1, *[1] * (values.ndim - 1)))
 
 
 @contextlib.contextmanager

@@ -241,9 +241,35 @@ def example_losses(
         ) from error
 
 
-def mean_metrics(metrics: dict) -> dict:
-    """Each metric's mean over the examples (True is 1)."""
-    return {name: jnp.mean(value, axis=0) for name, value in metrics.items()}
+def batch_means(
+    loss: Loss,
+    params: Any,
+    batch: Any,
+    size: int,
+    key: Any = None,
+    *,
+    state: Any = None,
+    count: Any = None,
+    layout: Layout | None = None,
+) -> dict[str, jax.Array]:
+    """The mean loss, and each metric's (True is 1), of a batch that isn't trained on.
+
+    See `batch_losses`.
+
+    Args:
+        count: how many of the batch's first examples count; all unless given.
+    """
+    losses, metrics, _ = batch_losses(
+        loss, params, batch, size, key, train=False, state=state, layout=layout
+    )
+
+    def mean(values):
+        if count is None:
+            return jnp.mean(values, axis=0)
+        counts = jnp.arange(size) < count
+        return jnp.mean(values, axis=0, where=counts.reshape(-1, *[1] * (values.ndim - 1)))
+
+    return {"loss": mean(losses), **jax.tree.map(mean, metrics)}
 
 
 def scalar_and_metrics(loss: Loss, out: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
