@@ -87,6 +87,45 @@ def test_of_many_settings_the_best_are_drawn():
     assert {line.get_label() for line in axes.lines} == best
 
 
+def test_bands_where_one_diverged_or_was_dropped():
+    losses = np.exp(RNG.normal(size=(4, 3, 5)))
+    losses[0, 0, 2:] = np.inf  # one of three
+    losses[1, :2, 3:] = np.nan  # two of three
+    result = found(losses=losses)
+    result.epochs[2, 0] = 2  # given up
+    losses[2, 0, 2:] = np.nan
+    result.epochs[3] = 3
+    losses[3, :, 3:] = np.nan
+    result.history["loss"] = losses
+    (axes,) = bands(result).axes
+    lines = [line.get_ydata() for line in axes.lines]
+    one = np.where(np.isnan(losses), np.inf, losses)
+    np.testing.assert_allclose(lines[0], np.median(one[0], axis=0))
+    np.testing.assert_allclose(lines[1][:3], np.median(losses[1, :, :3], axis=0))
+    assert np.isnan(lines[1][3:]).all()
+    np.testing.assert_allclose(lines[2][:2], np.median(losses[2, :, :2], axis=0))
+    np.testing.assert_allclose(lines[2][2:], losses[2, 1:, 2:].mean(axis=0))
+    assert np.isnan(lines[3][3:]).all() and np.isfinite(lines[3][:3]).all()
+    top = axes.get_ylim()[1]
+    for i, band in enumerate(axes.collections):
+        vertices = np.concatenate([path.vertices for path in band.get_paths()])
+        is_open = vertices[vertices[:, 0] == 4, 1] > top
+        assert is_open.any() == (i < 2)
+
+
+def test_of_many_settings_those_that_halving_kept_are_drawn():
+    rates = tuple(np.geomspace(1e-4, 1, 20).tolist())
+    losses = np.exp(RNG.normal(size=(20, 1, 5)))
+    losses[:8, :, 2:] = np.nan
+    losses[:8] /= 100
+    result = found({"learning_rate": rates, "seed": (0,)}, losses)
+    result.epochs[:8] = 2
+    (axes,) = bands(result).axes
+    assert [line.get_label() for line in axes.lines] == [
+        f"learning rate {rate:.3g}" for rate in rates[8:]
+    ]
+
+
 def test_without_seeds_there_are_no_bands():
     result = found({"learning_rate": RATES})
     (axes,) = against(result, "learning_rate").axes

@@ -52,19 +52,12 @@ def against(
         axes.set_xscale("log")
     bound = _largest(lines)
     for i, (label, entries) in enumerate(lines):
-        middle, low, high = _statistics(np.where(np.isfinite(entries), entries, np.inf))
+        entries = np.where(np.isfinite(entries), entries, np.inf)
+        middle = _statistics(entries)[0]
         shown = np.isfinite(middle)
         colour = f"C{i % 10}"
         axes.plot(x[shown], middle[shown], "o-", ms=3.5, color=colour, label=label)
-        if entries.shape[0] > 1:
-            axes.fill_between(
-                x,
-                np.where(np.isfinite(low), low, np.nan),
-                np.where(np.isfinite(high), high, 10 * bound),
-                alpha=0.2,
-                lw=0,
-                color=colour,
-            )
+        _draw_band(axes, x, entries, bound, colour)
     if not is_log:
         axes.set_xticks(x, [_word(value) for value in values])
     _finish(figure, axes, metric, lines, log)
@@ -89,7 +82,10 @@ def bands(
         log: whether it gets a logarithmic axis; by default where its name ends in "loss" and all
             of it is positive.
 
-    Of more than 12 settings those with the lowest last values are drawn.
+    A network that diverged counts as the highest of all, inf: where the median diverged there is
+    no line, and where one did, the band is open to the top. With `halving`, the median and the
+    band are of those that are still trained. Of more than 12 settings those are drawn that were
+    trained longest, and of these the ones with the lowest last values.
 
     Raises:
         ImportError: matplotlib isn't installed.
@@ -97,20 +93,18 @@ def bands(
         ValueError: there is no such axis or quantity.
     """
     _, lines, metric = _by_setting("bands", found, None, over, metric)
-    last = [np.median(np.where(np.isfinite(e[:, -1]), e[:, -1], np.inf)) for _, e in lines]
-    chosen = sorted(np.argsort(last, kind="stable")[:MOST_LINES])
+    chosen = sorted(sorted(range(len(lines)), key=lambda i: _rank(lines[i][1]))[:MOST_LINES])
     figure = blank(width=7 if len(chosen) > 3 else 5.5, height=3.6)
     axes = figure.subplots()
     from matplotlib.ticker import MaxNLocator
 
-    palette = _palette(len(chosen))
+    palette, bound = _palette(len(chosen)), _largest([lines[i] for i in chosen])
     for colour, i in zip(palette, chosen, strict=True):
         label, entries = lines[i]
-        middle, low, high = _statistics(entries)
+        middle = _statistics(entries)[0]
         epochs = np.arange(1, entries.shape[1] + 1)
-        axes.plot(epochs, middle, color=colour, label=label)
-        if entries.shape[0] > 1:
-            axes.fill_between(epochs, low, high, alpha=0.2, lw=0, color=colour)
+        axes.plot(epochs, np.where(np.isfinite(middle), middle, np.nan), color=colour, label=label)
+        _draw_band(axes, epochs, entries, bound, colour)
     _finish(figure, axes, metric, [lines[i] for i in chosen], log)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -123,9 +117,9 @@ def _by_setting(
     """The values along an axis, and for each setting of the others its label and its numbers.
 
     The numbers have shape (those over which the band goes, values along the axis); without an
-    axis (..., epochs).
+    axis (..., epochs). They are nan where a network wasn't trained, inf where it diverged.
     """
-    if not all(hasattr(found, name) for name in ("axes", "history", "grid", "metric")):
+    if not all(hasattr(found, name) for name in ("axes", "history", "grid", "epochs", "metric")):
         raise TypeError(f"{where}: pass what fnn.sweep returned, but got {arguments.show(found)}.")
     metric = found.metric if metric is None else metric
     names = [names for names, _ in found.grid]
@@ -134,7 +128,10 @@ def _by_setting(
         place = _place(where, names, along)
     table = found.history[metric] if along is None and metric in found.history else None
     numbers = found[metric].values if table is None else table
-    numbers = np.where(np.isfinite(numbers), numbers, np.nan)
+    trained = np.asarray(found.epochs)
+    if table is not None:
+        trained = trained[..., None] > np.arange(numbers.shape[-1])
+    numbers = np.where(np.isfinite(numbers), numbers, np.where(trained > 0, np.inf, np.nan))
     wanted = (over,) if isinstance(over, str) else tuple(over)
     given = [n for n in wanted if n != "seed" or any(n in own for own in names)]
     folded = sorted({_place(where, names, n) for n in given} - {place})
@@ -169,7 +166,7 @@ def _positions(values: Sequence[Any]) -> tuple[np.ndarray, bool]:
     if not numeric or len(values) < 3:
         return np.arange(len(values)), False
     x = np.asarray(values, float)
-    if (x <= 0).any():
+    if (x <= 0).any() or not np.isfinite(x).all():
         return np.arange(len(values)), False
     steps = np.diff(np.log(x))
     if steps.std() < 0.3 * abs(steps.mean()) and x.max() > 5 * x.min():
@@ -178,9 +175,30 @@ def _positions(values: Sequence[Any]) -> tuple[np.ndarray, bool]:
 
 
 def _statistics(entries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The median, the lowest and the highest of each column; nan where one is missing."""
-    with np.errstate(invalid="ignore"):
-        return np.median(entries, axis=0), entries.min(axis=0), entries.max(axis=0)
+    """The median, the lowest and the highest of each column, of what isn't nan; else nan."""
+    there = ~np.isnan(entries).all(axis=0)
+    some = entries[:, there]
+    found = np.full((3, entries.shape[1]), np.nan)
+    numbers = np.nanmedian(some, axis=0), np.nanmin(some, axis=0), np.nanmax(some, axis=0)
+    found[:, there] = numbers
+    return found[0], found[1], found[2]
+
+
+def _draw_band(axes: Any, x: Any, entries: np.ndarray, bound: float, colour: Any) -> None:
+    """From the lowest to the highest, where there are several; open to the top where one is inf."""
+    if entries.shape[0] == 1:
+        return
+    _, low, high = _statistics(entries)
+    low = np.where(np.isinf(low), np.nan, low)
+    high = np.where(np.isinf(high), 10 * bound, high)
+    axes.fill_between(x, low, high, alpha=0.2, lw=0, color=colour)
+
+
+def _rank(entries: np.ndarray) -> tuple[int, float]:
+    """Less for a setting that is better over the epochs: trained for longer, then lower."""
+    middle = _statistics(entries)[0]
+    over = np.flatnonzero(~np.isnan(middle))
+    return (-int(over[-1]), float(middle[over[-1]])) if over.size else (1, np.inf)
 
 
 def _largest(lines: Sequence[tuple[str, np.ndarray]]) -> float:
