@@ -65,7 +65,8 @@ class Axes:
 
         Raises:
             TypeError: the axes are no dict, an axis no sequence.
-            ValueError: an axis is empty, or doesn't fit its names; a number is nan or inf.
+            ValueError: an axis is empty, or doesn't fit its names; a number is nan, or too large
+                for its dtype; a place stands twice on an axis.
         """
         if not isinstance(axes, Mapping):
             raise TypeError(
@@ -84,8 +85,7 @@ class Axes:
         self.static = _static(where, static, self)
         for axis in self.all:
             for name, values in zip(axis.names, axis.values, strict=True):
-                if name not in self.static:
-                    _check_finite(where, name, values)
+                _check_numbers(where, name, values, name in self.static)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -128,7 +128,7 @@ class Axes:
         for member in range(self.size):
             own = self.of(member)
             static = [own[name] for name in self.static]
-            same = (ms for values, ms in found if all(map(_same, values, static)))
+            same = (ms for values, ms in found if all(map(_exact, values, static)))
             members = next(same, None)
             if members is None:
                 found.append((static, [member]))
@@ -151,6 +151,8 @@ class Axes:
     def find(self, where: str, wanted: Mapping[str, Any]) -> list[int]:
         """The members whose hyperparameters are these; numbers may be off by a rounding.
 
+        (Where one is exactly the number, those beside it aren't meant.)
+
         Raises:
             ValueError: there is no such hyperparameter, or no such value of it.
         """
@@ -164,10 +166,11 @@ class Axes:
                     f"{where}: no member has {name} = {show(value)}; there are "
                     f"{listed(self.values(name))}."
                 )
+        same = {n: _exact if _is_on(self.values(n), v) else _same for n, v in wanted.items()}
         found = []
         for member in range(self.size):
             own = self.of(member)
-            if all(_same(own[name], value) for name, value in wanted.items()):
+            if all(same[name](own[name], value) for name, value in wanted.items()):
                 found.append(member)
         return found
 
@@ -204,6 +207,7 @@ def _axis(where: str, names: Any, values: Any) -> Axis:
             f"{where}: the hyperparameters of one axis change together, but differ in length: "
             f"{has}."
         )
+    _check_once(where, names, list(zip(*columns, strict=True)))
     return Axis(together, columns)
 
 
@@ -223,16 +227,16 @@ def _values(where: str, name: str, values: Any) -> tuple[Any, ...]:
     return found
 
 
-def _check_once(where: str, name: str, values: Sequence[Any]) -> None:
+def _check_once(where: str, names: str | tuple[str, ...], values: Sequence[Any]) -> None:
     """Raise where a value stands twice on an axis: its members couldn't be told apart."""
-    hashable = all(map(is_number, values))
-    twice = (
-        next((v for v, n in collections.Counter(values).items() if n > 1), None)
-        if hashable
-        else next((v for i, v in enumerate(values) if any(_same(v, u) for u in values[:i])), None)
-    )
-    if twice is not None:
-        raise ValueError(f"{where}: the axis {name!r} holds {show(twice)} twice.")
+    if all(map(is_number, values)):
+        twice = [v for v, n in collections.Counter(values).items() if n > 1]
+    else:
+        twice = [v for i, v in enumerate(values) if _is_on(values[:i], v)]
+    if twice:
+        shown = twice[0] if isinstance(names, tuple) else (twice[0],)
+        text = ", ".join(map(show, shown))
+        raise ValueError(f"{where}: the axis {names!r} holds {text} twice.")
 
 
 def _plain(value: Any) -> Any:
@@ -267,25 +271,42 @@ def _static(where: str, static: Any, axes: Axes) -> tuple[str, ...]:
     return tuple(name for name in axes.names if name in chosen or name == "batch_size")
 
 
-def _check_finite(where: str, name: str, values: Sequence[Any]) -> None:
-    bad = next((v for v in values if not math.isfinite(v)), None)
-    if bad is not None:
-        raise ValueError(f"{where}: the axis {name!r} holds {bad}.")
-    if all(map(is_integer, values)):
-        limits = jnp.iinfo(jax.dtypes.canonicalize_dtype(np.int64))
-        large = next((v for v in values if not limits.min <= v <= limits.max), None)
-        if large is not None:
+def _check_numbers(where: str, name: str, values: Sequence[Any], static: bool) -> None:
+    """Raise where a number is nan, or is to be an array and doesn't fit. (inf may be meant.)"""
+    if any(isinstance(v, float) and math.isnan(v) for v in values):
+        raise ValueError(f"{where}: the axis {name!r} holds nan.")
+    if static:
+        return
+    whole = all(map(is_integer, values))
+    dtype = jax.dtypes.canonicalize_dtype(np.int64 if whole else np.float64)
+    limits: Any = jnp.iinfo(dtype) if whole else jnp.finfo(dtype)
+    least, most = (np.asarray(x).item() for x in (limits.min, limits.max))
+    for v in values:
+        if not least <= v <= most and v not in (math.inf, -math.inf):
             raise ValueError(
-                f"{where}: the axis {name!r} holds {large}, which {limits.dtype} can't hold."
+                f"{where}: the axis {name!r} holds {show(v)}, which {dtype} can't hold."
             )
 
 
+def _is_on(values: Sequence[Any], value: Any) -> bool:
+    """Whether one of the values is this one."""
+    return any(_exact(v, value) for v in values)
+
+
 def _same(a: Any, b: Any) -> bool:
+    """Whether it is the same value, of numbers to a rounding."""
     b = _plain(b)
-    if is_integer(a) and is_integer(b):
-        return a == b
-    if is_number(a) and is_number(b):
+    if is_number(a) and is_number(b) and not (is_integer(a) and is_integer(b)):
         return math.isclose(a, b, rel_tol=1e-6)
+    return _exact(a, b)
+
+
+def _exact(a: Any, b: Any) -> bool:
+    b = _plain(b)
+    if is_number(a) and is_number(b):
+        return a == b
+    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
+        return all(map(_exact, a, b))
     if a is b:
         return True
     try:

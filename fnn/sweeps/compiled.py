@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -37,6 +38,7 @@ class Programs:
     Attributes:
         carry_types: the types of one member's carry.
         seconds: how long compiling the last one took.
+        looks_for: what JAX is set to look for in what is computed: "nan", "inf" or both.
     """
 
     def __init__(self, program: Program, shared: Shared, numeric: Mapping[str, np.ndarray]):
@@ -55,10 +57,24 @@ class Programs:
         self.carry_types = self._store.carry_types
         self._everywhere: Any = None
         self.seconds = 0.0
+        config: Any = jax.config
+        self._x64 = config.jax_enable_x64
+        self.looks_for = [x for x in ("nan", "inf") if getattr(config, f"jax_debug_{x}s")]
 
     def begin(self, plan: Plan, numeric: Mapping[str, Any]) -> Carry:
         """The first carries of a plan's members: stacked, or of the one alone."""
-        return self._get("begin", plan)(numeric, self._shared)
+        with self._set():
+            return self._get("begin", plan)(numeric, self._shared)
+
+    @contextlib.contextmanager
+    def _set(self) -> Iterator[None]:
+        """JAX's settings for a call, in whichever thread: they belong to a thread.
+
+        JAX itself doesn't look for nan and inf: the history holds nan for epochs to come, and who
+        calls knows whose they are.
+        """
+        with jax.enable_x64(self._x64), jax.debug_nans(False), jax.debug_infs(False):
+            yield
 
     def get(self, plan: Plan) -> Callable:
         """The program of a plan, `(carry, numeric, begin, end) -> carry`; the carry is donated."""
@@ -66,9 +82,10 @@ class Programs:
         dealt, shared = dealt_by(plan), self._shared_for(plan)
 
         def advance(carry, numeric, begin, end):
-            orders = self._orders(plan, numeric, begin, end)
-            own = dealt((carry, numeric)), np.int32(begin), np.int32(end), dealt(orders)
-            return compiled(*own[0], *own[1:], shared)
+            with self._set():
+                orders = self._orders(plan, numeric, begin, end)
+                own = dealt((carry, numeric)), np.int32(begin), np.int32(end), dealt(orders)
+                return compiled(*own[0], *own[1:], shared)
 
         return advance
 

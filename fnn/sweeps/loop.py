@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import chex
 import jax
+import numpy as np
 import optax
 
 from fnn import arguments
 from fnn.batch import example_types
-from fnn.sweeps.axes import Axes
+from fnn.sweeps.axes import Axes, Group, described
 from fnn.sweeps.halving import Halving, checked
 from fnn.sweeps.layout import LAYOUTS, Layout
 from fnn.sweeps.program import Program, Shared
@@ -22,13 +23,30 @@ from fnn.sweeps.result import SweepResult
 from fnn.sweeps.training import Book, Training
 from fnn.train.checks import check_values, find_labels
 from fnn.train.coupling import is_coupled
-from fnn.train.data import Arrays, batches_of, is_tree_of_arrays
+from fnn.train.data import Arrays, as_arrays, batches_of, is_tree_of_arrays
 from fnn.train.interrupts import Interrupts
 from fnn.train.loss import Loss, extras
 from fnn.train.progress import progress_for
+from fnn.train.result import annotate, carry
 from fnn.train.step import TrainStep
 
+Function = TypeVar("Function", bound=Callable)
 
+
+def _off_meshes(function: Function) -> Function:
+    """Decorate a function: `jax.set_mesh` around its call doesn't concern it."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        if jax.sharding.get_abstract_mesh().empty:
+            return function(*args, **options)
+        with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
+            return function(*args, **options)
+
+    return run  # type: ignore[return-value]
+
+
+@_off_meshes
 def sweep(
     loss: Loss | TrainStep | Callable[..., Any],
     axes: Mapping[Any, Any],
@@ -117,8 +135,11 @@ def sweep(
     Raises:
         TypeError, ValueError: the arguments don't fit each other; the message names the axis or
             the argument.
+        FloatingPointError: a network met nan where `jax_debug_nans` is on, or inf where
+            `jax_debug_infs` is.
         Exception: what the functions raise passes through. If training has begun, the error's
-            attribute `result` is the SweepResult so far.
+            attribute `result` is the SweepResult so far. (All functions are called before, for
+            each of their static hyperparameters.)
     """
     began = time.perf_counter()
     grid = Axes(WHERE, axes, static)
@@ -141,14 +162,14 @@ def sweep(
     halving = checked(halving, grid)
     data = _arrays(data, "data")
     validation = None if validation is None else _arrays(validation, "validation")
-    shared = _on_device(Shared(data, validation, recipe.key, (recipe.start, recipe.model_state)))
+    start = as_arrays(recipe.start, "init", only_arrays=True)
+    model_state = as_arrays(recipe.model_state, "model_state", only_arrays=True)
+    shared = _on_device(Shared(data, validation, recipe.key, (start, model_state)))
 
-    groups = []
-    for group in grid.groups():
+    def training_of(group: Group) -> Training:
         size = group.static.get("batch_size", sizes)
         cut = batches_of(WHERE, data, batch_size=size, shuffle=shuffle, epochs=epochs)
         assert isinstance(cut, Arrays)
-        validation_size = _smaller(size, validation)
         first = grid.of(group.members[0])
         example = example_types(data)
         begin = functools.partial(recipe.begin, first, example)
@@ -161,14 +182,22 @@ def sweep(
             group.static,
             batch_size=cut.batch_size,
             size=cut.size,
-            validation_batch_size=validation_size,
+            validation_batch_size=_smaller(size, validation),
             epochs=epochs,
             shuffle=shuffle,
             draws=jax.local_devices()[0].platform != "cpu",
             pads=uneven and not _is_coupled(recipe, first, state, example),
         )
-        groups.append(Training(program, shared, group, layout, at_once))
+        return Training(program, shared, group, layout, at_once)
 
+    groups = []
+    for group in grid.groups():
+        try:
+            groups.append(training_of(group))
+        except Exception as error:
+            if group.static:
+                annotate(error, f"(fnn.sweep: for the networks with {described(group.static)}.)")
+            raise
     book = Book(grid, groups, epochs, halving)
     interrupted = False
     display = progress_for(progress, epochs, None)
@@ -182,8 +211,9 @@ def sweep(
             display.say(f"Interrupted after {book.mean_epochs:.1f} of {epochs} epochs.")
         except BaseException as error:
             if book.has_begun:
-                error.result = book.result(False, time.perf_counter() - began)  # type: ignore
-                error.add_note("(fnn.sweep: `result` of this error is the SweepResult so far.)")
+                found = book.result(False, time.perf_counter() - began)
+                note = "(fnn.sweep: `result` of this error is the SweepResult so far.)"
+                carry(error, found, note)
             raise
         finally:
             display.close()
@@ -216,8 +246,9 @@ def _arrays(data: Any, name: str) -> Any:
 
 def _on_device(shared: Shared) -> Shared:
     """On the first device, where they aren't; what is dealt out over several is gathered."""
-    device = jax.local_devices()[0]
-    return jax.tree.map(lambda x: jax.device_put(x, device), shared)
+    # Not by the device alone: then the type of an array from an explicit mesh still tells of it.
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.device_put(x, place), shared)
 
 
 def _smaller(size: int | None, data: Any) -> int:

@@ -271,7 +271,9 @@ def as_floats_of(params: Any, hyper: Mapping[str, Any]) -> dict[str, Any]:
     A Python number of a `fit` takes the dtype of what it meets; an array would widen it.
     """
     kinds = [x.dtype for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    dtype = jnp.zeros((), jnp.result_type(jnp.float32, *kinds)).real.dtype
+    # Not by JAX's promotion, which may be strict.
+    widest = max([jnp.finfo(jnp.float32), *map(jnp.finfo, kinds)], key=lambda info: info.bits)
+    dtype = jax.dtypes.canonicalize_dtype(widest.dtype)
 
     def of(x):
         is_float = isinstance(x, (jax.Array, np.ndarray)) and jnp.issubdtype(x.dtype, jnp.floating)
@@ -298,11 +300,22 @@ def _inject(opt_state: Any, values: Mapping[str, Any], found: set[str]) -> Any:
         scheduled = getattr(x, "hyperparams_states", {})
         own = {n: v for n, v in x.hyperparams.items() if n in values and n not in scheduled}
         found.update(own)
-        new = {n: jnp.asarray(values[n], jnp.asarray(old).dtype) for n, old in own.items()}
+        new = {n: _like(old, values[n]) for n, old in own.items()}
         inner = _inject(x.inner_state, values, found)
         return x._replace(hyperparams={**x.hyperparams, **new}, inner_state=inner)
 
     return jax.tree.map(at, opt_state, is_leaf=_holds_hyperparameters)
+
+
+def _like(old: Any, value: Any) -> jax.Array:
+    """The value in the old one's dtype; a float in one of its own where that is an integer's."""
+    old, value = jnp.asarray(old), jnp.asarray(value)
+    is_whole = jnp.issubdtype(old.dtype, jnp.integer)
+    return (
+        value
+        if is_whole and jnp.issubdtype(value.dtype, jnp.floating)
+        else (value.astype(old.dtype))
+    )
 
 
 def _holds_hyperparameters(x: Any) -> bool:

@@ -61,7 +61,9 @@ class Table:
     def _reduced(self, name: str, reduce: Callable, over: Any) -> Table:
         places = places_of(name, self._axes, over)
         kept = [axis for i, axis in enumerate(self._axes) if i not in places]
-        return Table(self.metric, kept, np.asarray(reduce(self.values, axis=places)))
+        with np.errstate(invalid="ignore", over="ignore"):  # inf, of those that diverged
+            values = np.asarray(reduce(self.values, axis=places))
+        return Table(self.metric, kept, values)
 
     # -------------------------------------------------------------------------- its entries
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn.sweeps.axes import Axes, Group
+from fnn.sweeps.axes import Axes, Group, described
 from fnn.sweeps.choice import plan_for
 from fnn.sweeps.compiled import Programs
 from fnn.sweeps.halving import Halving, chosen, rounds
@@ -110,28 +110,43 @@ class Training:
                 own = {n: x[0] for n, x in own.items()}
             yield some, own
 
-    def advance(self, run: Run, end: int, stop: threading.Event, metric: str, x64: bool) -> None:
+    def advance(self, run: Run, end: int, stop: threading.Event, metric: str) -> None:
         """Train a run up to a step, or until it is to stop. Called in threads."""
-        # Which numbers have 64 bits is a setting of the thread's.
-        with jax.enable_x64(x64):
-            program = self.programs.get(run.plan)
-            if run.carry is None:
-                run.carry = self.programs.begin(run.plan, run.numeric)
-            while run.done < end and not stop.is_set():
-                most = self.programs.most_steps(run.plan, run.done)
-                count = min(self._rate, end - run.done, most)
-                began = time.perf_counter()
-                carry = program(run.carry, run.numeric, run.done, run.done + count)
-                jax.block_until_ready(carry)
-                run.carry, run.done = carry, run.done + count
-                seconds = time.perf_counter() - began
-                if count == self._rate:
-                    self._rate = max(1, min(8 * count, int(count * SECONDS / seconds)))
-                epochs = run.done // self.program.steps
-                values = carry.history.get(metric)
-                if epochs and values is not None:
-                    values = np.asarray(values).reshape(-1, self.program.epochs)
-                    run.latest = values[list(run.places), epochs - 1]
+        program = self.programs.get(run.plan)
+        if run.carry is None:
+            run.carry = self.programs.begin(run.plan, run.numeric)
+        while run.done < end and not stop.is_set():
+            most = self.programs.most_steps(run.plan, run.done)
+            count = min(self._rate, end - run.done, most)
+            began = time.perf_counter()
+            carry = program(run.carry, run.numeric, run.done, run.done + count)
+            jax.block_until_ready(carry)
+            run.carry, run.done = carry, run.done + count
+            seconds = time.perf_counter() - began
+            if count == self._rate:
+                self._rate = max(1, min(8 * count, int(count * SECONDS / seconds)))
+            epochs = run.done // self.program.steps
+            values = carry.history.get(metric)
+            if epochs and values is not None:
+                values = np.asarray(values).reshape(-1, self.program.epochs)
+                run.latest = values[list(run.places), epochs - 1]
+            for kind in self.programs.looks_for:
+                self._look_for(kind, run)
+
+    def _look_for(self, kind: str, run: Run) -> None:
+        """Raise where a member's parameters or losses hold nan, say."""
+        is_bad = {"nan": np.isnan, "inf": np.isinf}[kind]
+        for place in range(run.plan.width):
+            own = run.carry if run.plan.layout == "threads" else _at(run.carry, place)
+            over = [x[: run.done // self.program.steps] for x in own.history.values()]
+            leaves = [np.asarray(x) for x in jax.tree.leaves((own.state.params, own.sums, over))]
+            if any(is_bad(x).any() for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)):
+                numeric = {n: np.reshape(x, -1)[place].item() for n, x in run.numeric.items()}
+                raise FloatingPointError(
+                    f"sweep: {kind} in the network with "
+                    f"{described({**self.group.static, **numeric})}, by step {run.done} "
+                    f"(jax_debug_{kind}s is on)."
+                )
 
     def regrouped(self, runs: list[Run], kept: set[int]) -> tuple[list[Run], list[Run]]:
         """The runs of the kept members, and those of the others, as they were left."""
@@ -193,9 +208,23 @@ class Book:
                 scalars = ", ".join(n for n, x in known.items() if x.ndim == 1)
                 raise ValueError(f"Halving: by={halving.by!r} is no quantity; there are {scalars}.")
             self._metric = halving.by
+        self._check_shapes()
         self._runs: list[list[Run]] = [[] for _ in groups]  # that are trained
         self._left: list[list[Run]] = [[] for _ in groups]  # that aren't any more
         self._shown = 0  # epochs
+
+    def _check_shapes(self) -> None:
+        """Raise where a metric has another shape for other static hyperparameters."""
+        first: dict[str, tuple[tuple, Group]] = {}
+        for training in self._groups:
+            for name, x in training.programs.carry_types.history.items():
+                shape, other = first.setdefault(name, (x.shape[1:], training.group))
+                if shape != x.shape[1:]:
+                    raise ValueError(
+                        f"sweep: the metric {name!r} has shape {shape} for "
+                        f"{described(other.static)}, but {x.shape[1:]} for "
+                        f"{described(training.group.static)}: one table holds it for all."
+                    )
 
     @property
     def has_begun(self) -> bool:
@@ -234,10 +263,9 @@ class Book:
         stop = threading.Event()
         if not runs:
             return
-        metric, x64 = self._metric, jax.config.read("jax_enable_x64")
 
         def advance(run: Run) -> None:
-            group.advance(run, end * group.program.steps, stop, metric, x64)
+            group.advance(run, end * group.program.steps, stop, self._metric)
             if len(runs) > runs[0].plan.lanes:  # it waits for others: not in the device's memory
                 run.carry = jax.tree.map(_to_host, run.carry)
 

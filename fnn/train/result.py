@@ -304,15 +304,28 @@ class Work:
 
 def attach(error: BaseException, result: FitResult) -> None:
     """Give an error the work so far, as its attribute `result`."""
+    steps = _longest(result.steps)
+    carry(
+        error,
+        result,
+        f"(fnn.fit: `result` of this error is the FitResult of the {steps} steps so far.)",
+    )
+
+
+def carry(error: BaseException, result: Any, note: str) -> None:
+    """Give any error an attribute `result`, and a note."""
     inner = getattr(error, "result", None)
     with contextlib.suppress(Exception):
-        if isinstance(inner, FitResult):  # of a fit inside this one
+        if isinstance(inner, type(result)):  # of a fit inside this one
             BaseException.__setattr__(error, "inner_result", inner)
         # Past a __setattr__ of its own: of a frozen dataclass, for one.
         BaseException.__setattr__(error, "result", result)
+    annotate(error, note)
+
+
+def annotate(error: BaseException, note: str) -> None:
+    """Give any error a note."""
     with contextlib.suppress(Exception):
-        steps = _longest(result.steps)
-        note = f"(fnn.fit: `result` of this error is the FitResult of the {steps} steps so far.)"
         notes = [*getattr(error, "__notes__", ()), note]
         BaseException.__setattr__(error, "__notes__", notes)
 
