@@ -73,6 +73,16 @@ def test_multi_device(tmp_path):
     assert held[1][0] < held[1][1] / 7.9 and held[2][0] < held[2][1] / 7
 
 
+def test_sweep(tmp_path):
+    printed = run("sweep.py", "--quick", folder=tmp_path)
+    assert "SweepResult: 16 networks, seed (2) × width (2) × learning_rate (4)" in printed
+    ((width, rate),) = re.findall(r"The best: width (\d+), learning rate ([\d.]+)", printed)
+    # Of 1e-4, 0.002, 0.05 and 1 the first is too small for four epochs, the last too large.
+    assert width == "128" and 1e-3 < float(rate) < 0.1
+    assert is_a_picture(tmp_path / "out" / "sweep_rates.png")
+    assert is_a_picture(tmp_path / "out" / "sweep_curves.png")
+
+
 def test_resume(tmp_path):
     """Killed once; `test_resume.py` kills more."""
     printed = run("resume.py", "--quick", "--out", "runs", folder=tmp_path)
