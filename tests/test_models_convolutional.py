@@ -10,7 +10,6 @@ import pytest
 from jax import lax
 from sweeps import exhaustive, sweep
 
-import fnn
 from fnn import models
 from fnn.layers import LayerError, training
 
@@ -154,44 +153,6 @@ def test_the_formula(name):
         params, state, x
     )
     np.testing.assert_allclose(ours, plain, rtol=1e-9, atol=1e-9)
-
-
-@exhaustive
-@pytest.mark.parametrize("name", TINY)
-def test_per_example_gradients_and_kronecker_factors(name):
-    model, params, state, x = start(name)
-    xs = jnp.stack([x, 2 * x, x - 1])
-    outputs = lambda p, x: model.apply(p, state, x)[0].reshape(-1)
-    loss = lambda p, x: jnp.sum(jnp.sin(outputs(p, x)))
-
-    def both(params, xs):
-        _, g = fnn.per_example.grads(loss)(params, xs)
-        rows.extend(fnn.per_example.explain(g))
-        plain = jax.vmap(jax.grad(loss), (None, 0))(params, xs)
-        return fnn.per_example.materialize(g), plain
-
-    rows = []
-    ours, plain = jax.jit(both)(params, xs)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8), ours, plain)
-    kept = [r["why"] for r in rows if r["path"].endswith("['W']")]
-    fine = ("gradient is x convolved with G", "gradient is Gᵀ A", "its factors hold")
-    assert all(any(f in why for f in fine) for why in kept), kept
-
-    targets = jnp.zeros((3, outputs(params, x).size))
-    factors = fnn.curvature.kronecker_factors(outputs, lambda z, y: 0.5 * jnp.sum((z - y) ** 2))
-    found = factors(params, (xs, targets))
-    # The Gauss-Newton matrix is the sum over outputs of what each weight's gradients square to:
-    # where there is one position (the last layer), the factors give its very block.
-    last = {"lenet": "output", "convnext": "output", "unet": None}.get(name, "fc")
-    if last is not None:
-        jacobian = jax.vmap(
-            lambda x: jax.jacobian(lambda W: outputs(params | {last: params[last] | {"W": W}}, x))(
-                params[last]["W"]
-            )
-        )(xs)
-        flat = jacobian.reshape(3, jacobian.shape[1], -1)
-        exact = jnp.einsum("noi,noj->ij", flat, flat) / 3
-        np.testing.assert_allclose(found[last]["W"].to_dense(), exact, rtol=1e-8, atol=1e-8)
 
 
 @exhaustive

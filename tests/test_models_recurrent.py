@@ -1,12 +1,10 @@
 """The recurrent language models: against their formulas, step by step, in training."""
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.flatten_util import ravel_pytree
 from sweeps import exhaustive, sweep
 
 import fnn
@@ -91,50 +89,6 @@ def test_the_papers_sizes():
     lstms = 2 * (4 * 650 * (650 + 650) + 4 * 650)
     assert count == 2 * 10_000 * 650 + 10_000 + lstms
     assert "lstm_language_model" in repr(models.lstm_language_model())
-
-
-@exhaustive
-@pytest.mark.parametrize("name", MODELS)
-def test_gradients_of_examples_and_kronecker_factors(name):
-    net = MODELS[name]
-    xs = jnp.stack([TOKENS, TOKENS[::-1], TOKENS % 3])
-    params = net.init(KEY, TOKENS)
-
-    def loss(p, x):
-        return jnp.mean(ops.softmax_cross_entropy(net(p, x[:-1]), x[1:]))
-
-    @jax.jit
-    def both(params):
-        _, g = fnn.per_example.grads(loss)(params, xs)
-        wanted = jax.vmap(jax.grad(loss), (None, 0))(params, xs)
-        return fnn.per_example.materialize(g), fnn.per_example.norms(g), wanted
-
-    found, norms, wanted = both(params)
-    chex.assert_trees_all_close(found, wanted, rtol=1e-8, atol=1e-12)
-    flat = jax.vmap(lambda tree: ravel_pytree(tree)[0])(wanted)
-    np.testing.assert_allclose(norms, jnp.linalg.norm(flat, axis=1), rtol=1e-8)
-    of = fnn.curvature.kronecker_factors(lambda p, x: net(p, x)[-1], ops.softmax_cross_entropy)
-    factors = jax.jit(of)(params, (xs[:, :-1], xs[:, -1]))
-    for leaf, p in zip(
-        jax.tree.leaves(factors, is_leaf=lambda f: hasattr(f, "to_dense")),
-        jax.tree.leaves(params),
-        strict=True,
-    ):
-        dense = leaf.to_dense()
-        assert dense.shape == (p.size, p.size)
-        assert np.linalg.eigvalsh(np.asarray(dense)).min() > -1e-9
-
-
-def test_factors_are_kept():
-    net = models.lstm_language_model(64, 48)
-    params = jax.eval_shape(net.init, KEY, TOKENS)
-    x = jax.ShapeDtypeStruct((2, 5), jnp.int32)
-    loss = lambda p, x: jnp.sum(ops.softmax_cross_entropy(net(p, x[:-1]), x[1:]))
-    _, g = jax.eval_shape(fnn.per_example.grads(loss), params, x)
-    kept = {row["path"]: row["kept"] for row in fnn.per_example.explain(g)}
-    assert kept["['blocks']['lstm']['W']"] == "2 × A (4 × 48), G (4 × 192)"
-    assert kept["['blocks']['lstm']['U']"] == "2 × A (4 × 48), G (4 × 192)"
-    assert kept["['output']['W']"] == "A (4 × 48), G (4 × 64)"
 
 
 @exhaustive

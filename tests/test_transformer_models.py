@@ -10,7 +10,7 @@ from jax import lax
 from sweeps import exhaustive, sweep
 
 import fnn
-from fnn import layers, models, ops
+from fnn import layers, models
 from fnn.models.generation import likely
 
 KEY = jax.random.key(0)
@@ -236,28 +236,6 @@ def test_per_example_gradients_of(name):
     for path, how in kept.items():
         if "blocks" in path and "['W']" in path:
             assert "A (" in how, (path, how)
-
-
-@exhaustive
-def test_kronecker_factors_of_a_gpt():
-    """Of one example and one position, where they are exact for the last block's weights."""
-    net = tiny_llama(depth=1)
-    tokens, targets = TOKENS[None, :1], TOKENS[None, 1]
-    params = params_of(net, tokens[0])
-    model = lambda params, tokens: net(params, tokens)[-1]
-    found = jax.jit(fnn.curvature.kronecker_factors(model, ops.softmax_cross_entropy))(
-        params, (tokens, targets)
-    )
-    W = params["output"]["W"]
-
-    def outputs(W):
-        return model(params | {"output": {"W": W}}, tokens[0])
-
-    J = jax.jacobian(outputs)(W).reshape(VOCABULARY, -1)
-    p = jax.nn.softmax(outputs(W))
-    wanted = J.T @ (jnp.diag(p) - jnp.outer(p, p)) @ J
-    dense = found["output"]["W"].to_dense().reshape(wanted.shape)
-    np.testing.assert_allclose(dense, wanted, rtol=1e-3, atol=1e-5)
 
 
 @exhaustive
