@@ -81,10 +81,10 @@ def test_of_many_settings_the_best_are_drawn():
     rates = tuple(np.geomspace(1e-4, 1, 20).tolist())
     result = found({"learning_rate": rates, "seed": (0, 1)})
     (axes,) = bands(result).axes
-    assert len(axes.lines) == 12
+    assert len(axes.lines) == 8
     last = np.median(result.history["loss"][..., -1], axis=1)
-    best = {f"learning rate {rates[i]:.3g}" for i in np.argsort(last)[:12]}
-    assert {line.get_label() for line in axes.lines} == best
+    best = [f"learning rate {rates[i]:.3g}" for i in np.argsort(last)[7::-1]]
+    assert [line.get_label() for line in axes.lines] == best  # the highest on top
 
 
 def test_bands_where_one_diverged_or_was_dropped():
@@ -121,9 +121,8 @@ def test_of_many_settings_those_that_halving_kept_are_drawn():
     result = found({"learning_rate": rates, "seed": (0,)}, losses)
     result.epochs[:8] = 2
     (axes,) = bands(result).axes
-    assert [line.get_label() for line in axes.lines] == [
-        f"learning rate {rate:.3g}" for rate in rates[8:]
-    ]
+    drawn = {line.get_label() for line in axes.lines}
+    assert len(drawn) == 8 and drawn <= {f"learning rate {rate:.3g}" for rate in rates[8:]}
 
 
 def test_without_seeds_there_are_no_bands():

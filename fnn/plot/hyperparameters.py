@@ -13,7 +13,7 @@ from fnn.plot.canvas import blank
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_LINES = 12
+MOST_LINES, MOST_HUES = 8, 5
 
 
 def against(
@@ -84,8 +84,9 @@ def bands(
 
     A network that diverged counts as the highest of all, inf: where the median diverged there is
     no line, and where one did, the band is open to the top. With `halving`, the median and the
-    band are of those that are still trained. Of more than 12 settings those are drawn that were
-    trained longest, and of these the ones with the lowest last values.
+    band are of those that are still trained. Of more than 8 settings those are drawn that were
+    trained longest, and of these the ones with the lowest last values. More than 5 stand in the
+    legend as their lines end, the highest on top.
 
     Raises:
         ImportError: matplotlib isn't installed.
@@ -93,7 +94,10 @@ def bands(
         ValueError: there is no such axis or quantity.
     """
     _, lines, metric = _by_setting("bands", found, None, over, metric)
-    chosen = sorted(sorted(range(len(lines)), key=lambda i: _rank(lines[i][1]))[:MOST_LINES])
+    ranks = [_rank(entries) for _, entries in lines]
+    chosen = sorted(sorted(range(len(lines)), key=ranks.__getitem__)[:MOST_LINES])
+    if len(chosen) > MOST_HUES:
+        chosen.sort(key=lambda i: -ranks[i][1])
     figure = blank(width=7 if len(chosen) > 3 else 5.5, height=3.6)
     axes = figure.subplots()
     from matplotlib.ticker import MaxNLocator
@@ -208,7 +212,7 @@ def _largest(lines: Sequence[tuple[str, np.ndarray]]) -> float:
 
 def _palette(count: int) -> list[Any]:
     """Colours that tell lines apart: a few by hue, many in their order."""
-    if count <= 5:
+    if count <= MOST_HUES:
         return [f"C{i}" for i in range(count)]
     from matplotlib import colormaps
 
