@@ -7,7 +7,7 @@ import json
 import os
 import sys
 
-number, count, port = map(int, sys.argv[1:])
+number, count, port = map(int, sys.argv[1:4])
 os.environ["XLA_FLAGS"] = (
     f"--xla_force_host_platform_device_count={8 // count} --xla_backend_optimization_level=0"
 )

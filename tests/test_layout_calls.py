@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 from sweeps import exhaustive
-from test_layout_training import GPT, KEY, LAYOUTS, LOSS, NET, PARAMS, TOKENS, close
+from test_layout_training import KEY, LAYOUTS, LOSS, NET, PARAMS, close
 
 import fnn
 from fnn import ops, sharding
@@ -82,32 +83,32 @@ def test_many_steps_a_call_in_one_program(counted, alone):
 
 
 @exhaustive
-@pytest.mark.parametrize("name", [*LAYOUTS, "sequence"])
+@pytest.mark.parametrize("name", ["both", "sequence"])
 def test_nothing_more_is_sent(name, counted):
-    """What one step sends when its batch is dealt out beforehand, and a few flags."""
+    """Than one step sends whose batch was dealt out beforehand, but for a few flags."""
     _, programs = counted
-    if name == "sequence":
+    layout, loss, data, start = LAYOUTS["both"], LOSS, (X, Y), PARAMS
+    at = P()
+    if name == "sequence":  # of eight positions a device has two
         layout = sharding.sequence_parallel(jax.make_mesh((2, 4), ("data", "sequence")))
-        tokens = np.concatenate([TOKENS[:, :8]] * 2)  # 8 positions, of which a device has 2
-        loss, data, start = mean_of_positions, (tokens, tokens), GPT.init(KEY, TOKENS[0, :-1])
-    else:
-        layout, loss, data, start = LAYOUTS[name], LOSS, (X, Y), PARAMS
+        loss, start, at = of_positions, {"W": np.eye(4)}, P(None, "sequence")
+        data = RNG.normal(size=(2, 44, 8, 4))
+        data = data[0], data[1]
     train(layout, data, loss, start, epochs=1)
     one = fnn.train_step(loss, optax.adam(0.05), layout=layout)
     batch = layout.place_batch(jax.tree.map(lambda x: x[:16], data))
     key = layout.spread(KEY)
     wanted = sent(jax.jit(one, donate_argnums=0).lower(one.init(start), batch, key).compile())
     program, args = programs[0]
-    at = {x.sharding.spec for x in jax.tree.leaves(args[2])}
-    assert at == {jax.sharding.PartitionSpec(*[None, "sequence"][: 2 * (name == "sequence")])}
+    assert {x.sharding.spec for x in jax.tree.leaves(args[2])} == {at}
     found = sent(program.lower(*args).compile())
     for kind in found.keys() | wanted.keys():
         assert found.get(kind, 0) <= wanted.get(kind, 0) + 64, kind
 
 
-def mean_of_positions(params, example, mode):
-    tokens, targets = example
-    return jnp.mean(GPT(params, tokens, targets, mode=mode))
+def of_positions(params, example, mode):
+    x, y = example
+    return jnp.mean((x @ params["W"] - y) ** 2)
 
 
 @exhaustive
@@ -152,13 +153,13 @@ def test_a_loss_that_sums_over_the_batch_is_not_filled_up(counted):
     net = chain(hidden=Linear(16), norm=BatchNorm(), out=Linear(8))
     loss, params = fnn.supervised(net, ops.softmax_cross_entropy), net.init(KEY, X[0])
     step, found = train(FULL, loss=loss, start=params, steps_per_call=4)
-    close(found.params, train(None, loss=loss, start=params)[1].params)
-    close(found.state.model_state, train(None, loss=loss, start=params)[1].state.model_state)
+    wanted = train(None, loss=loss, start=params)[1]
+    close((found.params, found.state.model_state), (wanted.params, wanted.state.model_state))
     assert seen[:2] == [("rows", 2), ("rows", 1)] and len(step.programs.traces) == 2
 
 
 @exhaustive
-@pytest.mark.parametrize("nonfinite", ["raise", "skip", "roll_back"])
+@pytest.mark.parametrize("nonfinite", ["raise", "roll_back"])
 def test_a_bad_step_in_the_midst_of_a_call(nonfinite):
     bad = X.copy()
     bad[20] = np.inf

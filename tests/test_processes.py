@@ -18,11 +18,11 @@ import fnn
 HERE = Path(__file__).parent
 
 
-def start(number, count, port):
+def start(number, count, port, worker, args):
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE)])
     return subprocess.Popen(
-        [sys.executable, str(HERE / "mesh_worker.py"), str(number), str(count), str(port)],
+        [sys.executable, str(worker), *map(str, (number, count, port, *args))],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -30,20 +30,20 @@ def start(number, count, port):
     )
 
 
-def run(count):
-    """What each process found."""
+def run(count, worker=HERE / "mesh_worker.py", *args, ends=0):
+    """What each process found; how it ended is as expected."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    processes = [start(number, count, port) for number in range(count)]
+    processes = [start(number, count, port, worker, args) for number in range(count)]
     try:
-        ends = [process.communicate(timeout=240) for process in processes]
+        outputs = [process.communicate(timeout=240) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    for process, (out, err) in zip(processes, ends, strict=True):
-        assert process.returncode == 0, out + err
-    lines = [line for out, _ in ends for line in out.splitlines() if line.startswith("FOUND ")]
+    for process, (out, err) in zip(processes, outputs, strict=True):
+        assert process.returncode == ends, out + err
+    lines = [line for out, _ in outputs for line in out.splitlines() if line.startswith("FOUND ")]
     return [json.loads(line.removeprefix("FOUND ")) for line in lines]
 
 

@@ -17,14 +17,14 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from fnn import arguments
+from fnn.train.together import in_all_or_none
 
 try:
     import fcntl
@@ -34,6 +34,7 @@ except ImportError:  # Windows
 _NAME = re.compile(r"(\d{10})(?:\.(\d+))?")
 _DISCARDED = ".discarded"
 _DELETED = ".deleted"
+_LOCK = ".lock"
 
 
 class CheckpointError(Exception):
@@ -46,7 +47,7 @@ class CheckpointError(Exception):
     """
 
     def __init__(
-        self, message: str, folder: str, step: int | None = None, previous: int | None = None
+        self, message: str, folder: str = "", step: int | None = None, previous: int | None = None
     ):
         super().__init__(message)
         self.folder, self.step, self.previous = folder, step, previous
@@ -96,26 +97,31 @@ class Files:
             raise Damaged("about/metadata isn't what was written: its checksum is another")
         return json.loads(text)
 
-    def arrays(self, step: int, targets: dict[str, Any]) -> dict[str, Any]:
+    def arrays(
+        self, step: int, names: Sequence[str], read_in_parts: dict[str, Callable] | None = None
+    ) -> dict[str, Any]:
         """A checkpoint's arrays by name.
 
         Args:
             step: which checkpoint.
-            targets: a name -> the sharding of which each process reads its part; None for the
-                whole, as a numpy array.
+            names: those to read whole, as numpy arrays.
+            read_in_parts: for each of the others, what makes it of a function that reads a part of
+                it, given slices.
 
         Raises:
             Damaged: they can't be read.
         """
         path = self._paths()[step] / "arrays"
-        whole = [name for name, sharding in targets.items() if sharding is None]
-        parts = {name: sharding for name, sharding in targets.items() if sharding is not None}
         try:
-            return self._whole(path, whole) | self._parts(path, parts)
-        except Exception as error:  # of orbax, tensorstore, json, the file system
+            return self._read(path, names, read_in_parts or {})
+        except Damaged:
+            raise
+        except Exception as error:  # of tensorstore, json, the file system
             raise Damaged(f"its arrays can't be read: {_line(error)}") from error
 
-    def _whole(self, path: Path, names: list[str]) -> dict[str, np.ndarray]:
+    def _read(
+        self, path: Path, names: Sequence[str], read_in_parts: dict[str, Callable]
+    ) -> dict[str, Any]:
         """Read by tensorstore itself: where one array is damaged, orbax abandons the reading of
         the others, which tell of that later, on stderr."""
         import tensorstore
@@ -123,20 +129,14 @@ class Files:
         kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path}/"}}
         spec = lambda name: {"driver": "zarr", "kvstore": kvstore | {"path": f"{name}/"}}
         context = tensorstore.Context()
-        opened = [tensorstore.open(spec(name), context=context, open=True) for name in names]
-        reads = [future.result().read() for future in opened]
-        return {name: read.result() for name, read in zip(names, reads, strict=True)}
-
-    def _parts(self, path: Path, shardings: dict[str, Any]) -> dict[str, Any]:
-        if not shardings:
-            return {}
-        ocp = self._orbax
-        how = {name: ocp.ArrayRestoreArgs(sharding=s) for name, s in shardings.items()}
-        only = ocp.args.PyTreeRestore(
-            item=dict.fromkeys(shardings, 0), restore_args=how, partial_restore=True
-        )
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            return dict(reader.restore(path, args=only))
+        begin = lambda name: tensorstore.open(spec(name), context=context, open=True)
+        opened = {name: begin(name) for name in (*names, *read_in_parts)}
+        reads = {name: opened[name].result().read() for name in names}
+        found: dict[str, Any] = {name: read.result() for name, read in reads.items()}
+        for name, make in read_in_parts.items():
+            store = opened[name].result()
+            found[name] = make(lambda slices, store=store: store[slices].read().result())
+        return found
 
     # ------------------------------------------------------------------------------- writing
 
@@ -147,10 +147,11 @@ class Files:
         Raises:
             CheckpointError: the folder can't be written to, or another process writes to it.
         """
-        self._take()
         log = logging.getLogger("absl")
         log.addFilter(_not_orbax)
         try:
+            in_all_or_none(self._take, CheckpointError)
+            in_all_or_none(self._is_there, CheckpointError)
             ocp = self._orbax
             self._writer = ocp.AsyncCheckpointer(
                 ocp.CompositeCheckpointHandler(
@@ -266,7 +267,7 @@ class Files:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "a+")  # noqa: SIM115 (held on to)
+            self._lock = open(self.folder / _LOCK, "a+")  # noqa: SIM115 (held on to)
         except OSError as error:
             raise CheckpointError(
                 f"checkpoints can't be written to {self.folder}: {_line(error)}. What is there is "
@@ -286,6 +287,14 @@ class Files:
         except OSError:  # a file system without locks
             pass
         self._clean()
+
+    def _is_there(self) -> None:
+        if jax.process_index() != 0 and not (self.folder / _LOCK).exists():
+            raise CheckpointError(
+                f"{self.folder} isn't the folder that process 0 opened for the checkpoints: it "
+                "must be on a file system that all processes share.",
+                str(self.folder),
+            )
 
     def _release(self) -> None:
         if self._lock is not None:

@@ -8,14 +8,16 @@ stays in the program that reads it: leaves are told apart by their paths, as Pyt
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
+from fnn.sharding.placement import put
+from fnn.train.checkpoint_parts import are_intact, checksum, checksums, is_divided
 from fnn.train.state import path_name
 
 # What numpy has of its own; all else (bfloat16, float8, int4) is written as its bits.
@@ -31,6 +33,7 @@ class Leaf(NamedTuple):
         shape: its shape; of keys that of the array of keys.
         checksum: the CRC-32 of its bytes; None if no process has all of them.
         name: what it is called in the files; "" if it isn't there, as it has no entries.
+        parts: of one that is divided among processes, its parts with their checksums.
     """
 
     path: str
@@ -38,6 +41,7 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]
     checksum: int | None = None
     name: str = ""
+    parts: tuple[tuple[Any, int], ...] = ()
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
@@ -57,6 +61,8 @@ def described(tree: Any, root: str) -> list[Leaf]:
 def taken_apart(tree: Any, root: str) -> tuple[list[Leaf], dict[str, Any]]:
     """The leaves of a tree, and their numbers in memory of their own, for files.
 
+    All processes that have a part of the tree must call it.
+
     Args:
         tree: a pytree of arrays.
         root: what the tree is called.
@@ -65,21 +71,25 @@ def taken_apart(tree: Any, root: str) -> tuple[list[Leaf], dict[str, Any]]:
         The leaves; and a numpy array for each name, but a `jax.Array` where this process has only
         a part of it.
     """
-    leaves, arrays = [], {}
+    leaves: list[Leaf] = []
+    arrays: dict[str, Any] = {}
+    divided: dict[int, jax.Array] = {}
     values = jax.tree.leaves(tree)
     for i, (leaf, value) in enumerate(zip(described(tree, root), values, strict=True)):
         if is_key(value):
             value = jax.random.key_data(value)
-        if _is_whole(value):
+        if is_divided(value):
+            value = divided[i] = jnp.copy(value)
+        else:
             value = np.array(value, order="C", copy=True)
             leaf = leaf._replace(checksum=checksum(value))
             value = _plain(value)
-        else:
-            value = jnp.copy(value)
         if math.prod(value.shape):  # tensorstore has no arrays without entries
             leaf = leaf._replace(name=f"{root}-{i:05d}")
             arrays[leaf.name] = value
         leaves.append(leaf)
+    for i, parts in zip(divided, checksums(list(divided.values())), strict=True):
+        leaves[i] = leaves[i]._replace(parts=tuple(parts))
     return leaves, arrays
 
 
@@ -110,11 +120,16 @@ def _value(target: Any, leaf: Leaf, arrays: dict[str, Any]) -> Any:
 
 def as_numpy(leaf: Leaf, arrays: dict[str, Any]) -> np.ndarray:
     """A leaf that isn't a key as a numpy array of its dtype."""
-    dtype = np.dtype(jnp.dtype(leaf.dtype))
     value = arrays.get(leaf.name)
     if value is None:
-        return np.zeros(leaf.shape, dtype)
-    return value if value.dtype == dtype else value.view(dtype)
+        return np.zeros(leaf.shape, np.dtype(jnp.dtype(leaf.dtype)))
+    return of_its_dtype(leaf, value)
+
+
+def of_its_dtype(leaf: Leaf, numbers: np.ndarray) -> np.ndarray:
+    """Numbers of a leaf, or of a part of it, that were written as bits where numpy has no dtype."""
+    dtype = np.dtype(jnp.dtype(leaf.dtype))
+    return numbers if numbers.dtype == dtype else numbers.view(dtype)
 
 
 def differences(wanted: Sequence[Leaf], got: Sequence[Leaf], most: int = 8) -> list[str]:
@@ -146,16 +161,13 @@ def damaged(leaves: Sequence[Leaf], arrays: dict[str, Any]) -> list[str]:
         value = arrays.get(leaf.name)
         if value is None:
             return not leaf.name
-        if leaf.checksum is None or not isinstance(value, np.ndarray):
+        if not isinstance(value, np.ndarray):  # checked as it was read
             return True
+        if leaf.checksum is None:
+            return are_intact(value, leaf.parts)
         return checksum(value) == leaf.checksum
 
     return [leaf.path for leaf in leaves if not is_intact(leaf)]
-
-
-def checksum(array: np.ndarray) -> int:
-    """The CRC-32 of an array's bytes."""
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def is_key(leaf: Any) -> bool:
@@ -169,12 +181,6 @@ def _type(leaf: Any) -> tuple[str, tuple[int, ...]]:
     return str(dtype), tuple(map(int, np.shape(leaf)))
 
 
-def _is_whole(value: Any) -> bool:
-    """Has this process all of the array's numbers?"""
-    is_array = isinstance(value, jax.Array)
-    return not is_array or value.is_fully_addressable or value.is_fully_replicated
-
-
 def _plain(array: np.ndarray) -> np.ndarray:
     """The same bytes in a dtype that numpy has of its own."""
     if array.dtype.char in _PLAIN:
@@ -186,6 +192,8 @@ def _placed(value: Any, target: Any) -> Any:
     """An array on the devices of another; without any of its own, where JAX puts new ones."""
     sharding = getattr(target, "sharding", None)
     is_type = isinstance(target, jax.ShapeDtypeStruct)
-    if sharding is not None and (is_type or getattr(target, "committed", False)):
-        return jax.device_put(value, sharding)
-    return jnp.asarray(value)
+    if sharding is None or not (is_type or getattr(target, "committed", False)):
+        return jnp.asarray(value)
+    if isinstance(sharding, NamedSharding):
+        return put(value, sharding)
+    return jax.device_put(value, sharding)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +15,12 @@ import numpy as np
 import fnn.train.checkpoint_tree as trees
 from fnn import arguments
 from fnn.train.checkpoint_files import CheckpointError, Damaged, Files, as_folder
+from fnn.train.checkpoint_parts import WrongNumbers, read_onto, whole
 from fnn.train.checkpoint_tree import Leaf
 from fnn.train.configuration import versions
 from fnn.train.result import FitResult
 from fnn.train.state import State
+from fnn.train.together import in_all_or_none, is_shared
 
 _FORMAT = 1
 
@@ -39,7 +41,10 @@ class Checkpoints:
     place in the data, the history and the record of steps; what the call was (data's, optimiser's
     and key's digests, batch size, ...) and the versions of JAX and optax. It is written in the
     background by orbax, and is there whole or not at all. Every array carries a checksum, which is
-    looked at when it is read. (Of an array that has parts in several processes, only its shape is.)
+    looked at when it is read; of an array that is divided among processes, each part does.
+
+    Several processes write one checkpoint together, into a folder that all of them share. They save
+    at epochs' ends and after `every_steps`, not when one of them is interrupted or fails.
 
     Besides at epochs' ends, `fit` saves when it ends, when Ctrl-C or SIGTERM ends it (it returns
     then, with `interrupted`: to end the process is the caller's), and when the data, a callback or
@@ -240,6 +245,11 @@ class Checkpoints:
         Raises:
             CheckpointError: it is damaged, or isn't built as `like` is.
         """
+        if is_shared(like):
+            return in_all_or_none(lambda: self._read_here(files, step, like, root), CheckpointError)
+        return self._read_here(files, step, like, root)
+
+    def _read_here(self, files: Files, step: int, like: Any, root: str) -> Saved:
         try:
             return read(files, step, like, root)
         except Damaged as error:
@@ -372,9 +382,9 @@ def read(files: Files, step: int, like: Any, root: str = "state") -> Saved:
         raise _Different(lines)
     targets = jax.tree.leaves(like)
     pairs = [*zip(state, targets, strict=True), *zip(best, targets, strict=bool(best))]
-    parts = {leaf.name: _parts(target, leaf) for leaf, target in pairs if leaf.name}
-    parts |= {leaf.name: None for leaf in record if leaf.name}
-    arrays = files.arrays(step, parts)
+    parts = {leaf.name: _in_parts(t, leaf) for leaf, t in pairs if leaf.name and _is_divided(t)}
+    named = [leaf.name for leaf in (*state, *best, *record) if leaf.name]
+    arrays = files.arrays(step, [name for name in named if name not in parts], parts)
     wrong = trees.damaged([*state, *best, *record], arrays)
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -409,12 +419,26 @@ def _is_of(leaf: Leaf, root: str) -> bool:
     return rest != leaf.path and (not rest or rest[0] in ".[")
 
 
-def _parts(target: Any, leaf: Leaf) -> Any:
-    """The sharding by which to read an array in parts; None to read it whole, and check it."""
+def _is_divided(target: Any) -> bool:
+    """Whether this process needs only a part of an array."""
     sharding = getattr(target, "sharding", None)
-    if sharding is None or trees.is_key(target) or sharding.is_fully_addressable:
-        return None
-    return None if sharding.is_fully_replicated else sharding
+    if sharding is None or trees.is_key(target):
+        return False
+    return not (sharding.is_fully_addressable or sharding.is_fully_replicated)
+
+
+def _in_parts(target: Any, leaf: Leaf) -> Callable[[Callable], jax.Array]:
+    """What makes an array, of which this process needs a part, of a function that reads parts."""
+    written: Sequence = leaf.parts or [(whole(leaf.shape), leaf.checksum)]
+
+    def make(read):
+        of_its_dtype = lambda slices: trees.of_its_dtype(leaf, read(slices))
+        try:
+            return read_onto(target.sharding, leaf.shape, written, of_its_dtype)
+        except WrongNumbers:
+            raise Damaged(f"the numbers of {leaf.path} haven't their checksum") from None
+
+    return make
 
 
 def _is_whole(files: Files, step: int) -> bool:
@@ -422,7 +446,7 @@ def _is_whole(files: Files, step: int) -> bool:
     try:
         about = files.about(step)
         leaves = [leaf for name in ("state", "best", "record") for leaf in _leaves(about, name)]
-        arrays = files.arrays(step, {leaf.name: None for leaf in leaves if leaf.name})
+        arrays = files.arrays(step, [leaf.name for leaf in leaves if leaf.name])
     except Damaged:
         return False
     return not trees.damaged(leaves, arrays)

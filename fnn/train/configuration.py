@@ -18,8 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from fnn.train.checkpoint_tree import checksum, is_key
+from fnn.meshes import explicit_axes
+from fnn.train.checkpoint_parts import checksum, is_divided
+from fnn.train.checkpoint_tree import is_key
 from fnn.train.data import Arrays, Stream
 from fnn.train.state import State, path_name
 from fnn.train.step import TrainStep
@@ -75,8 +78,8 @@ def of_call(
 def of_arrays(tree: Any, name: str) -> dict[str, str]:
     """Each array of a tree by its path: dtype, shape, and a digest of its numbers.
 
-    Of an array of more than 16 MiB, 64 rows spread over it are read; of one that has parts in
-    other processes, none.
+    Of an array of more than 16 MiB, 64 rows spread over it are read. Of one that is divided among
+    processes the same numbers are sent to all, which must all call it.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     most = MOST_BYTES // max(1, len(leaves))
@@ -86,8 +89,11 @@ def of_arrays(tree: Any, name: str) -> dict[str, str]:
 def of_data(data: Any, name: str) -> dict[str, str]:
     """Data as `fit` takes it: arrays, a list of batches, or what makes them.
 
-    Of an iterator or a function nothing is known before it is used: only that it is one.
+    Of an iterator or a function nothing is known before it is used: only that it is one; nor of
+    a list of batches of which each process has its own part.
     """
+    if isinstance(data, list) and jax.process_count() > 1:
+        return {name: f"a list of {len(data)} batches"}
     if isinstance(data, list):
         return {name: f"a list of {len(data)} batches"} | of_arrays(data[:_ROWS], name)
     if callable(data) and not isinstance(data, Iterable):
@@ -197,9 +203,27 @@ def _of_array(leaf: Any, most: int) -> str:
     kind = f"{dtype}[{','.join(map(str, np.shape(leaf)))}]"
     if is_key(leaf):
         leaf = jax.random.key_data(leaf)
-    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+    if is_divided(leaf) and not _can_be_sent(leaf):
         return kind
     if np.size(leaf) * np.dtype(dtype if _is_array(leaf) else float).itemsize > most:
         rows = np.linspace(0, len(leaf) - 1, min(len(leaf), _ROWS)).astype(int)
-        leaf = np.stack([np.asarray(leaf[int(i)]) for i in rows])
+        if is_divided(leaf):
+            leaf = _sent_to_all(leaf, rows)
+        else:
+            leaf = np.stack([np.asarray(leaf[int(i)]) for i in rows])
+    elif is_divided(leaf):
+        leaf = _sent_to_all(leaf, None)
     return f"{kind} {checksum(np.asarray(leaf)):08x}"
+
+
+def _can_be_sent(leaf: jax.Array) -> bool:
+    at = leaf.sharding
+    return isinstance(at, NamedSharding) and not explicit_axes(at.mesh)
+
+
+def _sent_to_all(leaf: jax.Array, rows: np.ndarray | None) -> np.ndarray:
+    """These rows of an array that is divided among processes, or all of it; in each of them."""
+    at: Any = leaf.sharding
+    everywhere = NamedSharding(at.mesh, PartitionSpec())
+    take = lambda x: x if rows is None else x[rows]
+    return np.asarray(jax.jit(take, out_shardings=everywhere)(leaf))

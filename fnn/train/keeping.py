@@ -21,8 +21,10 @@ from fnn.train.configuration import versions
 from fnn.train.data import Arrays, Stream
 from fnn.train.events import Listener
 from fnn.train.interrupts import Interrupts
+from fnn.train.nonfinite import NonFiniteError
 from fnn.train.result import FitResult, Work
 from fnn.train.state import State, own
+from fnn.train.together import in_all, in_all_or_none, processes_of
 
 # Unless the user says how often: within long epochs every ten minutes, at the ends of short ones as
 # often as takes no more than this part of the time.
@@ -55,6 +57,7 @@ def kept(
         CheckpointError: the folder can't be written to, or is another run's; the checkpoint is
             damaged, of another tree, or of another call.
     """
+    _check_processes(work.latest)
     keeper = Keeper(options, configuration, last, training.steps, interrupts)
     with keeper.open():
         begun = work.seen
@@ -117,10 +120,11 @@ class Keeper(Listener):
             CheckpointError: it is damaged, of another tree, or of another call.
         """
         steps = self._files.steps()
+        self._check_alike(steps)
         if not steps:
             return None
         saved = self._options._read(self._files, steps[-1], like)
-        self._check(saved, steps[-1])
+        in_all_or_none(lambda: self._check(saved, steps[-1]), CheckpointError)
         self._scores = self._options._scores(self._files)
         self._at = _position(saved.state)
         about = saved.about
@@ -137,18 +141,17 @@ class Keeper(Listener):
         self._batch = work.batch
         every = self._options.every_steps
         if every is None:
-            is_due = time.monotonic() - self._since > LONG
+            # Of several processes each has its own clock, and all must do the same.
+            is_due = _alone() and time.monotonic() - self._since > LONG
         else:
             is_due = work.seen - (0 if self._at is None else self._at[2]) >= every
         is_end = self._steps is not None and work.batch >= self._steps  # which has its own
-        if jax.process_count() > 1:  # whose calls of the device may have other lengths
-            return
         if is_due and not is_end:
             self._save(work, work.state)
 
     def epoch_over(self, work: Work, epoch: int, record: dict[str, Any]) -> None:
         every, scores = self._options.every, _scalars(record)
-        if every is None and jax.process_count() > 1:  # which must all do the same
+        if every is None and not _alone():
             every = 1
         is_due = self._files.is_cheap(PART) if every is None else epoch % every == 0
         if self._is_best(scores) or is_due or epoch >= self._last:
@@ -156,11 +159,25 @@ class Keeper(Listener):
 
     def end(self, work: Work, result: FitResult) -> None:
         stopped = not result.interrupted and work.epoch <= self._last
-        self._save(work, result.state, stopped=stopped)
+        if _alone() or not result.interrupted:  # the others may not be
+            self._save(work, result.state, stopped=stopped)
         self._finish()
+
+    def where_it_goes_on(self) -> str:
+        """What to tell who interrupted it."""
+        if _alone():
+            return "All is saved: the same call goes on."
+        return f"Several processes save at epochs' ends alone: {self._newest()}."
+
+    def _newest(self) -> str:
+        steps = self._files.steps()
+        return f"the same call goes on from step {steps[-1]}" if steps else "nothing is saved yet"
 
     def failed(self, work: Work, result: FitResult, error: BaseException) -> None:
         if isinstance(error, CheckpointError):
+            return
+        if not (_alone() or isinstance(error, NonFiniteError)):  # which strikes all of them alike
+            error.add_note(f"(fnn.fit: of several processes none saves alone: {self._newest()}.)")
             return
         try:
             self._save(work, result.state)
@@ -240,6 +257,21 @@ class Keeper(Listener):
         now = math.inf  # later than all others
         return self._options._best({**self._scores, now: scores[name]}) == now
 
+    def _check_alike(self, steps: list[int]) -> None:
+        """That all processes see the same checkpoints.
+
+        Raises:
+            CheckpointError: they don't.
+        """
+        newest = in_all(np.int32(steps[-1] if steps else -1))
+        if (newest != newest[0]).any():
+            seen = ", ".join("none" if n < 0 else f"step {n}" for n in newest.tolist())
+            raise CheckpointError(
+                f"the processes see other newest checkpoints in {self._options.folder}: {seen}. It "
+                "must be a folder on a file system that all of them share.",
+                str(self._options.folder),
+            )
+
     def _check(self, saved: Saved, step: int) -> None:
         """That the checkpoint is of this call."""
         there, here = saved.about["versions"], versions()
@@ -273,6 +305,21 @@ class Keeper(Listener):
                 RuntimeWarning,
                 stacklevel=4,
             )
+
+
+def _alone() -> bool:
+    return jax.process_count() == 1
+
+
+def _check_processes(state: State) -> None:
+    """Raise a ValueError unless all processes train this state together."""
+    count, own = jax.process_count(), processes_of(state)
+    if len(own) < count:
+        raise ValueError(
+            f"fit: checkpoints are written by all {count} processes together, but the training "
+            f"state lies on devices of {len(own)} of them alone: give fit a layout=... whose mesh "
+            "has the devices of all, jax.make_mesh((jax.device_count(),), ('data',)), say."
+        )
 
 
 def epochs_in(history: dict[str, list]) -> int:

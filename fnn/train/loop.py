@@ -296,7 +296,7 @@ def fit(
             told.end(work, result)
         except KeyboardInterrupt:
             result = work.result(interrupted=True)
-            saved = " All is saved: the same call goes on." if keeper else ""
+            saved = f" {keeper.where_it_goes_on()}" if keeper else ""
             steps = work.log.count
             try:
                 told.end(work, result)

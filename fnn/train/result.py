@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
+from fnn.sharding.placement import put
 from fnn.text import size_of_tree
 from fnn.train.state import State
+from fnn.train.together import is_shared
 
 # ------------------------------------------------------------------------------------------ metrics
 # What was measured while training, as the device's calls return it. So many parts are joined, so
@@ -241,7 +244,7 @@ class Work:
         old = self.latest.position
         # On the devices of the old one, so that the next step needs no new program.
         if getattr(old, "committed", False):
-            position = jax.device_put(position, old.sharding)
+            return self.latest._replace(position=_put(position, old.sharding))
         return self.latest._replace(position=jnp.asarray(position))
 
     @property
@@ -266,9 +269,10 @@ class Work:
     def save(self) -> None:
         """Keep a copy of the state at an epoch's end, unless that would take too much time."""
         began = time.monotonic()
-        if began < self._keep_after:
+        # Several processes keep the same one, to go back to: not each by its own clock.
+        if began < self._keep_after and not is_shared(self.latest):
             return
-        with contextlib.suppress(Exception):  # no memory, or parts on other machines: the older
+        with contextlib.suppress(Exception):  # no memory: the older
             copy = jax.tree.map(_to_host, self.latest)
             epochs = _longest(self.log.history)
             self._kept = (lambda: _to_device(copy), epochs, self.log.count, (self.epoch - 1, 0))
@@ -347,17 +351,53 @@ def _can_be_read(state: State) -> bool:
     return True
 
 
+class _OnHost:
+    """An array's numbers in the host's memory, and where they lay; of several processes, its own.
+
+    Attributes:
+        numbers: an array; or a list of pairs of a device of this process and its array.
+        shape: of the whole.
+        sharding: None where JAX puts new arrays.
+    """
+
+    def __init__(self, x: jax.Array):
+        self.shape = x.shape
+        self.sharding = x.sharding if getattr(x, "committed", False) else None
+        self.numbers: Any
+        if x.is_fully_addressable:
+            self.numbers = np.asarray(x)
+        else:
+            self.numbers = [(s.device, np.asarray(s.data)) for s in x.addressable_shards]
+
+    def again(self) -> jax.Array:
+        """The array, where it lay."""
+        if self.sharding is None:
+            return jnp.asarray(self.numbers)
+        if isinstance(self.numbers, np.ndarray):
+            return _put(self.numbers, self.sharding)
+        own = [jax.device_put(x, device) for device, x in self.numbers]
+        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, own)
+
+
+def _put(x: Any, sharding: Any) -> jax.Array:
+    """An array where another lies, in each process without word from the others."""
+    is_named = isinstance(sharding, NamedSharding)
+    return put(x, sharding) if is_named else jax.device_put(x, sharding)
+
+
 def _to_host(x: Any) -> Any:
     """A copy in the host's memory; of a key on its device. (It doesn't hold on to x's buffer.)"""
     copy = jnp.copy(x)
-    return copy if jnp.issubdtype(copy.dtype, jax.dtypes.extended) else np.asarray(copy)
+    return copy if jnp.issubdtype(copy.dtype, jax.dtypes.extended) else _OnHost(copy)
 
 
 def _to_device(state: State) -> State:
+    """The state of such copies."""
+    is_kept = lambda x: isinstance(x, _OnHost)
     try:
-        return jax.tree.map(jnp.asarray, state)
+        return jax.tree.map(lambda x: x.again() if is_kept(x) else jnp.asarray(x), state)
     except Exception:  # the device is gone: numpy's arrays are as good to save
-        return state
+        return jax.tree.map(lambda x: x.numbers if is_kept(x) else x, state)
 
 
 def _shown(result: FitResult, most: int = 12) -> str:
