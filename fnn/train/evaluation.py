@@ -20,7 +20,8 @@ from fnn.batch import batch_size as size_of
 from fnn.meshes import beside
 from fnn.sharding import Layout
 from fnn.train.checks import BatchChecks, Labels, check_values, find_labels
-from fnn.train.data import Arrays, Stream, as_arrays, batches_of, filled, fold_in
+from fnn.train.conversion import as_arrays
+from fnn.train.data import Arrays, Stream, batches_of, filled, fold_in
 from fnn.train.devices import Placed, check_layout, everywhere, on_its_mesh, settled
 from fnn.train.loss import Loss, batch_means, check_loss, extras
 from fnn.train.readings import Kept, reference

@@ -12,7 +12,7 @@ import numpy as np
 from fnn import arguments
 from fnn.batch import batch_size as size_of
 from fnn.text import size_of_tree
-from fnn.train.data import as_arrays
+from fnn.train.conversion import as_arrays
 from fnn.train.loss import Loss, batch_losses, check_loss, extras
 from fnn.train.state import State, check_params, path_name
 

@@ -22,7 +22,7 @@ from fnn.frames import stack
 from fnn.jaxpr import Inlined, Program, is_inexact, program, trace
 from fnn.layers.mode import EVALUATE
 from fnn.operation import operation_name
-from fnn.train.data import as_arrays
+from fnn.train.conversion import as_arrays
 from fnn.train.loss import Loss, call, check_loss, extras
 from fnn.train.state import State, check_params
 from fnn.train.written_out import written_out

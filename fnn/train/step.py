@@ -19,7 +19,7 @@ from fnn.params import Where
 from fnn.sharding import Layout
 from fnn.train import described
 from fnn.train.checks import BatchChecks, describe_bad_labels, describe_nonfinite, find_labels
-from fnn.train.data import as_arrays
+from fnn.train.conversion import as_arrays
 from fnn.train.descent import Descent
 from fnn.train.devices import check_layout, on_its_mesh
 from fnn.train.fitting import foresee
