@@ -241,6 +241,14 @@ def example_losses(
         ) from error
 
 
+def counting(size: int, count: Any) -> jax.Array | None:
+    """Whether each of a batch's `size` rows is one of the first `count`; None for all."""
+    if count is None:
+        return None
+    count = jnp.asarray(count)
+    return jnp.arange(size, dtype=count.dtype) < count
+
+
 def batch_means(
     loss: Loss,
     params: Any,
@@ -263,10 +271,11 @@ def batch_means(
         loss, params, batch, size, key, train=False, state=state, layout=layout
     )
 
+    counts = counting(size, count)
+
     def mean(values):
-        if count is None:
+        if counts is None:
             return jnp.mean(values, axis=0)
-        counts = jnp.arange(size) < count
         return jnp.mean(values, axis=0, where=counts.reshape(-1, *[1] * (values.ndim - 1)))
 
     return {"loss": mean(losses), **jax.tree.map(mean, metrics)}

@@ -38,6 +38,7 @@ def over_microbatches(
         the function returned last, stacked along a first axis over its microbatches.
     """
     least, more = divmod(size, count)
+    rows, with_keys = _keys_as_numbers(rows)
     found, start = [], 0
     for number, length in ((more, least + 1), (count - more, least)):
         if number and length:
@@ -49,7 +50,7 @@ def over_microbatches(
                 own = jax.tree.map(
                     lambda x: jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False), part
                 )
-                state, share, each = function(state, own)
+                state, share, each = function(state, with_keys(own))
                 add = lambda t, s: t + s.astype(t.dtype)
                 return (state, jax.tree.map(add, total, share)), each
 
@@ -65,6 +66,29 @@ def in_order(each: list[jax.Array]) -> jax.Array:
         everywhere = jax.sharding.NamedSharding(explicit_mesh(columns), EVERYWHERE)
         columns = [jax.sharding.reshard(x, everywhere) for x in columns]
     return jnp.concatenate([x.reshape(-1, *x.shape[2:]) for x in columns])
+
+
+def _keys_as_numbers(rows: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The rows with numbers for keys, and a function that makes keys of the numbers again.
+
+    Each key is used once. JAX's search for keys that are used twice (`jax_debug_key_reuse`) doesn't
+    see that of parts of an array of keys.
+    """
+    is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    leaves, tree = jax.tree.flatten(rows)
+    kinds = [jax.random.key_impl(x) if is_key(x) else None for x in leaves]
+
+    def with_keys(part: Any) -> Any:
+        made = [
+            x if kind is None else jax.random.wrap_key_data(x, impl=kind)
+            for x, kind in zip(jax.tree.leaves(part), kinds, strict=True)
+        ]
+        return jax.tree.unflatten(tree, made)
+
+    numbers = [
+        x if kind is None else jax.random.key_data(x) for x, kind in zip(leaves, kinds, strict=True)
+    ]
+    return jax.tree.unflatten(tree, numbers), with_keys
 
 
 def _cut(rows: Any, start: int, number: int, length: int) -> Any:

@@ -17,6 +17,7 @@ import numpy as np
 from fnn.birth import Birth
 from fnn.eager import apply_all
 from fnn.jaxpr import Equation, Program, program, trace
+from fnn.train.precision import wide, widest
 from fnn.train.replay import in_words
 from fnn.train.state import State, path_name
 
@@ -139,9 +140,9 @@ def square_sums(gradient: Any, new: State, old: State, *, exact: bool) -> jax.Ar
         for i in group.leaves:
             look_back = exact or after[i].ndim == 0
             terms.append(_zero_if_fine(after[i], before[i] if look_back else None))
-        dtype = jnp.result_type(*terms)
+        dtype = widest(terms)
         sums.append(jnp.sum(functools.reduce(jnp.add, [t.astype(dtype) for t in terms])))
-    dtype = jnp.result_type(*sums)
+    dtype = widest(sums)
     return jnp.stack([s.astype(dtype) for s in sums])
 
 
@@ -176,7 +177,7 @@ def square(x: jax.Array) -> jax.Array:
     """|x|² of each entry, in at least float32."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return square(x.real) + square(x.imag)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = wide(x)
     return x * x
 
 
@@ -188,7 +189,7 @@ def _zero_if_fine(new: jax.Array, old: jax.Array | None) -> jax.Array:
     zero = new * jnp.zeros((), new.dtype)
     if old is not None:
         zero = jnp.where(jnp.isfinite(old), zero, jnp.zeros_like(zero))
-    return zero.astype(jnp.promote_types(new.dtype, jnp.float32))
+    return wide(zero)
 
 
 def leaf_names(state: State) -> list[str]:
@@ -247,7 +248,7 @@ class NonFiniteError(FloatingPointError):
 def square_norms(gradients: Any) -> jax.Array:
     """The squared length of each leaf of the gradient, in at least float32."""
     sums = [jnp.sum(square(g)) for g in jax.tree.leaves(gradients)]
-    dtype = jnp.result_type(*sums)
+    dtype = widest(sums)
     return jnp.stack([s.astype(dtype) for s in sums])
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from fnn.backprop import value_and_grad
 from fnn.batch import batch_size
 from fnn.sharding import Layout
-from fnn.train.loss import Loss, example_losses, keys_of
+from fnn.train.loss import Loss, counting, example_losses, keys_of
 from fnn.train.loss_scaling import unscaled
 from fnn.train.microbatches import in_order, over_microbatches
 from fnn.train.precision import cast, wide
@@ -61,7 +61,7 @@ class Objective:
             _, (means, _, new) = self._share(params, rows, size, count, state)
             return new, (), means["loss"]
 
-        rows = (batch, keys_of(key, size), _which(size, count))
+        rows = (batch, keys_of(key, size), counting(size, count))
         if self.microbatches == 1:
             return part(model_state, rows)[2]
         _, _, each = over_microbatches(part, self.microbatches, rows, size, model_state, ())
@@ -102,7 +102,7 @@ class Objective:
             (_, (means, losses, new)), gradient = value_and_grad(scaled, has_aux=True)(params)
             return new, gradient, (means, losses)
 
-        rows = (batch, keys_of(key, size), _which(size, count))
+        rows = (batch, keys_of(key, size), counting(size, count))
         if self.microbatches == 1:
             new, gradient, (means, losses) = part(model_state, rows)
         else:
@@ -131,8 +131,9 @@ class Objective:
         def share(values):
             if counts is not None:
                 flags = counts.reshape(-1, *[1] * (values.ndim - 1))
-                inexact = jnp.issubdtype(values.dtype, jnp.inexact)
-                total = jnp.sum(values if inexact else values * 1.0, axis=0, where=flags)
+                if not jnp.issubdtype(values.dtype, jnp.inexact):
+                    values = values.astype(jnp.result_type(float))
+                total = jnp.sum(values, axis=0, where=flags)
                 return total / jnp.asarray(count, total.dtype)
             mean = jnp.mean(values, axis=0)
             return mean if here == size else mean * (here / size)
@@ -142,11 +143,6 @@ class Objective:
         if self.microbatches > 1:
             new = typed_like(new, state)
         return means["loss"], (means, losses, new)
-
-
-def _which(size: int, count: Any) -> Any:
-    """Which of a batch's rows count, an array; None for all."""
-    return None if count is None else jnp.arange(size) < count
 
 
 def _sum(shares: list[jax.Array]) -> jax.Array:

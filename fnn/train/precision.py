@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -52,3 +53,8 @@ def wide(tree: Any) -> Any:
         return x.astype(jnp.float32) if narrow else x
 
     return jax.tree.map(of, tree)
+
+
+def widest(arrays: Sequence[jax.Array]) -> Any:
+    """The widest dtype of arrays of real floats; JAX says none where promotion is strict."""
+    return max((x.dtype for x in arrays), key=lambda dtype: jnp.finfo(dtype).bits)
