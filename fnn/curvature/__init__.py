@@ -43,6 +43,8 @@ Each module imports only from those above it:
     piecewise_linear whether a network is linear in pieces
     exact_diagonal   the Hessian's diagonal
     kronecker        Kronecker factors
+    damped_inverses  inverses of damped factors
+    quadratic        the quadratic model of the loss along one or two directions
     part_of_params   a model of which only some parameters are trained
     kfac_optimizer   KFAC
 """

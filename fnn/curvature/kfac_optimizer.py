@@ -15,6 +15,7 @@ from jax import lax
 from fnn import arguments, text
 from fnn.curvature import output_hessian
 from fnn.curvature.checks import check_like, check_loss, check_model, checked_params, pair
+from fnn.curvature.damped_inverses import inverse
 from fnn.curvature.kronecker import Block, Diagonal, Kronecker, factors
 from fnn.curvature.linearize import linearized
 from fnn.curvature.part_of_params import (
@@ -23,6 +24,7 @@ from fnn.curvature.part_of_params import (
     others_of,
     with_others,
 )
+from fnn.curvature.quadratic import Quadratic, share_of
 from fnn.curvature.sqrt_ggn import one_array
 from fnn.eager import once
 from fnn.meshes import specs_of, with_auto_axes
@@ -250,7 +252,7 @@ def kfac(
         curved = _table(lambda i, j: _dot(pushed[i], bent[j]) / z.shape[0], vectors, dtype)
         inner = _table(lambda i, j: _dot(vectors[i], vectors[j]), vectors, dtype)
         slope = jnp.stack([_dot(gradient, v).astype(dtype) for v in vectors])
-        quadratic = _Quadratic.of(slope, curved + damping * inner)
+        quadratic = Quadratic.of(slope, curved + damping * inner)
         if with_model:
             x = quadratic.minimum()
         else:
@@ -275,7 +277,7 @@ def kfac(
                     found += share * l2 * (pull @ x)
                 return found
 
-            x = x * _share(change, slope @ x, before)
+            x = x * share_of(change, slope @ x, before)
         delta = _like(_combined(x, vectors), params)
 
         adapted, ratio = state.damping, state.ratio
@@ -334,116 +336,11 @@ def _is_factors(x) -> bool:
 
 def _inverted(factors, weight, damping):
     """The inverses of the factors, each damped by its share of λ."""
-    invert = functools.partial(_inverse, weight, damping)
+    invert = functools.partial(inverse, weight, damping)
     return jax.tree.map(invert, factors, is_leaf=_is_factors)
 
 
-def _inverse(weight, damping, f):
-    """(F + λ I)⁻¹ for a block or a diagonal. For A ⊗ G, with a and g their mean eigenvalues,
-
-        (A + π √λ I)⁻¹ ⊗ (G + √λ/π I)⁻¹,   π² = a / g                  (section 6.3).
-
-    Divided by a and g the two are damped alike, by r = √(λ / (a g)); so no number here is of
-    the size of π, which may be any.
-    """
-    dtype = jax.tree.leaves(f)[0].dtype
-    weight, damping = weight.astype(dtype), damping.astype(dtype)
-    if isinstance(f, Diagonal):
-        return Diagonal(1 / (f.diagonal / weight + damping), f.shape)
-    if isinstance(f, Block):
-        matrix = f.matrix / weight
-        mean = _mean_eigenvalue(matrix)
-        return Block(_damped_inverse(matrix, mean, mean, damping), f.shape)
-    A, G = f.A / weight, f.G / weight
-    a = jnp.mean(A, axis=-1) if A.ndim == 2 else jax.vmap(_mean_eigenvalue)(A)
-    g = jax.vmap(_mean_eigenvalue)(G)
-    size, damping = jnp.sqrt(a) * jnp.sqrt(g), jnp.broadcast_to(jnp.sqrt(damping), a.shape)
-    return Kronecker(
-        jax.vmap(_damped_inverse)(A, a, size, damping),
-        jax.vmap(_damped_inverse)(G, g, size, damping),
-        f.layout,
-        f.shape,
-    )
-
-
-def _mean_eigenvalue(matrix):
-    return jnp.trace(matrix) / matrix.shape[0]
-
-
-def _damped_inverse(matrix, mean, size, damping):
-    """(size · matrix / mean + damping · I)⁻¹ for a positive matrix, or a diagonal as a vector.
-
-    It is divided by size + damping first: then it is a mean of matrix / mean and I. The second
-    one's share is at least what rounding takes from the first one's eigenvalues, of which none
-    is above the number n of them all.
-    """
-    n = matrix.shape[0]
-    total = size + damping
-    there = (mean > 0) & (total > 0)
-    share = jnp.where(there, damping / jnp.where(there, total, 1), 1)
-    share = jnp.maximum(share, n * jnp.finfo(matrix.dtype).eps)
-    mixed = (1 - share) / jnp.where(there, mean, 1) * matrix
-    total = jnp.where(there, total, damping)
-    if matrix.ndim == 1:
-        return 1 / (mixed + share) / total
-    eye = jnp.eye(n, dtype=matrix.dtype)
-    factor = jnp.linalg.cholesky(mixed + share * eye)
-    return jax.scipy.linalg.cho_solve((factor, True), eye) / total
-
-
 # ------------------------------------------------------------------------------------- the step
-
-
-class _Quadratic(NamedTuple):
-    """slopeᵀx + ½ xᵀ matrix x, of one or two numbers x.
-
-    root: of the matrix's diagonal; slopes: by x · root; cosine: the matrix's other entry over
-        both roots.
-    """
-
-    root: jax.Array
-    slopes: jax.Array
-    cosine: jax.Array
-
-    @staticmethod
-    def of(slope, matrix) -> _Quadratic:
-        root = jnp.sqrt(jnp.diagonal(matrix))
-        inverse = _inverse_or_zero(root)
-        return _Quadratic(root, slope * inverse, matrix[0, -1] * inverse[0] * inverse[-1])
-
-    def minimum(self):
-        inverse = _inverse_or_zero(self.root)
-        if self.slopes.shape[0] == 1:
-            return -self.slopes * inverse
-        # The last step may be zero, or parallel to the direction: then it counts for nothing.
-        (h, k), c = self.slopes, self.cosine
-        det = 1 - c * c
-        is_sound = det > 1e-6
-        both = jnp.stack([c * k - h, c * h - k]) / jnp.where(is_sound, det, 1)
-        return jnp.where(is_sound, both, jnp.stack([-h, jnp.zeros_like(h)])) * inverse
-
-    def square(self, x):
-        """xᵀ matrix x."""
-        y = x * self.root
-        cross = 2 * self.cosine * y[0] * y[-1] if len(y) == 2 else 0
-        return jnp.sum(y * y) + cross
-
-
-def _inverse_or_zero(x):
-    return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
-
-
-def _share(change: Callable, slope, before):
-    """The largest of 1, ½, ¼, … of a step at which the loss falls by half of the model's ½ slope.
-
-    Changes are known to the rounding of the loss.
-    """
-    rounding = 4 * jnp.finfo(slope.dtype).eps * jnp.abs(before)
-
-    def is_too_long(share):
-        return ~(change(share) <= share * slope / 4 + rounding) & (share > 2.0**-100)
-
-    return lax.while_loop(is_too_long, lambda share: share / 2, jnp.ones((), slope.dtype))
 
 
 def _normalised(tree, dtype):
