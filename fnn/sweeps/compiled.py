@@ -18,10 +18,10 @@ from fnn.sweeps.layout import (
     ALIKE,
     DEALT,
     Plan,
-    begin_all,
     dealt_by,
     kind_of,
     over_members,
+    over_places,
     sharding_of,
 )
 from fnn.sweeps.program import Carry, Program, Shared
@@ -64,7 +64,8 @@ class Programs:
     def begin(self, plan: Plan, numeric: Mapping[str, Any]) -> Carry:
         """The first carries of a plan's members: stacked, or of the one alone."""
         with self._set():
-            return self._get("begin", plan)(numeric, self._shared)
+            begin = self._get("begin", plan)
+            return over_places(lambda own: begin(own, self._shared), plan, numeric)
 
     @contextlib.contextmanager
     def _set(self) -> Iterator[None]:
@@ -114,7 +115,8 @@ class Programs:
             return None
         first = begin // self.program.steps
         count = -(-end // self.program.steps) - first
-        bits = np.asarray(self._get("bits", plan)(numeric, np.int32(first), self._shared))
+        of_one, epoch = self._get("bits", plan), np.int32(first)
+        bits = np.asarray(over_places(lambda own: of_one(own, epoch, self._shared), plan, numeric))
         orders = np.zeros((*bits.shape[:-2], self.program.size), np.int32)
         orders[..., :count, :] = sorted_orders(bits[..., :count, :, :])
         return orders
@@ -126,14 +128,14 @@ class Programs:
             self.compile_ahead(plans, pool)
         for plan in plans:
             for what in self._needed:
-                self._compiled[what, *kind_of(plan)].result()
+                self._compiled[_name(what, plan)].result()
         self.seconds = time.perf_counter() - began
 
     def compile_ahead(self, plans: Sequence[Plan], pool: ThreadPoolExecutor) -> None:
         """Trace the programs of several plans, and have them compiled by a pool."""
         for plan in plans:
             for what in self._needed:
-                key = (what, *kind_of(plan))
+                key = _name(what, plan)
                 if not self._is_there(key):
                     lowered = self._lowered(what, plan)
                     self._compiled[key] = pool.submit(lowered.compile)
@@ -147,7 +149,7 @@ class Programs:
 
     def _get(self, what: str, plan: Plan) -> Any:
         self.compile([plan])
-        return self._compiled[what, *kind_of(plan)].result()
+        return self._compiled[_name(what, plan)].result()
 
     def _lowered(self, what: str, plan: Plan) -> Any:
         def over(tree):
@@ -160,8 +162,7 @@ class Programs:
             )
 
         if what == "begin":
-            begin = begin_all(self._traced["begin"], plan)
-            return jax.jit(begin).lower(over(self._one), self._shared)
+            return self._traced["begin"].lower(self._one, self._shared)
         count = jax.ShapeDtypeStruct((), np.int32)
         most = self._epochs_a_call
         if what == "bits":
@@ -169,8 +170,7 @@ class Programs:
             def bits(numeric, first, shared):
                 return self.program.sort_bits(numeric, first, shared, most)
 
-            mapped = jax.vmap(bits, (0, None, None)) if plan.layout != "threads" else bits
-            return jax.jit(mapped).lower(over(self._one), count, self._shared)
+            return jax.jit(bits).lower(self._one, count, self._shared)
         orders = None
         if self._is_given_orders:
             orders = over(jax.ShapeDtypeStruct((most, self.program.size), np.int32))
@@ -209,6 +209,15 @@ class Programs:
             )
             self._store.name = hashlib.blake2b(str(jaxpr.jaxpr).encode()).hexdigest()
         return self._store.name
+
+
+def _name(what: str, plan: Plan) -> tuple:
+    """A program's name: that of steps is of a plan; the others are of one member.
+
+    Drawing random numbers takes longer to compile than a small network's steps, over members twice
+    as long again, and is done once, or once in many epochs.
+    """
+    return (what, *kind_of(plan)) if what == "advance" else (what,)
 
 
 @dataclasses.dataclass

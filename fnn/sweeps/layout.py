@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -57,19 +58,27 @@ def padded(numeric: Mapping[str, Any], count: int) -> dict[str, Any]:
 # -------------------------------------------------------------------------------- their programs
 
 
-def begin_all(begin: Callable, plan: Plan) -> Callable:
-    """`begin` over members, of whom there may be several without any hyperparameters."""
+def over_places(function: Callable, plan: Plan, numeric: Mapping[str, Any]) -> Any:
+    """What a function makes of each place's hyperparameters, stacked; of the one's alone."""
     if plan.layout == "threads":
-        return begin
+        return function(numeric)
+    made = [function({n: x[i] for n, x in numeric.items()}) for i in range(plan.width)]
+    return jax.tree.map(stacked, *made)
 
-    def all_members(numeric, shared):
-        return jax.vmap(lambda own: begin(own, shared), axis_size=plan.width)(numeric)
 
-    return all_members
+def stacked(*xs: Any) -> Any:
+    """Arrays along a new first axis, without compiling anything for numbers."""
+    if is_key(xs[0]):
+        return jnp.stack(xs)
+    return jnp.asarray(np.stack([np.asarray(x) for x in xs]))
+
+
+def is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.extended)
 
 
 def kind_of(plan: Plan) -> tuple:
-    """What a plan's programs depend on."""
+    """What a plan's program of steps depends on."""
     return plan.layout, None if plan.layout == "threads" else plan.width
 
 

@@ -17,7 +17,7 @@ from fnn.sweeps.axes import Axes, Group, described
 from fnn.sweeps.choice import plan_for
 from fnn.sweeps.compiled import Programs
 from fnn.sweeps.halving import Halving, chosen, rounds
-from fnn.sweeps.layout import Layout, Plan, padded, plan_of
+from fnn.sweeps.layout import Layout, Plan, is_key, padded, plan_of, stacked
 from fnn.sweeps.machine import cores
 from fnn.sweeps.program import Program, Shared
 from fnn.sweeps.result import SweepResult
@@ -175,7 +175,7 @@ class Training:
             some = going_on[start : start + plan.width]
             own = tuple(m for m, *_ in some)
             some += some[-1:] * (plan.width - len(some))
-            carry = jax.tree.map(_stacked, *[_at(run.carry, p) for _, run, p in some])
+            carry = jax.tree.map(stacked, *[_at(run.carry, p) for _, run, p in some])
             names = runs[0].numeric
             numeric = {n: np.stack([run.numeric[n][p] for _, run, p in some]) for n in names}
             new.append(Run(plan, own, tuple(range(len(own))), numeric, carry, runs[0].done))
@@ -367,12 +367,6 @@ def _at(carry: Any, place: int) -> Any:
     return jax.tree.map(lambda x: x[place], carry)
 
 
-def _stacked(*xs: Any) -> Any:
-    if _is_key(xs[0]):
-        return jnp.stack(xs)
-    return jnp.asarray(np.stack([np.asarray(x) for x in xs]))
-
-
 def _order(name: str) -> tuple:
     """As in the history of `fit`: the loss first, the gradient's norm last; then validation."""
     base = name.removeprefix("validation_")
@@ -385,8 +379,4 @@ def _is_lost(carry: Any) -> bool:
 
 def _to_host(x: Any) -> Any:
     """A copy in the host's memory, that doesn't hold on to x's; keys stay as they are."""
-    return x if _is_key(x) else np.array(x)
-
-
-def _is_key(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    return x if is_key(x) else np.array(x)
