@@ -64,6 +64,9 @@ def test_an_argument_and_what_is_made_outside():
     assert (found.operation, found.index, found.device) == ("log", (5, 1), ())
     found = born(lambda x: apart(x) + 1.0, spoilt(5, 1, np.inf))
     assert (found.place, found.index) == ("argument", (5, 1))
+    rows = P(("data", "model"))  # the sixth of eight devices
+    found = born(on_devices(jnp.log, rows, rows), spoilt(5, 1, -1.0))
+    assert (found.device, found.index) == ((("data", 2), ("model", 1)), (0, 1))
 
 
 def test_what_devices_share_has_no_device_along_their_axis():
