@@ -415,3 +415,33 @@ def test_the_picture_has_a_place_for_inf():
     assert [t.get_text() for t in axes.get_xticklabels()] == ["0.01", "0.1", "inf"]
     (line,) = axes.lines
     assert line.get_xdata().tolist() == [0, 1]
+
+
+# ------------------------------------------------------------------------------------- the choice
+
+
+@pytest.mark.parametrize("worth, tried", [(1e9, ["threads"]), (0, ["threads", "vmap"])])
+def test_another_layout_is_compiled_where_it_can_pay(worth, tried, monkeypatch):
+    loss = lambda params, example: squares(params, example) * (1 + worth)  # a program of its own
+    seconds = {"threads": 2.0, "vmap": 1.0}
+    measured = []
+    note = lambda programs, plan, numeric: measured.append(plan.layout) or seconds[plan.layout]
+    monkeypatch.setattr("fnn.sweeps.choice._seconds_a_step", note)
+    monkeypatch.setattr("fnn.sweeps.choice.WORTH", worth)
+    found = sweep({"learning_rate": [1e-12, 1e-13]}, loss, layout=None)
+    assert measured == tried
+    assert found.layouts[0][0] == tried[-1]
+
+
+@exhaustive
+def test_on_a_cpu_convolutions_are_not_made_one_of_many_networks(monkeypatch):
+    """Which XLA takes minutes to compile."""
+    monkeypatch.setattr("fnn.sweeps.choice.WORTH", 0)
+
+    def loss(params, example):
+        x, y = example
+        out = jax.lax.conv(x.reshape(1, 1, 3), params["W"].reshape(1, 1, 3), (1,), "VALID")
+        return (out[0, 0, 0] - y) ** 2
+
+    found = sweep({"learning_rate": [0.05, 0.1]}, loss, layout=None, init={"W": np.zeros(3)})
+    assert found.layouts[0][0] == "threads"

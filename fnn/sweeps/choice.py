@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import numpy as np
 
 from fnn.sweeps.compiled import Programs
 from fnn.sweeps.layout import Layout, Plan, padded, plan_of
@@ -16,6 +15,9 @@ from fnn.sweeps.machine import cores, free_bytes
 
 # The part of the free memory that a sweep takes.
 SHARE = 0.8
+
+# Another layout is tried where training takes so many times as long as compiling the first did.
+WORTH = 2
 
 # A measurement of a layout is at least this long, unless one step is longer.
 SECONDS = 0.03
@@ -28,32 +30,42 @@ def plan_for(
     at_once: int | None,
     numeric: Mapping[str, Any],
 ) -> Plan:
-    """The plan for a group: the layout asked for, or the fastest, in the memory that there is."""
-    candidates = [layout] if layout is not None else _candidates(members)
+    """The plan for a group: the layout asked for, or the fastest, in the memory that there is.
+
+    The first candidate is compiled and measured; the next one only where so much is to be trained
+    that its compilation, which takes as long or longer, can pay.
+    """
+    candidates = [layout] if layout is not None else _candidates(members, programs)
     if len(candidates) == 1:
         return _fitted(programs, plan_of(candidates[0], members, at_once), at_once)
     place = (programs.name, members, at_once, jax.local_devices()[0].device_kind, cores())
-    if place not in _fastest:
-        plans = [plan_of(c, members, at_once) for c in candidates]
-        programs.compile(plans)
-        plans = [_fitted(programs, plan, at_once) for plan in plans]
-        times = [_seconds_a_step(programs, plan, numeric) for plan in plans]
-        _fastest[place] = plans[int(np.argmin(times))].layout
-    return _fitted(programs, plan_of(_fastest[place], members, at_once), at_once)
+    known = _measured.setdefault(place, {})
+    steps = programs.program.steps * programs.program.epochs
+    for candidate in candidates:
+        if candidate in known:
+            continue
+        if known and min(known.values()) * steps * members < WORTH * programs.seconds:
+            break
+        plan = plan_of(candidate, members, at_once)
+        programs.compile([plan])
+        known[candidate] = _seconds_a_step(programs, _fitted(programs, plan, at_once), numeric)
+    best = min(known, key=known.__getitem__)
+    return _fitted(programs, plan_of(best, members, at_once), at_once)
 
 
-# The layout that was the fastest, by program, members and machine.
-_fastest: dict[tuple, Layout] = {}
+# Seconds for one step of one member in each layout, by program, members and machine.
+_measured: dict[tuple, dict[Layout, float]] = {}
 
 
-def _candidates(members: int) -> list[Layout]:
-    """The layouts that may be the fastest here."""
+def _candidates(members: int, programs: Programs) -> list[Layout]:
+    """The layouts that may be the fastest here, the likeliest first."""
     devices = jax.local_devices()
     on_cpu = devices[0].platform == "cpu"
     if members == 1:
         return ["threads" if on_cpu else "vmap"]
     if on_cpu:
-        return ["vmap", "threads"]
+        # A batch of kernels makes a convolution of groups: slower, and minutes to compile.
+        return ["threads"] if programs.convolves else ["threads", "vmap"]
     return ["devices"] if len(devices) > 1 else ["vmap", "scan"]
 
 

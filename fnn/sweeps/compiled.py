@@ -37,7 +37,6 @@ class Programs:
 
     Attributes:
         carry_types: the types of one member's carry.
-        seconds: how long compiling the last one took.
         looks_for: what JAX is set to look for in what is computed: "nan", "inf" or both.
     """
 
@@ -56,7 +55,6 @@ class Programs:
             self._store.carry_types = jax.eval_shape(self._traced["begin"], self._one, shared)
         self.carry_types = self._store.carry_types
         self._everywhere: Any = None
-        self.seconds = 0.0
         config: Any = jax.config
         self._x64 = config.jax_enable_x64
         self.looks_for = [x for x in ("nan", "inf") if getattr(config, f"jax_debug_{x}s")]
@@ -124,12 +122,14 @@ class Programs:
     def compile(self, plans: Sequence[Plan]) -> None:
         """Compile the programs of several plans at the same time, where that isn't done."""
         began = time.perf_counter()
+        known = len(self._compiled)
         with ThreadPoolExecutor(len(self._needed) * len(plans)) as pool:
             self.compile_ahead(plans, pool)
         for plan in plans:
             for what in self._needed:
                 self._compiled[_name(what, plan)].result()
-        self.seconds = time.perf_counter() - began
+        if len(self._compiled) > known:
+            self._store.seconds = time.perf_counter() - began
 
     def compile_ahead(self, plans: Sequence[Plan], pool: ThreadPoolExecutor) -> None:
         """Trace the programs of several plans, and have them compiled by a pool."""
@@ -198,6 +198,16 @@ class Programs:
         return max(0, own) * plan.lanes
 
     @property
+    def seconds(self) -> float:
+        """How long compiling took, when something was compiled last."""
+        return self._store.seconds
+
+    @property
+    def convolves(self) -> bool:
+        """Whether a convolution is among a step's operations."""
+        return self.name.endswith("convolution")
+
+    @property
     def name(self) -> str:
         """A name for the program of one member: alike for programs that compute alike."""
         if self._store.name is None:
@@ -207,7 +217,9 @@ class Programs:
             jaxpr = jax.make_jaxpr(self._traced["advance"])(
                 self.carry_types, self._one, count, count, orders, self._shared
             )
-            self._store.name = hashlib.blake2b(str(jaxpr.jaxpr).encode()).hexdigest()
+            text = str(jaxpr.jaxpr)
+            kind = "convolution" if "conv_general_dilated" in text else ""
+            self._store.name = hashlib.blake2b(text.encode()).hexdigest() + kind
         return self._store.name
 
 
@@ -226,12 +238,13 @@ class Store:
 
     Fields:
         compiled: the programs, or their compilation on its way.
-        carry_types, name: see `Programs`.
+        carry_types, name, seconds: see `Programs`.
     """
 
     compiled: dict[Any, Future] = dataclasses.field(default_factory=dict)
     carry_types: Any = None
     name: str | None = None
+    seconds: float = 0.0
 
 
 def _kept_for(program: Program, types: Any) -> Store:

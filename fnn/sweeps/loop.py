@@ -113,7 +113,8 @@ def sweep(
             counts of layers. Each of their values has a program of its own.
         halving: an `fnn.Halving`: keep the best after some epochs, and train only those on.
         layout: how the networks lie on the machine; by default, the fastest of those that suit
-            the device, found by measuring a few steps, once for each program:
+            the device, found by measuring a few steps, once for each program (but only the
+            likeliest is compiled where all training takes about as long as compiling another):
             "vmap": all are one batch; each operation is done for all of them. Best on
             accelerators, which small operations leave idle.
             "scan": one after another, inside one program. For networks that fill the device.
