@@ -20,7 +20,7 @@ from fnn.train.checkpoint_tree import Leaf
 from fnn.train.configuration import versions
 from fnn.train.result import FitResult
 from fnn.train.state import State
-from fnn.train.together import in_all_or_none, is_shared
+from fnn.train.together import in_all_or_none, is_of_all
 
 _FORMAT = 1
 
@@ -245,7 +245,7 @@ class Checkpoints:
         Raises:
             CheckpointError: it is damaged, or isn't built as `like` is.
         """
-        if is_shared(like):
+        if is_of_all(like):
             return in_all_or_none(lambda: self._read_here(files, step, like, root), CheckpointError)
         return self._read_here(files, step, like, root)
 

@@ -144,9 +144,9 @@ def fit(
             call's beginning, then.
         trainable, accumulate, compute, loss_scale, ema, clip: see `train_step`.
         layout: how parameters, state and batches are divided over a mesh of devices; see
-            `fnn.sharding`. Arrays that fit lie on each of its devices. Of several processes each has
-            the same arrays, of which it reads its devices' rows, a step at a time; of an iterable
-            each gives its own part of every batch.
+            `fnn.sharding`. Arrays that fit lie on each of its devices. Of several processes each
+            has the same arrays, of which it reads its devices' rows, a step at a time; of an
+            iterable each gives its own part of every batch.
 
     Returns:
         A `FitResult`. Ctrl-C (with checkpoints, SIGTERM too) ends training early and returns what

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from fnn.sharding.placement import put
 from fnn.text import size_of_tree
 from fnn.train.state import State
-from fnn.train.together import is_shared
+from fnn.train.together import in_all, is_of_all, is_shared
 
 # ------------------------------------------------------------------------------------------ metrics
 # What was measured while training, as the device's calls return it. So many parts are joined, so
@@ -269,8 +269,13 @@ class Work:
     def save(self) -> None:
         """Keep a copy of the state at an epoch's end, unless that would take too much time."""
         began = time.monotonic()
+        is_due = began >= self._keep_after
         # Several processes keep the same one, to go back to: not each by its own clock.
-        if began < self._keep_after and not is_shared(self.latest):
+        if is_of_all(self.latest):
+            is_due = bool(in_all(np.int32(is_due)).all())
+        elif is_shared(self.latest):
+            is_due = True
+        if not is_due:
             return
         with contextlib.suppress(Exception):  # no memory: the older
             copy = jax.tree.map(_to_host, self.latest)

@@ -64,6 +64,11 @@ def is_shared(tree: Any) -> bool:
     return any(not x.is_fully_addressable for x in arrays)
 
 
+def is_of_all(tree: Any) -> bool:
+    """Whether the arrays of a tree lie on devices of several processes, of all that there are."""
+    return is_shared(tree) and len(processes_of(tree)) == jax.process_count()
+
+
 def processes_of(tree: Any) -> set[int]:
     """The processes on whose devices the arrays of a tree lie."""
     arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
