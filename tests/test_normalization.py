@@ -119,6 +119,22 @@ def test_rules(name):
     fnn.check_rule(getattr(ops, name), X[0], *weights, **static, **options)
 
 
+def test_gradients_are_at_right_angles_to_what_changes_nothing():
+    """x of another length gives the same y, and so does x + 1 but for `rms_norm`."""
+    norms = {
+        "rms_norm": lambda x: ops.rms_norm(x, SCALE, epsilon=0),
+        "layer_norm": lambda x: ops.layer_norm(x, SCALE, BIAS, epsilon=0),
+        "group_norm": lambda x: ops.group_norm(x, SCALE, BIAS, groups=2, epsilon=0),
+    }
+    gradients = jax.jit(lambda x: {n: jax.vjp(f, x)[1](G)[0] for n, f in norms.items()})(X)
+    for name, d in gradients.items():
+        axis = None if name == "group_norm" else -1
+        assert np.max(np.abs(d)) > 0.1
+        np.testing.assert_allclose(np.sum(d * X, axis), 0, atol=1e-9, err_msg=name)
+        if name != "rms_norm":
+            np.testing.assert_allclose(np.sum(d, axis), 0, atol=1e-9, err_msg=name)
+
+
 def test_what_does_not_count_may_be_anything():
     """No nan comes of it, neither in the value nor in first and second derivatives."""
     mask = MASKS["entries"]
