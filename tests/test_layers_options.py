@@ -68,7 +68,7 @@ def each(**options):
 def drawn(**options):
     """A property of whatever is drawn, a few times."""
     return lambda test: exhaustive(
-        settings(max_examples=12, deadline=None, derandomize=True)(given(each(**options))(test))
+        settings(max_examples=8, deadline=None, derandomize=True)(given(each(**options))(test))
     )
 
 
