@@ -16,7 +16,7 @@ import optax
 import pytest
 from sweeps import exhaustive, sweep
 
-from fnn.train import FitResult, NonFiniteError, fit, loop
+from fnn.train import FitResult, NonFiniteError, fit, sources
 from fnn.train.calls import Calls
 from fnn.train.result import Log
 
@@ -278,7 +278,7 @@ def test_two_interrupts_within_a_millisecond(monkeypatch, where):
         return out
 
     monkeypatch.setattr(Calls, "__call__", step)
-    monkeypatch.setattr(loop, "AHEAD", 0)
+    monkeypatch.setattr(sources, "AHEAD", 0)
     steps_of = Log.steps
 
     def steps(self):  # what builds the result is struck, too
