@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sweeps import sweep
 
 import fnn
 from fnn import layers, ops
@@ -33,7 +34,11 @@ def examples(name):
     return [test for test in found if test.examples]
 
 
-@pytest.mark.parametrize("name", MODULES)
+# Those of models compile for seconds.
+QUICK = [name for name in MODULES if not name.startswith("fnn.models.")]
+
+
+@pytest.mark.parametrize("name", sweep(MODULES, QUICK))
 def test_examples_of(name):
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     said = []

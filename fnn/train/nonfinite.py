@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import threading
 import warnings
 import weakref
@@ -147,12 +148,26 @@ def square_sums(gradient: Any, new: State, old: State, *, exact: bool) -> jax.Ar
 
 
 def became_nonfinite(new: State, old: State) -> jax.Array:
-    """Whether a number that was finite in the old state is inf or nan in the new one."""
-    found = jnp.zeros((), bool)
-    for x, y in zip(*(jax.tree.leaves(numbers_of(s)) for s in (new, old)), strict=True):
-        if jnp.issubdtype(x.dtype, jnp.inexact):
-            found = found | jnp.any(jnp.isfinite(y) & ~jnp.isfinite(x))
-    return found
+    """Whether a number that was finite in the old state is inf or nan in the new one.
+
+    As long as all that is new is finite, that is known by one sum for each group; only else the
+    old numbers are looked at.
+    """
+    after, before = (jax.tree.leaves(numbers_of(s)) for s in (new, old))
+    found = groups(old)
+
+    def exact():
+        bad = jnp.zeros((), bool)
+        for i in itertools.chain(*(group.leaves for group in found)):
+            bad = bad | jnp.any(jnp.isfinite(before[i]) & ~jnp.isfinite(after[i]))
+        return bad
+
+    zeros = jnp.zeros((), jnp.float32)  # or nan
+    for group in found:
+        terms = [_zero_if_fine(after[i], None) for i in group.leaves]
+        total = jnp.sum(functools.reduce(jnp.add, [t.astype(widest(terms)) for t in terms]))
+        zeros = zeros + total.astype(jnp.float32)
+    return jax.lax.cond(zeros == 0, lambda: jnp.zeros((), bool), exact)
 
 
 def holds_nonfinite(state: State) -> bool:
