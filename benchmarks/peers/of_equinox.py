@@ -98,7 +98,8 @@ class Block(eqx.Module):
         h = jax.vmap(self.norm1)(x)
         x = x + self.attention(h, h, h, mask=mask)
         h = jax.vmap(self.up)(jax.vmap(self.norm2)(x))
-        return x + jax.vmap(self.down)(jax.nn.gelu(h))
+        # GPT-2's gelu is by tanh, the ViT's exact.
+        return x + jax.vmap(self.down)(jax.nn.gelu(h, approximate=mask is not None))
 
 
 class ViT(eqx.Module):

@@ -45,7 +45,9 @@ def block(x, width, heads, mask=None):
     init = hk.initializers.VarianceScaling(1.0)
     h = layer_norm(x)
     x = x + hk.MultiHeadAttention(heads, width // heads, w_init=init)(h, h, h, mask)
-    return x + hk.Linear(width)(jax.nn.gelu(hk.Linear(4 * width)(layer_norm(x))))
+    h = hk.Linear(4 * width)(layer_norm(x))
+    # GPT-2's gelu is by tanh, the ViT's exact.
+    return x + hk.Linear(width)(jax.nn.gelu(h, approximate=mask is not None))
 
 
 def vit(x):

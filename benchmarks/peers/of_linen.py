@@ -59,7 +59,8 @@ class Block(nn.Module):
         h = nn.LayerNorm()(x)
         x = x + nn.MultiHeadDotProductAttention(self.heads)(h, mask=mask)
         h = nn.Dense(4 * self.width)(nn.LayerNorm()(x))
-        return x + nn.Dense(self.width)(nn.gelu(h))
+        # GPT-2's gelu is by tanh, the ViT's exact.
+        return x + nn.Dense(self.width)(nn.gelu(h, approximate=mask is not None))
 
 
 class ViT(nn.Module):

@@ -111,7 +111,9 @@ class Block(nnx.Module):
 
     def __call__(self, x, mask=None):
         x = x + self.attention(self.norm1(x), mask=mask)
-        return x + self.down(nnx.gelu(self.up(self.norm2(x))))
+        # GPT-2's gelu is by tanh, the ViT's exact.
+        h = nnx.gelu(self.up(self.norm2(x)), approximate=mask is not None)
+        return x + self.down(h)
 
 
 class ViT(nnx.Module):

@@ -62,7 +62,9 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.out(h.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        # GPT-2's gelu is by tanh, the ViT's exact.
+        h = F.gelu(self.up(self.norm2(x)), approximate="tanh" if self.causal else "none")
+        return x + self.down(h)
 
 
 class ViT(nn.Module):
