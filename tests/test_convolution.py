@@ -142,7 +142,7 @@ def test_many_weights_for_few_pixels_stay_where_they_lie():
 
 
 @exhaustive
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(convolutions())
 def test_any_convolution_agrees_with_jax(case):
     x, w, options = case
