@@ -107,17 +107,21 @@ def zeros(aval) -> jax.Array:
 
 
 def broadcast(x, like, axes: Sequence[int]):
-    """x copied to the shape and sharding of `like`, of whose axes its own are `axes`.
+    """x copied to the shape and sharding of `like`, of whose axes its own are `axes`."""
+    return _broadcast(x, like.shape, axes, sharding_of(like))
+
+
+def _broadcast(x, shape: Sequence[int], axes: Sequence[int], sharding: NamedSharding | None):
+    """x copied to a shape, of whose axes its own are `axes`, and a sharding.
 
     On explicit axes the mesh is set: JAX 0.12 ignores the sharding of a result made from arrays
     that are on no mesh where none is set.
     """
-    sharding = sharding_of(like)
     if sharding is None:
-        return lax.broadcast_in_dim(x, like.shape, axes)
+        return lax.broadcast_in_dim(x, shape, axes)
     mesh: Any = sharding.mesh  # that of a type is abstract
     with jax.sharding.use_abstract_mesh(mesh):
-        return lax.broadcast_in_dim(x, like.shape, axes, out_sharding=sharding)
+        return lax.broadcast_in_dim(x, shape, axes, out_sharding=sharding)
 
 
 def varying_axes(aval) -> frozenset:
@@ -182,14 +186,10 @@ def barrier(tree):
 
 def stacked_zeros(count: int, like: jax.ShapeDtypeStruct) -> jax.Array:
     """`count` arrays of zeros, each of the shape, dtype and sharding of `like`, on a first axis."""
-    shape = (count, *like.shape)
-    zero = numpy.zeros((), like.dtype)
     sharding: Any = like.sharding
-    if sharding is None:
-        return lax.broadcast_in_dim(zero, shape, ())
-    spread = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
-    with jax.sharding.use_abstract_mesh(sharding.mesh):  # as in `broadcast`
-        return lax.broadcast_in_dim(zero, shape, (), out_sharding=spread)
+    if sharding is not None:
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+    return _broadcast(numpy.zeros((), like.dtype), (count, *like.shape), (), sharding)
 
 
 def dealt_alike(tree: Any) -> Any:

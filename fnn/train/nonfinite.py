@@ -141,10 +141,15 @@ def square_sums(gradient: Any, new: State, old: State, *, exact: bool) -> jax.Ar
         for i in group.leaves:
             look_back = exact or after[i].ndim == 0
             terms.append(_zero_if_fine(after[i], before[i] if look_back else None))
-        dtype = widest(terms)
-        sums.append(jnp.sum(functools.reduce(jnp.add, [t.astype(dtype) for t in terms])))
+        sums.append(_sum_of_all(terms))
     dtype = widest(sums)
     return jnp.stack([s.astype(dtype) for s in sums])
+
+
+def _sum_of_all(arrays: list[jax.Array]) -> jax.Array:
+    """The sum of all entries of arrays of one shape, in one loop."""
+    dtype = widest(arrays)
+    return jnp.sum(functools.reduce(jnp.add, [x.astype(dtype) for x in arrays]))
 
 
 def became_nonfinite(new: State, old: State) -> jax.Array:
@@ -164,8 +169,7 @@ def became_nonfinite(new: State, old: State) -> jax.Array:
 
     zeros = jnp.zeros((), jnp.float32)  # or nan
     for group in found:
-        terms = [_zero_if_fine(after[i], None) for i in group.leaves]
-        total = jnp.sum(functools.reduce(jnp.add, [t.astype(widest(terms)) for t in terms]))
+        total = _sum_of_all([_zero_if_fine(after[i], None) for i in group.leaves])
         zeros = zeros + total.astype(jnp.float32)
     return jax.lax.cond(zeros == 0, lambda: jnp.zeros((), bool), exact)
 
