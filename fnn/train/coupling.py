@@ -73,7 +73,7 @@ def _reads_batch(optimizer: Any, state: State, every: Any, example: Any) -> bool
             params,
             value=value,
             grad=params,
-            value_fn=lambda params, batch=None: value,
+            value_fn=lambda params, batch=None, all_params=None: value,
             batch=jax.tree.unflatten(tree, batch),
             **more,
         )

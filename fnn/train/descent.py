@@ -107,7 +107,8 @@ class Descent:
         )
         gradient = jax.tree.map(_steepest, found.gradient)
 
-        def value_of(params, batch=batch):  # a line search passes on what else update was given
+        # A line search passes on what else update was given.
+        def value_of(params, batch=batch, all_params=None):
             return self.objective.value(every(params), batch, key, state.model_state, count)
 
         # The model may be part of the optimiser, as of KFAC, and needs what is frozen, too.
