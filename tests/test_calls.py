@@ -15,7 +15,7 @@ import fnn
 from fnn.layers import BatchNorm, Linear, chain
 from fnn.train import NonFiniteError, calls, chunks, train_step
 from fnn.train.prefetch import prefetched
-from fnn.train.result import Work
+from fnn.train.result import Work, _to_device, _to_host
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -125,7 +125,7 @@ def test_a_call_made_ahead_changes_nothing(ending, monkeypatch):
     adopted.clear()
     found = train()
     assert sum(adopted) >= 4
-    monkeypatch.setattr(calls, "AHEAD_SECONDS", 0.0)
+    monkeypatch.setattr(calls.Calls, "_go_ahead", lambda *args: None)
     adopted.clear()
     other = train()
     assert not adopted
@@ -380,3 +380,40 @@ def test_an_iterator_is_read_no_further_than_it_is_trained_on():
     data = iter(BATCHES * 9)
     fit(squares, data=data, steps_per_epoch=4, epochs=2)
     assert len(list(data)) == 9 * 4 - 8
+
+
+# --------------------------------------------------------------------------- what a step tells
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "complex64"])
+def test_the_norm_of_a_gradient_of_any_size(dtype):
+    """Its sums are folded: pieces, and what is left over, against numpy's in float64."""
+    sizes = {"large": (70_015,), "two": (81, 64), "small": (7,), "exact": (4096,)}
+    rng = np.random.default_rng(0)
+    data = {k: 200 * rng.normal(size=(2, *shape)) for k, shape in sizes.items()}
+    data = {k: x.astype(dtype) * (1j if dtype == "complex64" else 1) for k, x in data.items()}
+    params = {k: jnp.zeros(shape, dtype) for k, shape in sizes.items()}
+
+    def loss(params, x):
+        return sum(jnp.vdot(x[k], params[k]).real.astype(jnp.float32) for k in params)
+
+    result = fit(loss, params, data, optax.sgd(0.0), batch_size=1, epochs=1, shuffle=False)
+    squares = sum(
+        np.sum(np.abs(x.astype(complex)) ** 2, axis=tuple(range(1, x.ndim))) for x in data.values()
+    )
+    np.testing.assert_allclose(result.steps["grad_norm"], np.sqrt(squares), rtol=1e-5)
+    data["large"][1, 70_014] = np.inf
+    with pytest.raises(NonFiniteError, match=r"params\['large'\]"):
+        fit(loss, params, data, optax.sgd(0.0), batch_size=1, epochs=1, shuffle=False)
+
+
+def test_what_is_kept_of_a_state_is_its_own():
+    """Though no program of the device copies it: the buffers may be given away."""
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.bool):
+        x = jnp.arange(5000).astype(dtype)
+        wanted, kept = np.array(x.astype(jnp.float32)), _to_host(x)
+        gone = jax.jit(lambda x: ~x if x.dtype == bool else x + 1, donate_argnums=0)(x)
+        assert x.is_deleted()
+        gone.block_until_ready()
+        equal(_to_device(kept).astype(jnp.float32), wanted)
+        assert _to_device(kept).dtype == dtype

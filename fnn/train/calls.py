@@ -46,17 +46,13 @@ MOST_STEPS, MOST_BYTES = 1024, 2**24
 # A state of more bytes is donated, and looked at before each update of it.
 LARGE = 2**28
 
-# The device is given the next call before the result of the one before is read, if it takes no
-# longer than this: where training ends in between, that call is for nothing.
-AHEAD_SECONDS = 0.2
-
 
 class How(NamedTuple):
     """What a program depends on besides the types of its arguments.
 
     Fields:
         kind, masked: see `Chunk`.
-        exact, look: see `TrainStep.traced`.
+        exact, look, folded: see `TrainStep.traced`.
         stop: whether to end before the first bad step.
         may_loop: whether all that a step may hold is as fast in a loop.
     """
@@ -65,6 +61,7 @@ class How(NamedTuple):
     masked: bool
     exact: bool
     look: bool
+    folded: bool
     stop: bool
     may_loop: bool
 
@@ -100,7 +97,8 @@ def _run(
     @jax.jit
     def advance(state, batch, key, size):
         counted = size if how.masked else None
-        new, metrics, told = step.traced(state, batch, key, how.exact, counted, how.look)
+        looks = how.exact, counted, how.look, how.folded
+        new, metrics, told = step.traced(state, batch, key, *looks)
         good = jnp.ones((), bool)
         if how.stop:
             bad = ~(jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"]))
@@ -297,6 +295,7 @@ class Calls:
             False,
             exact=look and holds_nonfinite(step.traced.trainable.split(state)[0]),
             look=look,
+            folded=len(devices) == 1 and "cpu" in platforms,
             stop=stops,
             may_loop="cpu" not in platforms,
         )
@@ -401,7 +400,7 @@ class Calls:
         if after is None or _kind(after) != self._latest:
             return
         steps = int(min(len(after.sizes) - at, self.affordable(), self._longest))
-        if steps * seconds > AHEAD_SECONDS:
+        if steps * seconds > SECONDS:  # where training ends in between, this call is for nothing
             return
         state = work.made[0][0]
         args = self._arguments(after, at, steps, state, work.seen + count)

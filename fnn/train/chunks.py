@@ -107,6 +107,7 @@ class Resident:
     last: int
     on_mesh: bool = False
     _made: dict[int, tuple[Chunk, ...]] = dataclasses.field(default_factory=dict)
+    _drawn: dict[int, Callable[[], list]] = dataclasses.field(default_factory=dict)
 
     def chunks(self, key: Any, epoch: int, start: int) -> Iterator[Chunk]:
         """Those of an epoch, without its first `start` batches."""
@@ -125,10 +126,13 @@ class Resident:
 
     def _of_epoch(self, key: Any, epoch: int) -> tuple[Chunk, ...]:
         if epoch not in self._made:
-            drawn = self.source.rows_ahead(key, epoch, self.last)
+            ahead = lambda epoch: self.source.rows_ahead(key, epoch, self.last)
+            drawn = (self._drawn.pop(epoch, None) or ahead(epoch))()
             for old in [e for e in self._made if e < epoch - 1]:
                 del self._made[old]
             self._made.update((epoch + i, self._cut(rows)) for i, rows in enumerate(drawn))
+            if (following := epoch + len(drawn)) <= self.last:
+                self._drawn[following] = ahead(following)
         return self._made[epoch]
 
     def _cut(self, rows: Any) -> tuple[Chunk, ...]:
@@ -147,11 +151,11 @@ class Resident:
         )
 
 
-def resident(source: Arrays, pad: bool, last: int, layout: Layout | None = None) -> Resident:
-    """The arrays, put on the device, or on the devices of a layout."""
+def on_device(source: Arrays, layout: Layout | None = None) -> Any:
+    """The arrays, on their way to the device, or to the devices of a layout."""
     if layout is None:
-        return Resident(source, jax.tree.map(jnp.asarray, source.data), pad, last)
-    return Resident(source, layout.place_data(source.data), pad, last, on_mesh=True)
+        return jax.tree.map(jnp.asarray, source.data)
+    return layout.place_data(source.data)
 
 
 # ----------------------------------------------------------------------------- data that come

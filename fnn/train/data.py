@@ -63,19 +63,27 @@ class Arrays:
             return self._in_batches(sorted_orders(_bits(key, self.size)))
         return self._in_batches(_permutation(key, self.size))
 
-    def rows_ahead(self, key: Any, epoch: int, last: int) -> list:
-        """`rows` of an epoch and of some after it, up to the last one.
+    def rows_ahead(self, key: Any, epoch: int, last: int) -> Callable[[], list]:
+        """`rows` of an epoch and of some after it, up to the last one, to be called for.
+
+        A CPU computes one program after the other: what is drawn for these epochs is put in line
+        at once, so that who calls for it later need not wait for the training before it.
 
         Args:
             key: of all epochs.
             epoch, last: numbers of epochs.
         """
         if not self.shuffle or jax.default_backend() != "cpu":
-            return [self.rows(fold_in(key, epoch))]
+            return lambda: [self.rows(fold_in(key, epoch))]
         # A short epoch takes no longer than drawing its order does: many are drawn at once.
         count = max(1, DRAWN_AT_ONCE // self.size)
-        bits = np.asarray(_bits_of_epochs(key, np.uint32(epoch), count, self.size))
-        return [self._in_batches(order) for order in sorted_orders(bits[: last + 1 - epoch])]
+        bits = _bits_of_epochs(key, np.uint32(epoch), count, self.size)
+
+        def rows():
+            orders = sorted_orders(np.asarray(bits)[: last + 1 - epoch])
+            return [self._in_batches(order) for order in orders]
+
+        return rows
 
     def _in_batches(self, order: Any) -> Any:
         before = (self.steps - 1) * self.batch_size

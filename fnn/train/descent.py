@@ -82,6 +82,7 @@ class Descent:
         exact: bool = False,
         count: Any = None,
         look: bool | None = None,
+        folded: bool = False,
     ) -> tuple[State, dict[str, jax.Array], jax.Array | None]:
         """The step, traced: `(state, metrics, report or None)`.
 
@@ -93,6 +94,7 @@ class Descent:
             count: how many of the batch's first examples count; all unless given.
             look: whether to look for inf and nan before the step is applied; by default, unless
                 `nonfinite` is "ignore".
+            folded: see `square_norms`.
 
         Raises:
             TypeError, ValueError: the state isn't one of this step.
@@ -144,6 +146,7 @@ class Descent:
             nonfinite=self.nonfinite,
             look=self.nonfinite != "ignore" if look is None else look,
             exact=exact,
+            folded=folded,
             scaling=self.scaling,
         )
         new, metrics = whole(kept), found.means | metrics

@@ -38,7 +38,7 @@ from fnn.train.outcome import NonFinite
 from fnn.train.progress import progress_for
 from fnn.train.result import FitResult, Work, attach
 from fnn.train.rolling_back import RollingBack
-from fnn.train.sources import chunks_of, looking, source_of
+from fnn.train.sources import chunks_of, looking, placed, source_of
 from fnn.train.state import State, own
 from fnn.train.step import TrainStep
 
@@ -205,6 +205,7 @@ def fit(
         raise ValueError(
             "shuffling needs a key: pass key=jax.random.key(0), say, or shuffle=False."
         )
+    there = placed(training, step)
     if not isinstance(params, State):
         model_state = _initial_model_state(loss, found, training, model_state)
     start = functools.partial(_start, step, params, model_state)
@@ -238,7 +239,7 @@ def fit(
             state = work.latest
         calls = Calls(step, programs, traced, state, loss_key, steps_per_call)
         advance = RollingBack(calls, step.traced.nonfinite == "roll_back")
-        source = source_of(training, step, state, loss_key, look_at, calls, last)
+        source = source_of(training, there, step, state, loss_key, look_at, calls, last)
         first = last + 1 if keeper and keeper.is_over else work.epoch
         validate = validation_of(
             stack,

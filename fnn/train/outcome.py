@@ -26,6 +26,7 @@ def settle(
     nonfinite: NonFinite,
     look: bool,
     exact: bool,
+    folded: bool = False,
     scaling: DynamicLossScale | None = None,
 ) -> tuple[State, dict[str, jax.Array], jax.Array | None]:
     """Apply a step, unless it is a bad one.
@@ -37,6 +38,7 @@ def settle(
         nonfinite: what to do about a bad step; see `train_step`.
         look: whether to look for inf and nan before the step is applied.
         exact: see `square_sums`.
+        folded: see `square_norms`.
         scaling: how the scale of the loss changes, if it does. Then a step whose loss or gradient
             isn't finite is left out in any case, and not reported, as long as the scale can fall.
 
@@ -53,7 +55,7 @@ def settle(
         return jnp.isfinite(value) & jnp.isfinite(jnp.sum(squares))
 
     if not look:
-        squares = square_norms(gradient)
+        squares = square_norms(gradient, folded)
         metrics["grad_norm"] = jnp.sqrt(jnp.sum(squares))
         if nonfinite == "roll_back":
             metrics["skipped"] = jnp.zeros((), jnp.float32)

@@ -370,9 +370,10 @@ class _OnHost:
         self.sharding = x.sharding if getattr(x, "committed", False) else None
         self.numbers: Any
         if x.is_fully_addressable:
-            self.numbers = np.asarray(x)
+            self.numbers = _numbers(x)
         else:
-            self.numbers = [(s.device, np.asarray(s.data)) for s in x.addressable_shards]
+            shards = jnp.copy(x).addressable_shards
+            self.numbers = [(s.device, np.asarray(s.data)) for s in shards]
 
     def again(self) -> jax.Array:
         """The array, where it lay."""
@@ -384,6 +385,21 @@ class _OnHost:
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, own)
 
 
+def _numbers(x: jax.Array) -> np.ndarray:
+    """The numbers of an array, copied without holding on to its buffer.
+
+    No program of the device is needed to copy them, if it can be helped: it would stand in line
+    behind the training that was put there ahead.
+    """
+    if next(iter(x.devices())).platform != "cpu":
+        return np.asarray(x)
+    buffer: Any = x
+    try:
+        return np.array(np.from_dlpack(buffer))
+    except Exception:  # divided over devices, or of a dtype that numpy hasn't
+        return np.asarray(jnp.copy(x))
+
+
 def _put(x: Any, sharding: Any) -> jax.Array:
     """An array where another lies, in each process without word from the others."""
     is_named = isinstance(sharding, NamedSharding)
@@ -392,8 +408,8 @@ def _put(x: Any, sharding: Any) -> jax.Array:
 
 def _to_host(x: Any) -> Any:
     """A copy in the host's memory; of a key on its device. (It doesn't hold on to x's buffer.)"""
-    copy = jnp.copy(x)
-    return copy if jnp.issubdtype(copy.dtype, jax.dtypes.extended) else _OnHost(copy)
+    x = jnp.asarray(x)
+    return jnp.copy(x) if jnp.issubdtype(x.dtype, jax.dtypes.extended) else _OnHost(x)
 
 
 def _to_device(state: State) -> State:

@@ -13,7 +13,7 @@ from fnn.batch import example_types
 from fnn.sharding.placement import is_spread
 from fnn.train.calls import Calls
 from fnn.train.checks import BatchChecks
-from fnn.train.chunks import Resident, Streamed, fits, resident
+from fnn.train.chunks import Resident, Streamed, fits, on_device
 from fnn.train.coupling import is_coupled
 from fnn.train.data import Arrays, Stream
 from fnn.train.devices import Placed
@@ -41,8 +41,22 @@ def looking(find: Callable, state: State, key: Any, values: bool) -> Callable[[A
     return lambda batch: checks.look_at(types[0], batch, key, types[1])
 
 
+def placed(training: Arrays | Stream, step: TrainStep) -> Any:
+    """Arrays that fit, on their way to the device; else None.
+
+    To bring large ones there takes a while, in which the host looks at the values and traces.
+    """
+    layout = step.layout
+    # Of several processes each would make calls of other lengths: there a call is one step.
+    here = layout is None or not is_spread(layout.mesh)
+    if here and isinstance(training, Arrays) and fits(training.data, layout):
+        return on_device(training, layout)
+    return None
+
+
 def source_of(
     training: Arrays | Stream,
+    there: Any,
     step: TrainStep,
     state: State,
     key: Any,
@@ -54,6 +68,7 @@ def source_of(
 
     Args:
         training: the data.
+        there: the same on the device, see `placed`.
         step: what is trained.
         state: the first; its types are kept.
         key: the loss's, or None.
@@ -72,11 +87,10 @@ def source_of(
         return known[0]
 
     layout = step.layout
-    # Of several processes each would make calls of other lengths: there a call is one step.
-    here = layout is None or not is_spread(layout.mesh)
-    if here and isinstance(training, Arrays) and fits(training.data, layout):
+    if there is not None and isinstance(training, Arrays):
         even = training.sizes[-1] == training.batch_size
-        return resident(training, not even and may_pad(training.data), last, layout)
+        pad = not even and may_pad(training.data)
+        return Resident(training, there, pad, last, on_mesh=layout is not None)
     if layout is not None:
         return Streamed(Placed(training, layout, look_at), lambda batch: None, may_pad)
     source = Streamed(training, look_at, may_pad)
