@@ -22,6 +22,7 @@ ROOT = Path(fnn.__file__).parent
 MAY_IMPORT = {
     "arguments": "",
     "text": "",
+    "precision": "",
     "batch": "arguments",
     "meshes": "",
     "frames": "",
@@ -29,22 +30,23 @@ MAY_IMPORT = {
     "operation": "arguments meshes jaxpr",
     "convolution": "meshes jaxpr operation",
     "eager": "jaxpr operation",
-    "ops": "arguments text meshes jaxpr operation convolution",
+    "ops": "arguments text precision meshes jaxpr operation convolution",
     "backprop": "arguments text meshes frames jaxpr operation convolution eager",
     "birth": "arguments text meshes frames jaxpr operation eager backprop",
     "footprint": "arguments text frames jaxpr operation backprop",
     "check": "arguments text jaxpr operation eager backprop",
-    "per_example": "arguments text batch meshes frames jaxpr operation eager backprop",
-    "curvature": "arguments text batch meshes jaxpr operation eager ops backprop per_example",
+    "per_example": "arguments text precision batch meshes frames jaxpr operation eager backprop",
+    "curvature": "arguments text precision batch meshes jaxpr operation eager ops backprop "
+    "per_example",
     "params": "arguments",
     "initializers": "arguments",
-    "layers": "arguments text meshes ops params initializers",
-    "models": "arguments text ops params initializers layers",
+    "layers": "arguments text precision meshes ops params initializers",
+    "models": "arguments text precision ops params initializers layers",
     "logs": "arguments",
     "sharding": "arguments",
-    "train": "arguments text batch meshes frames jaxpr operation convolution eager ops backprop "
-    "birth footprint params layers logs sharding",
-    "sweeps": "arguments text batch train",
+    "train": "arguments text precision batch meshes frames jaxpr operation convolution eager ops "
+    "backprop birth footprint params layers logs sharding",
+    "sweeps": "arguments text precision batch train",
     "plot": "arguments",
 }
 

@@ -25,7 +25,7 @@ from fnn.curvature.linearize import linearized
 from fnn.eager import apply_all
 from fnn.jaxpr import Program, program, trace
 from fnn.operation import Call, MappedCall, call_of
-from fnn.per_example.precision import wide
+from fnn.precision import wide, wide_dtype
 
 
 def composition(loss: Callable, z, target) -> Composition | None:
@@ -205,9 +205,7 @@ class Composition:
         count = len(self.positions)
         label = self.flat.avals[self._equation.ins[1]]
         return (
-            jax.ShapeDtypeStruct(
-                self._u.shape[count:], jnp.promote_types(self._u.dtype, jnp.float32)
-            ),
+            jax.ShapeDtypeStruct(self._u.shape[count:], wide_dtype(self._u.dtype)),
             jax.ShapeDtypeStruct(label.shape[count:], label.dtype),
         )
 
@@ -251,7 +249,7 @@ class Composition:
     def _sum_of_soft_labels(self):
         """By what softmax cross-entropy's Hessian is multiplied."""
         if not self.soft_labels:
-            return jnp.ones((), jnp.promote_types(self._u.dtype, jnp.float32))
+            return jnp.ones((), wide_dtype(self._u.dtype))
         sums = jnp.sum(wide(self.label), axis=-1)
         smooth = dict(self.call.static)["label_smoothing"]
         return (1 - smooth) * sums + smooth

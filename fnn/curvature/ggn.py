@@ -24,6 +24,7 @@ from fnn.curvature.checks import (
 from fnn.curvature.sqrt_ggn import SqrtGGN, sqrt_ggn
 from fnn.meshes import specs_of, with_auto_axes
 from fnn.per_example.precision import as_dtype
+from fnn.precision import widest
 
 
 def ggn_diagonal(
@@ -200,12 +201,12 @@ def ntk(model: Callable) -> Callable:
 def _grams(own: list[SqrtGGN], others: list[SqrtGGN]) -> jax.Array:
     """The inner products of all columns, summed over the parameters."""
     if own[0].count == 0 or others[0].count == 0:
-        dtype = functools.reduce(jnp.promote_types, [c.dtype for c in own], jnp.float32)
+        dtype = widest(jnp.float32, *[c.dtype for c in own])
         return jnp.zeros([c[0].batch_size * c[0].count for c in (own, others)], dtype)
     pairs = zip(own, others, strict=True)
     return _sum([g.as_batch().gram(h.as_batch()) for g, h in pairs])
 
 
 def _sum(arrays: list[jax.Array]) -> jax.Array:
-    dtype = functools.reduce(jnp.promote_types, [x.dtype for x in arrays])
+    dtype = widest(*[x.dtype for x in arrays])
     return functools.reduce(jnp.add, [x.astype(dtype) for x in arrays])

@@ -29,7 +29,7 @@ from fnn.curvature.sqrt_ggn import one_array
 from fnn.eager import once
 from fnn.meshes import specs_of, with_auto_axes
 from fnn.per_example.inputs import parameters
-from fnn.per_example.precision import wide
+from fnn.precision import wide, widest
 
 
 class KFACState(NamedTuple):
@@ -178,9 +178,7 @@ def kfac(
                 error.add_note(f"kfac: {place} is None. {NOT_TOLD}")
             raise
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        dtype = functools.reduce(
-            jnp.promote_types, [x.dtype for x in parameters(params)[1]], jnp.float32
-        )
+        dtype = widest(jnp.float32, *[x.dtype for x in parameters(params)[1]])
         return KFACState(
             jnp.zeros((), jnp.int32),
             # A copy: a step that donates its state must not take the caller's key along.
@@ -261,7 +259,7 @@ def kfac(
             x = jnp.stack([jnp.asarray(r, dtype) * s for r, s in zip(given, sizes, strict=True)])
         if trust_region is not None:
             length = quadratic.square(x) / 2
-            tiny = jnp.finfo(dtype).tiny
+            tiny = float(jnp.finfo(dtype).tiny)
             x = x * jnp.sqrt(jnp.minimum(1, trust_region / jnp.maximum(length, tiny)))
         before = _mean(loss, z, targets).astype(dtype)
         if with_model:
@@ -349,7 +347,7 @@ def _normalised(tree, dtype):
         jnp.maximum,
         [jnp.max(jnp.abs(x), initial=0).astype(dtype) for x in jax.tree.leaves(tree)],
     )
-    safe = jnp.where(largest >= jnp.finfo(jnp.float32).tiny, largest, 1)
+    safe = jnp.where(largest >= float(jnp.finfo(jnp.float32).tiny), largest, 1)
     return jax.tree.map(lambda x: x / safe.astype(x.dtype), tree), safe
 
 
@@ -372,7 +370,7 @@ def _dot(u, v):
     """⟨u, v⟩ of two trees, in float32 at least."""
     pairs = zip(jax.tree.leaves(_wide(u)), jax.tree.leaves(_wide(v)), strict=True)
     parts = [jnp.sum(a * b) for a, b in pairs]
-    dtype = functools.reduce(jnp.promote_types, [p.dtype for p in parts])
+    dtype = widest(*[p.dtype for p in parts])
     return functools.reduce(jnp.add, [p.astype(dtype) for p in parts])
 
 

@@ -31,8 +31,8 @@ from fnn.curvature.checks import check_loss, check_model, check_samples, checked
 from fnn.curvature.sqrt_ggn import SqrtGGN, sqrt_ggn
 from fnn.meshes import with_auto_axes
 from fnn.per_example.layout import Layout
-from fnn.per_example.precision import wide, wide_together
 from fnn.per_example.terms import Convolution, Product, Rows, Term, materialized
+from fnn.precision import wide, wide_dtype, wide_together
 
 
 @functools.partial(
@@ -190,7 +190,7 @@ def factors(
 def factors_of(own: SqrtGGN, size: int, kind: str, largest_block: int) -> Factors:
     """One parameter's factors, in float32 at least."""
     if math.prod(own.shape) == 0:
-        return Diagonal(jnp.zeros(own.shape, jnp.promote_types(own.dtype, jnp.float32)), own.shape)
+        return Diagonal(jnp.zeros(own.shape, wide_dtype(own.dtype)), own.shape)
     term: Term | None
     axes: Any
     term, axes = (own.terms[0], own.axes[0]) if len(own.terms) == 1 else (None, None)

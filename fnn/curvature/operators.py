@@ -34,6 +34,7 @@ from fnn.curvature.sqrt_ggn import one_array, sqrt_ggn
 from fnn.eager import once
 from fnn.meshes import batch_spec, specs_of, with_auto_axes
 from fnn.per_example.precision import norm_of
+from fnn.precision import widest
 
 
 @dataclasses.dataclass(eq=False)
@@ -104,7 +105,7 @@ class _Flat:
         self.leaves = [jnp.asarray(x) for x in self.leaves]
         self.size = sum(x.size for x in self.leaves)
         dtypes = [x.dtype for x in self.leaves] + [jnp.dtype("float32")] * wide
-        self.dtype = functools.reduce(jnp.promote_types, dtypes)
+        self.dtype = widest(*dtypes)
 
     def vector(self, tree) -> jax.Array:
         leaves = jax.tree.leaves(tree)

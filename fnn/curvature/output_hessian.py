@@ -30,7 +30,7 @@ from fnn.curvature.composition import composition
 from fnn.curvature.convex import is_convex as is_seen_to_be_convex
 from fnn.curvature.known_losses import identity
 from fnn.curvature.linearize import second_derivative
-from fnn.per_example.precision import wide
+from fnn.precision import wide
 
 
 class OutputHessian(Protocol):

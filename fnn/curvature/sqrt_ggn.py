@@ -28,9 +28,10 @@ from fnn.per_example.exact_norms import measured, sums_products
 from fnn.per_example.gradient import FactoredGradient
 from fnn.per_example.inputs import parameters
 from fnn.per_example.moments import sum_over_parts
-from fnn.per_example.precision import square, wide, wide_together
+from fnn.per_example.precision import square
 from fnn.per_example.sums import weighted_sum
 from fnn.per_example.terms import Dense, Product, Term, Terms, materialized, one_of
+from fnn.precision import wide, wide_together
 
 
 @dataclasses.dataclass(eq=False)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from fnn import arguments, text
 from fnn.params import Where, choose, flatten, unflatten
+from fnn.precision import widest
 
 
 def lora(
@@ -109,7 +110,7 @@ def merge(
     """
 
     def formed(W, A, B, scale):
-        wide = jnp.promote_types(A.dtype, W.dtype)
+        wide = widest(A.dtype, W.dtype)
         change = jnp.matmul(B.astype(wide), A.astype(wide))
         return (W.astype(wide) + scale * change).astype(W.dtype)
 

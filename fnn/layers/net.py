@@ -117,7 +117,7 @@ class Network(Layer):
     def _inputs_of_parts(self, length: int | None, *xs: Any) -> list[tuple[str, Layer, tuple]]:
         """Each part that the body calls, in order, with the types of its inputs.
 
-        The body runs once, on types alone.
+        The body runs once, on types alone; the parameters are of JAX's float, whatever the inputs.
         """
         making = _Making(None, length)
 
@@ -125,7 +125,8 @@ class Network(Layer):
             making.key = jax.random.key(0)
             return self.body(Net(self, {}, {}, EVALUATE, making), *xs)
 
-        jax.eval_shape(run_body, *xs)
+        with jax.numpy_dtype_promotion("standard"):
+            jax.eval_shape(run_body, *xs)
         parts = dict(self.parts)
         return [(name, parts[name], types) for name, types in making.inputs.items()]
 

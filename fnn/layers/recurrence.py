@@ -44,6 +44,7 @@ from fnn.layers.layer import (
 )
 from fnn.layers.mode import EVALUATE, Mode
 from fnn.layers.net import Net, Network, in_loop
+from fnn.precision import widest
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -283,7 +284,7 @@ class LSTM(_Gated):
 
     def loop(self, params: dict, z: Any, carry: Any, mask: Any = None) -> tuple[Any, Any]:
         h, c = carry
-        c = c.astype(jnp.promote_types(c.dtype, z.dtype))
+        c = c.astype(widest(c.dtype, z.dtype))
         U, h = params["U"].astype(z.dtype), h.astype(z.dtype)
         return ops.lstm(z, U, h, c, mask, reverse=self.reverse)
 

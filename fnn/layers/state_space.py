@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from fnn import arguments, ops
 from fnn.layers.layer import Layer, LayerError, check_params, set_count, set_number
 from fnn.layers.mode import EVALUATE, Mode
+from fnn.precision import wide_dtype
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -99,7 +100,7 @@ class LRU(Layer):
         size, angle = -jnp.exp(params["nu"]), jnp.exp(params["theta"])
         # Nothing is multiplied by a matrix of complex numbers: the products are real.
         inputs = jnp.stack([x @ B[0].T, x @ B[1].T]) * jnp.exp(params["gamma"])
-        wide = jnp.promote_types(inputs.dtype, jnp.float32)
+        wide = wide_dtype(inputs.dtype)
         a = jnp.exp(jax.lax.complex(size.astype(wide), angle.astype(wide)))
         b = jax.lax.complex(*inputs.astype(wide))
         cache = state.get("cache") if isinstance(state, dict) else None

@@ -15,6 +15,7 @@ from fnn import arguments, ops, text
 from fnn.initializers import xavier_normal
 from fnn.layers import EVALUATE, Layer, LayerError, Linear, Mode, Network, chain
 from fnn.layers.net import Net
+from fnn.precision import wide
 
 
 class Reconstruction(NamedTuple):
@@ -112,7 +113,7 @@ def negative_elbo(output: Reconstruction, x: chex.Array, *, beta: float = 1.0) -
     Kingma, Welling 2014, equation 10; Higgins et al., "beta-VAE", ICLR 2017 (β).
     """
     arguments.number("negative_elbo", "beta", beta, least=0)
-    mean, s = (a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in output[1:])
+    mean, s = map(wide, output[1:])
     # e^s − 1 − s near s = 0, without cancelling more than is needed.
     divergence = 0.5 * jnp.sum(jnp.square(mean) + (jnp.expm1(s) - s))
     error = ops.sigmoid_binary_cross_entropy(output.logits, x)

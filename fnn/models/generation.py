@@ -12,6 +12,7 @@ from jax import lax
 
 from fnn import arguments
 from fnn.layers import Layer
+from fnn.precision import wide
 
 
 def generate(
@@ -107,7 +108,7 @@ def likely(logits: jax.Array, top_k: int | None, top_p: Any) -> jax.Array:
         least = ordered[top_k - 1]
         ordered = jnp.where(jnp.arange(logits.size) < top_k, ordered, -jnp.inf)
     if top_p is not None:
-        p = jax.nn.softmax(ordered.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+        p = jax.nn.softmax(wide(ordered))
         before = jnp.cumsum(p) - p
         least = jnp.maximum(least, jnp.min(jnp.where(before < top_p, ordered, jnp.inf)))
     return jnp.where(logits >= least, logits, -jnp.inf)

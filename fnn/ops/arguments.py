@@ -65,15 +65,6 @@ def is_floating(x: chex.Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def wide(x: chex.Array) -> jax.Array:
-    """x in at least float32, for sums: 65,505 ones are inf in float16, and 257 are 256 in bfloat16.
-
-    Where a value is a sum, or is divided by one, 16-bit floats are summed in float32 and the
-    result rounded once.
-    """
-    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
-
-
 def empty(x: chex.Array | None) -> jax.Array | None:
     """A residual without entries, which only tells the dtype of x; None for None."""
     return None if x is None else jnp.zeros((0,), x.dtype)

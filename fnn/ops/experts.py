@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from fnn import arguments, text
-from fnn.ops.arguments import must_be_real, wide
+from fnn.ops.arguments import must_be_real
+from fnn.precision import wide
 
 
 class Routing(NamedTuple):

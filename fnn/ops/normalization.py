@@ -32,7 +32,8 @@ from jax import lax
 from fnn import arguments
 from fnn.meshes import explicit_mesh
 from fnn.operation import compiled_rule as rule
-from fnn.ops.arguments import axes_of, empty, must_be_real, wide
+from fnn.ops.arguments import axes_of, empty, must_be_real
+from fnn.precision import wide
 
 Axis = int | tuple[int, ...]
 

@@ -19,8 +19,9 @@ from jax import lax
 
 from fnn import arguments
 from fnn.operation import compiled_rule as rule
-from fnn.ops.arguments import must_be_real, wide
+from fnn.ops.arguments import must_be_real
 from fnn.ops.convolutions import Padding, Sizes, pads_of, sizes_of
+from fnn.precision import wide
 
 # Windows of more places are gone through axis by axis: n + m places and not n · m.
 _MANY_PLACES = 25

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from fnn import arguments
 from fnn.operation import compiled_rule as rule
-from fnn.ops.arguments import axes_of, must_be_real, wide
+from fnn.ops.arguments import axes_of, must_be_real
+from fnn.precision import wide
 
 Axis = int | tuple[int, ...] | None
 

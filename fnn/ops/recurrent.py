@@ -24,7 +24,8 @@ from jax import lax
 
 from fnn import arguments
 from fnn.operation import compiled_rule as rule
-from fnn.ops.arguments import must_be_real, wide
+from fnn.ops.arguments import must_be_real
+from fnn.precision import wide, widest
 
 # ----------------------------------------------------------------------------------- the cells
 #
@@ -281,7 +282,8 @@ def _run(cell, z, U, b, carry, mask, reverse):
     def step(old, given):
         z, here = given
         u = _times(U, old[0])
-        new, gates = cell.step(wide(z), u if b is None else u + wide(b), tuple(map(wide, old)))
+        u = u if b is None else u + wide(b)
+        new, gates = cell.step(*_in_one_dtype((z, u, old)))
         # h is rounded in every step, since the product takes it so; other memory is not.
         new = (new[0].astype(types[0]), *new[1:])
         if here is not None:
@@ -301,7 +303,8 @@ def _back(cell, kept, g, has_bias, reverse):
     before = _before(kept, reverse)
 
     def step(d, given):
-        g_h, here, gates, old, new = jax.tree.map(_wide_floats, given)
+        types = [x.dtype for x in d]
+        d, (g_h, here, gates, old, new) = _in_one_dtype((d, given))
         d = (d[0] + g_h, *d[1:])
         held = None
         if here is not None:
@@ -309,9 +312,11 @@ def _back(cell, kept, g, has_bias, reverse):
             d = tuple(jnp.where(here, x, 0) for x in d)
         dz, d_old = cell.back(gates, old, new, d)
         du = cell.through(gates, dz).astype(kept.U.dtype)
-        d_old = (d_old[0] + _times_transposed(kept.U, du), *d_old[1:])
+        by_u = _times_transposed(kept.U, du).astype(d_old[0].dtype)
+        d_old = (d_old[0] + by_u, *d_old[1:])
         if held is not None:
             d_old = tuple(x + y for x, y in zip(d_old, held, strict=True))
+        d_old = tuple(x.astype(t) for x, t in zip(d_old, types, strict=True))
         return d_old, dz.astype(kept.U.dtype)
 
     given = (g_h, kept.mask, kept.gates, before, kept.after)
@@ -331,12 +336,12 @@ def _push(cell, kept, dz, dU, db, d_first, reverse):
     du = du if db is None else du + wide(db)[None]
 
     def step(d_old, given):
-        dz, du, here, gates, old, new = jax.tree.map(_wide_floats, given)
-        du = du + _times(kept.U, d_old[0])
-        d_new = cell.push(gates, old, new, dz, du, tuple(map(wide, d_old)))
-        d_new = (d_new[0].astype(d_old[0].dtype), *d_new[1:])
+        types, by_u = [x.dtype for x in d_old], _times(kept.U, d_old[0])
+        d_old, (dz, du, here, gates, old, new) = _in_one_dtype((d_old, given))
+        d_new = cell.push(gates, old, new, dz, du + by_u.astype(du.dtype), d_old)
         if here is not None:
             d_new = tuple(jnp.where(here, n, o) for n, o in zip(d_new, d_old, strict=True))
+        d_new = tuple(x.astype(t) for x, t in zip(d_new, types, strict=True))
         return d_new, d_new[0]
 
     start = (d_first[0], *(wide(x) for x in d_first[1:]))
@@ -357,8 +362,11 @@ def _before(kept, reverse):
     return tuple(map(shifted, kept.after, kept.first))
 
 
-def _wide_floats(x):
-    return wide(x) if jnp.issubdtype(x.dtype, jnp.floating) else x
+def _in_one_dtype(tree):
+    """The floats of a tree in one dtype, at least float32: memory may be of a wider one."""
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    dtype = widest(jnp.float32, *[x.dtype for x in filter(is_float, jax.tree.leaves(tree))])
+    return jax.tree.map(lambda x: x.astype(dtype) if is_float(x) else x, tree)
 
 
 def _times(U, h):

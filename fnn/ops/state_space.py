@@ -12,6 +12,7 @@ from jax import lax
 from fnn import arguments
 from fnn.operation import compiled_rule as rule
 from fnn.ops.arguments import must_be_real_or_complex
+from fnn.precision import wide, wide_dtype
 
 
 def linear_recurrence(
@@ -104,7 +105,7 @@ def _run(a, b, reverse):
     """In rounds; on a CPU, which gains nothing by them, in a loop."""
     if len(b) == 0:
         return b
-    dtype = _wide_dtype(b.dtype)
+    dtype = wide_dtype(b.dtype)
     rounds, loop = (functools.partial(f, reverse=reverse) for f in (_in_rounds, _in_a_loop))
     given = a.astype(dtype), b.astype(dtype)
     return lax.platform_dependent(*given, cpu=loop, default=rounds).astype(b.dtype)
@@ -137,8 +138,4 @@ def _before(x, reverse):
 
 
 def _sum(x):
-    return jnp.sum(x.astype(_wide_dtype(x.dtype)), axis=0).astype(x.dtype)
-
-
-def _wide_dtype(dtype):
-    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+    return jnp.sum(wide(x), axis=0).astype(x.dtype)

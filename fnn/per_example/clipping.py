@@ -22,6 +22,7 @@ from fnn.meshes import batch_spec, specs_of, with_auto_axes
 from fnn.per_example import quantities
 from fnn.per_example.differentiate import factored
 from fnn.per_example.inputs import join_static, keys_of, parameters, split_static
+from fnn.precision import wide, wide_dtype
 
 _WHERE = "per_example.clipped_grad"
 _ALL = ""  # the one group where none are given
@@ -315,10 +316,10 @@ def _with_noise(gradient, scale, key):
     keys = jax.random.split(key, len(leaves))
     # JAX's complex normal numbers have variance 1 in both parts together, where C counts each.
     scales = [scale * (math.sqrt(2) if jnp.iscomplexobj(x) else 1) for x in leaves]
-    # Drawn in at least float32: in half precision it would be of few values.
-    wide = [jnp.promote_types(x.dtype, jnp.float32) for x in leaves]
-    noisy = [
-        (x + s * jax.random.normal(k, x.shape, dtype)).astype(x.dtype)
-        for x, s, k, dtype in zip(leaves, scales, keys, wide, strict=True)
-    ]
-    return jax.tree.unflatten(tree, noisy)
+
+    def noisy(x, scale, key):
+        # Drawn in at least float32: in half precision it would be of few values.
+        noise = jax.random.normal(key, x.shape, wide_dtype(x.dtype))
+        return (wide(x) + jnp.asarray(scale).astype(noise.dtype) * noise).astype(x.dtype)
+
+    return jax.tree.unflatten(tree, list(map(noisy, leaves, scales, keys)))

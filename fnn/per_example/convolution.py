@@ -15,8 +15,9 @@ from jax import lax
 from fnn.backprop.primitives.convolution import RULES
 from fnn.per_example.layout import Layout, Reshape, Transpose
 from fnn.per_example.measured import Measured
-from fnn.per_example.precision import norm_of, unit, vdot, wide_together
+from fnn.per_example.precision import norm_of, unit, vdot
 from fnn.per_example.product import Product
+from fnn.precision import wide_together
 
 # What is kept of the parameters of the equation, `lax.conv_general_dilated`'s.
 _STATIC = (

@@ -19,6 +19,7 @@ from fnn.per_example import exact_norms, inner_products, moments, pairs, sums
 from fnn.per_example.measured import Measured
 from fnn.per_example.precision import as_dtype
 from fnn.per_example.terms import Term, materialized, merged, one_of
+from fnn.precision import widest
 
 
 def exactly(method: Callable) -> Callable:
@@ -184,7 +185,7 @@ class FactoredGradient:
 
     @_of_examples
     def _add(self, other: FactoredGradient) -> FactoredGradient:
-        dtype = jnp.promote_types(self.dtype, other.dtype)
+        dtype = widest(self.dtype, other.dtype)
         terms = jax.vmap(merged)([*self.terms, *other.terms])
         return FactoredGradient(terms, self.path, self.shape, dtype)
 

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from fnn.per_example.layout import Layout, Pad
-from fnn.per_example.precision import unit, vdot, wide
+from fnn.per_example.precision import unit, vdot
 from fnn.per_example.rows import Rows
 from fnn.per_example.terms import Dense, Term
+from fnn.precision import wide
 
 
 def dot(terms: Sequence[Term], w):

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from fnn.per_example.measured import LONGEST
-from fnn.per_example.precision import divided, largest, nonzero, power_of_two, square, wide_together
+from fnn.per_example.precision import divided, largest, nonzero, power_of_two, square
 from fnn.per_example.product import Product
 from fnn.per_example.rows import Rows
 from fnn.per_example.sums import weighted_sums
 from fnn.per_example.terms import Term, as_wide, materialized, one_of
+from fnn.precision import wide_together
 
 
 def sum_of_squares(terms: Sequence[Term]):

@@ -11,9 +11,10 @@ from jax import lax
 
 from fnn.per_example.exact_norms import norms
 from fnn.per_example.inner_products import dot
-from fnn.per_example.precision import unit, wide
+from fnn.per_example.precision import unit
 from fnn.per_example.product import Product
 from fnn.per_example.terms import Term, as_wide, materialized
+from fnn.precision import wide
 
 
 def gram(terms: Sequence[Term], others: Sequence[Term]):

@@ -12,16 +12,7 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 
-
-def wide(x):
-    """x in at least float32, in which sums of many products are exact enough."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def wide_together(*arrays):
-    """The arrays in one dtype of at least float32."""
-    dtype = functools.reduce(jnp.promote_types, [x.dtype for x in arrays], jnp.float32)
-    return tuple(x.astype(dtype) for x in arrays)
+from fnn.precision import wide
 
 
 def power_of_two(m):

@@ -18,8 +18,8 @@ from fnn.per_example.precision import (
     power_of_two,
     root,
     vdot,
-    wide_together,
 )
+from fnn.precision import wide_together
 
 
 @jax.tree_util.register_dataclass

@@ -21,6 +21,7 @@ from fnn.per_example.gradient import FactoredGradient, exactly
 from fnn.per_example.measured import LONGEST
 from fnn.per_example.precision import divided, nonzero, norm_of, power_of_two
 from fnn.per_example.sums import weighted_sums
+from fnn.precision import widest
 
 By = str | Callable[[str], str] | Mapping[str, Sequence[str]] | None
 
@@ -97,7 +98,7 @@ def together(norms: Sequence[jax.Array]) -> jax.Array:
     """√Σ norms², of several parameters' norms (batch,)."""
     if len(norms) == 1:
         return norms[0]
-    dtype = functools.reduce(jnp.promote_types, [n.dtype for n in norms])
+    dtype = widest(*[n.dtype for n in norms])
     return norm_of(jnp.stack([n.astype(dtype) for n in norms]), (0,))
 
 
@@ -233,7 +234,7 @@ def _noise(grads: Any) -> tuple[Noise, jax.Array]:
 
     def from_deviations(leaves):
         own = [g.scale(1 / nonzero(unit)) for g in leaves]
-        return functools.reduce(jnp.add, [jnp.sum(g.variance()) for g in own]).astype(mean.dtype)
+        return _total([jnp.sum(g.variance()) for g in own]).astype(mean.dtype)
 
     # The mean of the squares less the square of the mean, where that keeps enough digits.
     trace = lax.cond(cancels, from_deviations, lambda leaves: squares - mean, leaves)
@@ -341,4 +342,5 @@ def _each(function, grads):
 
 
 def _total(arrays):
-    return functools.reduce(jnp.add, arrays)
+    dtype = widest(*[x.dtype for x in arrays])
+    return functools.reduce(jnp.add, [x.astype(dtype) for x in arrays])

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from fnn.per_example.layout import Layout
 from fnn.per_example.measured import Measured
-from fnn.per_example.precision import norm_of, unit, vdot, wide
+from fnn.per_example.precision import norm_of, unit, vdot
+from fnn.precision import wide
 
 
 @jax.tree_util.register_dataclass

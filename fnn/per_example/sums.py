@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from fnn.per_example.convolution import Convolution
-from fnn.per_example.precision import wide
 from fnn.per_example.terms import Dense, Term
+from fnn.precision import wide
 
 AnyTerm = TypeVar("AnyTerm", bound=Term)
 
@@ -35,7 +35,8 @@ def scaled(term: AnyTerm, factors) -> AnyTerm:
     name = "value" if isinstance(term, Dense) else "g"
     g = wide(getattr(term, name))
     c = lax.expand_dims(factors.astype(g.dtype), range(1, g.ndim))
-    return dataclasses.replace(term, **{name: g * c})
+    changed: dict[str, Any] = {name: g * c}
+    return dataclasses.replace(term, **changed)
 
 
 def kept(term: Term, which):

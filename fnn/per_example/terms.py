@@ -27,9 +27,10 @@ import jax.numpy as jnp
 
 from fnn.per_example.convolution import Convolution
 from fnn.per_example.measured import Measured
-from fnn.per_example.precision import norm_of, unit, vdot, wide, wide_together
+from fnn.per_example.precision import norm_of, unit, vdot
 from fnn.per_example.product import Product
 from fnn.per_example.rows import Rows
+from fnn.precision import wide, wide_together
 
 
 @jax.tree_util.register_dataclass

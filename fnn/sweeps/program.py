@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fnn.precision import wide_dtype
 from fnn.sweeps.recipe import Recipe, as_floats_of
 from fnn.train.data import take
 from fnn.train.loss import batch_means, extras
@@ -108,7 +109,7 @@ class Program:
             ),
             state,
         )
-        sums = {name: jnp.zeros(x.shape, _wide(x.dtype)) for name, x in metrics.items()}
+        sums = {name: jnp.zeros(x.shape, wide_dtype(x.dtype)) for name, x in metrics.items()}
         sums[_WEIGHT] = jnp.zeros((), sums["loss"].dtype)
         record = jax.eval_shape(lambda s, c: self._record(hyper, s, c, shared), state, sums)
         history = {
@@ -267,7 +268,7 @@ class Program:
             own = None if key is None else jax.random.fold_in(key, i)
             options = {"state": state.model_state, "count": count if total % size else None}
             means = batch_means(loss, state.params, batch, size, own, **options)
-            wide = {n: x.astype(_wide(x.dtype)) for n, x in means.items()}
+            wide = {n: x.astype(wide_dtype(x.dtype)) for n, x in means.items()}
             return {n: x * count.astype(x.dtype) for n, x in wide.items()}
 
         parts = lax.map(sums, jnp.arange(-(-total // size), dtype=jnp.int32))
@@ -291,9 +292,3 @@ def _add(sums: dict[str, Any], metrics: dict[str, Any], size: Any) -> dict[str, 
             x = metrics[name].astype(old.dtype) * jnp.asarray(size, old.dtype)
             new[name] = old + (jnp.where(skipped > 0, 0, x) if "skipped" in metrics else x)
     return new
-
-
-def _wide(dtype: Any) -> Any:
-    """The dtype of a mean: at least float32. (Not by JAX's promotion, which may be strict.)"""
-    is_wide = jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 32
-    return dtype if is_wide else jnp.float32

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import arguments
+from fnn.precision import widest
 from fnn.sweeps.axes import Axes, is_integer, listed
 from fnn.train.loss import Loss, check_loss, extras
 from fnn.train.state import State
@@ -271,9 +272,7 @@ def as_floats_of(params: Any, hyper: Mapping[str, Any]) -> dict[str, Any]:
     A Python number of a `fit` takes the dtype of what it meets; an array would widen it.
     """
     kinds = [x.dtype for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    # Not by JAX's promotion, which may be strict.
-    widest = max([jnp.finfo(jnp.float32), *map(jnp.finfo, kinds)], key=lambda info: info.bits)
-    dtype = jax.dtypes.canonicalize_dtype(widest.dtype)
+    dtype = jnp.finfo(widest(jnp.float32, *kinds)).dtype  # of complex numbers that of their parts
 
     def of(x):
         is_float = isinstance(x, (jax.Array, np.ndarray)) and jnp.issubdtype(x.dtype, jnp.floating)

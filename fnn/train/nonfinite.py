@@ -18,7 +18,8 @@ import numpy as np
 from fnn.birth import Birth
 from fnn.eager import apply_all
 from fnn.jaxpr import Equation, Program, program, trace
-from fnn.train.precision import wide, widest
+from fnn.precision import widest
+from fnn.train.precision import wide
 from fnn.train.replay import in_words
 from fnn.train.state import State, path_name
 
@@ -142,13 +143,13 @@ def square_sums(gradient: Any, new: State, old: State, *, exact: bool) -> jax.Ar
             look_back = exact or after[i].ndim == 0
             terms.append(_zero_if_fine(after[i], before[i] if look_back else None))
         sums.append(_sum_of_all(terms))
-    dtype = widest(sums)
+    dtype = widest(*[s.dtype for s in sums])
     return jnp.stack([s.astype(dtype) for s in sums])
 
 
 def _sum_of_all(arrays: list[jax.Array]) -> jax.Array:
     """The sum of all entries of arrays of one shape, in one loop."""
-    dtype = widest(arrays)
+    dtype = widest(*[x.dtype for x in arrays])
     return jnp.sum(functools.reduce(jnp.add, [x.astype(dtype) for x in arrays]))
 
 
@@ -276,7 +277,7 @@ def square_norms(gradients: Any, folded: bool = False) -> jax.Array:
     """
     total = _folded_sum if folded else jnp.sum
     sums = [total(square(g)) for g in jax.tree.leaves(gradients)]
-    dtype = widest(sums)
+    dtype = widest(*[s.dtype for s in sums])
     return jnp.stack([s.astype(dtype) for s in sums])
 
 

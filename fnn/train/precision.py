@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fnn import arguments
+from fnn.precision import wide_dtype
 
 # What a step computes in.
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -48,13 +48,7 @@ def cast(tree: Any, dtype: Any) -> Any:
 def wide(tree: Any) -> Any:
     """The tree with its floats in float32 at least."""
 
-    def of(x):  # `jnp.promote_types` refuses, where promotion is strict
-        narrow = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
-        return x.astype(jnp.float32) if narrow else x
+    def of(x):
+        return x.astype(wide_dtype(x.dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     return jax.tree.map(of, tree)
-
-
-def widest(arrays: Sequence[jax.Array]) -> Any:
-    """The widest dtype of arrays of real floats; JAX says none where promotion is strict."""
-    return max((x.dtype for x in arrays), key=lambda dtype: jnp.finfo(dtype).bits)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from fnn import arguments
 from fnn.operation import compiled_rule as rule
-from fnn.ops.arguments import axis_of, must_be_real, wide
+from fnn.ops.arguments import axis_of, must_be_real
+from fnn.precision import wide
 
 
 @rule

@@ -15,8 +15,9 @@ import numpy as np
 
 from fnn import arguments
 from fnn.operation import compiled_rule as rule
-from fnn.ops.arguments import is_floating, is_integer, must_be_alike, must_be_real, wide
+from fnn.ops.arguments import is_floating, is_integer, must_be_alike, must_be_real
 from fnn.ops.probabilities import log_softmax, softmax
+from fnn.precision import wide
 
 
 @rule

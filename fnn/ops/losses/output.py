@@ -20,7 +20,8 @@ from jax import lax
 from fnn import arguments
 from fnn.meshes import as_varying, broadcast, explicit_mesh, sharding_of
 from fnn.operation import compiled_rule as rule
-from fnn.ops.arguments import block_size, is_integer, must_be_real, wide
+from fnn.ops.arguments import block_size, is_integer, must_be_real
+from fnn.precision import wide
 
 
 def linear_softmax_cross_entropy(

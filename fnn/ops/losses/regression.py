@@ -16,8 +16,8 @@ from fnn.ops.arguments import (
     must_be_alike,
     must_be_real,
     must_not_be_complex,
-    wide,
 )
+from fnn.precision import wide
 
 
 @rule

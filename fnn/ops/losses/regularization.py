@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from fnn.operation import compiled_rule as rule
-from fnn.ops.arguments import must_be_real, wide
+from fnn.ops.arguments import must_be_real
+from fnn.precision import wide
 
 
 @rule

@@ -9,8 +9,9 @@ from jax import lax
 
 from fnn import arguments
 from fnn.meshes import same_varying_axes
-from fnn.ops.arguments import is_integer, must_be_real, wide
+from fnn.ops.arguments import is_integer, must_be_real
 from fnn.ops.probabilities import log_softmax, logsumexp
+from fnn.precision import wide
 
 
 def ctc(

@@ -9,8 +9,9 @@ from jax import lax
 
 from fnn import arguments
 from fnn.operation import compiled_rule as rule
-from fnn.ops.arguments import empty, must_be_alike, must_be_real, wide
+from fnn.ops.arguments import empty, must_be_alike, must_be_real
 from fnn.ops.losses.classification import softmax_cross_entropy
+from fnn.precision import wide
 
 
 @rule

@@ -19,7 +19,7 @@ from jax import lax
 
 from fnn.meshes import as_varying
 from fnn.operation import compiled_rule as rule
-from fnn.ops.arguments import wide
+from fnn.precision import wide, wide_dtype, widest
 
 
 @rule
@@ -220,7 +220,7 @@ class Blocks:
             "v": v.shape[2],
         }
         self.type = jax.typeof(q)
-        self.dtype = _wide_type(q)
+        self.dtype = wide_dtype(q.dtype)
         self.aligned = not {"q_positions", "k_positions"} & set(given)
         self.pairs = [
             (i, j)
@@ -379,7 +379,7 @@ class Blocks:
         """How far behind the query's position the key's is: (q, k)."""
         at_q = self._positions(parts.q_positions, i, self.size_q, self.queries)
         at_k = self._positions(parts.k_positions, j, self.size_k, self.keys)
-        kind = jnp.promote_types(at_q.dtype, at_k.dtype)
+        kind = widest(at_q.dtype, at_k.dtype)
         return at_q.astype(kind)[:, None] - at_k.astype(kind)[None, :]
 
     def _positions(self, given, i, size: int, block):
@@ -408,13 +408,9 @@ def _product(numbers: str, a, b):
 
     What was computed in float32 is rounded to the other factor's 16 bits first.
     """
-    kind = _wide_type(a)
+    kind = wide_dtype(a.dtype)
     narrow = min(a.dtype, b.dtype, key=lambda d: jnp.finfo(d).bits)
     return jnp.einsum(numbers, a.astype(narrow), b.astype(narrow), preferred_element_type=kind)
-
-
-def _wide_type(x):
-    return jnp.float32 if jnp.finfo(x.dtype).bits < 32 else x.dtype
 
 
 def _cut(size: int, block: int) -> tuple[int, int]:

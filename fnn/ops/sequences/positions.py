@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import arguments
-from fnn.ops.arguments import is_integer, must_be_real, wide
+from fnn.ops.arguments import is_integer, must_be_real
+from fnn.precision import wide
 
 
 def rotary(

@@ -1,0 +1,41 @@
+"""Dtypes for sums and for numbers of several dtypes together, however strict JAX's promotion is.
+
+`jnp.promote_types` refuses two dtypes with `jax_numpy_dtype_promotion="strict"`, which is there to
+find what was joined without a thought. What is joined by these functions is meant to be.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def widest(*dtypes: Any) -> Any:
+    """The dtype that numbers of all of these are converted to, by JAX's standard promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes)
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """The dtype to sum in: at least float32; 65,505 ones are inf in float16, and 257 are 256 in
+    bfloat16. Numbers that aren't floats are summed in float32."""
+    is_wide = jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 32
+    return dtype if is_wide else jnp.dtype(jnp.float32)
+
+
+def wide(x: Any) -> jax.Array:
+    """x in the dtype to sum in.
+
+    Where a value is a sum, or is divided by one, 16-bit floats are summed in float32 and the
+    result rounded once.
+    """
+    return x.astype(wide_dtype(x.dtype))
+
+
+def wide_together(*arrays: Any) -> tuple[jax.Array, ...]:
+    """The arrays in one dtype of at least float32."""
+    dtype = widest(*[wide_dtype(x.dtype) for x in arrays])
+    return tuple(x.astype(dtype) for x in arrays)
