@@ -12,6 +12,7 @@ import pytest
 from sweeps import sweep
 
 import fnn
+from fnn.footprint import compiled
 from fnn.layers import BatchNorm, Linear, chain
 from fnn.train import NonFiniteError, calls, chunks, train_step
 from fnn.train.prefetch import prefetched
@@ -234,6 +235,22 @@ def test_a_changed_variable_is_read_anew():
     assert fit(loss).steps["loss"][0] == first
 
 
+def test_a_choice_that_changed_is_traced_anew():
+    class Chosen:
+        name = "W"
+
+        def __call__(self, path, array):
+            return path == self.name
+
+    chosen, optimizer = Chosen(), optax.sgd(0.1)
+    run = lambda: fit(squares, optimizer=optimizer, trainable=chosen).params
+    assert run()["b"] == START["b"]
+    chosen.name = "b"
+    found = run()
+    equal(found["W"], START["W"])
+    assert found["b"] != START["b"]
+
+
 def test_neither_the_loss_nor_what_it_holds_is_kept():
     held = jnp.ones(3)
 
@@ -374,6 +391,13 @@ def test_the_thread_computes_as_its_maker():
     zeros = lambda: (jnp.zeros(3) / jnp.zeros(3) for _ in range(1))
     with jax.debug_nans(True), pytest.raises(FloatingPointError):
         list(prefetched(zeros, 1))
+
+
+def test_arrays_must_fit_into_the_container(monkeypatch):
+    """Whose limit may be far below the machine's memory."""
+    limit = {"memory.max": 2**20, "memory.current": 2**18}
+    monkeypatch.setattr(compiled, "_container", limit.get)
+    assert chunks.fits(np.zeros(2**17, np.uint8)) and not chunks.fits(np.zeros(2**19, np.uint8))
 
 
 def test_an_iterator_is_read_no_further_than_it_is_trained_on():

@@ -206,7 +206,7 @@ def kept_programs(step: TrainStep) -> tuple[Programs, Callable[[], None]]:
     functions, more = [loss, optimizer.init, optimizer.update], []
     for name in sorted(options.keys() - {"check"}):
         value = options[name]
-        if inspect.isroutine(value):
+        if inspect.isroutine(value) or (name == "trainable" and callable(value)):
             functions.append(value)
         else:
             more.append(tuple(value) if isinstance(value, list) else value)

@@ -7,10 +7,8 @@ megabytes.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -19,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnn.footprint.compiled import room
 from fnn.sharding import Layout
 from fnn.train.data import Arrays, Stream, filled, fold_in
 from fnn.train.devices import Placed
@@ -61,14 +60,8 @@ class Chunk(NamedTuple):
 
 def device_memory() -> int:
     """How many bytes of memory the device has, as far as can be known."""
-    statistics = None
-    with contextlib.suppress(Exception):  # not all platforms tell
-        statistics = jax.devices()[0].memory_stats()
-    if statistics and "bytes_limit" in statistics:
-        return int(statistics["bytes_limit"])
-    with contextlib.suppress(Exception):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 2**32
+    there = room()
+    return there.total if there is not None else 2**32
 
 
 def fits(data: Any, layout: Layout | None = None) -> bool:
