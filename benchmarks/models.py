@@ -7,6 +7,7 @@ The models are in `peers/`: each as a user of its library writes it, float32, Ad
 cross-entropy of a batch. All run in one process and take turns. `ms` is the median time of a
 step with its quartiles; `/ fnn` the median, round by round, of its ratio to fnn's: above 1 the peer
 is slower. `temporaries` is what the compiled step needs beside its arguments and results.
+"fnn, unrolled" is fnn's GPT without a loop over its blocks (`unroll=`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from peers import MODELS, Training, data
 
 LIBRARIES = {
     "fnn": ("fnn", "of_fnn"),
+    "fnn, unrolled": ("fnn", "of_fnn"),
     "Flax NNX": ("flax", "of_nnx"),
     "Flax Linen": ("flax", "of_linen"),
     "Equinox": ("equinox", "of_equinox"),
@@ -35,6 +37,8 @@ BATCH = {"lenet": 64, "resnet": 8, "vit": 8, "gpt": 8, "lstm": 16}
 
 def prepare(library: str, model: str) -> Training:
     options: dict[str, Any] = {"compiled": True} if library.endswith("compiled") else {}
+    if library.endswith("unrolled"):
+        options["unrolled"] = True
     module = importlib.import_module(f"peers.{LIBRARIES[library][1]}")
     return module.training(model, **options)
 
@@ -95,7 +99,8 @@ def main() -> None:
     print(machine())
     for model in options.model:
         heads = [f"{model}, batch {BATCH[model]}", "parameters", "ms", "quartiles", "/ fnn"]
-        rows = compare(model, options.rounds, names)
+        own = [name for name in names if model == "gpt" or not name.endswith("unrolled")]
+        rows = compare(model, options.rounds, own)
         print(f"\n{table([*heads, 'temporaries'], rows, options.markdown)}", flush=True)
 
 

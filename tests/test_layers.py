@@ -349,6 +349,23 @@ def test_repeat_is_its_block_n_times(remat):
     chex.assert_trees_all_equal(jax.tree.map(lambda a: a[:3], more), params)
 
 
+@exhaustive
+@pytest.mark.parametrize("unroll", [2, 3, 7])
+def test_several_blocks_in_a_turn_of_the_loop(unroll):
+    net, loop = repeat(BLOCK, 3, unroll=unroll), repeat(BLOCK, 3)
+    x = jnp.arange(8.0).reshape(2, 4)
+    params = loop.init(KEY, x[0])
+    assert repr(net).endswith(f"3, unroll={unroll})")
+    of = lambda net: lambda params, x: jnp.sum(net(params, x) ** 2)
+    wanted = jax.vmap(jax.grad(of(loop)), (None, 0))(params, x)
+    for grad in (jax.grad, fnn.grad):
+        found = jax.jit(jax.vmap(grad(of(net)), (None, 0))).lower(params, x).compile()
+        chex.assert_trees_all_close(found(params, x), wanted, rtol=1e-5)
+        assert unroll == 2 or " while(" not in found.as_text()
+    _, factored = fnn.per_example.grads(of(net))(params, x)
+    chex.assert_trees_all_close(fnn.per_example.materialize(factored), wanted, rtol=1e-5)
+
+
 def test_repeat_stacks_states_and_caches():
     net = chain(blocks=repeat(chain(norm=BatchNorm(), add=RunningSum()), 2))
     x = jnp.arange(6.0).reshape(3, 2)

@@ -13,14 +13,21 @@ from fnn import models, ops
 from peers import GPT, LEARNING_RATE, Training, count, data
 
 
-def training(model: str, **sizes: int) -> Training:
+def training(model: str, unrolled: bool = False, **sizes: int) -> Training:
     sizes = GPT | sizes
+    blocks = sizes["blocks"]
     net = {
         "lenet": lambda: models.lenet(),
         "resnet": lambda: models.resnet18(10, small=True),
         "vit": lambda: models.vit(10, 32, 4, 192, 12, 3, 768, dropout=0.0),
         "gpt": lambda: models.gpt2(
-            256, sizes["length"], sizes["width"], sizes["blocks"], sizes["heads"], dropout=0.0
+            256,
+            sizes["length"],
+            sizes["width"],
+            blocks,
+            sizes["heads"],
+            dropout=0.0,
+            unroll=blocks if unrolled else 1,
         ),
         "lstm": lambda: models.lstm_language_model(256, 256, dropout=0.0),
     }[model]()

@@ -108,7 +108,9 @@ def _parts(where: str, layers: tuple, named: dict) -> dict[str, Any]:
     return named or {str(i): part for i, part in enumerate(layers)}
 
 
-def repeat(block: Part, n: int, *, remat: bool | Callable | None = None) -> Repeat:
+def repeat(
+    block: Part, n: int, *, remat: bool | Callable | None = None, unroll: int = 1
+) -> Repeat:
     """The same block n times, each time with weights of its own: y = blockₙ(… block₁(x)).
 
     The weights of all blocks are stacked, and one program goes over them (`jax.lax.scan`): it
@@ -121,16 +123,19 @@ def repeat(block: Part, n: int, *, remat: bool | Callable | None = None) -> Repe
         remat: whether the backward pass computes a block's insides again from its input, rather
             than keep them (`jax.checkpoint`); or a policy of `jax.checkpoint_policies`, which
             says what is kept.
+        unroll: how many blocks stand in one turn of the loop (see `jax.lax.scan`). With n the
+            compiler sees no loop: it takes n times as long, and may find faster programs.
 
     Returns:
         A Layer. Its parameters and its state are those of a block, each array with an axis of
         length n in front.
 
     Raises:
-        TypeError, ValueError: block is no layer, n no positive integer, remat no such option.
+        TypeError, ValueError: block is no layer, n or unroll no positive integer, remat no such
+            option.
         LayerError: the block changes its input's shape or dtype.
     """
-    return Repeat(as_layer(block, "repeat, block"), n, remat=remat)
+    return Repeat(as_layer(block, "repeat, block"), n, remat=remat, unroll=unroll)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -140,9 +145,12 @@ class Repeat(Layer):
     block: Layer
     n: int
     remat: bool | Callable | None = dataclasses.field(default=None, kw_only=True)
+    unroll: int = dataclasses.field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "n", arguments.integer("repeat", "n", self.n, least=1))
+        for name in ("n", "unroll"):
+            number = arguments.integer("repeat", name, getattr(self, name), least=1)
+            object.__setattr__(self, name, number)
         if not callable(self.remat) and self.remat is not None:
             arguments.flag("repeat", "remat", self.remat)
 
@@ -194,7 +202,8 @@ class Repeat(Layer):
             step = jax.checkpoint(step, policy=policy, prevent_cse=False)
         stacked = jax.tree.leaves((params, state, keys))
         length = len(stacked[0]) if stacked else self.n
-        return jax.lax.scan(step, x, (params, state, keys), length=length)
+        xs = params, state, keys
+        return jax.lax.scan(step, x, xs, length=length, unroll=self.unroll)
 
     def _in_stages(self, params: Any, state: Any, x: Any, others: tuple, mode: Mode) -> Any:
         """The same, with the blocks divided over devices, which microbatches pass through."""

@@ -34,6 +34,7 @@ def bert(
     segments: int = 2,
     dropout: float = 0.1,
     remat: bool = False,
+    unroll: int = 1,
 ) -> Network:
     """BERT, as given BERT-base, of 109,482,240 parameters with its pooler.
 
@@ -57,6 +58,7 @@ def bert(
         segments: how many kinds of segments there are.
         dropout: its rate.
         remat: whether backward computes each block again instead of keeping its insides.
+        unroll: how many blocks stand in one turn of the loop over them; see `repeat`.
 
     Returns:
         A Network with the parameters "embed.E", "position.P", "segment.E", "norm",
@@ -95,7 +97,7 @@ def bert(
         "segment": Embedding(segments, features, init_table=weights),
         "norm": norm,
         "dropout": Dropout(dropout),
-        "blocks": repeat(block, depth, remat=remat),
+        "blocks": repeat(block, depth, remat=remat, unroll=unroll),
         "pooler": Linear(features, weight_init=weights),
     }
     return Network(_bert, parts)

@@ -34,6 +34,7 @@ def transformer(
     *,
     dropout: float = 0.1,
     remat: bool = False,
+    unroll: int = 1,
 ) -> Network:
     """The encoder-decoder transformer, as given the paper's base model.
 
@@ -58,6 +59,7 @@ def transformer(
         features, depth, heads, hidden: of the model; 1024, 6, 16, 4096 is the big one.
         dropout: its rate; 0.3 for the big one.
         remat: whether backward computes each block again instead of keeping its insides.
+        unroll: how many blocks stand in one turn of the loop over them; see `repeat`.
 
     Returns:
         A Network with the parameters "embed.E", "encoder.attend.q.W", …, "decoder.attend.q.W",
@@ -100,8 +102,8 @@ def transformer(
         "embed": Embedding(vocabulary, features, init_table=table),
         "position": SinusoidalPositions(),
         "dropout": Dropout(dropout),
-        "encoder": Once(repeat(encoder, depth, remat=remat)),
-        "decoder": repeat(decoder, depth, remat=remat),
+        "encoder": Once(repeat(encoder, depth, remat=remat, unroll=unroll)),
+        "decoder": repeat(decoder, depth, remat=remat, unroll=unroll),
     }
     return Network(_transformer, parts)
 

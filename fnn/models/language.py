@@ -33,6 +33,7 @@ def gpt2(
     *,
     dropout: float = 0.1,
     remat: bool = False,
+    unroll: int = 1,
 ) -> Network:
     """GPT-2, as given the smallest one, of 124,439,808 parameters.
 
@@ -56,6 +57,7 @@ def gpt2(
             1600, 48, 25 XL.
         dropout: its rate.
         remat: whether backward computes each block again instead of keeping its insides.
+        unroll: how many blocks stand in one turn of the loop over them; see `repeat`.
 
     Returns:
         A Network with the parameters "embed.E", "position.P", "blocks.norm1", "blocks.attend.q.W",
@@ -90,7 +92,7 @@ def gpt2(
         "embed": Embedding(vocabulary, features, init_table=weights),
         "position": PositionEmbedding(length, init_table=functools.partial(normal, stddev=0.01)),
         "dropout": Dropout(dropout),
-        "blocks": repeat(block, depth, remat=remat),
+        "blocks": repeat(block, depth, remat=remat, unroll=unroll),
         "norm": LayerNorm(),
     }
     return Network(_gpt2, parts)
@@ -120,6 +122,7 @@ def llama(
     epsilon: float = 1e-5,
     window: int | None = None,
     remat: bool = False,
+    unroll: int = 1,
 ) -> Network:
     """Llama, as given Llama 2 of 7 billion parameters (6,738,415,616).
 
@@ -139,6 +142,7 @@ def llama(
         epsilon: of the norms.
         window: if given, a position sees only the last so many, as in Mistral 7B.
         remat: whether backward computes each block again instead of keeping its insides.
+        unroll: how many blocks stand in one turn of the loop over them; see `repeat`.
 
     Returns:
         A Network with the parameters "embed.E", "blocks.norm1.scale", "blocks.attend.q.W", …,
@@ -176,7 +180,7 @@ def llama(
     )
     parts = {
         "embed": Embedding(vocabulary, features, init_table=weights),
-        "blocks": repeat(block, depth, remat=remat),
+        "blocks": repeat(block, depth, remat=remat, unroll=unroll),
         "norm": norm,
         "output": Linear(vocabulary, use_bias=False, weight_init=weights),
     }

@@ -19,6 +19,7 @@ def state_space_language_model(
     least: float = 0.9,
     most: float = 0.999,
     remat: bool | None = None,
+    unroll: int = 1,
 ) -> Network:
     """tokens → embedding → blocks → norm → scores of the next token, at each position.
 
@@ -43,6 +44,7 @@ def state_space_language_model(
         dropout: the rate.
         least, most: between which |λ| starts in each LRU.
         remat: whether the backward pass computes a block's insides again (see `repeat`).
+        unroll: how many blocks stand in one turn of the loop over them (see `repeat`).
 
     Returns:
         A Network with the parameters `{"embed": {"E"}, "blocks": {"norm", "recurrence", "gate"},
@@ -72,7 +74,7 @@ def state_space_language_model(
     )(_block)
     return network(
         embed=embed,
-        blocks=repeat(block, layers, remat=remat),
+        blocks=repeat(block, layers, remat=remat, unroll=unroll),
         norm=LayerNorm(),
         output=Linear(vocabulary, weight_init=lecun_normal),
     )(_state_space_language_model)

@@ -37,6 +37,7 @@ def vit(
     *,
     dropout: float = 0.1,
     remat: bool = False,
+    unroll: int = 1,
 ) -> Network:
     """ViT, as given ViT-B/16, of 86,567,656 parameters with its 1000 classes.
 
@@ -54,6 +55,7 @@ def vit(
             DeiT's ViT-Ti.
         dropout: its rate; 0.1 in the paper on ImageNet (table 3).
         remat: whether backward computes each block again instead of keeping its insides.
+        unroll: how many blocks stand in one turn of the loop over them; see `repeat`.
 
     Returns:
         A Network with the parameters "patches.W" (features, channels · patch²; the pixels of a
@@ -97,7 +99,7 @@ def vit(
         "class": _Token(),
         "position": PositionEmbedding((image // patch) ** 2 + 1),
         "dropout": Dropout(dropout),
-        "blocks": repeat(block, depth, remat=remat),
+        "blocks": repeat(block, depth, remat=remat, unroll=unroll),
         "norm": LayerNorm(1e-6),
         "output": Linear(classes, weight_init=zeros),
     }
