@@ -108,9 +108,7 @@ def _parts(where: str, layers: tuple, named: dict) -> dict[str, Any]:
     return named or {str(i): part for i, part in enumerate(layers)}
 
 
-def repeat(
-    block: Part, n: int, *, remat: bool | Callable | None = None, unroll: int = 1
-) -> Repeat:
+def repeat(block: Part, n: int, *, remat: bool | Callable | None = None, unroll: int = 1) -> Repeat:
     """The same block n times, each time with weights of its own: y = blockₙ(… block₁(x)).
 
     The weights of all blocks are stacked, and one program goes over them (`jax.lax.scan`): it
