@@ -237,3 +237,19 @@ def test_evaluation_has_one_program():
                 np.testing.assert_allclose(found[name], value, rtol=1e-6)
         assert evaluation.traces == ["means"]
         assert evaluation._means._cache_size() <= 1
+
+
+def test_a_second_fit_compiles_nothing(caplog):
+    step, _ = train(FULL)
+    with jax.log_compiles(True), caplog.at_level("WARNING"):
+        fnn.fit(step, PARAMS, (X, Y), batch_size=16, epochs=1, key=KEY, progress=False)
+    told = [r.getMessage() for r in caplog.records]
+    assert not [message for message in told if message.startswith("Compiling")]
+
+
+def test_a_layout_that_is_none():
+    for function in (fnn.fit, fnn.evaluate):
+        with pytest.raises(TypeError, match="layout must be one of fnn.sharding's"):
+            more = () if function is fnn.evaluate else (optax.sgd(0.1),)
+            epochs = {} if function is fnn.evaluate else {"epochs": 1}
+            function(LOSS, PARAMS, (X, Y), *more, **epochs, layout=np.zeros(2))

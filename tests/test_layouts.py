@@ -161,6 +161,15 @@ def test_what_is_shown():
         (lambda: Layout(MESH, batch="data", microbatches=2), "stages isn't"),
         (lambda: sharding.pipeline_parallel(MESH, axis="data", microbatches=0), "microbatches"),
         (lambda: Layout(MESH, batch=("data",), sequence="sequence"), "names the axis 'sequence'"),
+        (lambda: Layout(MESH, batch=3), "batch must be a name or a tuple of names, but got 3"),
+        (lambda: Layout(MESH, blocks=[1]), "blocks must be a name or a tuple of names"),
+        (lambda: Layout(MESH, stages=("data",)), "stages must be the name of an axis"),
+        (lambda: Layout(MESH, rules=3), "rules must be pairs of a pattern .* got 3"),
+        (lambda: Layout(MESH, rules=("W", P("data"))), "rules must be pairs .* one is 'W'"),
+        (lambda: sharding.fully_sharded(MESH, batch=3), "batch must be a name"),
+        (lambda: sharding.tensor_parallel(GRID, {}, shard=None), "shard must be a name"),
+        (lambda: sharding.sequence_parallel(MESH, axis=None), "axis must be the name of an axis"),
+        (lambda: sharding.pipeline_parallel(MESH, axis=3, microbatches=1), "axis must be the name"),
     ],
 )
 def test_layouts_that_are_none(make, message):

@@ -341,6 +341,8 @@ def test_bad_paths(tmp_path, make):
     for bad in (3, None, ""):
         with pytest.raises(TypeError, match=f"{make.__name__}: path must be that of a file"):
             make(bad)
+    with pytest.raises(TypeError, match="folder must be that of the events, but got 3"):
+        TensorBoard(3)
     with pytest.raises(IsADirectoryError, match="is a folder"):
         make(tmp_path)
     assert repr(make("a/b")) == f"{make.__name__}('a/b')"

@@ -132,6 +132,11 @@ def test_without_seeds_there_are_no_bands():
     np.testing.assert_allclose(axes.lines[0].get_ydata(), result.history["loss"][:, -1])
 
 
+def with_arrays(result):
+    result.history["parts"] = np.zeros((*result.epochs.shape, 5, 2))
+    return result
+
+
 @pytest.mark.parametrize(
     "call, kind, message",
     [
@@ -142,9 +147,24 @@ def test_without_seeds_there_are_no_bands():
         ),
         (lambda r: against(r, "width"), ValueError, "no axis 'width'; there are learning_rate"),
         (lambda r: bands(r, over="width"), ValueError, "no axis 'width'"),
-        (lambda r: bands(r, log=1), TypeError, "log must be True or False"),
+        (lambda r: bands(r, log=1), TypeError, "bands: log must be True or False"),
+        (lambda r: bands(r, over=3), TypeError, "over must be the name of an axis, .* got 3"),
+        (lambda r: against(r, None), TypeError, "name must be that of a hyperparameter"),
+        (lambda r: bands(r, metric=["loss"]), TypeError, "metric must be a quantity's name"),
+        (lambda r: bands(with_arrays(r), metric="parts"), ValueError, "isn't a number but an arr"),
+        (lambda r: r.best(largest="loss"), TypeError, "best: largest must be True or False"),
     ],
-    ids=["no result", "no such name", "no such axis", "log"],
+    ids=[
+        "no result",
+        "no such name",
+        "no such axis",
+        "log",
+        "over",
+        "no name",
+        "metrics",
+        "an array",
+        "largest",
+    ],
 )
 def test_what_is_refused(call, kind, message):
     with pytest.raises(kind, match=message):

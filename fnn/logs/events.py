@@ -44,7 +44,7 @@ class TensorBoard:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = checked_path("TensorBoard", folder)
+        self.folder = checked_path("TensorBoard", folder, "folder must be that of the events")
         if self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"TensorBoard: {self.folder} is a file, and not a folder.")
         try:

@@ -116,12 +116,17 @@ def _warn(text: str) -> None:
         warnings.warn(f"fit: {text}", RuntimeWarning, stacklevel=ours[-1] + 2)
 
 
-def checked_path(where: str, path: Any) -> Path:
+def checked_path(where: str, path: Any, wanted: str = "path must be that of a file") -> Path:
     """A path of a file or folder.
+
+    Args:
+        where: the public function.
+        path: what it was given.
+        wanted: the argument, and what it must be.
 
     Raises:
         TypeError: it isn't one.
     """
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-        raise TypeError(f"{where}: path must be that of a file, but got {arguments.show(path)}.")
+        raise TypeError(f"{where}: {wanted}, but got {arguments.show(path)}.")
     return Path(path)

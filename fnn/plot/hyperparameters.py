@@ -44,6 +44,10 @@ def against(
         TypeError: `found` isn't what a sweep returned.
         ValueError: there is no such hyperparameter or quantity.
     """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"against: name must be that of a hyperparameter, but got {arguments.show(name)}."
+        )
     values, lines, metric = _by_setting("against", found, name, over, metric)
     figure = blank(width=7 if len(lines) > 3 else 5.5, height=3.6)
     axes = figure.subplots()
@@ -60,7 +64,7 @@ def against(
         _draw_band(axes, x, entries, bound, colour)
     if not is_log:
         axes.set_xticks(x, [_word(value) for value in values])
-    _finish(figure, axes, metric, lines, log)
+    _finish("against", figure, axes, metric, lines, log)
     axes.set_xlabel(name.replace("_", " "))
     return figure
 
@@ -109,7 +113,7 @@ def bands(
         epochs = np.arange(1, entries.shape[1] + 1)
         axes.plot(epochs, np.where(np.isfinite(middle), middle, np.nan), color=colour, label=label)
         _draw_band(axes, epochs, entries, bound, colour)
-    _finish(figure, axes, metric, [lines[i] for i in chosen], log)
+    _finish("bands", figure, axes, metric, [lines[i] for i in chosen], log)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
@@ -126,22 +130,32 @@ def _by_setting(
     if not all(hasattr(found, name) for name in ("axes", "history", "grid", "epochs", "metric")):
         raise TypeError(f"{where}: pass what fnn.sweep returned, but got {arguments.show(found)}.")
     metric = found.metric if metric is None else metric
+    if not isinstance(metric, str):
+        raise TypeError(
+            f"{where}: metric must be a quantity's name, but got {arguments.show(metric)}."
+        )
+    wanted = (over,) if isinstance(over, str) else over
+    if not isinstance(wanted, (tuple, list)) or not all(isinstance(n, str) for n in wanted):
+        raise TypeError(
+            f"{where}: over must be the name of an axis, or several, but got "
+            f"{arguments.show(over)}."
+        )
     names = [names for names, _ in found.grid]
     place = None
     if along is not None:
         place = _place(where, names, along)
-    table = found.history[metric] if along is None and metric in found.history else None
-    numbers = found[metric].values if table is None else table
+    last = found[metric].values  # an error where there is none, or each value is an array
+    table = found.history[metric] if along is None else None
+    numbers = last if table is None else table
     trained = np.asarray(found.epochs)
     if table is not None:
         trained = trained[..., None] > np.arange(numbers.shape[-1])
     numbers = np.where(np.isfinite(numbers), numbers, np.where(trained > 0, np.inf, np.nan))
-    wanted = (over,) if isinstance(over, str) else tuple(over)
     given = [n for n in wanted if n != "seed" or any(n in own for own in names)]
     folded = sorted({_place(where, names, n) for n in given} - {place})
     rest = [i for i in range(len(names)) if i not in folded and i != place]
-    last = [place] if place is not None else [numbers.ndim - 1]
-    moved = np.transpose(numbers, [*rest, *folded, *last])
+    end = [place] if place is not None else [numbers.ndim - 1]
+    moved = np.transpose(numbers, [*rest, *folded, *end])
     shape = [found.grid[i][1] for i in rest]
     moved = moved.reshape(int(np.prod(shape)), -1, moved.shape[-1])
     lines = []
@@ -220,14 +234,19 @@ def _palette(count: int) -> list[Any]:
 
 
 def _finish(
-    figure: Figure, axes: Any, metric: str, lines: Sequence[tuple[str, np.ndarray]], log: Any
+    where: str,
+    figure: Figure,
+    axes: Any,
+    metric: str,
+    lines: Sequence[tuple[str, np.ndarray]],
+    log: Any,
 ) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     finite = np.concatenate([e[np.isfinite(e)] for _, e in lines])
     if log is None:
         log = metric.endswith("loss") and bool((finite > 0).all()) and finite.size > 0
-    arguments.flag("plot", "log", log)
+    arguments.flag(where, "log", log)
     if log:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,12 +16,12 @@ from fnn.sharding.placement import is_spread, put, put_own, put_rows
 from fnn.sharding.shown import as_line, as_table
 from fnn.sharding.specs import (
     checked_axes,
-    checked_rule,
+    checked_names,
+    checked_rules,
     devices_along,
     fits,
     fits_any,
     is_spec,
-    names_of,
     path_of,
     sharded,
     short,
@@ -88,11 +88,15 @@ class Layout:
         for name in ("batch", "shard"):
             object.__setattr__(self, name, checked_axes(mesh, name, getattr(self, name)))
         for name in ("sequence", "stages"):
-            if getattr(self, name) is not None:
-                checked_axes(mesh, name, getattr(self, name))
-        object.__setattr__(self, "blocks", names_of(self.blocks))
-        rules = self.rules.items() if isinstance(self.rules, Mapping) else self.rules
-        object.__setattr__(self, "rules", tuple(checked_rule(mesh, *rule) for rule in rules))
+            axis = getattr(self, name)
+            if axis is not None and not isinstance(axis, str):
+                raise TypeError(
+                    f"Layout: {name} must be the name of an axis, but got {arguments.show(axis)}."
+                )
+            if axis is not None:
+                checked_axes(mesh, name, axis)
+        object.__setattr__(self, "blocks", checked_names("blocks", self.blocks))
+        object.__setattr__(self, "rules", checked_rules(mesh, self.rules))
         if self.sequence and self.stages:
             raise ValueError("Layout: sequence and stages can't be used together.")
         if self.microbatches is not None:

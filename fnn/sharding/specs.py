@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -36,6 +36,21 @@ def fits_any(path: str, patterns: Iterable[str]) -> bool:
 def names_of(entry: Any) -> tuple[str, ...]:
     """The names of an entry of a spec, or of an argument that is one name or several."""
     return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def checked_names(field: str, value: Any) -> tuple[str, ...]:
+    """The names that a field of a layout has: one, or several.
+
+    Raises:
+        TypeError: it isn't a name, nor a collection of names.
+    """
+    is_collection = isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+    names = tuple(value) if is_collection else (value,)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"Layout: {field} must be a name or a tuple of names, but got {arguments.show(value)}."
+        )
+    return names
 
 
 # --------------------------------------------------------------------------------------- specs
@@ -98,9 +113,10 @@ def checked_axes(mesh: Mesh, field: str, value: Any) -> tuple[str, ...]:
     """The names of axes of the mesh.
 
     Raises:
+        TypeError: they are no names.
         ValueError: the mesh has no such axis.
     """
-    names = names_of(value)
+    names = checked_names(field, value)
     for name in names:
         if name not in mesh.shape:
             raise ValueError(
@@ -110,12 +126,30 @@ def checked_axes(mesh: Mesh, field: str, value: Any) -> tuple[str, ...]:
     return names
 
 
-def checked_rule(mesh: Mesh, pattern: Any, spec: Any) -> tuple[str, PartitionSpec]:
-    """A pair of a pattern and a spec of the mesh.
+def checked_rules(mesh: Mesh, rules: Any) -> tuple[tuple[str, PartitionSpec], ...]:
+    """Pairs of a pattern and a spec of the mesh, from pairs or a dict.
 
     Raises:
-        TypeError, ValueError: it isn't one.
+        TypeError, ValueError: they aren't such.
     """
+    pairs = rules.items() if isinstance(rules, Mapping) else rules
+    if not isinstance(pairs, Iterable) or isinstance(pairs, (str, bytes)):
+        raise TypeError(
+            "Layout: rules must be pairs of a pattern of paths and a jax.sharding.PartitionSpec, "
+            f"but got {arguments.show(rules)}."
+        )
+    found = []
+    for rule in pairs:
+        if not isinstance(rule, (tuple, list)) or len(rule) != 2:
+            raise TypeError(
+                "Layout: rules must be pairs of a pattern of paths and a "
+                f"jax.sharding.PartitionSpec, but one is {arguments.show(rule)}."
+            )
+        found.append(_checked_rule(mesh, *rule))
+    return tuple(found)
+
+
+def _checked_rule(mesh: Mesh, pattern: Any, spec: Any) -> tuple[str, PartitionSpec]:
     if not isinstance(pattern, str) or not is_spec(spec):
         raise TypeError(
             "Layout: a rule is a pair of a pattern of paths and a jax.sharding.PartitionSpec, "

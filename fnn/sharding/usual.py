@@ -9,7 +9,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from fnn import arguments
 from fnn.sharding.layout import Layout
-from fnn.sharding.specs import names_of
+from fnn.sharding.specs import checked_names, names_of
 
 P = PartitionSpec
 
@@ -93,7 +93,7 @@ def tensor_parallel(
     specs = [spec for spec in given.values() if isinstance(spec, PartitionSpec)]
     named = {name for spec in specs for entry in spec if entry for name in names_of(entry)}
     rest = tuple(name for name in mesh.shape if name not in named)
-    return Layout(mesh, batch=rest, shard=names_of(shard), rules=tuple(given.items()))
+    return Layout(mesh, batch=rest, shard=checked_names("shard", shard), rules=tuple(given.items()))
 
 
 def sequence_parallel(
@@ -116,8 +116,9 @@ def sequence_parallel(
     Liu et al., "Ring attention with blockwise transformers", arXiv:2310.01889.
     """
     _check_mesh("sequence_parallel", mesh)
+    _check_axis("sequence_parallel", axis)
     rest = tuple(name for name in mesh.shape if name != axis)
-    return Layout(mesh, batch=rest, shard=names_of(shard), sequence=axis)
+    return Layout(mesh, batch=rest, shard=checked_names("shard", shard), sequence=axis)
 
 
 def pipeline_parallel(
@@ -147,14 +148,15 @@ def pipeline_parallel(
     Huang et al., "GPipe", arXiv:1811.06965.
     """
     _check_mesh("pipeline_parallel", mesh)
+    _check_axis("pipeline_parallel", axis)
     rest = tuple(name for name in mesh.shape if name != axis)
     return Layout(
         mesh,
         batch=rest,
-        shard=names_of(shard),
+        shard=checked_names("shard", shard),
         stages=axis,
         microbatches=microbatches,
-        blocks=names_of(blocks),
+        blocks=checked_names("blocks", blocks),
     )
 
 
@@ -166,5 +168,13 @@ def _check_mesh(where: str, mesh: Any) -> None:
         )
 
 
+def _check_axis(where: str, axis: Any) -> None:
+    if not isinstance(axis, str):
+        raise TypeError(
+            f"{where}: axis must be the name of an axis of the mesh, but got "
+            f"{arguments.show(axis)}."
+        )
+
+
 def _or_all(mesh: Mesh, axes: str | Iterable[str] | None) -> tuple[str, ...]:
-    return tuple(mesh.shape) if axes is None else names_of(axes)
+    return tuple(mesh.shape) if axes is None else checked_names("batch", axes)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnn import arguments
 from fnn.sweeps.axes import Axes, described, show
 from fnn.sweeps.table import Table, best_of
 from fnn.train.state import State, size_of_tree
@@ -138,6 +139,7 @@ class SweepResult:
         Raises:
             ValueError: there is no such quantity, or no network with a finite value of it.
         """
+        arguments.flag("best", "largest", largest)
         metric = metric or self.metric
         last = self._last(metric)
         longest = self.epochs.reshape(-1) == self.epochs.max()

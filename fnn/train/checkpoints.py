@@ -94,7 +94,8 @@ class Checkpoints:
             )
         arguments.flag(where, "higher", self.higher)
         given = self.allow_changed
-        if isinstance(given, str) or not all(isinstance(name, str) for name in given):
+        is_collection = isinstance(given, Collection) and not isinstance(given, str)
+        if not is_collection or not all(isinstance(name, str) for name in given):
             raise TypeError(
                 f"{where}: allow_changed must be a tuple of names, such as ('optimizer',), but got "
                 f"{arguments.show(given)}."

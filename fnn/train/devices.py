@@ -107,7 +107,9 @@ def on_its_mesh(function: Function) -> Function:
 
     @functools.wraps(function)
     def run(*args: Any, **options: Any) -> Any:
-        layout = options.get("layout") or getattr(args[0] if args else None, "layout", None)
+        layout = options.get("layout")
+        if layout is None:
+            layout = getattr(args[0] if args else None, "layout", None)
         if not isinstance(layout, Layout):
             # Not within `on_mesh`: contextlib sets attributes of errors, and some are frozen.
             return function(*args, **options)

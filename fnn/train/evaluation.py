@@ -82,7 +82,9 @@ def evaluate(
             "the loss takes a state: pass the training state, evaluate(loss, result.state, data), "
             "or model_state=..."
         )
-    model_state = as_arrays(model_state or {}, "model_state", only_arrays=True)
+    model_state = as_arrays(
+        {} if model_state is None else model_state, "model_state", only_arrays=True
+    )
     source = batches_of("evaluate", data, batch_size=batch_size, shuffle=False, epochs=1)
     with evaluation_of(loss) as evaluation:
         return evaluation.means(params, model_state, source, key, check, layout=layout)

@@ -218,6 +218,7 @@ class TrainStep:
         self.programs: Any = None
         self.find_labels = functools.partial(find_labels, loss, trained=chosen.flags)
         self._extras = extras(loss)
+        self._first: dict[Any, Any] = {}  # on a layout: what makes the first state
         self._runs = Runs()
         self._checks = BatchChecks(self.find_labels, check)
 
@@ -258,8 +259,13 @@ class TrainStep:
         if self.layout is None:
             return self.traced.first(params, model_state)
         params, model_state = self.layout.place(params), self.layout.spread(model_state)
-        wanted = self.layout.of_state(jax.eval_shape(self.traced.first, params, model_state))
-        return jax.jit(self.traced.first, out_shardings=wanted)(params, model_state)
+        types = jax.eval_shape(self.traced.first, params, model_state)
+        leaves, tree = jax.tree.flatten(types)
+        kind = (tree, *((x.shape, x.dtype) for x in leaves))
+        if kind not in self._first:  # else each run would compile it
+            wanted = self.layout.of_state(types)
+            self._first[kind] = jax.jit(self.traced.first, out_shardings=wanted)
+        return self._first[kind](params, model_state)
 
     def __call__(
         self, state: State, batch: chex.ArrayTree, key: chex.PRNGKey | None = None
