@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "sharding": "arguments",
     "train": "arguments text precision batch meshes frames jaxpr operation convolution eager ops "
     "backprop birth footprint params layers logs sharding",
-    "sweeps": "arguments text precision batch train",
+    "sweeps": "arguments text precision batch footprint train",
     "plot": "arguments",
 }
 

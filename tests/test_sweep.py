@@ -16,6 +16,7 @@ from sweeps import sweep as some
 
 import fnn
 from fnn import ops
+from fnn.footprint import free_memory
 from fnn.layers import Linear, chain
 from fnn.sweeps import choice, machine
 from fnn.sweeps.compiled import Programs
@@ -341,7 +342,9 @@ def test_the_data_are_shared_and_memory_bounds_how_many_are_trained_at_once(monk
     whole = sweep(axes=axes, data=data, layout="vmap", epochs=1, shuffle=False)
     assert whole.layouts == [("vmap", 16)]
     assert taken[-1] < 4 * size  # sixteen copies would take sixteen times as much
-    monkeypatch.setattr(choice, "free_bytes", lambda: taken[-1] if len(taken) > 1 else taken[0] / 3)
+    monkeypatch.setattr(
+        choice, "free_memory", lambda: taken[-1] if len(taken) > 1 else taken[0] / 3
+    )
     del taken[1:]
     cut = sweep(axes=axes, data=data, layout="vmap", epochs=1, shuffle=False)
     ((_, at_once),) = cut.layouts
@@ -357,7 +360,7 @@ def test_orders_are_those_of_jax(size):
 
 
 def test_free_memory_is_known_here():
-    assert 2**20 < machine.free_bytes() < 2**50 and machine.cores() >= 1
+    assert 2**20 < free_memory() < 2**50 and machine.cores() >= 1
 
 
 @pytest.mark.parametrize("layout", some(["vmap", "threads"], ["threads"]))

@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 
+from fnn.footprint import free_memory
 from fnn.sweeps.compiled import Programs
 from fnn.sweeps.layout import Layout, Plan, padded, plan_of
-from fnn.sweeps.machine import cores, free_bytes
+from fnn.sweeps.machine import cores
 
 # The part of the free memory that a sweep takes.
 SHARE = 0.8
@@ -73,7 +74,7 @@ def _fitted(programs: Programs, plan: Plan, at_once: int | None) -> Plan:
     """The plan with as many members at once as there is memory for; at least one."""
     if at_once is not None:
         return plan
-    free = free_bytes()
+    free = free_memory()
     while free is not None and plan.at_once > 1:
         wanted = programs.bytes(plan)
         if wanted <= SHARE * free:
