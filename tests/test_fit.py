@@ -20,7 +20,7 @@ from fnn.train import FitResult, NonFiniteError, evaluate, train_step
 from fnn.train import fit as fit_with_progress
 from fnn.train.calls import Calls
 from fnn.train.data import batches_of
-from fnn.train.progress import format_record
+from fnn.train.progress import Bar, format_record
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -393,6 +393,24 @@ def test_a_bar_on_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Terminal())
     fit(squares, START, lambda: iter(cut(8)), SGD, epochs=2, progress=True)
     assert "2/2" in sys.stdout.getvalue()
+
+
+def test_the_bar_is_drawn_ten_times_a_second_at_most(monkeypatch):
+    """An epoch of a small network takes less time than that; names are no markup."""
+    pytest.importorskip("rich")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    now = [0.0]
+    monkeypatch.setattr("fnn.train.progress.time.monotonic", lambda: now[0])
+    bar = Bar(100, steps=2)
+    for epoch in range(1, 21):
+        now[0] = 1 + 0.01 * epoch
+        bar.epoch(epoch, {"loss": 0.5, "a[/b]": float(epoch)})
+    bar.close()
+    shown = sys.stdout.getvalue()
+    drawn = [n for n in range(1, 21) if f"epoch {n}/100" in shown]
+    assert drawn == [1, 11, 20] and "a[/b] 20" in shown
 
 
 def test_a_terminal_without_rich(monkeypatch):

@@ -225,7 +225,7 @@ class Bar:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             auto_refresh=False,
         )
         self._task = self._bar.add_task(
@@ -246,7 +246,11 @@ class Bar:
 
     def epoch(self, epoch: int, record: Mapping[str, Any]) -> None:
         self._record = record
-        self._show(epoch, epoch * (self._steps or 1), record)
+        now = time.monotonic()
+        is_due = now - self._last >= 0.1 or epoch == self._epochs
+        if is_due:
+            self._last = now
+        self._show(epoch, epoch * (self._steps or 1), record, is_due)
 
     def say(self, text: str) -> None:
         self._bar.console.print(text, highlight=False, markup=False)
@@ -254,13 +258,15 @@ class Bar:
     def close(self) -> None:
         self._bar.stop()
 
-    def _show(self, epoch: int, completed: int, record: Mapping[str, Any]) -> None:
+    def _show(
+        self, epoch: int, completed: int, record: Mapping[str, Any], is_due: bool = True
+    ) -> None:
         self._bar.update(
             self._task,
             description=f"epoch {epoch}/{self._epochs}",
             completed=completed,
             text=format_record(record, hide=("seconds",)),
-            refresh=True,
+            refresh=is_due,
         )
 
 
