@@ -371,6 +371,7 @@ def test_options(tmp_path):
         "best": ({"best": max}, "best must be the name of a number"),
         "higher": ({"higher": "min"}, "higher must be True or False"),
         "allow": ({"allow_changed": "optimizer"}, "allow_changed must be a tuple of names"),
+        "allow 3": ({"allow_changed": 3}, "allow_changed must be a tuple of names, .* got 3"),
     }.values():
         with pytest.raises((TypeError, ValueError), match=said):
             Checkpoints(tmp_path, **options)
@@ -450,6 +451,11 @@ def test_settings_of_an_optimiser_are_read_by_name():
     assert of(masked[0]) != of(masked[1])
     for settings in (of(optax.chain(optax.clip(1.0), optax.lamb(0.1))), of(injected[0])):
         assert not any("0x" in text for text in (*settings, *settings.values()))
+
+
+def test_digests_of_keys():
+    one, other = (of_arrays({"k": jax.random.key(i)}, "state") for i in range(2))
+    assert one != other and "state['k']" in one
 
 
 def test_digests_of_data():

@@ -24,7 +24,7 @@ from resumed import X, Y, checkpoints, digest, train
 from sweeps import exhaustive, sweep
 
 import fnn
-from fnn.train import CheckpointError, checkpoint_files
+from fnn.train import CheckpointError, calls, checkpoint_files
 
 EPOCHS = 4
 BATCHES = [(X[i : i + 16], Y[i : i + 16]) for i in range(0, 80, 16)]
@@ -108,6 +108,44 @@ def test_an_error_of_a_callback_loses_no_step(tmp_path, where):
     assert error.value.result.state.step == 18
     assert checkpoints(tmp_path).steps()[-1] == 18
     assert digest(train(tmp_path, EPOCHS, **whole)) == digest(train(None, EPOCHS, **whole))
+
+
+def test_a_signal_beside_an_error_does_not_take_its_place(tmp_path, monkeypatch):
+    """Nor does it strike the saving: the error has the result, and says what was saved."""
+
+    def fail(self, work, chunk, at):
+        signal.raise_signal(signal.SIGINT)
+        raise Stop
+
+    monkeypatch.setattr(calls.Calls, "__call__", fail)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(Stop) as error:
+            train(tmp_path, EPOCHS)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert error.value.result.state.step == 0 and checkpoints(tmp_path).steps() == [0]
+
+
+def test_the_best_epoch_stays_the_best_where_training_ended_with_it(tmp_path):
+    """Its checkpoint is written again, to say that training is over."""
+    options = {"validation": None, "validation_loss": None}
+    options["checkpoints"] = kept = checkpoints(tmp_path, best="loss", keep=None)
+    whole = train(tmp_path, EPOCHS, **options, after_epoch=lambda epoch, *_: epoch == 3)
+    assert kept.best_step() == kept.steps()[-1] == 18
+    assert kept.load(whole.state, "best").state.step == 18
+    train(tmp_path, EPOCHS, **options)  # it is over
+    assert kept.best_step() == 18
+
+
+def test_a_key_in_the_optimisers_state(tmp_path):
+    noisy = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(3)), optax.sgd(0.01))
+    whole = train(None, 2, optimizer=noisy)
+    train(tmp_path, 1, optimizer=noisy)
+    again = train(tmp_path, 2, optimizer=noisy)
+    jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
+    keys = [jax.random.key_data(result.state.opt_state[0].rng_key) for result in (again, whole)]
+    assert (keys[0] == keys[1]).all()
 
 
 def stopping_validation(count):

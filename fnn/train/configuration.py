@@ -205,7 +205,7 @@ def _of_array(leaf: Any, most: int) -> str:
         leaf = jax.random.key_data(leaf)
     if is_divided(leaf) and not _can_be_sent(leaf):
         return kind
-    if np.size(leaf) * np.dtype(dtype if _is_array(leaf) else float).itemsize > most:
+    if np.size(leaf) * np.dtype(leaf.dtype if _is_array(leaf) else float).itemsize > most:
         rows = np.linspace(0, len(leaf) - 1, min(len(leaf), _ROWS)).astype(int)
         if is_divided(leaf):
             leaf = _sent_to_all(leaf, rows)

@@ -71,10 +71,17 @@ class Interrupts:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Let the block end before a Ctrl-C inside it is raised."""
+        """Let the block end before a Ctrl-C inside it is raised.
+
+        If the block raises, that ends what was to be ended, and the Ctrl-C is forgotten: it must
+        not strike what saves the work, and take the error's place.
+        """
         self._holding = True
         try:
             yield
+        except BaseException:
+            self._pending = None
+            raise
         finally:
             self._holding = False
         if self._pending is not None:

@@ -99,6 +99,7 @@ class Keeper(Listener):
         self._files = Files(options.folder)
         self._scores: dict[int, float] = {}
         self._at: tuple[int, ...] | None = None  # the position of the last checkpoint
+        self._of_record: dict[str, float] = {}  # the numbers of its epoch's record
         self._batch = self._unrecorded = 0
         self._since = time.monotonic()
         self.is_over = False
@@ -126,8 +127,8 @@ class Keeper(Listener):
         saved = self._options._read(self._files, steps[-1], like)
         in_all_or_none(lambda: self._check(saved, steps[-1]), CheckpointError)
         self._scores = self._options._scores(self._files)
-        self._at = _position(saved.state)
         about = saved.about
+        self._at, self._of_record = _position(saved.state), about["scores"]
         self.is_over = bool(about["stopped"]) and self._last <= about["last_epoch"]
         return saved
 
@@ -208,7 +209,8 @@ class Keeper(Listener):
             state = state._replace(position=np.array(position, np.int32))
         if position == self._at and not stopped:
             return
-        scores = scores or {}
+        if scores is None:  # those of before, where it is written again
+            scores = self._of_record if position == self._at else {}
         about = {
             "configuration": self._configuration,
             "epochs": position[0],
@@ -224,7 +226,7 @@ class Keeper(Listener):
             write(self._files, position[2], saved)
             if self._options.best in scores:
                 self._scores[position[2]] = scores[self._options.best]
-            self._at, self._since = position, time.monotonic()
+            self._at, self._of_record, self._since = position, scores, time.monotonic()
 
     def _finish(self) -> None:
         """Wait for what is being written."""

@@ -174,7 +174,7 @@ class FitResult(NamedTuple):
             `seconds`.
         steps: for each of `loss`, `grad_norm` and the metrics, its value at each step.
         state: the whole training state; give it to `fit` in the place of params to go on.
-        interrupted: whether Ctrl-C ended it early.
+        interrupted: whether Ctrl-C ended it early (with checkpoints, SIGTERM too).
         best: with `early_stopping`, the state at the end of the best epoch.
     """
 
