@@ -19,7 +19,8 @@ from fnn.layers.table import Summary
 from fnn.ops.experts import Routing
 from fnn.per_example import Explanation
 from fnn.per_example.terms import Dense
-from fnn.sweeps.result import Member
+from fnn.sweeps.axes import Axes
+from fnn.sweeps.result import Member, SweepResult
 from fnn.train import ActivationStatistics, LearningRates, LossSurface
 
 KEY = jax.random.key(0)
@@ -89,6 +90,16 @@ def explained():
     return Explanation([row | {"dense": 6000, "why": "gradient is Gᵀ A"}] * 40)
 
 
+def swept():
+    """A grid of long names."""
+    names = [tuple(f"a_value_of_a_long_name_{i}" for i in range(n)) for n in (16, 10)]
+    grid = Axes("test", dict(zip(("a_hyperparameter", "another"), names, strict=True)))
+    losses, fine = np.ones((grid.size, 5)), np.ones((grid.size, 5), bool)
+    states = [lambda: fitted().state] * grid.size
+    layouts = [("threads", 2)]
+    return SweepResult(grid, {"loss": losses}, fine.sum(1), fine, states, False, layouts, 1.0)
+
+
 def rates():
     return LearningRates(np.ones(200), np.ones(200), np.ones(150), 0.1, None)
 
@@ -140,6 +151,8 @@ RESULTS = {
     "memory": lambda: fnn.memory(scalar, compiled=False)(PARAMS, (X[0], Y[0])),
     "birth": lambda: fnn.find_nonfinite(lambda x: jnp.sum(jnp.log(x)), jnp.zeros(300)),
     "member": lambda: Member({"seed": 1}, PARAMS, fitted().history, fitted().state),
+    "sweep": swept,
+    "table": lambda: swept()["loss"],
     "histogram": lambda: looked().parts[0].values,
     "learning rates": rates,
     "surface": lambda: LossSurface(np.ones(51), np.ones(51), np.ones((51, 51)), (WEIGHTS, WEIGHTS)),

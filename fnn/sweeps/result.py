@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import arguments
+from fnn import arguments, text
 from fnn.sweeps.axes import Axes, described, show
 from fnn.sweeps.table import Table, best_of
 from fnn.train.state import State, size_of_tree
@@ -228,7 +228,10 @@ class SweepResult:
     # ------------------------------------------------------------------------------ text
 
     def __repr__(self) -> str:
-        """The best network, the table, and which ones diverged, on one screen."""
+        return text.one_screen(str(self))
+
+    def __str__(self) -> str:
+        """The best network, the table, and which ones diverged."""
         grid = " × ".join(f"{axis.label} ({axis.size})" for axis in self._grid.all)
         several = f", {len(self.layouts)} programs" if len(self.layouts) > 1 else ""
         ways = " and ".join(dict.fromkeys(f"{name}, {n} at once" for name, n in self.layouts))
@@ -247,4 +250,4 @@ class SweepResult:
             lines.append(
                 f"  diverged: {'; '.join(some)}" + (f"; and {more} more" if more > 0 else "")
             )
-        return "\n".join([*lines, repr(self[self.metric])])
+        return "\n".join([*lines, str(self[self.metric])])

@@ -88,6 +88,9 @@ class Table:
         return {**hyperparameters_at(self._axes, i), self.metric: float(self.values[i])}
 
     def __repr__(self) -> str:
+        return text.one_screen(str(self))
+
+    def __str__(self) -> str:
         """The numbers as text: a grid where that fits, else the best rows."""
         heading = " × ".join(f"{axis.label} ({axis.size})" for axis in self._axes)
         title = f"{self.metric}: {heading}" if heading else self.metric
