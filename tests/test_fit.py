@@ -359,6 +359,13 @@ def test_outside_the_main_thread_and_with_a_handler_of_ones_own():
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_handler_that_is_set_on_the_way_stays():
+    own = lambda signum, frame: None
+    take = lambda *_: signal.signal(signal.SIGINT, own) and None
+    fit(squares, START, (A, Y), SGD, epochs=1, shuffle=False, after_epoch=take)
+    assert signal.getsignal(signal.SIGINT) is own  # the fixture puts back what was there
+
+
 # ----------------------------------------------------------------------------------- what it shows
 
 

@@ -53,7 +53,8 @@ class Interrupts:
     def __exit__(self, *_):
         while self._installed:
             number = self._installed.pop()
-            signal.signal(number, self._heard[number])
+            if signal.getsignal(number) == self._handle:  # else the program has taken it over
+                signal.signal(number, self._heard[number])
 
     def _handle(self, signum, frame):
         if time.monotonic() - self._raised < GRACE:
