@@ -77,6 +77,16 @@ def test_inf_nan_and_names_that_need_quotes(tmp_path):
         assert row["n"] in ("[0, 1]", [0, 1])
 
 
+def test_a_name_with_another_end_of_a_line_in_it(tmp_path):
+    """JSON writes U+2028 as it is; the log must be read again all the same."""
+    log = JSONL(tmp_path / "log")
+    for epoch in (1, 2):
+        log.begin(epoch)
+        log.write(epoch, 5, {"a\u2028b": 1.0})
+    lines = log.path.read_text().split("\n")
+    assert [json.loads(line)["epoch"] for line in lines[:-1]] == [1, 2]
+
+
 def test_each_epoch_is_there_when_the_next_begins(tmp_path):
     paths, seen = [tmp_path / "a.csv", tmp_path / "b.jsonl"], []
 

@@ -130,7 +130,7 @@ class JSONL(_Lines):
 
     def begin(self, first: int) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self._read().splitlines(keepends=True)
+        lines = list(io.StringIO(self._read()))  # `splitlines` knows more ends of a line than JSON
         try:
             epochs = [int(json.loads(line)["epoch"]) for line in lines]
         except (ValueError, TypeError, KeyError):
