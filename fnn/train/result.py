@@ -171,7 +171,8 @@ class FitResult(NamedTuple):
         history: for each quantity, its value in each whole epoch, a list of floats: `loss`,
             `grad_norm` and the loss's metrics (means over the epoch's examples in this call, as
             they were when their step came), `validation_loss` and so on (at the epoch's end),
-            `seconds`.
+            `seconds`; `learning_rate` if it is known; `skipped` and `rolled_back`, how often, where
+            steps may be.
         steps: for each of `loss`, `grad_norm` and the metrics, its value at each step.
         state: the whole training state; give it to `fit` in the place of params to go on.
         interrupted: whether Ctrl-C ended it early (with checkpoints, SIGTERM too).
