@@ -41,7 +41,7 @@ def against(
 
     Raises:
         ImportError: matplotlib isn't installed.
-        TypeError: `found` isn't what a sweep returned.
+        TypeError: `found` isn't what a sweep returned, or another argument isn't of its kind.
         ValueError: there is no such hyperparameter or quantity.
     """
     if not isinstance(name, str):
@@ -94,7 +94,7 @@ def bands(
 
     Raises:
         ImportError: matplotlib isn't installed.
-        TypeError: `found` isn't what a sweep returned.
+        TypeError: `found` isn't what a sweep returned, or another argument isn't of its kind.
         ValueError: there is no such axis or quantity.
     """
     _, lines, metric = _by_setting("bands", found, None, over, metric)

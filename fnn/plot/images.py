@@ -38,7 +38,9 @@ def templates(
 
     Raises:
         ImportError: matplotlib isn't installed.
-        ValueError: the pixels don't make such an image, or the titles aren't as many as images.
+        TypeError: W, image, columns or titles aren't of their kind.
+        ValueError: W holds inf or nan, the pixels don't make such an image, or the titles aren't as
+            many as images.
     """
     W = finite("templates", "W", W)
     if columns is not None:
