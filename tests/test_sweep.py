@@ -367,7 +367,8 @@ def test_free_memory_is_known_here():
 def test_ctrl_c_returns_what_there_is(layout, monkeypatch):
     class Display(progress.Nothing):
         def epoch(self, epoch, record):
-            os.kill(os.getpid(), signal.SIGINT)
+            if epoch >= 3:  # on a busy machine the first call is of one epoch
+                os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr("fnn.sweeps.loop.progress_for", lambda *args: Display())
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
