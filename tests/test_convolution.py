@@ -344,6 +344,11 @@ def test_what_does_not_fit_the_transpose():
         ops.conv_transpose(x, jnp.ones((2, 3, 3)), output_padding=1)
     with pytest.raises(TypeError, match="floating"):
         ops.conv_transpose(jnp.ones((5, 2), int), jnp.ones((2, 3, 3)))
+    with pytest.raises(ValueError, match="wanted a window without zeros"):
+        ops.conv_transpose(x, jnp.ones((2, 3, 0)))
+    with pytest.raises(ValueError, match=r"sizes \(-1,\), for w of shape .*: wanted less padding"):
+        ops.conv_transpose(x[:1], jnp.ones((2, 3, 3)), padding=2)
+    assert ops.conv_transpose(x[:1], jnp.ones((2, 3, 2)), padding=1).shape == (0, 3)
 
 
 # ------------------------------------------------------------------- per example, and curvature

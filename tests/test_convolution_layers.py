@@ -1,5 +1,6 @@
 """Convolutional layers, pools and upsampling: against formulas, Flax and PyTorch's shapes."""
 
+import functools
 import re
 
 import jax
@@ -162,7 +163,16 @@ WRONG = [
     (lambda: MaxPool(2)({"W": X}, X), "has no parameters"),
     (lambda: GlobalMaxPool(3)({}, X), "wants an array of shape (*space, in)"),
     (lambda: Upsample(2)({}, X[0]), "wants an array of shape (height, width, in)"),
+    (lambda: given_two_features(Conv(8, 3)), "(8, 3, 3, 3), with an input of shape (4, 4, 2)"),
+    (
+        lambda: given_two_features(SqueezeExcite(5)),
+        "SqueezeExcite(5) wants W of shape (5, 2), but got one of shape (5, 3), with an input of",
+    ),
 ]
+
+
+def given_two_features(layer):
+    return layer(layer.init(KEY, X), X[..., :2])
 
 
 @pytest.mark.parametrize("wrong, message", WRONG, ids=range(len(WRONG)))
@@ -171,6 +181,12 @@ def test_what_does_not_fit(wrong, message):
         wrong()
 
 
+PADDED = [
+    functools.partial(Conv, 8, 3),
+    functools.partial(ConvTranspose, 8, 3),
+    functools.partial(MaxPool, 2),
+    functools.partial(AveragePool, 2),
+]
 OPTIONS = [
     (lambda: Conv(0, 3), "Conv: features must be"),
     (lambda: Conv(8, 0), "Conv: window must be"),
@@ -183,6 +199,8 @@ OPTIONS = [
     (lambda: AveragePool(2, padding="all"), "AveragePool: padding must be"),
     (lambda: Upsample(2, method="cubic"), "Upsample: method must be"),
     (lambda: PixelShuffle(0), "PixelShuffle: scale must be"),
+    *((lambda new=new: new(padding=-1), "padding must be") for new in PADDED),
+    *((lambda new=new: new(padding=((1, 2),)), "each of the 2 axes of space") for new in PADDED),
 ]
 
 
@@ -190,3 +208,12 @@ OPTIONS = [
 def test_options(wrong, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         wrong()
+
+
+def test_options_that_are_not_of_their_kind():
+    for new in PADDED:
+        for bad in (None, float("nan")):
+            with pytest.raises(TypeError, match="padding must be"):
+                new(padding=bad)
+    with pytest.raises(TypeError, match="MaxPool: dilation must be"):
+        MaxPool(2, dilation=None)

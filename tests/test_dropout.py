@@ -185,7 +185,7 @@ def test_drop_connect():
     np.testing.assert_allclose(W[~dropped], np.asarray(params["W"] / 0.75)[~dropped], rtol=1e-6)
     with pytest.raises(LayerError, match=r"wants parameters with the key 'W', but got \[\]"):
         DropConnect(jnp.tanh, 0.5)({}, X, mode=training(KEY))
-    with pytest.raises(TypeError, match="DropConnect: Linear makes a layer"):
+    with pytest.raises(TypeError, match="DropConnect, layer: Linear makes a layer"):
         DropConnect(Linear, 0.5)
 
 

@@ -204,6 +204,7 @@ def test_arguments():
             lambda: ops.cosine_similarity(1.0, 2.0),
             r"'x' has shape \(\), wanted \(\.\.\., features\)",
         ),
+        (lambda: ops.cosine_distance(X, Z[:3]), r"cosine_distance: .* \(3, 4\), wanted \(6, 4\)"),
         (lambda: ops.info_nce(X, Y[0], 0), r"'keys' have shapes \(6, 4\) and \(4,\), wanted"),
         (lambda: ops.info_nce(X[0], Y, 0, temperature=0), "info_nce: temperature must be"),
         (lambda: ops.info_nce(X[0], Y, 6), "labels hold 6"),
@@ -224,6 +225,10 @@ def test_arguments():
         (lambda: ops.kl_divergence(X, jnp.ones((6, 4), int)), "wanted a real floating dtype"),
         (lambda: ops.ctc(X, X[:, 0]), "ctc: argument 'labels' has dtype float64, wanted integers"),
         (lambda: ops.poisson_nll(X, Y, full=1), "full must be True or False"),
+        (
+            lambda: ops.gaussian_nll(X, Y, Y),
+            r"too many .*; it is gaussian_nll\(prediction, target\)\.$",
+        ),
     ):
         with pytest.raises(TypeError, match=message):
             call()

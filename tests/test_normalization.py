@@ -334,6 +334,10 @@ def test_batch_norm_with_a_mask_is_flax_s():
 
 
 def test_layer_errors():
+    of_batch = BatchNorm()
+    params, state = of_batch.init(KEY, X), of_batch.init_state(X)
+    with pytest.raises(TypeError, match="'x' of shape .* has dtype int64, wanted a real floating"):
+        of_batch.apply(params, state, X.astype(int))
     with pytest.raises(LayerError, match=r"GroupNorm\(4\) wants .* 4 groups divide, .*\(3, 5, 6\)"):
         GroupNorm(4).init(KEY, X)
     with pytest.raises(LayerError, match=r"InstanceNorm\(\) .* over positions, .*\(6,\)"):
@@ -497,6 +501,8 @@ def test_gradients_of_examples_through_norms_of_weights():
     # Kept whole: it isn't a product, as the layers' docstrings say.
     why = {row["path"]: (row["kept"], row["why"]) for row in fnn.per_example.explain(grads)}
     for path in ("['a']['v']", "['b']['W']"):
-        assert why[path][0] == "dense" and why[path][1].startswith("made from it by mul"), why
+        kept, reason = why[path]
+        assert kept == "dense" and reason.startswith("made from it by mul"), why
+        assert reason.endswith("its gradient is then a sum, and no pair of factors holds it"), why
     wanted = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, batch)
     chex.assert_trees_all_close(formed, wanted, rtol=1e-9, atol=1e-12)

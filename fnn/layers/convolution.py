@@ -13,7 +13,7 @@ from fnn import arguments, ops
 from fnn.initializers import Initializer, he_normal, zeros
 from fnn.layers.layer import Layer, LayerError, check_params, check_parts, initial, set_count
 from fnn.layers.linear import Linear, check_options
-from fnn.ops.convolutions import Padding, Sizes, sizes_of
+from fnn.ops.convolutions import Padding, Sizes, check_padding, sizes_of
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -64,14 +64,13 @@ class Conv(Layer):
 
     def __post_init__(self) -> None:
         set_options(self, "stride", "dilation")
-        if isinstance(self.padding, str):
-            arguments.choice("Conv", "padding", self.padding, ("same", "valid", "circular"))
+        check_padding("Conv", self.padding, len(window_of(self)), also=("circular",))
 
     def init(self, key: chex.PRNGKey, x: Any) -> dict:
         return initial_weights(self, key, self._shapes(x))
 
     def __call__(self, params: Any, x: Any, **mode: Any) -> Any:
-        check_params(self, params, self._shapes(x))
+        check_params(self, params, self._shapes(x), x)
         y = ops.convolution(
             x,
             params["W"],
@@ -138,14 +137,13 @@ class ConvTranspose(Layer):
         set_options(self, "stride", "dilation")
         space = len(window_of(self))
         sizes_of("ConvTranspose", "output_padding", self.output_padding, space, least=0)
-        if isinstance(self.padding, str):
-            arguments.choice("ConvTranspose", "padding", self.padding, ("same", "valid"))
+        check_padding("ConvTranspose", self.padding, space)
 
     def init(self, key: chex.PRNGKey, x: Any) -> dict:
         return initial_weights(self, key, self._shapes(x))
 
     def __call__(self, params: Any, x: Any, **mode: Any) -> Any:
-        check_params(self, params, self._shapes(x))
+        check_params(self, params, self._shapes(x), x)
         y = ops.conv_transpose(
             x,
             params["W"],
@@ -204,6 +202,8 @@ class SqueezeExcite(Layer):
     def __call__(self, params: Any, x: Any, **mode: Any) -> Any:
         reduce, expand = self._parts(x)
         check_parts(self, params, ["reduce", "expand"])
+        shapes = {"W": (self.hidden, x.shape[-1]), "b": (self.hidden,)}
+        check_params(self, params["reduce"], shapes, x)
         mean = ops.adaptive_average_pool(x, 1)
         hidden = self.activation(reduce(params["reduce"], mean))
         return x * self.gate(expand(params["expand"], hidden))

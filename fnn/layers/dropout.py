@@ -106,7 +106,7 @@ class DropConnect(Layer):
     rate: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layer", as_layer(self.layer, "DropConnect"))
+        object.__setattr__(self, "layer", as_layer(self.layer, "DropConnect, layer"))
         set_number(self, "rate", least=0, most=1)
 
     def init(self, key: chex.PRNGKey, *xs: Any) -> dict:

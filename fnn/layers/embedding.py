@@ -131,7 +131,7 @@ class PositionEmbedding(_Positions):
             raise LayerError(
                 f"{self} has {self.length} positions, but got an input of shape {x.shape}."
             )
-        check_params(self, params, {"P": (self.length, x.shape[-1])})
+        check_params(self, params, {"P": (self.length, x.shape[-1])}, x)
         return embedding(params["P"], positions)
 
 

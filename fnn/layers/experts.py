@@ -100,7 +100,7 @@ class MixtureOfExperts(Layer):
 
     def __call__(self, params: Any, x: Any, mode: Mode = EVALUATE) -> Any:
         features, capacity = self._features(x), self._capacity(x)
-        self._check(params, features)
+        self._check(params, features, x)
         routing = ops.top_k_routing(x @ params["router"]["W"].T, self.k, capacity)
         # Place p of expert e is row e · capacity + p; what has no place is dropped beyond the last.
         rows = routing.experts * capacity + routing.places
@@ -143,13 +143,13 @@ class MixtureOfExperts(Layer):
             )
         return x.shape[1]
 
-    def _check(self, params: Any, features: int) -> None:
+    def _check(self, params: Any, features: int, x: Any) -> None:
         if not isinstance(params, dict) or set(params) != {"router", "experts"}:
             got = sorted(params) if isinstance(params, dict) else type(params).__name__
             raise LayerError(
                 f"{self} wants parameters with the keys ['experts', 'router'], but got {got}."
             )
-        check_params(self, params["router"], {"W": (self.n, features)})
+        check_params(self, params["router"], {"W": (self.n, features)}, x)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params["experts"]):
             if jnp.shape(leaf)[:1] != (self.n,):
                 raise LayerError(

@@ -236,11 +236,14 @@ def state_is_missing(layer: Layer) -> LayerError:
     )
 
 
-def check_params(layer: Layer, params: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_params(
+    layer: Layer, params: Any, shapes: Mapping[str, tuple[int, ...]], x: Any = None
+) -> None:
     """Raise a LayerError unless a layer's parameters are arrays of these names and shapes.
 
     What has no shape to compare, as a Python number, is refused as well: all else would be
-    broadcast in silence.
+    broadcast in silence. x is the input that the shapes come from, if they do: it may be the one
+    that is wrong.
     """
     names = sorted(shapes)
     if not isinstance(params, dict) or set(params) != set(shapes):
@@ -251,7 +254,8 @@ def check_params(layer: Layer, params: Any, shapes: Mapping[str, tuple[int, ...]
         found = getattr(params[name], "shape", None)
         if found != shape:
             shown = f"one of shape {found}" if found is not None else arguments.show(params[name])
-            raise LayerError(f"{layer} wants {name} of shape {shape}, but got {shown}.")
+            of_input = f", with an input of shape {x.shape}" if hasattr(x, "shape") else ""
+            raise LayerError(f"{layer} wants {name} of shape {shape}, but got {shown}{of_input}.")
 
 
 def check_parts(layer: Layer, params: Any, names: Sequence[str]) -> None:

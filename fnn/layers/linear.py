@@ -90,4 +90,4 @@ def check_weights(layer: Layer, params: Any, shapes: Mapping[str, tuple[int, ...
             f"{layer} has a W of shape {got}, so it wants an input of shape ({got[-1]},), but got "
             f"{x.shape}."
         )
-    check_params(layer, params, shapes)
+    check_params(layer, params, shapes, x)

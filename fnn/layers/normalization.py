@@ -24,6 +24,7 @@ from fnn.layers.layer import (
     weight,
 )
 from fnn.layers.mode import EVALUATE, Mode
+from fnn.ops.arguments import must_be_real
 from fnn.ops.normalization import power_iteration, standardize
 
 
@@ -247,7 +248,8 @@ class BatchNorm(Layer):
         if not isinstance(state, dict) or "statistics" not in state:
             raise state_is_missing(self)
         old = state["statistics"]
-        check_params(self, old, {"mean": (features,), "variance": (features,)})
+        check_params(self, old, {"mean": (features,), "variance": (features,)}, x)
+        must_be_real("batch_norm", x=x)
         if not mode.train:
             given = x, old["mean"], old["variance"], scale, bias, mask
             return standardize(*given, epsilon=self.epsilon), state
@@ -294,7 +296,7 @@ class WeightNorm(Layer):
     layer: Layer
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layer", as_layer(self.layer, "WeightNorm"))
+        object.__setattr__(self, "layer", as_layer(self.layer, "WeightNorm, layer"))
 
     def init(self, key: chex.PRNGKey, *xs: Any) -> dict:
         own = self.layer.init(key, *xs)
@@ -342,7 +344,7 @@ class SpectralNorm(Layer):
     iterations: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layer", as_layer(self.layer, "SpectralNorm"))
+        object.__setattr__(self, "layer", as_layer(self.layer, "SpectralNorm, layer"))
         set_count(self, "iterations")
 
     def init(self, key: chex.PRNGKey, *xs: Any) -> dict:
@@ -379,7 +381,7 @@ class SpectralNorm(Layer):
 
 def _weights(layer: Any, params: Any, x: Any) -> Any:
     """The scale, and the bias where the layer may have one; None for those that aren't used."""
-    check_params(layer, params, _shapes(layer, last_axis(layer, x)))
+    check_params(layer, params, _shapes(layer, last_axis(layer, x)), x)
     return [params.get(name) for name in _WEIGHTS if hasattr(layer, f"use_{name}")]
 
 

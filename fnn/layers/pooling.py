@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from fnn import arguments, ops
 from fnn.layers.convolution import image_features, window_of
 from fnn.layers.layer import Layer, check_params
-from fnn.ops.convolutions import Padding, Sizes, sizes_of
+from fnn.ops.convolutions import Padding, Sizes, check_padding, sizes_of
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -183,10 +183,9 @@ class GlobalMaxPool(_Global):
 def _check(layer: Any, *names: str) -> None:
     space = len(window_of(layer))
     for name in names:
-        if getattr(layer, name) is not None:
+        if name != "stride" or layer.stride is not None:
             sizes_of(type(layer).__name__, name, getattr(layer, name), space)
-    if isinstance(layer.padding, str):
-        arguments.choice(type(layer).__name__, "padding", layer.padding, ("same", "valid"))
+    check_padding(type(layer).__name__, layer.padding, space)
 
 
 def _check_call(layer: Layer, params: Any, x: Any, name: str) -> None:

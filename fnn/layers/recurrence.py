@@ -196,7 +196,7 @@ class _Gated(Recurrent):
                 f"{self} has a W of shape {got}, so it wants an input of shape (steps, {got[-1]}), "
                 f"but got {x.shape}."
             )
-        check_params(self, params, shapes)
+        check_params(self, params, shapes, x)
 
     def _shapes(self, x: Any) -> dict[str, tuple[int, ...]]:
         rows = self.gates * self.hidden

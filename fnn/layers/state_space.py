@@ -95,7 +95,7 @@ class LRU(Layer):
         return {"cache": {"real": zeros, "imaginary": zeros}}
 
     def apply(self, params: Any, state: Any, x: Any, *, mode: Mode = EVALUATE) -> tuple[Any, dict]:
-        check_params(self, params, self._shapes(x))
+        check_params(self, params, self._shapes(x), x)
         B, C = params["B"], params["C"]
         size, angle = -jnp.exp(params["nu"]), jnp.exp(params["theta"])
         # Nothing is multiplied by a matrix of complex numbers: the products are real.

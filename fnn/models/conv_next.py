@@ -118,7 +118,7 @@ class LayerScale(Layer):
         return {"gamma": jnp.full(last_axis(self, x), self.start, jnp.result_type(float))}
 
     def __call__(self, params: Any, x: Any, **mode: Any) -> Any:
-        check_params(self, params, {"gamma": (last_axis(self, x),)})
+        check_params(self, params, {"gamma": (last_axis(self, x),)}, x)
         return params["gamma"] * x
 
 

@@ -105,7 +105,7 @@ class Operation:
         try:
             bound = self.rule.signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{self.name}: {error}") from None
+            raise TypeError(f"{self.name}: {error}; it is {self.rule.shown()}.") from None
         bound.apply_defaults()
         leaves, in_tree = jax.tree.flatten(bound.args)
         static = well_formed.check_static(self.rule, bound.kwargs)

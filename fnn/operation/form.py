@@ -74,6 +74,12 @@ class Rule:
         self.version += 1
         return function
 
+    def shown(self) -> str:
+        """How the operation is called, without types: `dropout(x, key, *, rate)`."""
+        parameters = self.signature.parameters.values()
+        bare = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
+        return f"{self.name}{inspect.Signature(bare)}"
+
     def positional(self) -> tuple[str, ...]:
         """The names of the definition's positional arguments, two for `*args`."""
         parameters = self.signature.parameters.values()

@@ -154,6 +154,15 @@ def conv_transpose(
     around = [
         (r - 1 - low, r - 1 - high + m) for r, (low, high), m in zip(reach, pads, more, strict=True)
     ]
+    if 0 in w.shape[2:]:
+        raise ValueError(f"{op}: argument 'w' has shape {w.shape}, wanted a window without zeros.")
+    spread = [n and (n - 1) * s + 1 for n, s in zip(x.shape[-1 - space : -1], strides, strict=True)]
+    sizes = [n + sum(a) - r + 1 for n, a, r in zip(spread, around, reach, strict=True)]
+    if min(sizes, default=0) < 0:
+        raise ValueError(
+            f"{op}: argument 'x' has shape {x.shape}, whose output with padding {list(pads)} would "
+            f"have the sizes {tuple(sizes)}, for w of shape {w.shape}: wanted less padding."
+        )
     # (in, out / groups, *window) -> (in / groups, out, *window): each group's outputs side by side
     ins, outs, *window = w.shape
     if groups > 1:
@@ -248,6 +257,12 @@ def pads_of(
         low, high = (arguments.integer(op, "padding", p, least=0) for p in pair)
         found.append((low, high))
     return found
+
+
+def check_padding(op: str, padding, space: int, also: tuple[str, ...] = ()) -> None:
+    """Raise unless `padding` is of a kind that `pads_of` takes, whatever the sizes."""
+    ones = (1,) * space
+    pads_of(op, padding, ones, ones, ones, also)
 
 
 def _space(op: str, x, w) -> int:

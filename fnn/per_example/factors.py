@@ -154,8 +154,7 @@ def _among_parameters(rule: Rule, flat: Program) -> Rule:
                 _formed(ts, a.dtype) if ts else None for ts, a in zip(lost, avals, strict=True)
             ]
             first = next(t for ts in lost for t in ts)
-            made = f"made from it by {equation.name}{_at_line(equation)}"
-            why = first.why if isinstance(first, Dense) else made
+            why = first.why if isinstance(first, Dense) else _lost_in(equation, needed)
             for k, product in enumerate(rule.backward(equation, needed, saved, dense, opaque)):
                 if needed[k] and product is not None:
                     products[k].append(Dense(product, why))
@@ -188,6 +187,17 @@ def _passed(passes, term, needed, ins, equation, flat) -> dict | None:
 def _formed(terms, dtype):
     """The gradient that the terms add up to."""
     return functools.reduce(lax.add, [t.materialize().astype(dtype) for t in terms])
+
+
+def _lost_in(equation: Equation, needed: Sequence[bool]) -> str:
+    """Why there are no factors of what an equation among parameters is made from."""
+    made = f"made from it by {equation.name}{_at_line(equation)}"
+    if equation.name in ("mul", "div") and all(needed):
+        return (
+            f"{made}, of two values that both depend on parameters: its gradient is then a sum, "
+            "and no pair of factors holds it"
+        )
+    return f"{made}, behind which no factors are kept"
 
 
 def _used_in(equation: Equation) -> str:

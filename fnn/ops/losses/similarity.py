@@ -60,6 +60,7 @@ def _cosine(x, y):
 
 def cosine_distance(x: chex.Array, y: chex.Array) -> jax.Array:
     """1 − `cosine_similarity(x, y)`: from 0, for the same direction, to 2."""
+    _check_vectors("cosine_distance", x=x, y=y)
     return 1 - cosine_similarity(x, y)
 
 
