@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from sweeps import exhaustive, sweep
 
 import fnn
-from fnn import curvature, ops
+from fnn import curvature, layers, ops
 from fnn.curvature import output_hessian
 from fnn.curvature.composition import composition
 from fnn.curvature.exact_diagonal import _layers
@@ -623,6 +623,49 @@ def test_factors_of_stacks_tables_and_the_empirical_fisher():
     )(params, (xs, LABELS))
     close(drawn["W1"].A, exact["W1"].A)
     assert jnp.linalg.norm(drawn["W1"].G - exact["W1"].G) < 0.03 * jnp.linalg.norm(exact["W1"].G)
+
+
+LOOPS = {
+    "repeat": lambda remat: layers.repeat(layers.Linear(3), 2, remat=remat),
+    "LSTM": lambda remat: layers.LSTM(3, remat=bool(remat)),
+    "checkpoint": lambda remat: layers.chain(layers.Linear(3), layers.repeat(kept(remat), 2)),
+}
+
+
+def kept(remat):
+    """A layer whose checkpoint is one that the compiler can't see through, inside the loop."""
+    f = lambda p, x: jnp.tanh(p["W"] @ x + p["b"])
+
+    class Own(layers.Linear):
+        def __call__(self, params, x):
+            return (jax.checkpoint(f) if remat else f)(params, x)
+
+    return Own(3)
+
+
+def with_and_without_checkpoint(name):
+    x = normal(11, 2, 4, 3) if name == "LSTM" else normal(11, 2, 3)
+    params = LOOPS[name](None).init(jax.random.key(0), x[0])
+    loss = lambda z, t: jnp.sum(jnp.cosh(z - t))
+    of = lambda remat: curvature.kronecker_factors(LOOPS[name](remat), loss)
+    both = lambda params, batch: (of(None)(params, batch), of(True)(params, batch))
+    return both, (params, (x, normal(12, *x.shape)))
+
+
+def test_where_a_checkpoint_computes_the_inputs_again_there_are_factors():
+    both, args = with_and_without_checkpoint("repeat")
+    without, found = jax.eval_shape(both, *args)
+    assert jax.tree.structure(found) == jax.tree.structure(without)
+    assert [type(f) for f in found.values()] == [curvature.Kronecker, curvature.Block]
+
+
+@exhaustive
+@pytest.mark.parametrize("name", LOOPS)
+def test_factors_are_those_without_a_checkpoint(name):
+    both, args = with_and_without_checkpoint(name)
+    without, found = jax.jit(both)(*args)
+    assert jax.tree.structure(found) == jax.tree.structure(without)
+    chex.assert_trees_all_close(found, without, rtol=1e-9, atol=1e-12)
 
 
 def test_factors_refuse_what_is_wrong():

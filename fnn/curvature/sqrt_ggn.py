@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any
 
 import chex
@@ -23,6 +24,7 @@ from fnn.batch import batch_size
 from fnn.curvature import output_hessian
 from fnn.curvature.checks import pair
 from fnn.eager import apply_all
+from fnn.jaxpr import Equation, Program, close, program, scan_layout
 from fnn.per_example.differentiate import leaf_gradient, partial_evaluation_of_example
 from fnn.per_example.exact_norms import measured, sums_products
 from fnn.per_example.gradient import FactoredGradient
@@ -176,23 +178,61 @@ def _swept_back(
     once = dict(cut.joint.constants)
     once.update(zip(cut.ins, ins, strict=True))
     once.update(zip(cut.residuals, residuals, strict=True))
-    by_column, depends = [], cut.joint.dependents(cut.cotangents)
+    by_column, depends = [], _dependents(cut.joint, cut.cotangents)
     for equation in cut.backward:
-        if depends.isdisjoint(equation.ins):
+        if depends.isdisjoint(equation.ins) and once.keys() >= set(equation.ins):
             apply_all([equation], once)
         else:
             by_column.append(equation)
     differing = list(dict.fromkeys(i for i in cut.gradients if i in depends))
+    # What a checkpoint computes again stands in one equation with what differs.
+    shared = [i for i in dict.fromkeys(cut.gradients) if i not in depends and i not in once]
 
     def back(s):
         values = once | dict(zip(cut.cotangents, [s], strict=True))
         apply_all(by_column, values)
-        return [values[i] for i in differing]
+        return [values[i] for i in differing], [values[i] for i in shared]
 
-    made = dict(zip(differing, jax.vmap(back)(s), strict=True))
-    arrays = [made[i] if i in depends else once[i] for i in cut.gradients]
+    of_columns, of_all = jax.vmap(back, out_axes=(0, None))(s)
+    made = once | dict(zip([*differing, *shared], [*of_columns, *of_all], strict=True))
+    arrays = [made[i] for i in cut.gradients]
     axes = [0 if i in depends else None for i in cut.gradients]
     return jax.tree.unflatten(cut.tree, arrays), jax.tree.unflatten(cut.tree, axes)
+
+
+def _dependents(flat: Program, sources: Sequence[int]) -> set[int]:
+    """As `Program.dependents`, but output by output of loops and checkpoints too."""
+    found = set(sources)
+    for equation in flat.equations:
+        given = [i in found for i in equation.ins]
+        if any(given):
+            found.update(compress(equation.outs, _dependent_outputs(equation, given)))
+    return found
+
+
+def _dependent_outputs(equation: Equation, given: Sequence[bool]) -> list[bool]:
+    """Which outputs of an equation depend on those of its inputs that are given."""
+    params = equation.params
+    if equation.name == "optimization_barrier":
+        return list(given)
+    if equation.name in ("checkpoint", "remat2"):
+        return _reached(close(params["jaxpr"]), given)
+    if equation.name != "scan":
+        return [True] * len(equation.outs)
+    start, count = scan_layout(params)
+    carry, given = slice(start, start + count), list(given)
+    while True:
+        outs = _reached(params["jaxpr"], given)
+        outs[:count] = [a or b for a, b in zip(given[carry], outs, strict=False)]
+        if outs[:count] == given[carry]:
+            return outs
+        given[carry] = outs[:count]
+
+
+def _reached(body: Any, given: Sequence[bool]) -> list[bool]:
+    flat = program(body)
+    found = _dependents(flat, list(compress(flat.inputs, given)))
+    return [i in found for i in flat.outputs]
 
 
 def _joined(terms, axes, path, leaf, thrifty, count):
