@@ -197,6 +197,8 @@ def save(path: str | os.PathLike, params: Any, metadata: Mapping[str, str] | Non
             )
         metadata = dict(metadata)
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"save: there is no folder {path.parent}, for the file {path}.")
     # Beside the file, and put in its place when it is whole.
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
         try:

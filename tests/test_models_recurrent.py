@@ -79,6 +79,11 @@ def test_options():
     np.testing.assert_allclose(again(params, TOKENS), LSTMS(params, TOKENS), rtol=1e-6)
     with pytest.raises(TypeError, match="lstm_language_model: tied must be True or False"):
         models.lstm_language_model(tied=1)
+    for wrong in ({"bound": -1.0}, {"layers": 0}, {"dropout": 1.5}):
+        with pytest.raises(ValueError, match=f"lstm_language_model: {next(iter(wrong))} must be"):
+            models.lstm_language_model(**wrong)
+    with pytest.raises(ValueError, match="state_space_language_model: layers must be"):
+        models.state_space_language_model(8, 6, 0)
 
 
 def test_the_papers_sizes():

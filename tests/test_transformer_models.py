@@ -213,7 +213,13 @@ def test_options():
     for make, words in (
         (lambda: models.gpt2(heads=7), "gpt2: heads must divide features, 768, but got 7"),
         (lambda: models.llama(depth=0), "llama: depth must be"),
+        (lambda: models.llama(base=0), "llama: base must be"),
         (lambda: models.vit(patch=15), "vit: patch must divide image, 224, but got 15"),
+        (lambda: models.vit(depth=0), "vit: depth must be"),
+        (lambda: models.bert(segments=0), "bert: segments must be"),
+        (lambda: models.bert(dropout=2.0), "bert: dropout must be"),
+        (lambda: models.gpt2(dropout=float("nan")), "gpt2: dropout must be"),
+        (lambda: models.transformer(features=-1), "transformer: features must be"),
     ):
         with pytest.raises(ValueError, match=words):
             make()

@@ -21,6 +21,7 @@ from fnn.layers import (
     PositionEmbedding,
     repeat,
 )
+from fnn.models.options import check_options
 
 
 def bert(
@@ -74,6 +75,9 @@ def bert(
     >>> x.shape, pooled.shape
     ((5, 8), (8,))
     """
+    counts = {"features": features, "depth": depth, "heads": heads, "hidden": hidden}
+    sizes = {"vocabulary": vocabulary, "length": length, "segments": segments}
+    check_options("bert", **sizes, **counts, dropout=dropout)
     weights = functools.partial(truncated_normal, stddev=0.02)
     norm = LayerNorm(1e-12)
     block = Network(

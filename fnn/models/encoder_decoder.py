@@ -23,6 +23,7 @@ from fnn.layers import (
     repeat,
 )
 from fnn.models.encoder import post_norm_block
+from fnn.models.options import check_options
 
 
 def transformer(
@@ -74,6 +75,8 @@ def transformer(
     >>> net(params, source, tokens).shape
     (4, 50)
     """
+    counts = {"features": features, "depth": depth, "heads": heads, "hidden": hidden}
+    check_options("transformer", vocabulary=vocabulary, **counts, dropout=dropout)
     mlp = MLP(hidden, activation=ops.relu, weight_init=xavier_uniform, output_init=xavier_uniform)
     encoder = Network(
         post_norm_block,

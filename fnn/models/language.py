@@ -22,6 +22,7 @@ from fnn.layers import (
     RMSNorm,
     repeat,
 )
+from fnn.models.options import check_options
 
 
 def gpt2(
@@ -73,8 +74,8 @@ def gpt2(
     >>> net(params, tokens).shape, net(params, tokens, tokens).shape
     ((5, 50), (5,))
     """
-    where = "gpt2"
-    _check(where, vocabulary=vocabulary, length=length, depth=depth, features=features, heads=heads)
+    counts = {"features": features, "depth": depth, "heads": heads}
+    check_options("gpt2", vocabulary=vocabulary, length=length, **counts, dropout=dropout)
     weights = functools.partial(normal, stddev=0.02)
     # So many branches are added up (section 2.3).
     last = functools.partial(normal, stddev=0.02 / math.sqrt(2 * depth))
@@ -158,7 +159,9 @@ def llama(
     >>> sum(x.size for x in jax.tree.leaves(params))
     6738415616
     """
-    _check("llama", vocabulary=vocabulary, depth=depth, features=features, heads=heads)
+    counts = {"features": features, "depth": depth, "heads": heads, "hidden": hidden}
+    check_options("llama", vocabulary=vocabulary, **counts)
+    arguments.number("llama", "base", base, above=0)
     weights = functools.partial(normal, stddev=0.02)
     norm = RMSNorm(epsilon)
     block = Network(
@@ -197,12 +200,3 @@ def _llama(net: Net, tokens: Any, targets: Any = None) -> Any:
 def _llama_block(net: Net, x: Any) -> Any:
     x = x + net.attend(net.norm1(x))
     return x + net.mlp(net.norm2(x))
-
-
-def _check(where: str, **counts: int) -> None:
-    for name, value in counts.items():
-        arguments.integer(where, name, value, least=1)
-    if counts["features"] % counts["heads"]:
-        raise ValueError(
-            f"{where}: heads must divide features, {counts['features']}, but got {counts['heads']}."
-        )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from fnn import arguments, ops
 from fnn.layers import Dropout, Layer, Linear, Network, chain
+from fnn.models.options import check_options
 
 
 def mlp(
@@ -45,6 +46,7 @@ def mlp(
     >>> net(params, jnp.zeros((28, 28))).shape
     (10,)
     """
+    check_options("mlp", features=features, dropout=dropout)
     if not isinstance(hidden, (tuple, list)):
         raise TypeError(
             f"mlp: hidden must be a sequence of widths, but got {arguments.show(hidden)}."

@@ -8,6 +8,7 @@ from typing import Any
 from fnn import arguments
 from fnn.initializers import uniform
 from fnn.layers import LSTM, Dropout, Embedding, Linear, Net, Network, network, repeat
+from fnn.models.options import check_options
 
 
 def lstm_language_model(
@@ -58,7 +59,10 @@ def lstm_language_model(
     >>> net(params, tokens).shape
     (7, 50)
     """
-    arguments.flag("lstm_language_model", "tied", tied)
+    where = "lstm_language_model"
+    check_options(where, vocabulary=vocabulary, hidden=hidden, layers=layers, dropout=dropout)
+    arguments.number(where, "bound", bound, least=0)
+    arguments.flag(where, "tied", tied)
     start = functools.partial(uniform, bound=bound)
     starts: dict[str, Any] = {"weight_init": start, "bias_init": start}
     lstm = LSTM(hidden, recurrent_init=start, forget_bias=0.0, remat=remat, **starts)

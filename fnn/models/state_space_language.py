@@ -7,6 +7,7 @@ from typing import Any
 from fnn import ops
 from fnn.initializers import lecun_normal
 from fnn.layers import LRU, Dropout, Embedding, LayerNorm, Linear, Net, Network, network, repeat
+from fnn.models.options import check_options
 
 
 def state_space_language_model(
@@ -64,6 +65,8 @@ def state_space_language_model(
     >>> net(params, tokens).shape
     (7, 50)
     """
+    counts = {"vocabulary": vocabulary, "features": features, "layers": layers}
+    check_options("state_space_language_model", **counts, dropout=dropout)
     embed = Embedding(vocabulary, features)
     states = max(3 * features // 4, 1) if states is None else states
     block = network(

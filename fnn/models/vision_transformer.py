@@ -24,6 +24,7 @@ from fnn.layers import (
     PositionEmbedding,
     repeat,
 )
+from fnn.models.options import check_options
 
 
 def vit(
@@ -73,8 +74,8 @@ def vit(
     >>> net(params, jnp.zeros((8, 8, 3))).shape
     (10,)
     """
-    for name, value in {"image": image, "patch": patch, "features": features}.items():
-        arguments.integer("vit", name, value, least=1)
+    counts = {"features": features, "depth": depth, "heads": heads, "hidden": hidden}
+    check_options("vit", classes=classes, image=image, patch=patch, **counts, dropout=dropout)
     if image % patch:
         raise ValueError(f"vit: patch must divide image, {image}, but got {patch}.")
     block = Network(
