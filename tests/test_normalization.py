@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from sweeps import exhaustive, sweep
 
 import fnn
-from fnn import ops
+from fnn import layers, ops
 from fnn.layers import (
     BatchNorm,
     GroupNorm,
@@ -28,6 +28,7 @@ from fnn.layers import (
     chain,
     training,
 )
+from fnn.ops.normalization import power_iteration
 
 KEY = jax.random.key(0)
 
@@ -506,3 +507,24 @@ def test_gradients_of_examples_through_norms_of_weights():
         assert reason.endswith("its gradient is then a sum, and no pair of factors holds it"), why
     wanted = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, batch)
     chex.assert_trees_all_close(formed, wanted, rtol=1e-9, atol=1e-12)
+
+
+@exhaustive
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_power_iteration_of_weights_whose_squares_are_out_of_range(size):
+    W = jax.random.normal(jax.random.key(0), (6, 5))
+    u, v = jnp.ones(6), jnp.zeros(5)
+    found = power_iteration(size * W, u, v, iterations=100)
+    left, values, right = np.linalg.svd(np.asarray(W, np.float64))
+    np.testing.assert_allclose(ops.spectral_norm(size * W, *found), W / values[0], rtol=1e-4)
+    np.testing.assert_allclose(np.abs(found[0]), np.abs(left[:, 0]), atol=1e-3)
+
+
+def test_spectral_norm_before_training_divides_by_a_length():
+    """Of v after many steps from u, u W v may be anything, below 0 too."""
+    layer = layers.SpectralNorm(layers.Linear(6, use_bias=False), iterations=50)
+    x = jnp.arange(5.0)
+    params, state = layer.init(jax.random.key(0), x), layer.init_state(x)
+    W, u = params["W"], state["statistics"]["u"]
+    wanted = W @ x / jnp.linalg.norm(W.T @ u)
+    np.testing.assert_allclose(layer.apply(params, state, x)[0], wanted, rtol=1e-4)

@@ -14,7 +14,7 @@ from sweeps import exhaustive, sweep
 
 import fnn
 import fnn.per_example as pe
-from fnn import ops
+from fnn import layers, ops
 from fnn.layers import (
     GRU,
     LSTM,
@@ -499,3 +499,31 @@ def test_wrong_shapes_of_layers():
         growing({}, X)
     with pytest.raises(TypeError, match="bidirectional: forward must be a recurrent layer"):
         bidirectional(Linear(3))
+
+
+AROUND = {
+    "WeightNorm": layers.WeightNorm,
+    "SpectralNorm": layers.SpectralNorm,
+    "DropConnect": lambda layer: layers.DropConnect(layer, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", sweep(AROUND, ["DropConnect"]))
+def test_a_layer_around_another_s_weight_keeps_its_cache(name):
+    net = layers.chain(layers.SinusoidalPositions(), AROUND[name](layers.RNN(3)))
+    x = jax.random.normal(jax.random.key(0), (5, 2))
+    params, state = net.init(jax.random.key(1), x), net.init_state(x)
+    whole, _ = net.apply(params, state, x)
+    cache, found = net.init_cache(5, x), []
+    for piece in (x[:2], x[2:]):
+        y, cache = net.extend(params, cache, piece)
+        found.append(y)
+    np.testing.assert_allclose(jnp.concatenate(found), whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [-1, 5])
+def test_more_steps_than_there_are_do_not_count(count):
+    layer, x = layers.LSTM(3), jnp.ones((4, 2))
+    params = layer.init(jax.random.key(0), x)
+    with pytest.raises(layers.LayerError, match=f"told that {count} steps count, .* has 4"):
+        layer(params, x, count)

@@ -115,6 +115,9 @@ class DropConnect(Layer):
     def init_state(self, *xs: Any) -> dict:
         return self.layer.init_state(*xs)
 
+    def init_cache(self, length: int, *xs: Any) -> dict:
+        return self.layer.init_cache(length, *xs)
+
     def apply(self, params: Any, state: Any, *xs: Any, mode: Mode = EVALUATE) -> tuple[Any, dict]:
         if _draws(self, mode):
             own, rest = jax.random.split(mode.key)

@@ -219,7 +219,8 @@ class BatchNorm(Layer):
     Raises:
         TypeError, ValueError: an option isn't of its kind.
         LayerError: (when called) the state is missing, the parameters or the state aren't of
-            these shapes, or in training there is but one number for each feature.
+            these shapes, or in training there is but one number for each feature and mode names no
+            axis. (Of an axis of one example, y is the bias.)
 
     Ioffe, Szegedy, "Batch normalization", ICML 2015, algorithms 1 and 2.
     """
@@ -307,6 +308,9 @@ class WeightNorm(Layer):
     def init_state(self, *xs: Any) -> dict:
         return self.layer.init_state(*xs)
 
+    def init_cache(self, length: int, *xs: Any) -> dict:
+        return self.layer.init_cache(length, *xs)
+
     def apply(self, params: Any, state: Any, *xs: Any, mode: Mode = EVALUATE) -> tuple[Any, dict]:
         v = weight(self, params, "v")
         g = weight(self, params, "g")
@@ -324,7 +328,7 @@ class SpectralNorm(Layer):
 
     Parameters: the layer's. State: `{"statistics": {"u": (out,), "v": (in,)}}`, where a weight
     `(out, ...)` is taken for a matrix; at first u is drawn from a fixed key, and v is 0, until a
-    training step. (Of a v of 0, σ is ‖Wᵀ u‖.)
+    training step. (Of a v of 0, σ is ‖Wᵀ u‖.) The layer's cache, if it has one, stands beside.
 
     `fnn.per_example` keeps W's gradient whole: it has a part u vᵀ, through σ, beside Gᵀ A / σ.
 
@@ -361,6 +365,9 @@ class SpectralNorm(Layer):
         u = u / jnp.linalg.norm(u)
         return {"statistics": {"u": u, "v": jnp.zeros(W.size // max(W.shape[0], 1), W.dtype)}}
 
+    def init_cache(self, length: int, *xs: Any) -> dict:
+        return self.layer.init_cache(length, *xs)
+
     def apply(self, params: Any, state: Any, *xs: Any, mode: Mode = EVALUATE) -> tuple[Any, dict]:
         W = weight(self, params)
         if not isinstance(state, dict) or "statistics" not in state:
@@ -369,14 +376,16 @@ class SpectralNorm(Layer):
         sizes = W.shape[0], math.prod(W.shape[1:])
         check_params(self, old, {"u": sizes[:1], "v": sizes[1:]})
         u, v = old["u"], old["v"]
-        u_next, v_next = power_iteration(W, u, v, iterations=self.iterations)
         if mode.train:
-            u, v = u_next, v_next
-            state = state | {"statistics": {"u": u, "v": v}}
-        else:
-            v = jnp.where(jnp.any(v != 0), v, v_next)
+            u, v = power_iteration(W, u, v, iterations=self.iterations)
+        else:  # one iteration and no more: v must belong to this u
+            v = jnp.where(jnp.any(v != 0), v, power_iteration(W, u, v)[1])
+        rest = {kind: own for kind, own in state.items() if kind != "statistics"}
         W = ops.spectral_norm(W, u, v)
-        return run(self.layer, params | {"W": W}, {}, xs, mode)[0], state
+        y, rest = run(self.layer, params | {"W": W}, rest, xs, mode)
+        if mode.train:
+            rest = rest | {"statistics": {"u": u, "v": v}}
+        return y, state | rest if rest else state
 
 
 def _weights(layer: Any, params: Any, x: Any) -> Any:

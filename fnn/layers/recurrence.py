@@ -497,6 +497,10 @@ def _as_mask(layer: Recurrent, mask: Any, count: int) -> jax.Array:
     """Booleans, one for each step; of an integer, how many steps there are."""
     shape, dtype = jnp.shape(mask), jnp.result_type(mask)
     if shape == () and jnp.issubdtype(dtype, jnp.integer):
+        if arguments.is_known(mask) and not 0 <= int(mask) <= count:
+            raise LayerError(
+                f"{layer} was told that {int(mask)} steps count, but the sequence has {count}."
+            )
         return jnp.arange(count) < mask
     if shape != (count,) or not jnp.issubdtype(dtype, jnp.bool_):
         raise LayerError(

@@ -32,7 +32,7 @@ from jax import lax
 from fnn import arguments
 from fnn.meshes import explicit_mesh
 from fnn.operation import compiled_rule as rule
-from fnn.ops.arguments import axes_of, empty, must_be_real
+from fnn.ops.arguments import axes_of, empty, must_be_array, must_be_real
 from fnn.precision import wide
 
 Axis = int | tuple[int, ...]
@@ -115,7 +115,8 @@ def layer_norm(
             for 1, and for 0.
         mask: which entries count, booleans that broadcast to x's shape; None for all.
         axis: an axis or several.
-        epsilon: ε, at least 0. With 0, equal numbers give the bias, and the gradient 0.
+        epsilon: ε, at least 0. With 0, zeros give the bias, and the gradient 0; of other equal
+            numbers the mean is rounded, and what is left of them is divided by its size.
 
     Returns:
         y, of x's shape and dtype.
@@ -257,6 +258,7 @@ def batch_norm(
     """
     op = "batch_norm"
     must_be_real(op, x=x)
+    x = jnp.asarray(x)
     if x.ndim == 0:
         raise ValueError(f"{op}: argument 'x' has shape (), wanted (..., features).")
     _check_weights(op, x, x.shape[-1:], {"scale": scale, "bias": bias})
@@ -400,6 +402,7 @@ def weight_norm(v: chex.Array, g: chex.Array) -> jax.Array:
             f"weight_norm: argument 'g' has shape {g.shape}, wanted {v.shape[:1]}: a length for "
             f"each row of 'v' of shape {v.shape}."
         )
+    v, g = jnp.asarray(v), jnp.asarray(g)
     z = wide(v)
     others = tuple(range(1, v.ndim))
     largest = lax.stop_gradient(jnp.max(jnp.abs(z), others, keepdims=True, initial=0))
@@ -427,6 +430,7 @@ def spectral_norm(W: chex.Array, u: chex.Array, v: chex.Array) -> jax.Array:
     networks", ICLR 2018.
     """
     matrix = _matrix("spectral_norm", W, u=u, v=v)
+    W = jnp.asarray(W)
     u, v = (lax.stop_gradient(a).astype(matrix.dtype) for a in (u, v))
     sigma = u @ (matrix @ v)
     is_zero = sigma == 0
@@ -446,7 +450,11 @@ def power_iteration(
         iterations: how many times.
 
     Returns:
-        u and v, unit vectors of the dtypes of u and v.
+        u and v, unit vectors of the dtypes of u and v; zeros where W is 0.
+
+    Raises:
+        TypeError: an argument isn't real floating, or iterations no integer.
+        ValueError: the shapes don't fit, or iterations is below 1.
     """
     matrix = lax.stop_gradient(_matrix("power_iteration", W, u=u, v=v))
     arguments.integer("power_iteration", "iterations", iterations, least=1)
@@ -454,10 +462,12 @@ def power_iteration(
     for _ in range(iterations):
         right = _of_length_one(left @ matrix)
         left = _of_length_one(matrix @ right)
-    return left.astype(u.dtype), right.astype(v.dtype)
+    return left.astype(jnp.result_type(u)), right.astype(jnp.result_type(v))
 
 
 def _of_length_one(x):
+    largest = jnp.max(jnp.abs(x), initial=0)
+    x = x / jnp.where(largest > 0, largest, 1)  # no square overflows, and not all are 0
     return x * _inverse_root(jnp.sum(jnp.square(x)))
 
 
@@ -465,7 +475,7 @@ def _matrix(op, W, **vectors):
     must_be_real(op, W=W, **vectors)
     if W.ndim < 2:
         raise ValueError(f"{op}: argument 'W' has shape {W.shape}, wanted (out, in, ...).")
-    matrix = wide(W).reshape(W.shape[0], math.prod(W.shape[1:]))
+    matrix = wide(jnp.asarray(W)).reshape(W.shape[0], math.prod(W.shape[1:]))
     for (name, x), size in zip(vectors.items(), matrix.shape, strict=True):
         if x.shape != (size,):
             raise ValueError(f"{op}: argument '{name}' has shape {x.shape}, wanted ({size},).")
@@ -602,7 +612,7 @@ def _check_weights(op: str, x: chex.Array, shape: Sequence[int], weights: dict) 
 def _check_mask(op: str, x: chex.Array, mask: chex.Array | None) -> None:
     if mask is None:
         return
-    arguments.array(op, "mask", mask)
+    must_be_array(op, "mask", mask)
     if mask.dtype != jnp.bool_:
         raise TypeError(
             f"{op}: argument 'mask' of shape {mask.shape} has dtype {mask.dtype}, wanted booleans, "
