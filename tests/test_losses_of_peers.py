@@ -232,3 +232,24 @@ def test_arguments():
     ):
         with pytest.raises(TypeError, match=message):
             call()
+
+
+@exhaustive
+def test_labels_of_ctc_are_classes_and_narrow_ones_name_wide_classes():
+    logits = jax.random.normal(jax.random.key(0), (5, 300))
+    for wrong in (-1, 300):
+        assert jnp.isnan(ops.ctc(logits, jnp.asarray([wrong, 2])))
+    wanted = ops.ctc(logits, jnp.asarray([1, 2]), blank=299)
+    assert ops.ctc(logits, jnp.asarray([1, 2], jnp.int8), blank=299) == wanted
+    assert ops.ctc(logits, np.asarray([1, 2]), blank=299) == wanted  # of 64 bits
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_right_answer_s_gradient_does_not_cancel(dtype):
+    x = jnp.asarray([8.0, 20.0, -8.0, -20.0], dtype)
+    z = jnp.asarray([1.0, 1.0, 0.0, 0.0], dtype)
+    wanted = np.asarray([-1, -1, 1, 1]) / (1 + np.exp([8.0, 20.0, 8.0, 20.0]))
+    found = jax.grad(ops.sigmoid_binary_cross_entropy)(x, z)
+    np.testing.assert_allclose(
+        found.astype(jnp.float32), wanted, rtol=5e-3 if dtype == jnp.bfloat16 else 1e-6
+    )

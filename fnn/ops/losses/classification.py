@@ -15,7 +15,13 @@ import numpy as np
 
 from fnn import arguments
 from fnn.operation import compiled_rule as rule
-from fnn.ops.arguments import is_floating, is_integer, must_be_alike, must_be_real
+from fnn.ops.arguments import (
+    is_floating,
+    is_integer,
+    must_be_alike,
+    must_be_array,
+    must_be_real,
+)
 from fnn.ops.probabilities import log_softmax, softmax
 from fnn.precision import wide
 
@@ -170,7 +176,8 @@ def sigmoid_binary_cross_entropy(logits: chex.Array, labels: chex.Array) -> jax.
         The loss, a scalar: the sum over all questions. For their mean divide by `logits.size`.
 
     Computed as max(x, 0) − x z + log(1 + e^−|x|), stable for logits of any size. Local gradient:
-    σ(x) − z for the logits, −x for floating labels. Kept: logits and labels. Smooth, no kink.
+    σ(x) − z for the logits, as (1 − z) σ(x) − z σ(−x), which doesn't cancel where the answer is
+    right; −x for floating labels. Kept: logits and labels. Smooth, no kink.
 
     Raises:
         TypeError: the logits aren't real floating, or the labels aren't real.
@@ -198,7 +205,10 @@ def _(logits, labels):
 @sigmoid_binary_cross_entropy.backward
 def _(residuals, g):
     logits, labels = residuals
-    d_logits = g * (jax.nn.sigmoid(logits) - labels.astype(logits.dtype))
+    x = wide(logits)
+    z = labels.astype(logits.dtype).astype(x.dtype)
+    slope = (1 - z) * jax.nn.sigmoid(x) - z * jax.nn.sigmoid(-x)
+    d_logits = (wide(g) * slope).astype(logits.dtype)
     return d_logits, (-g * logits).astype(labels.dtype) if is_floating(labels) else None
 
 
@@ -394,7 +404,7 @@ def _add_at_label(x, labels, amount):
 
 def _check_classes(op, name, scores, labels, *, distributions):
     must_be_real(op, **{name: scores})
-    arguments.array(op, "labels", labels)
+    must_be_array(op, "labels", labels)
     if scores.ndim == 0 or scores.shape[-1] == 0:
         raise ValueError(
             f"{op}: argument '{name}' has shape {scores.shape}, wanted (..., classes) with at "

@@ -9,7 +9,7 @@ from jax import lax
 
 from fnn import arguments
 from fnn.meshes import same_varying_axes
-from fnn.ops.arguments import is_integer, must_be_real
+from fnn.ops.arguments import is_integer, must_be_array, must_be_real
 from fnn.ops.probabilities import log_softmax, logsumexp
 from fnn.precision import wide
 
@@ -48,7 +48,8 @@ def ctc(
     """
     op = "ctc"
     must_be_real(op, logits=logits)
-    arguments.array(op, "labels", labels)
+    logits = jnp.asarray(logits)
+    must_be_array(op, "labels", labels)
     if logits.ndim != 2 or logits.shape[-1] == 0:
         raise ValueError(
             f"{op}: argument 'logits' has shape {logits.shape}, wanted (frames, classes). (For a "
@@ -59,6 +60,10 @@ def ctc(
     if labels.ndim != 1:
         raise ValueError(f"{op}: argument 'labels' has shape {labels.shape}, wanted (length,).")
     arguments.integer(op, "blank", blank, least=0, most=logits.shape[-1] - 1)
+    labels = jnp.asarray(labels)
+    # As signed integers wide enough to count classes: an int8 ends at 127.
+    labels = labels.astype(jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)
+    labels = jnp.where(labels < 0, logits.shape[-1], labels)  # no class, and none from the end
     # What may be said, in turn: blank, first label, blank, ..., last label, blank.
     said = jnp.full(2 * labels.size + 1, blank, labels.dtype).at[1::2].set(labels)
     is_new = (said != blank) & (said != jnp.roll(said, 2))  # the blank before may be left out
@@ -90,7 +95,7 @@ def _behind(a, places):
 def _mask(op, name, mask, shape):
     if mask is None:
         return jnp.ones(shape, bool)
-    arguments.array(op, name, mask)
+    must_be_array(op, name, mask)
     if mask.dtype != jnp.bool_:
         raise TypeError(f"{op}: argument '{name}' has dtype {mask.dtype}, wanted booleans.")
     if mask.shape != shape:
