@@ -270,3 +270,24 @@ def test_a_gpt_learns_by_heart():
     params = result.params
     losses = [float(jnp.mean(net(params, t[:-1], t[1:]))) for t in texts]
     assert max(losses) < 1, losses
+
+
+def test_of_equal_logits_no_more_are_likely_than_asked_for():
+    for options in ({"top_k": 2, "top_p": None}, {"top_k": None, "top_p": 0.4}):
+        np.testing.assert_array_equal(likely(jnp.ones(5), **options) == 1, [1, 1, 0, 0, 0])
+
+
+@exhaustive
+def test_a_temperature_of_almost_nothing_takes_the_likeliest():
+    net = models.gpt2(50, 16, features=8, depth=1, heads=2)
+    tokens = jnp.arange(4)
+    params = jax.tree.map(lambda a: 30 * a, net.init(KEY, tokens))
+    wanted = models.generate(net, params, tokens, 4, temperature=0)
+    draw = lambda t: models.generate(net, params, tokens, 4, KEY, temperature=t)
+    found = jax.vmap(draw)(jnp.asarray([0.0, 1e-44, 1e-37, 1e-3]))
+    np.testing.assert_array_equal(found, np.broadcast_to(wanted, (4, 4)))
+
+
+def test_heads_of_a_vision_transformer_divide_its_features():
+    with pytest.raises(ValueError, match="heads must divide features, 10, but got 3"):
+        models.vit(10, image=8, patch=4, features=10, depth=1, heads=3)

@@ -110,6 +110,9 @@ def negative_elbo(output: Reconstruction, x: chex.Array, *, beta: float = 1.0) -
     Returns:
         The loss in nats, a scalar: the sum over entries and latents.
 
+    Raises:
+        TypeError, ValueError: beta is no number of at least 0, or x isn't of the logits' shape.
+
     Kingma, Welling 2014, equation 10; Higgins et al., "beta-VAE", ICLR 2017 (β).
     """
     arguments.number("negative_elbo", "beta", beta, least=0)
@@ -127,6 +130,10 @@ def decode(model: Network, params: dict, z: chex.Array) -> jax.Array:
         model: made by `vae`.
         params: its parameters.
         z: `(latent,)`. Drawn from N(0, 1), it gives an example of the model's own.
+
+    Raises:
+        TypeError: model isn't made by `vae`.
+        LayerError: the parameters don't fit, or z.
     """
     decoder = dict(model.parts).get("decode") if isinstance(model, Network) else None
     if decoder is None:

@@ -84,7 +84,11 @@ def _generate(net, params, prompt, inputs, key, temperature, top_p, *, n, top_k,
     def draw(logits, key):
         if is_greedy:
             return jnp.argmax(logits).astype(jnp.int32)
-        logits = likely(logits / temperature, top_k, top_p)
+        # Differences from the largest, for a small temperature would make several of them inf.
+        logits = wide(logits)
+        least = jnp.finfo(logits.dtype).tiny
+        logits = (logits - jnp.max(logits)) / jnp.maximum(temperature, least).astype(logits.dtype)
+        logits = likely(logits, top_k, top_p)
         return jax.random.categorical(key, logits).astype(jnp.int32)
 
     def step(carry, key):
@@ -101,14 +105,17 @@ def _generate(net, params, prompt, inputs, key, temperature, top_p, *, n, top_k,
 
 
 def likely(logits: jax.Array, top_k: int | None, top_p: Any) -> jax.Array:
-    """The logits `(vocabulary,)`, with −inf for those that are not to be drawn."""
-    ordered = jnp.sort(logits, descending=True)
-    least = ordered[-1]
-    if top_k is not None and top_k < logits.size:
-        least = ordered[top_k - 1]
+    """The logits `(vocabulary,)`, with −inf for those that are not to be drawn.
+
+    Of equal ones the first are likelier.
+    """
+    if top_k is None and top_p is None:
+        return logits
+    order = jnp.argsort(logits, descending=True, stable=True)
+    ordered = logits[order]
+    if top_k is not None:
         ordered = jnp.where(jnp.arange(logits.size) < top_k, ordered, -jnp.inf)
     if top_p is not None:
         p = jax.nn.softmax(wide(ordered))
-        before = jnp.cumsum(p) - p
-        least = jnp.maximum(least, jnp.min(jnp.where(before < top_p, ordered, jnp.inf)))
-    return jnp.where(logits >= least, logits, -jnp.inf)
+        ordered = jnp.where(jnp.cumsum(p) - p < top_p, ordered, -jnp.inf)
+    return jnp.zeros_like(logits).at[order].set(ordered, unique_indices=True)

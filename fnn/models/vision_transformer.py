@@ -64,7 +64,8 @@ def vit(
         "blocks.norm1", "blocks.attend.q.W", …, "blocks.mlp.hidden.W", …, "norm", "output".
 
     Raises:
-        ValueError: patch doesn't divide image, or heads features.
+        TypeError, ValueError: an option isn't of its kind; patch doesn't divide image, or heads
+            features.
 
     Dosovitskiy et al., "An image is worth 16x16 words", arXiv:2010.11929.
 
@@ -78,6 +79,9 @@ def vit(
     check_options("vit", classes=classes, image=image, patch=patch, **counts, dropout=dropout)
     if image % patch:
         raise ValueError(f"vit: patch must divide image, {image}, but got {patch}.")
+    arguments.integer("vit", "heads", heads, least=1)
+    if features % heads:
+        raise ValueError(f"vit: heads must divide features, {features}, but got {heads}.")
     block = Network(
         _block,
         {
