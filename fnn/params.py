@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -199,14 +200,18 @@ def save(path: str | os.PathLike, params: Any, metadata: Mapping[str, str] | Non
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"save: there is no folder {path.parent}, for the file {path}.")
-    # Beside the file, and put in its place when it is whole.
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
-        try:
-            safetensors.numpy.save_file(flat, f.name, metadata)
-            os.replace(f.name, path)
-        except BaseException:
-            os.unlink(f.name)
-            raise
+    # Beside the file, and put in its place when it is whole. Who may read it is what is usual: a
+    # file of `tempfile`, and of safetensors 0.8, could be read by its owner alone.
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        beside.touch()
+        mode = beside.stat().st_mode
+        safetensors.numpy.save_file(flat, beside, metadata)
+        beside.chmod(stat.S_IMODE(mode))
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def load(path: str | os.PathLike, like: Any = None, *, strict: bool = True) -> Any:

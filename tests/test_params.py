@@ -199,3 +199,10 @@ def test_without_safetensors(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
     with pytest.raises(ImportError, match=r"fnn\.params\.save needs safetensors: pip install saf"):
         by_path.save(tmp_path / "p.safetensors", {})
+
+
+def test_a_file_may_be_read_by_whom_any_other_may(tmp_path):
+    fnn.params.save(tmp_path / "a.safetensors", {"W": jnp.ones(3)})
+    (tmp_path / "other").touch()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
