@@ -260,7 +260,7 @@ def identity(key, shape, dtype=jnp.float32, *, gain: float = 1.0) -> jax.Array:
     arguments.number("identity", "gain", gain)
     fans(shape)
     out, in_, *window = shape
-    return _in_the_middle(gain * jnp.eye(out, in_, dtype=dtype), window)
+    return _in_the_middle((gain * jnp.eye(out, in_, dtype=dtype)).astype(dtype), window)
 
 
 def delta_orthogonal(key, shape, dtype=jnp.float32, *, gain: float = 1.0) -> jax.Array:

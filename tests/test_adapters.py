@@ -178,3 +178,12 @@ def test_what_does_not_fit():
             apply(PARAMS, {"top": {"W": own}})
         with pytest.raises(ValueError, match=r"head.W, of shape \(3, 6\), has A of shape \(6, 2\)"):
             apply(PARAMS, {"head": {"W": {"A": own["A"].T, "B": own["B"]}}})
+
+
+@pytest.mark.parametrize("scale", [2.0, np.float32(2), np.float64(2)])
+def test_a_scale_of_numpy_s_changes_no_dtype(scale):
+    params = {"W": jnp.ones((4, 3), jnp.bfloat16)}
+    made = lora(params, "W", 2, jax.random.key(0))
+    made = jax.tree.map(lambda a: a.astype(jnp.bfloat16), made)
+    y = adapted(params, made, scale=scale)["W"] @ jnp.ones(3, jnp.bfloat16)
+    assert y.dtype == jnp.bfloat16

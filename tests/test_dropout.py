@@ -204,3 +204,11 @@ def test_gradients_of_examples():
     wanted = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, (X, keys))
     chex.assert_trees_all_close(formed, wanted, rtol=1e-9, atol=1e-12)
     assert "gradient is Gᵀ A" in str(fnn.per_example.explain(grads)).split("['a']['W']")[1][:80]
+
+
+@pytest.mark.parametrize("rate", [0.002, 0.1])
+def test_the_mean_stays_in_16_bits_where_1_less_the_rate_is_rounded(rate):
+    x = jnp.full((100, 1000), 1.0, jnp.bfloat16)
+    y = fnn.ops.dropout(x, jax.random.key(0), rate=rate)
+    alive = jnp.max(y).astype(jnp.float32)
+    assert alive == jnp.asarray(1 / (1 - rate), jnp.bfloat16)

@@ -10,7 +10,7 @@ from sweeps import exhaustive, sweep
 
 import fnn
 import fnn.per_example as pe
-from fnn import ops
+from fnn import layers, ops
 from fnn.layers import (
     Dropout,
     LayerError,
@@ -210,3 +210,13 @@ def test_in_networks():
         layer({"router": {"W": own["router"]["W"].T}, "experts": own["experts"]}, x)
     with pytest.raises(ValueError, match="k must be an integer of at most 3"):
         MixtureOfExperts(Linear(4), 3, 4)
+
+
+@exhaustive
+def test_no_positions():
+    layer = layers.MixtureOfExperts(layers.GatedMLP(4), 3, return_losses=True)
+    x = jnp.zeros((0, 4))
+    params = layer.init(jax.random.key(0), x)
+    y, losses = layer(params, x)
+    assert y.shape == (0, 4)
+    assert losses == {"balance": 0, "z": 0}

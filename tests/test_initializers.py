@@ -163,3 +163,9 @@ def test_jax_initialisers_fit_in():
     layer = Linear(3, weight_init=jax.nn.initializers.orthogonal())
     W = layer.init(KEY, jnp.zeros(3))["W"]
     np.testing.assert_allclose(W @ W.T, np.eye(3), atol=1e-6)
+
+
+@pytest.mark.parametrize("gain", [2.0, np.float32(2), np.float64(2)])
+def test_the_identity_is_of_the_dtype_that_is_asked_for(gain):
+    made = init.identity(jax.random.key(0), (3, 3), jnp.bfloat16, gain=gain)
+    assert made.dtype == jnp.bfloat16

@@ -1258,3 +1258,10 @@ def test_a_vmapped_call_as_one_call():
     own = jax.vmap(jax.vmap(linear, (0, None)), (None, 0))
     assert "vmapped" in str(jax.make_jaxpr(own)(x, Ws))
     np.testing.assert_allclose(own(x, Ws), jnp.stack([x @ W.T] * 4))
+
+
+@pytest.mark.parametrize("number", [np.float32(0.1), np.float64(0.1)])
+def test_a_static_number_of_numpy_s_changes_no_dtype(number):
+    x = jnp.asarray([-1.0, 1.0], jnp.bfloat16)
+    value, slopes = jax.value_and_grad(lambda x: fnn.ops.leaky_relu(x, slope=number).sum())(x)
+    assert value.dtype == slopes.dtype == jnp.bfloat16

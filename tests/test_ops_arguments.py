@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ops_table import CASES
+from sweeps import exhaustive
 
 import fnn
 from fnn import ops
@@ -181,3 +182,45 @@ def test_what_jax_would_change_silently():
     masked = np.ma.masked_array(np.ones(3), [True, False, False])
     with pytest.raises(TypeError, match="relu: .* masked array"):
         ops.relu(masked)
+
+
+@exhaustive
+def test_numpy_s_arrays_of_64_bits_are_jax_s_of_32():
+    """Without a warning (which is an error here)."""
+    with jax.enable_x64(False):
+        r = np.random.default_rng(0)
+        n = lambda *shape: r.normal(size=shape)
+        image = n(5, 5, 2)
+        made = [
+            ops.attention(jnp.asarray(n(3, 2, 4)), n(3, 2, 4), n(3, 2, 4)),
+            ops.rnn(jnp.asarray(n(3, 2)), n(2, 2), n(2))[0],
+            ops.linear_recurrence(n(4), n(3, 4), n(4)),
+            ops.batch_norm(n(3, 4))[0],
+            ops.weight_norm(n(3, 4), n(3)),
+            ops.spectral_norm(n(3, 4), n(3), n(4)),
+            ops.embedding(n(3, 4), np.arange(2)),
+            ops.rotary(n(3, 2, 4)),
+            ops.top_k_routing(n(3, 4), 2).weights,
+            ops.linear_softmax_cross_entropy(n(3, 4), n(5, 4), np.arange(3), ignore=0, z_loss=0.1),
+            ops.info_nce(n(3, 4), n(3, 4), np.arange(3)),
+            ops.average_pool(image, 2),
+            ops.adaptive_average_pool(image, 2),
+            ops.resize(image, 3, method="bilinear"),
+        ]
+    assert {a.dtype for a in made} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("number", [1.0, 1, True])
+def test_a_number_of_python_s_is_no_array(number):
+    q = jnp.ones((2, 1, 1))
+    for call in (
+        lambda: ops.rotary(number),
+        lambda: ops.convolution(number, number),
+        lambda: ops.linear_recurrence(number, number),
+        lambda: ops.pixel_shuffle(number, 2),
+        lambda: ops.ctc(jnp.ones((2, 3)), number),
+        lambda: ops.attention(q, q, q, mask=number),
+        lambda: ops.rnn(jnp.ones((3, 2)), jnp.ones((2, 2)), jnp.ones(2), number),
+    ):
+        with pytest.raises(TypeError, match=f"must be an array, but got {number}"):
+            call()

@@ -324,3 +324,12 @@ def test_summary_and_errors():
     ):
         with pytest.raises(error, match=words):
             make()
+
+
+@exhaustive
+def test_attention_of_no_positions():
+    layer = Attention(2, kv_heads=1, rotary=100.0)
+    params = layer.init(jax.random.key(0), jnp.zeros((0, 4)))
+    assert layer(params, jnp.zeros((0, 4))).shape == (0, 4)
+    assert layer(params, jnp.zeros((0, 4)), jnp.zeros((3, 4))).shape == (0, 4)
+    assert layer(params, jnp.zeros((3, 4)), jnp.zeros((0, 4))).shape == (3, 4)

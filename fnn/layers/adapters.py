@@ -181,6 +181,8 @@ class AdaptedWeight:
 
 def _replaced(op: str, params: Any, adapters: Any, scale: float, make: Callable) -> Any:
     arguments.number(op, "scale", scale)
+    if arguments.is_known(scale):
+        scale = float(scale)  # of Python's alone the dtype gives way to the weights'
     pairs: dict[str, dict[str, Any]] = {}
     for path, array in flatten(adapters).items():
         place, _, name = path.rpartition(".")

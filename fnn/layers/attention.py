@@ -154,7 +154,8 @@ class Attention(Layer):
         features = self._features(x)
 
         def heads_of(name: str, x: Any) -> Any:
-            return parts[name](params[name], x).reshape(x.shape[0], -1, features)
+            count = self.heads if name == "q" else self._kv_heads
+            return parts[name](params[name], x).reshape(x.shape[0], count, features)
 
         cache = state.get("cache")
         start = 0 if cache is None else cache["position"]
@@ -179,7 +180,7 @@ class Attention(Layer):
             y = ring_attention(q, *keys_and_values(), block=self.block, **options)
         else:
             y = attention(q, *keys_and_values(), block=self.block, **options)
-        y = parts["out"](params["out"], y.reshape(x.shape[0], -1))
+        y = parts["out"](params["out"], y.reshape(x.shape[0], self.heads * features))
         return y, state
 
     def _continued(

@@ -145,6 +145,10 @@ class SinusoidalPositions(_Positions):
     Args:
         base: of the wavelengths.
 
+    Raises:
+        TypeError, ValueError: base is no positive number.
+        LayerError: (when called) x isn't `(positions, features)`.
+
     Vaswani et al., "Attention is all you need", arXiv:1706.03762, section 3.5.
     """
 

@@ -101,6 +101,8 @@ class MixtureOfExperts(Layer):
     def __call__(self, params: Any, x: Any, mode: Mode = EVALUATE) -> Any:
         features, capacity = self._features(x), self._capacity(x)
         self._check(params, features, x)
+        if not len(x):
+            return self._of_nothing(params, x)
         routing = ops.top_k_routing(x @ params["router"]["W"].T, self.k, capacity)
         # Place p of expert e is row e · capacity + p; what has no place is dropped beyond the last.
         rows = routing.experts * capacity + routing.places
@@ -123,6 +125,15 @@ class MixtureOfExperts(Layer):
         found = ys.at[rows].get(mode="fill", fill_value=0)
         y = jnp.einsum("pk,pk...->p...", routing.weights.astype(ys.dtype), found)
         losses = {"balance": routing.balance_loss, "z": routing.z_loss}
+        return (y, losses) if self.return_losses else y
+
+    def _of_nothing(self, params: Any, x: Any) -> Any:
+        """The output for a sequence of no positions, from which nothing can be taken."""
+        one = jnp.zeros((1, *x.shape[1:]), x.dtype)
+        kind = jax.eval_shape(lambda: self(params, one))
+        y, losses = kind if self.return_losses else (kind, {})
+        y = jnp.zeros((0, *y.shape[1:]), y.dtype)
+        losses = jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), losses)
         return (y, losses) if self.return_losses else y
 
     @property

@@ -295,9 +295,9 @@ def keys_of(params: Any) -> str:
 
 
 def initial(layer: Layer, initializer: Callable, key: Any, shape: tuple[int, ...]) -> jax.Array:
-    """What an initialiser makes in the parameters' dtype, checked: float32 (float64 under x64).
+    """What an initialiser makes when asked for the parameters' dtype, float32 (float64 under x64).
 
-    A wrong shape would be broadcast in silence.
+    Its shape is checked: a wrong one would be broadcast in silence. Its dtype is the initialiser's.
     """
     made = initializer(key, shape, jnp.result_type(float))
     if getattr(made, "shape", None) != shape:

@@ -65,7 +65,7 @@ def _must_be_kept(where: str, x) -> None:
 
 
 def check_static(rule: Rule, static: dict[str, Any]) -> tuple[tuple[str, Hashable], ...]:
-    """The keyword arguments as pairs.
+    """The keyword arguments as pairs; numpy's numbers as Python's.
 
     Raises:
         TypeError: one isn't hashable.
@@ -78,7 +78,9 @@ def check_static(rule: Rule, static: dict[str, Any]) -> tuple[tuple[str, Hashabl
                 f"{rule.name}: the keyword argument '{name}' is static configuration and "
                 f"must be hashable, but got a {type(value).__name__}. Pass arrays by position."
             ) from None
-    return tuple(static.items())
+    # A number of numpy's has a dtype of its own, which arrays would be promoted to.
+    plain = lambda value: value.item() if isinstance(value, np.generic) else value
+    return tuple((name, plain(value)) for name, value in static.items())
 
 
 # ------------------------------------------------------------------------- the plain function

@@ -16,7 +16,7 @@ def must_be_real(op: str, **arrays: chex.Array) -> None:
     caller to say.
     """
     for name, x in arrays.items():
-        arguments.array(op, name, x)
+        must_be_array(op, name, x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(_wanted(op, name, x, "a real floating dtype"))
 
@@ -24,7 +24,7 @@ def must_be_real(op: str, **arrays: chex.Array) -> None:
 def must_be_real_or_complex(op: str, **arrays: chex.Array) -> None:
     """Raise a TypeError unless every argument is an array of floats, real or complex."""
     for name, x in arrays.items():
-        arguments.array(op, name, x)
+        must_be_array(op, name, x)
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             raise TypeError(_wanted(op, name, x, "a floating or complex dtype"))
 
@@ -32,7 +32,7 @@ def must_be_real_or_complex(op: str, **arrays: chex.Array) -> None:
 def must_not_be_complex(op: str, **arrays: chex.Array) -> None:
     """Raise a TypeError unless every argument is an array of real numbers: floats, integers."""
     for name, x in arrays.items():
-        arguments.array(op, name, x)
+        must_be_array(op, name, x)
         if jnp.issubdtype(x.dtype, jnp.complexfloating):
             raise TypeError(
                 f"{op}: argument '{name}' of shape {x.shape} has dtype {x.dtype}, wanted real "
@@ -54,6 +54,14 @@ def must_be_alike(op: str, **arrays: chex.Array) -> None:
         raise ValueError(
             f"{op}: argument '{other}' has shape {y.shape}, wanted {x.shape}, the shape of "
             f"'{name}'."
+        )
+
+
+def must_be_array(op: str, name: str, x: chex.Array) -> None:
+    """Raise a TypeError unless x is an array with a shape and a dtype; a Python number has none."""
+    if not hasattr(arguments.array(op, name, x), "dtype"):
+        raise TypeError(
+            f"{op}: {name} must be an array, but got {arguments.show(x)} (jnp.asarray({name}))."
         )
 
 

@@ -74,6 +74,7 @@ def top_k_routing(logits: chex.Array, k: int, capacity: int | None = None) -> Ro
     """
     op = "top_k_routing"
     must_be_real(op, logits=logits)
+    logits = jnp.asarray(logits)
     k = arguments.integer(op, "k", k, least=1)
     if capacity is not None:
         capacity = arguments.integer(op, "capacity", capacity, least=1)

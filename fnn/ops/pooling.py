@@ -100,8 +100,8 @@ def _(x, *, space, windows, strides, pads, dilations):
     y = functools.reduce(jnp.maximum, patches)
     where = jnp.zeros(y.shape, jnp.uint8 if len(patches) < 256 else jnp.int32)
     for k in reversed(range(len(patches))):
-        iswindow_max = (patches[k] == y) | (jnp.isnan(patches[k]) & jnp.isnan(y))
-        where = jnp.where(iswindow_max, jnp.asarray(k, where.dtype), where)
+        is_largest = (patches[k] == y) | (jnp.isnan(patches[k]) & jnp.isnan(y))
+        where = jnp.where(is_largest, jnp.asarray(k, where.dtype), where)
     return y, where
 
 
@@ -158,6 +158,7 @@ def average_pool(
     op = "average_pool"
     must_be_real(op, x=x)
     arguments.flag(op, "count_padding", count_padding)
+    x = jnp.asarray(x)
     windows, strides, pads, _ = _options(op, x, window, stride, padding, 1)
     dtype, x = x.dtype, wide(x)
     for i, size in enumerate(windows):
@@ -206,6 +207,7 @@ def adaptive_average_pool(x: chex.Array, sizes: Sizes) -> jax.Array:
     """
     op = "adaptive_average_pool"
     must_be_real(op, x=x)
+    x = jnp.asarray(x)
     outs = _axes_of(op, x, "sizes", sizes)
     dtype, x = x.dtype, wide(x)
     for axis, m in enumerate(outs, x.ndim - 1 - len(outs)):

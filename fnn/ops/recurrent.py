@@ -24,7 +24,7 @@ from jax import lax
 
 from fnn import arguments
 from fnn.operation import compiled_rule as rule
-from fnn.ops.arguments import must_be_real
+from fnn.ops.arguments import must_be_array, must_be_real
 from fnn.precision import wide, widest
 
 # ----------------------------------------------------------------------------------- the cells
@@ -574,13 +574,13 @@ def _checked(op, z, U, carried, mask, gates, b=None):
             )
     same = {"U": U, **dict(carried[:1]), **({} if b is None else {"b": b})}
     for name, x in same.items():
-        if x.dtype != z.dtype:
+        if jnp.result_type(x) != jnp.result_type(z):
             raise TypeError(
                 f"{op}: argument '{name}' has dtype {x.dtype}, wanted {z.dtype}, the dtype of 'z'."
             )
     if mask is None:
         return z, b
-    arguments.array(op, "mask", mask)
+    must_be_array(op, "mask", mask)
     if mask.dtype != bool:
         raise TypeError(
             f"{op}: argument 'mask' of shape {mask.shape} has dtype {mask.dtype}, wanted booleans."

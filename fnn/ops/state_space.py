@@ -50,6 +50,8 @@ def linear_recurrence(
     op = "linear_recurrence"
     given = {"a": a, "b": b, **({} if x is None else {"x": x})}
     must_be_real_or_complex(op, **given)
+    given = {name: jnp.asarray(array) for name, array in given.items()}
+    a, b, x = given["a"], given["b"], given.get("x")
     arguments.flag(op, "reverse", reverse)
     if b.ndim == 0:
         raise ValueError(f"{op}: argument 'b' has shape (), wanted (steps, ...).")

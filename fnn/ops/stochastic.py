@@ -10,6 +10,7 @@ from fnn import arguments
 from fnn.meshes import barrier
 from fnn.operation import compiled_rule as rule
 from fnn.ops.arguments import axes_of, must_be_real
+from fnn.precision import wide
 
 
 @rule
@@ -75,7 +76,9 @@ def _dropped(x, key, rate, shared):
         return x if rate == 0 else jnp.zeros_like(x)
     shape = tuple(1 if axis in shared else size for axis, size in enumerate(x.shape))
     count = _dropping(rate)
-    return jnp.where(kept(key, shape, rate), x / (1 - count / 2**16), jnp.zeros_like(x))
+    # In 16-bit floats 1 − rate would be rounded, and the mean of y with it.
+    y = (wide(x) / (1 - count / 2**16)).astype(x.dtype)
+    return jnp.where(kept(key, shape, rate), y, jnp.zeros_like(x))
 
 
 def kept(key: chex.PRNGKey, shape: tuple[int, ...], rate: float) -> jax.Array:

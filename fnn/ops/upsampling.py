@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from fnn import arguments
-from fnn.ops.arguments import must_be_real
+from fnn.ops.arguments import must_be_array, must_be_real
 from fnn.ops.convolutions import Sizes, sizes_of
 
 
@@ -93,6 +93,7 @@ def resize(x: chex.Array, sizes: Sizes, *, method: str = "nearest") -> jax.Array
     op = "resize"
     must_be_real(op, x=x)
     arguments.choice(op, "method", method, ("nearest", "bilinear"))
+    x = jnp.asarray(x)
     outs = _axes_of(op, x, "sizes", sizes)
     for axis, m in enumerate(outs, x.ndim - 1 - len(outs)):
         n = x.shape[axis]
@@ -172,7 +173,7 @@ def pixel_unshuffle(x: chex.Array, scale: int) -> jax.Array:
 
 
 def _image(op: str, x) -> tuple[int, ...]:
-    arguments.array(op, "x", x)
+    must_be_array(op, "x", x)
     if x.ndim < 3:
         raise ValueError(
             f"{op}: argument 'x' has shape {x.shape}, wanted (..., height, width, features)."

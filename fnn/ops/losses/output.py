@@ -20,7 +20,7 @@ from jax import lax
 from fnn import arguments
 from fnn.meshes import as_varying, broadcast, explicit_mesh, sharding_of
 from fnn.operation import compiled_rule as rule
-from fnn.ops.arguments import block_size, is_integer, must_be_real
+from fnn.ops.arguments import block_size, is_integer, must_be_array, must_be_real
 from fnn.precision import wide
 
 
@@ -69,7 +69,10 @@ def linear_softmax_cross_entropy(
     de Brébisson and Vincent, arXiv:1604.08859 (z-loss).
     """
     where = "linear_softmax_cross_entropy"
+    must_be_real(where, h=h, W=W)
+    h, W = jnp.asarray(h), jnp.asarray(W)
     _check(where, h, W, labels, bias)
+    labels = jnp.asarray(labels)
     arguments.number(where, "label_smoothing", label_smoothing, least=0, below=1)
     arguments.number(where, "z_loss", z_loss, least=0)
     if ignore is not None:
@@ -320,8 +323,7 @@ def _over_positions(G, h, W):
 
 
 def _check(op: str, h, W, labels, bias) -> None:
-    must_be_real(op, h=h, W=W)
-    arguments.array(op, "labels", labels)
+    must_be_array(op, "labels", labels)
     if h.ndim == 0:
         raise ValueError(f"{op}: argument 'h' has shape (), wanted (..., features).")
     if W.ndim != 2 or W.shape[1] != h.shape[-1] or not W.shape[0]:

@@ -151,6 +151,7 @@ def info_nce(
     """
     op = "info_nce"
     must_be_real(op, query=query, keys=keys)
+    query, keys = jnp.asarray(query), jnp.asarray(keys)
     arguments.number(op, "temperature", temperature, above=0)
     arguments.flag(op, "normalize", normalize)
     if query.ndim == 0 or keys.ndim != 2 or keys.shape[-1] != query.shape[-1]:

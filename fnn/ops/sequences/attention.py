@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn import arguments
-from fnn.ops.arguments import block_size, is_integer, must_be_real
+from fnn.ops.arguments import block_size, is_integer, must_be_array, must_be_real
 from fnn.ops.sequences.blockwise import blockwise_attention
 from fnn.ops.sequences.cudnn import attention_by_cudnn, is_for_cudnn
 
@@ -76,6 +76,8 @@ def attention(
     arXiv:1911.02150 (multi-query); Ainslie et al., arXiv:2305.13245 (grouped-query); Press et al.,
     arXiv:2108.12409 (ALiBi); Dao, arXiv:2307.08691.
     """
+    must_be_real("attention", q=q, k=k, v=v)
+    q, k, v = map(jnp.asarray, (q, k, v))
     check(q, k, v, mask, bias, slopes, q_positions, k_positions)
     where = "attention"
     if scale is None:
@@ -139,7 +141,7 @@ def check(q, k, v, mask, bias, slopes, q_positions, k_positions) -> None:
         )
     of_scores = heads, queries, keys
     if mask is not None:
-        arguments.array(op, "mask", mask)
+        must_be_array(op, "mask", mask)
         if mask.dtype != jnp.bool_:
             raise TypeError(
                 f"{op}: argument 'mask' of shape {mask.shape} has dtype {mask.dtype}, wanted "
@@ -158,7 +160,7 @@ def check(q, k, v, mask, bias, slopes, q_positions, k_positions) -> None:
     ):
         if x is None:
             continue
-        arguments.array(op, name, x)
+        must_be_array(op, name, x)
         if not is_integer(x):
             raise TypeError(
                 f"{op}: argument '{name}' of shape {x.shape} has dtype {x.dtype}, wanted integers."

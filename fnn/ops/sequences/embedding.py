@@ -32,7 +32,7 @@ def embedding(E: chex.Array, index: chex.Array) -> jax.Array:
     """
     must_be_real("embedding", E=E)
     arguments.array("embedding", "index", index)
-    index = jnp.asarray(index)
+    E, index = jnp.asarray(E), jnp.asarray(index)
     if E.ndim != 2:
         raise ValueError(
             f"embedding: argument 'E' has shape {E.shape}, wanted (vocabulary, features)."

@@ -47,6 +47,7 @@ def rotary(
     Su et al., "RoFormer", arXiv:2104.09864.
     """
     must_be_real("rotary", x=x)
+    x = jnp.asarray(x)
     arguments.number("rotary", "base", base, above=0)
     if x.ndim < 2 or x.shape[-1] % 2:
         raise ValueError(
