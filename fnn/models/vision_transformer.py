@@ -79,9 +79,6 @@ def vit(
     check_options("vit", classes=classes, image=image, patch=patch, **counts, dropout=dropout)
     if image % patch:
         raise ValueError(f"vit: patch must divide image, {image}, but got {patch}.")
-    arguments.integer("vit", "heads", heads, least=1)
-    if features % heads:
-        raise ValueError(f"vit: heads must divide features, {features}, but got {heads}.")
     block = Network(
         _block,
         {
