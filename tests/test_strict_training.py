@@ -187,3 +187,36 @@ def test_fit(case):
     with MODES[mode]():
         found = fitted(OPTIONS[name])
     same(found, wanted, dtypes="32 bits" not in mode)
+
+
+# Optimisers that promote: Adam raises a float to the power of an integer.
+OPTIMIZERS = {
+    "adam": optax.adam(0.01),
+    "a schedule": optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 0.01, 2, 9)),
+    "injected": optax.inject_hyperparams(optax.adam)(learning_rate=0.01),
+}
+
+
+def learned(optimizer):
+    options = {"epochs": 2, "batch_size": 6, "key": jax.random.key(1), "progress": False}
+    loss = lambda params, example: LOSS(params, example)  # new, so that it is traced anew
+    return numbers(fnn.fit(loss, PARAMS, (X, Y), optimizer, **options).params)
+
+
+def test_an_optimiser_may_promote():
+    step = fnn.train_step(LOSS, optax.adam(jnp.float32(0.01)))
+    params, batch = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), (PARAMS, BATCHES[0][0]))
+    with jax.numpy_dtype_promotion("strict"):
+        state = jax.eval_shape(step.traced.first, params, {})
+        args = state, (batch, BATCHES[0][1]), None
+        new = jax.eval_shape(lambda *args: step.traced(*args)[0], *args)
+    assert [x.dtype for x in jax.tree.leaves(new)] == [x.dtype for x in jax.tree.leaves(state)]
+
+
+@exhaustive
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_optimisers_promote_to(name):
+    wanted = learned(OPTIMIZERS[name])
+    with jax.numpy_dtype_promotion("strict"):
+        found = learned(OPTIMIZERS[name])
+    same(found, wanted)

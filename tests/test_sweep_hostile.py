@@ -131,6 +131,27 @@ def test_integers_are_rates_too():
             is_alone(found.member(learning_rate=rate), rate, epochs=2)
 
 
+@exhaustive
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_rates_of_other_dtypes_where_promotion_is_strict(dtype):
+    def loss(params, example):
+        x, y = jax.tree.map(lambda x: x.astype(dtype), example)
+        return (params["W"] @ x + params["b"] - y) ** 2
+
+    start = jax.tree.map(lambda x: jnp.asarray(x, dtype), START)
+    given = {"loss": loss, "init": start, "optimizer": optax.adam, "epochs": 2}
+    axes = {"learning_rate": [1, 2]}
+    found = []
+    for mode in ("standard", "strict"):
+        with jax.numpy_dtype_promotion(mode):
+            found.append(sweep(axes, **given))
+    for rate in (1, 2):
+        by_promotion, strict = (f.member(learning_rate=rate).params for f in found)
+        for x, y in zip(jax.tree.leaves(strict), jax.tree.leaves(by_promotion), strict=True):
+            assert x.dtype == y.dtype == dtype
+            np.testing.assert_array_equal(np.asarray(x, float), np.asarray(y, float))
+
+
 # ------------------------------------------------------------------- hyperparameters in the state
 
 

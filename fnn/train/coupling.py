@@ -9,6 +9,7 @@ import jax
 from fnn.jaxpr import Program, inner_jaxprs, program, trace
 from fnn.layers.mode import training
 from fnn.train.loss import AXIS, Loss, call, extras
+from fnn.train.precision import optimizers_promotion
 from fnn.train.state import State
 from fnn.train.step import TrainStep
 
@@ -79,6 +80,7 @@ def _reads_batch(optimizer: Any, state: State, every: Any, example: Any) -> bool
         )
         return jax.tree.leaves((updates, new))
 
-    flat = program(trace(update, (state.opt_state, state.params, every, value, *batch)))
+    with optimizers_promotion():
+        flat = program(trace(update, (state.opt_state, state.params, every, value, *batch)))
     reached = flat.dependents(flat.inputs[-len(batch) :])
     return not reached.isdisjoint(flat.outputs)

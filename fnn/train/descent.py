@@ -17,6 +17,7 @@ from fnn.train.freezing import Trainable
 from fnn.train.loss_scaling import DynamicLossScale
 from fnn.train.objective import Objective
 from fnn.train.outcome import NonFinite, settle
+from fnn.train.precision import optimizers_promotion
 from fnn.train.state import (
     State,
     check_average,
@@ -58,7 +59,8 @@ class Descent:
 
     def first(self, params: Any, model_state: Any) -> State:
         """The state to start from, in arrays of its own."""
-        opt_state = self.optimizer.init(self.trainable.part(params))
+        with optimizers_promotion():
+            opt_state = self.optimizer.init(self.trainable.part(params))
         start = State(params, opt_state, jnp.zeros((), jnp.int32), model_state=model_state)
         if self.ema is not None:
             start = start._replace(ema=first_average(params))
@@ -117,18 +119,20 @@ class Descent:
         more = {} if self.trainable.is_all else {"all_params": every(state.params)}
 
         def apply():
-            updates, opt_state = self.optimizer.update(
-                gradient if self.clip is None else clipped(gradient, self.clip),
-                state.opt_state,
-                state.params,
-                value=found.means["loss"],
-                grad=gradient,
-                value_fn=value_of,
-                batch=batch,
-                **more,
-            )
+            with optimizers_promotion():
+                updates, opt_state = self.optimizer.update(
+                    gradient if self.clip is None else clipped(gradient, self.clip),
+                    state.opt_state,
+                    state.params,
+                    value=found.means["loss"],
+                    grad=gradient,
+                    value_fn=value_of,
+                    batch=batch,
+                    **more,
+                )
+                params = optax.apply_updates(state.params, updates)
             new = state._replace(
-                params=optax.apply_updates(state.params, updates),
+                params=params,
                 opt_state=opt_state,
                 step=state.step + 1,
                 model_state=found.model_state,

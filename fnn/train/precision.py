@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import jax
@@ -43,6 +44,15 @@ def cast(tree: Any, dtype: Any) -> Any:
         return tree
     real = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
     return jax.tree.map(lambda x: x.astype(dtype) if real(x) else x, tree)
+
+
+def optimizers_promotion() -> contextlib.AbstractContextManager:
+    """Within it, an optimiser's dtypes promote as usual, where JAX is set to be strict, too.
+
+    Those of optax rely on it: Adam raises a float to the power of an integer. What they return is
+    cast to the types of the state.
+    """
+    return jax.numpy_dtype_promotion("standard")
 
 
 def wide(tree: Any) -> Any:

@@ -12,6 +12,7 @@ import optax
 
 from fnn import arguments
 from fnn.text import size_of_tree
+from fnn.train.precision import optimizers_promotion
 
 
 class State(NamedTuple):
@@ -114,7 +115,8 @@ def check_optimizer(where: str, optimizer: Any) -> None:
 
 def check_opt_state(optimizer: optax.GradientTransformation, params: Any, opt_state: Any) -> None:
     """Raise a ValueError unless it is the optimiser's state for the parameters that are trained."""
-    wanted = jax.eval_shape(lambda params: optimizer.init(params), params)
+    with optimizers_promotion():
+        wanted = jax.eval_shape(lambda params: optimizer.init(params), params)
     if _form(wanted) != _form(opt_state):
         raise ValueError(
             "state.opt_state isn't this optimiser's state for state.params: their structures or "
