@@ -140,13 +140,22 @@ def test_line_searches_and_microbatches():
 
 
 @exhaustive
-@pytest.mark.parametrize("parts", sweep([2, 5], [2]))
-@pytest.mark.parametrize("kind", sweep([AxisType.Explicit, AxisType.Auto], [AxisType.Explicit]))
-def test_microbatches_of_a_batch_on_a_mesh(kind, parts):
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+@pytest.mark.parametrize(
+    "kind, devices, parts",  # 5: of 5 and of 4 rows
+    [
+        (AxisType.Explicit, 4, 5),
+        (AxisType.Explicit, 8, 5),
+        (AxisType.Auto, 4, 5),
+        ("layout", 8, 5),
+    ],
+)
+def test_microbatches_of_a_batch_on_a_mesh(kind, devices, parts):
+    is_layout = kind == "layout"
+    mesh = jax.make_mesh((devices,), ("data",), **({} if is_layout else {"axis_types": (kind,)}))
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    batch = jax.device_put((jnp.asarray(X), jnp.asarray(Y)), spec)
-    found = run(2, noisy, batch=batch, key=KEY, accumulate=parts)
+    batch = DATA if is_layout else jax.device_put((jnp.asarray(X), jnp.asarray(Y)), spec)
+    layout = fnn.sharding.data_parallel(mesh) if is_layout else None
+    found = run(2, noisy, batch=batch, key=KEY, accumulate=parts, layout=layout)
     close(found, run(2, noisy, key=KEY), rtol=1e-5)
 
 

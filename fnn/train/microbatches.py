@@ -22,8 +22,9 @@ def over_microbatches(
     """Call a function on each microbatch; add up what it says to.
 
     Microbatch i of k gets the rows i, i + k, i + 2k, ...: on a mesh, each then lies on all of the
-    devices that the batch lies on. If k doesn't divide their number, the first rows make
-    microbatches of one more example (two loops, and none of them padded).
+    devices that the batch lies on (as a whole on each, if it can't be dealt out evenly). If k
+    doesn't divide their number, the first rows make microbatches of one more example (two loops,
+    and none of them padded).
 
     Args:
         function: `(state, rows) -> (state, share, each)`.
@@ -92,13 +93,19 @@ def _keys_as_numbers(rows: Any) -> tuple[Any, Callable[[Any], Any]]:
 
 
 def _cut(rows: Any, start: int, number: int, length: int) -> Any:
-    """Rows from `start` on as `(length, number, ...)`."""
+    """Rows from `start` on as `(length, number, ...)`.
+
+    On a mesh with explicit axes, rows that can't be dealt out evenly go to all devices.
+    """
 
     def cut(x):
         stop = start + number * length
+        lies = of_rows(x, stop - start)
+        if lies is not None and lies.spec != spec_of(x):
+            x = jax.sharding.reshard(x, lies)
         part = x if (start, stop) == (0, x.shape[0]) else x[start:stop]
         shape = (length, number, *x.shape[1:])
-        sharding = of_rows(x, length)
+        sharding = of_rows(part, length)
         if sharding is None:
             return part.reshape(shape)
         first, *rest = sharding.spec

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from fnn.backprop import value_and_grad
 from fnn.batch import batch_size
 from fnn.sharding import Layout
+from fnn.train.devices import dealt
 from fnn.train.loss import Loss, counting, example_losses, keys_of
 from fnn.train.loss_scaling import unscaled
 from fnn.train.microbatches import in_order, over_microbatches
@@ -120,13 +121,16 @@ class Objective:
     def _share(self, params: Any, rows: Any, size: int, count: Any, state: Any) -> Any:
         """`(mean, (means, losses, state))`: what some rows of a batch add to its means."""
         examples, keys, counts = rows
+        here = batch_size(examples)
+        if here != size and self.layout is not None and not self.layout.deals_out(here):
+            # Whole on each device: of rows dealt out unevenly XLA can't compile every program.
+            examples = dealt(self.layout, examples)
         given = cast(params, self.compute), cast(examples, self.compute)
         losses, metrics, new = example_losses(
             self.loss, *given, keys, train=True, state=state, layout=self.layout
         )
         if self.compute is not None:
             losses, metrics = wide((losses, metrics))
-        here = batch_size(examples)
 
         def share(values):
             if counts is not None:
