@@ -47,7 +47,8 @@ def test_the_operation_and_the_device(checks):
     assert found.device == (("data", 2), ("model", 1))
     assert found.index == (1, 0) and found.shape == (2, 2) and found.inputs == ("-1",)
     assert source_of(found, summed_logs, "the log")
-    assert "device    data=2, model=1" in str(found)
+    assert (found.example, found.example_of) == (5, ("x",))
+    assert "device    data=2, model=1" in str(found) and "example   5 of x" in str(found)
     assert "on the device data=2, model=1" in found.in_a_sentence()
 
 
@@ -67,6 +68,7 @@ def test_an_argument_and_what_is_made_outside():
     rows = P(("data", "model"))  # the sixth of eight devices
     found = born(on_devices(jnp.log, rows, rows), spoilt(5, 1, -1.0))
     assert (found.device, found.index) == ((("data", 2), ("model", 1)), (0, 1))
+    assert found.example == 5
 
 
 def test_what_devices_share_has_no_device_along_their_axis():
@@ -78,6 +80,7 @@ def test_what_devices_share_has_no_device_along_their_axis():
     w = np.array([1.0, 2.0, 3.0, -1.0])
     found = born(run, ROWS, w)
     assert (found.operation, found.device, found.index) == ("log", (("model", 1),), (1,))
+    assert (found.example, found.example_of) == (3, ("w",))  # of no batch, but of this array
     # Each device's part is fine; their sum overflows.
     total = on_devices(lambda x: lax.psum(x, "data"), P("data"), P())
     found = born(total, np.full(4, 1e308))
@@ -174,6 +177,7 @@ def test_in_the_gradient():
     assert (found.kind, found.place, found.operation) == ("nan", "0 * inf", "mul")
     assert source_of(found, f, "the root")
     assert found.device == (("data", 2), ("model", 0)) and found.output == "the gradient of x"
+    assert found.example == 4
     found = born(jax.grad(loss), spoilt(4, 1, 0.0))
     assert found.device == (("data", 2), ("model", 0))
 
@@ -190,10 +194,11 @@ def test_on_an_explicit_mesh_and_under_vmap():
     x = jax.device_put(spoilt(6, 1, -2.0), jax.sharding.NamedSharding(mesh, P("data")))
     found = born(f, x)
     assert (found.operation, found.device) == ("log", (("data", 6),))
+    assert found.example == 6
     mapped = jax.vmap(on_devices(summed_logs, P("data", "model"), P()))
     found = born(mapped, np.stack([ROWS, spoilt(5, 2, -1.0), ROWS]))
     assert (found.operation, found.device) == ("log", (("data", 2), ("model", 1)))
-    assert found.index == (1, 1, 0)
+    assert found.index == (1, 1, 0) and found.example == 1  # of those of vmap
 
 
 @exhaustive

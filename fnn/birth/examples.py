@@ -2,6 +2,7 @@
 
 Found by trying: if the examples are moved on by one place and the array's rows along an axis move
 with them, then the place along this axis is the example's. Nothing needs to be known of `vmap`.
+Under shard_map the rows may go on from device to device.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from fnn.birth.entries import can_be_read, on_host
 from fnn.birth.levels import Level, Place
+from fnn.meshes import spec_of, with_auto_axes
 
 _MOST_AXES = 4
 
@@ -33,23 +35,49 @@ def example_of(
         None and nothing if it belongs to no single example, or that isn't certain.
     """
     level, number, index = place
-    if level.devices is not None:  # an example's rows are spread over devices
-        return None, ()
     value = level.values[number]
     if not can_be_read(value):
         return None, ()
     before = on_host(value)
-    for axis in range(min(before.ndim, _MOST_AXES)):
-        size = before.shape[axis]
-        wanted = np.roll(before, 1, axis)
-        if size < 2 or _same(wanted, before):
+    of_devices = 0 if level.devices is None else len(level.devices.axes)
+    for axes in _groups(before.shape, of_devices):
+        rows = _rows(before, axes)
+        wanted = np.roll(rows, 1, 0)
+        if len(rows) < 2 or _same(wanted, rows):
             continue
-        for chosen in _choices(args, labels, size):
-            moved = [jnp.roll(x, 1, 0) if i in chosen else x for i, x in enumerate(args)]
+        for chosen in _choices(args, labels, len(rows)):
             with contextlib.suppress(Exception):  # the function may refuse them
-                if _same(on_host(_again(level, [number], moved)[0]), wanted):
-                    return index[axis], tuple(dict.fromkeys(_name(labels[i]) for i in chosen))
+                moved = [_moved_on(x) if i in chosen else x for i, x in enumerate(args)]
+                if _same(_rows(on_host(_again(level, [number], moved)[0]), axes), wanted):
+                    lengths, at = [before.shape[k] for k in axes], [index[k] for k in axes]
+                    found = int(np.ravel_multi_index(at, lengths))
+                    return found, tuple(dict.fromkeys(_name(labels[i]) for i in chosen))
     return None, ()
+
+
+def _groups(shape: Sequence[int], of_devices: int) -> list[tuple[int, ...]]:
+    """The axes that examples may lie along: one, or devices along some axes of their mesh and one.
+
+    Args:
+        shape: of an array.
+        of_devices: how many of its axes, the first ones, are those of a mesh.
+    """
+    own = [(k,) for k in range(of_devices, len(shape))][:_MOST_AXES]
+    spread = [k for k in range(of_devices) if shape[k] > 1]
+    divisions = [tuple(spread)] if len(spread) > 1 else []
+    divisions += [(k,) for k in spread]
+    return [(*d, *k) for d in divisions for k in [*own, ()]] + own
+
+
+def _rows(x: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+    """The array with some axes as one, its first."""
+    x = np.moveaxis(x, axes, range(len(axes)))
+    return x.reshape(-1, *x.shape[len(axes) :])
+
+
+def _moved_on(x: Any) -> Any:
+    """An array's rows, each at the place of the next one; on the devices that they lie on."""
+    return with_auto_axes(lambda x: jnp.roll(x, 1, 0), (x,), spec_of(x))
 
 
 def _choices(args: Sequence, labels: Sequence[str], size: int) -> list[set[int]]:
