@@ -14,7 +14,7 @@ from sweeps import exhaustive, sweep
 
 from fnn import ops
 from fnn.layers import BatchNorm, Dropout, Linear, chain
-from fnn.train import evaluate, fit, supervised, train_step
+from fnn.train import evaluate, find_learning_rate, fit, supervised, train_step
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -92,6 +92,17 @@ def test_batches_that_cannot_be_dealt_out_evenly():
     squares = lambda params, x: jnp.sum((params - x) ** 2)
     found = evaluate(squares, jnp.ones(4), data, batch_size=9)
     assert found["loss"] == pytest.approx(np.mean(np.sum((1 - X) ** 2, 1)))
+
+
+@exhaustive
+def test_learning_rates_are_searched_for_on_an_explicit_mesh():
+    data = jax.device_put((X, Y), NamedSharding(jax.make_mesh((8,), ("data",)), P("data")))
+    squares = lambda params, example: jnp.sum((params["W"] @ example[0] - example[1]) ** 2)
+    params = {"W": jnp.zeros((3, 4))}
+    of = lambda data: find_learning_rate(
+        squares, params, data, optax.sgd, batch_size=16, steps=6, key=KEY
+    )
+    np.testing.assert_allclose(of(data).losses, of((X, Y)).losses, rtol=1e-9)
 
 
 @pytest.mark.parametrize("spec", [P(), P("data")], ids=str)

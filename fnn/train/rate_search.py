@@ -15,6 +15,7 @@ import optax
 from fnn import arguments
 from fnn.batch import batch_size as size_of
 from fnn.batch import example_types
+from fnn.meshes import beside
 from fnn.train.data import Arrays, batches_of, fold_in
 from fnn.train.loss import Loss, check_loss, extras
 from fnn.train.state import State
@@ -121,7 +122,7 @@ def find_learning_rate(
     if model_state is None and found.state is not None and hasattr(loss, "init_state"):
         model_state = loss.init_state(example_types(jax.tree.map(lambda x: x[0], batches)))
     step = train_step(loss, _growing(where, optimizer, rates), nonfinite="ignore", check=False)
-    state = step.init(params, model_state)
+    state = beside(step.init(params, model_state), batches)
 
     @jax.jit
     def losses_of(state, batches, key):
