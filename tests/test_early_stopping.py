@@ -125,6 +125,8 @@ def test_the_learning_rate_in_the_record():
             **options,
         ).history
     )
+    with pytest.raises(TypeError, match=r"schedule must return a learning rate, .* shape \(2,\)"):
+        run(optax.sgd(0.1), schedule=lambda step: np.ones(2, np.float32))
     schedule = optax.linear_schedule(0.1, 0.0, 6)
     wanted = [float(schedule(i)) for i in (1, 3, 5)]  # of the last step of each epoch
     injected = optax.inject_hyperparams(optax.sgd)(learning_rate=schedule)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from fnn import arguments
 from fnn.train.state import State
 
 NAME = "learning_rate"
@@ -34,6 +35,13 @@ def rate_of(state: State, schedule: Callable | None) -> dict[str, float]:
         schedule: the rate as a function of the number of steps that were applied before.
     """
     if schedule is not None:
-        return {NAME: float(schedule(max(0, int(state.step) - 1)))}
+        rate = schedule(max(0, int(state.step) - 1))
+        try:
+            return {NAME: float(rate)}
+        except TypeError:
+            raise TypeError(
+                "fit: schedule must return a learning rate, a real number, for a number of steps, "
+                f"but returned {arguments.show(rate)}."
+            ) from None
     rate = shown_rate(state)
     return {} if rate is None else {NAME: rate}
