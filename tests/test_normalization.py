@@ -512,8 +512,8 @@ def test_gradients_of_examples_through_norms_of_weights():
 @exhaustive
 @pytest.mark.parametrize("size", [1e-25, 1e25])
 def test_power_iteration_of_weights_whose_squares_are_out_of_range(size):
-    W = jax.random.normal(jax.random.key(0), (6, 5))
-    u, v = jnp.ones(6), jnp.zeros(5)
+    W = jax.random.normal(jax.random.key(0), (6, 5), jnp.float32)
+    u, v = jnp.ones(6, jnp.float32), jnp.zeros(5, jnp.float32)
     found = power_iteration(size * W, u, v, iterations=100)
     left, values, right = np.linalg.svd(np.asarray(W, np.float64))
     np.testing.assert_allclose(ops.spectral_norm(size * W, *found), W / values[0], rtol=1e-4)
