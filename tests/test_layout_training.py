@@ -112,7 +112,11 @@ def test_a_state_goes_on_in_another_layout(alone):
         first = train(LAYOUTS["full"], epochs=1)
         found = train(LAYOUTS["both"], first.state, epochs=1)
         validation = fnn.evaluate(LOSS, found.params, (X, Y), layout=LAYOUTS["both"])
+        step = fnn.train_step(LOSS, optax.sgd(0.0), layout=LAYOUTS["full"])
+        options = {"epochs": 1, "shuffle": False, "progress": False, "key": KEY}
+        by_name = fnn.fit(loss=step, params=found.params, data=(X, Y), **options)
     close(found.params, alone.params)
+    close(by_name.params, alone.params)
     assert validation["loss"] == pytest.approx(alone.history["validation_loss"][-1], rel=1e-5)
 
 

@@ -109,7 +109,8 @@ def on_its_mesh(function: Function) -> Function:
     def run(*args: Any, **options: Any) -> Any:
         layout = options.get("layout")
         if layout is None:
-            layout = getattr(args[0] if args else None, "layout", None)
+            first = args[0] if args else options.get("loss")
+            layout = getattr(first, "layout", None)
         if not isinstance(layout, Layout):
             # Not within `on_mesh`: contextlib sets attributes of errors, and some are frozen.
             return function(*args, **options)
