@@ -104,7 +104,7 @@ def check_loss_scale(where: str, loss_scale: Any, compute: Any) -> float | Dynam
             return DynamicLossScale()
         kind = ValueError if isinstance(loss_scale, str) else TypeError
         raise kind(
-            f'{where}: loss_scale must be "dynamic", a fnn.DynamicLossScale or a positive number, '
+            f'{where}: loss_scale must be "dynamic", an fnn.DynamicLossScale or a positive number, '
             f"but got {arguments.show(loss_scale)}."
         )
     return float(arguments.number(where, "loss_scale", loss_scale, above=0))
