@@ -7,6 +7,7 @@ find what was joined without a thought. What is joined by these functions is mea
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,3 +40,9 @@ def wide_together(*arrays: Any) -> tuple[jax.Array, ...]:
     """The arrays in one dtype of at least float32."""
     dtype = widest(*[wide_dtype(x.dtype) for x in arrays])
     return tuple(x.astype(dtype) for x in arrays)
+
+
+def total(arrays: Sequence[Any]) -> jax.Array:
+    """The sum of arrays of one shape, entry by entry, in the widest of their dtypes."""
+    dtype = widest(*[x.dtype for x in arrays])
+    return functools.reduce(jnp.add, [x.astype(dtype) for x in arrays])

@@ -24,7 +24,7 @@ from fnn.curvature.checks import (
 from fnn.curvature.sqrt_ggn import SqrtGGN, sqrt_ggn
 from fnn.meshes import specs_of, with_auto_axes
 from fnn.per_example.precision import as_dtype
-from fnn.precision import widest
+from fnn.precision import total, widest
 
 
 def ggn_diagonal(
@@ -60,8 +60,8 @@ def ggn_diagonal(
         params, *batch, size = checked("ggn_diagonal", params, batch)
 
         def of_parameter(own):
-            total = functools.reduce(jnp.add, [sign * c.sum_of_squares() for sign, c in own])
-            return as_dtype(total / size, own[0][1].dtype)
+            squares = total([sign * c.sum_of_squares() for sign, c in own])
+            return as_dtype(squares / size, own[0][1].dtype)
 
         def diagonal(params, batch):
             found, tree = _signed(model, loss, params, batch, key, samples, part)
@@ -93,7 +93,7 @@ def ggn_trace(
         def trace(params, batch):
             found, _ = _signed(model, loss, params, batch, key, samples, part, thrifty=False)
             parts = [sign * jnp.sum(c.squared_norms()) for own in found for sign, c in own]
-            return _sum(parts) / size
+            return total(parts) / size
 
         return with_auto_axes(trace, (params, batch))
 
@@ -204,9 +204,4 @@ def _grams(own: list[SqrtGGN], others: list[SqrtGGN]) -> jax.Array:
         dtype = widest(jnp.float32, *[c.dtype for c in own])
         return jnp.zeros([c[0].batch_size * c[0].count for c in (own, others)], dtype)
     pairs = zip(own, others, strict=True)
-    return _sum([g.as_batch().gram(h.as_batch()) for g, h in pairs])
-
-
-def _sum(arrays: list[jax.Array]) -> jax.Array:
-    dtype = widest(*[x.dtype for x in arrays])
-    return functools.reduce(jnp.add, [x.astype(dtype) for x in arrays])
+    return total([g.as_batch().gram(h.as_batch()) for g, h in pairs])

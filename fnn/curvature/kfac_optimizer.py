@@ -29,7 +29,7 @@ from fnn.curvature.sqrt_ggn import one_array
 from fnn.eager import once
 from fnn.meshes import specs_of, with_auto_axes
 from fnn.per_example.inputs import parameters
-from fnn.precision import wide, widest
+from fnn.precision import total, wide, widest
 
 
 class KFACState(NamedTuple):
@@ -369,9 +369,7 @@ def _table(entry: Callable, vectors: Sequence, dtype):
 def _dot(u, v):
     """⟨u, v⟩ of two trees, in float32 at least."""
     pairs = zip(jax.tree.leaves(_wide(u)), jax.tree.leaves(_wide(v)), strict=True)
-    parts = [jnp.sum(a * b) for a, b in pairs]
-    dtype = widest(*[p.dtype for p in parts])
-    return functools.reduce(jnp.add, [p.astype(dtype) for p in parts])
+    return total([jnp.sum(a * b) for a, b in pairs])
 
 
 def _mean(loss, z, targets):

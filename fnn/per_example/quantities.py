@@ -21,7 +21,7 @@ from fnn.per_example.gradient import FactoredGradient, exactly
 from fnn.per_example.measured import LONGEST
 from fnn.per_example.precision import divided, nonzero, norm_of, power_of_two
 from fnn.per_example.sums import weighted_sums
-from fnn.precision import widest
+from fnn.precision import total, widest
 
 By = str | Callable[[str], str] | Mapping[str, Sequence[str]] | None
 
@@ -163,7 +163,7 @@ def gram(grads: Any, others: Any = None) -> jax.Array:
     """
     others = grads if others is None else others
     leaves, others_leaves, _ = _same_parameters("gram", grads, others)
-    return _total([g.gram(h) for g, h in zip(leaves, others_leaves, strict=True)])
+    return total([g.gram(h) for g, h in zip(leaves, others_leaves, strict=True)])
 
 
 def dot(grads: Any, tree: chex.ArrayTree) -> jax.Array:
@@ -179,7 +179,7 @@ def dot(grads: Any, tree: chex.ArrayTree) -> jax.Array:
         raise ValueError(
             f"dot: the tree's structure must be the parameters', {expected}, but is {got}."
         )
-    return _total([g.dot(t) for g, t in zip(leaves, tensors, strict=True)])
+    return total([g.dot(t) for g, t in zip(leaves, tensors, strict=True)])
 
 
 def second_moment(grads: Any) -> chex.ArrayTree:
@@ -234,7 +234,7 @@ def _noise(grads: Any) -> tuple[Noise, jax.Array]:
 
     def from_deviations(leaves):
         own = [g.scale(1 / nonzero(unit)) for g in leaves]
-        return _total([jnp.sum(g.variance()) for g in own]).astype(mean.dtype)
+        return total([jnp.sum(g.variance()) for g in own]).astype(mean.dtype)
 
     # The mean of the squares less the square of the mean, where that keeps enough digits.
     trace = lax.cond(cancels, from_deviations, lambda leaves: squares - mean, leaves)
@@ -339,8 +339,3 @@ def _same_parameters(where, grads, others):
 def _each(function, grads):
     leaves, tree = _leaves(grads)
     return jax.tree.unflatten(tree, [function(g) for g in leaves])
-
-
-def _total(arrays):
-    dtype = widest(*[x.dtype for x in arrays])
-    return functools.reduce(jnp.add, [x.astype(dtype) for x in arrays])

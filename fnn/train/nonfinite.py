@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import functools
 import itertools
 import threading
 import warnings
@@ -18,7 +17,7 @@ import numpy as np
 from fnn.birth import Birth
 from fnn.eager import apply_all
 from fnn.jaxpr import Equation, Program, program, trace
-from fnn.precision import widest
+from fnn.precision import total, widest
 from fnn.train.precision import wide
 from fnn.train.replay import in_words
 from fnn.train.state import State, path_name
@@ -149,8 +148,7 @@ def square_sums(gradient: Any, new: State, old: State, *, exact: bool) -> jax.Ar
 
 def _sum_of_all(arrays: list[jax.Array]) -> jax.Array:
     """The sum of all entries of arrays of one shape, in one loop."""
-    dtype = widest(*[x.dtype for x in arrays])
-    return jnp.sum(functools.reduce(jnp.add, [x.astype(dtype) for x in arrays]))
+    return jnp.sum(total(arrays))
 
 
 def became_nonfinite(new: State, old: State) -> jax.Array:
@@ -170,8 +168,8 @@ def became_nonfinite(new: State, old: State) -> jax.Array:
 
     zeros = jnp.zeros((), jnp.float32)  # or nan
     for group in found:
-        total = _sum_of_all([_zero_if_fine(after[i], None) for i in group.leaves])
-        zeros = zeros + total.astype(jnp.float32)
+        found_in = _sum_of_all([_zero_if_fine(after[i], None) for i in group.leaves])
+        zeros = zeros + found_in.astype(jnp.float32)
     return jax.lax.cond(zeros == 0, lambda: jnp.zeros((), bool), exact)
 
 
@@ -275,8 +273,8 @@ def square_norms(gradients: Any, folded: bool = False) -> jax.Array:
         folded: see `_folded_sum`, which is faster on a CPU. It cuts arrays anywhere, which those
             that are divided over devices would have to be sent for.
     """
-    total = _folded_sum if folded else jnp.sum
-    sums = [total(square(g)) for g in jax.tree.leaves(gradients)]
+    summed = _folded_sum if folded else jnp.sum
+    sums = [summed(square(g)) for g in jax.tree.leaves(gradients)]
     dtype = widest(*[s.dtype for s in sums])
     return jnp.stack([s.astype(dtype) for s in sums])
 
