@@ -185,6 +185,29 @@ def test_pullback_leaves_a_jitted_function():
     assert len(kept) <= 3 and all(shape == (3,) for shape in kept)
 
 
+CLOSING = {
+    "product": lambda w, x: jnp.sin(w * x),
+    "scan": lambda w, x: jax.lax.scan(lambda c, _: (c * w, c * w), x, None, length=2)[1],
+    "cond": lambda w, x: jax.lax.cond(x[0] > 0, lambda x: x * w, lambda x: x * w * w, x),
+    "checkpoint": lambda w, x: jax.checkpoint(lambda x: jnp.sin(x * w))(x),
+    "operation": lambda w, x: fnn.ops.softmax(x * w) * w,
+}
+
+
+@pytest.mark.parametrize("name", sweep(CLOSING, ["product"]))
+@pytest.mark.parametrize("around", sweep(["jit", "vmap"], ["jit"]))
+def test_a_pullback_takes_along_what_its_function_closes_over(name, around):
+    """It leaves the trace that the arrays which its function closes over belong to."""
+    f, transform = CLOSING[name], getattr(jax, around)
+    w, x = jnp.stack([X, 2 * X]), jnp.stack([X + 1, X * X])
+    if around == "jit":
+        w, x = w[0], x[0]
+    with jax.checking_leaks():
+        y, pullback = transform(lambda w, x: fnn.vjp(lambda x: f(w, x), x))(w, x)
+    want = transform(lambda w, x, ct: jax.vjp(lambda x: f(w, x), x)[1](ct))(w, x, y)
+    same(transform(lambda pullback, ct: pullback(ct))(pullback, y), want)
+
+
 def test_vjp_complains_about_cotangents():
     value, pullback = fnn.vjp(jnp.sin, X)
     with pytest.raises(ValueError, match=r"\(4,\).*\(3,\)"):

@@ -56,6 +56,12 @@ class PartialEvaluation:
         apply_all(self.forward, values)
         return [values[i] for i in self.outs], [values[i] for i in self.residuals]
 
+    def backward_half(self) -> PartialEvaluation:
+        """Without the forward half, and without traced constants: what may leave the trace."""
+        constants = _known_constants(self.joint)
+        joint = dataclasses.replace(self.joint, constants=constants, equations=[], calls=())
+        return dataclasses.replace(self, joint=joint, forward=[])
+
     def run_backward(self, residuals: Sequence, cotangents: Sequence) -> Any:
         """The gradients of the needed inputs, from residuals and upstream gradients."""
         values = dict(self.joint.constants)
@@ -121,13 +127,18 @@ def partially_evaluate(
 
     backward, wanted = joint.needed_for(gradients, through=again, effects=True)
     made = {i for equation in backward for i in equation.outs}
+    known = _known_constants(joint)
     residuals = [
-        i
-        for i in sorted(wanted)
-        if i not in made and i not in joint.constants and i not in cotangents
+        i for i in sorted(wanted) if i not in made and i not in known and i not in cotangents
     ]
     forward, _ = joint.needed_for([*outs, *residuals], through=is_forward, effects=True)
     (tree,) = trees
     return PartialEvaluation(
         joint, ins, cotangents, outs, gradients, tree, forward, backward, residuals
     )
+
+
+def _known_constants(joint: Program) -> dict[int, Any]:
+    """All but the traced ones: those are of a function around this one, which a pullback may leave."""
+    constants = joint.constants.items()
+    return {i: c for i, c in constants if not isinstance(c, jax.core.Tracer)}

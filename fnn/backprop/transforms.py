@@ -156,6 +156,7 @@ def vjp(fun: Callable, *primals, has_aux: bool = False) -> Any:
     needed = [is_inexact(a) for a in closed.in_avals]
     cut = partially_evaluate(closed, needed, rule_of, has_cotangent)
     outs, residuals = cut.run_forward(leaves)
+    cut = cut.backward_half()
     out_avals = tuple(closed.out_avals[: traced.num_values()])
     static = (cut, tree, traced.value_tree(), out_avals, tuple(closed.in_avals))
     pullback = jax.tree_util.Partial(functools.partial(_pull_back, *static), residuals)
