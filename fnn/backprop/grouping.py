@@ -22,7 +22,7 @@ from typing import Any
 
 from fnn import arguments
 from fnn.backprop.node import Node
-from fnn.backprop.scopes import scope_name
+from fnn.backprop.scopes import is_backward, scope_name
 from fnn.backprop.source import Source, frames_of
 from fnn.frames import Frame
 from fnn.jaxpr import Equation, Inlined
@@ -294,7 +294,7 @@ def _stretches(units: list[Unit]) -> list[Group]:
 def _labels(unit: Unit, calls: list[tuple[Frame, int]]) -> Iterator[tuple[Hashable, str]]:
     """(what tells it apart, what to call it) for each scope, call and line around it."""
     scope = unit.equation.scope
-    if _is_backward(unit):  # its lines are those of the forward pass
+    if is_backward(scope):  # its lines are those of the forward pass
         calls = []
     for depth, raw in enumerate(scope, start=1):
         name = scope_name(raw).lstrip("_")
@@ -313,10 +313,6 @@ def _labels(unit: Unit, calls: list[tuple[Frame, int]]) -> Iterator[tuple[Hashab
         yield ("line", number, line), source if len(source) <= 40 else source[:39] + "…"
 
 
-def _is_backward(unit: Unit) -> bool:
-    return any("transpose(" in raw for raw in unit.equation.scope)
-
-
 class _Calls:
     """Tells the calls of a function apart: each frame of each stack gets its call's number.
 
@@ -333,7 +329,7 @@ class _Calls:
 
     def of(self, unit: Unit) -> list[tuple[Frame, int]]:
         """(frame, number of the call) for each of the user's frames, outermost first."""
-        frames = [] if _is_backward(unit) else [*reversed(frames_of(unit.equation))]
+        frames = [] if is_backward(unit.equation.scope) else [*reversed(frames_of(unit.equation))]
         numbers: list[int] = []
         for depth in range(len(frames)):
             is_same = len(numbers) == depth and depth < len(self.before)
