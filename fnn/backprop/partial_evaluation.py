@@ -139,6 +139,6 @@ def partially_evaluate(
 
 
 def _known_constants(joint: Program) -> dict[int, Any]:
-    """All but the traced ones: those are of a function around this one, which a pullback may leave."""
+    """All but the traced ones, which are of a function around that a pullback may leave."""
     constants = joint.constants.items()
     return {i: c for i, c in constants if not isinstance(c, jax.core.Tracer)}
