@@ -720,3 +720,17 @@ def test_linear_algebra_costs_no_more(function):
     (ours, our_calls), (theirs, their_calls) = costs
     assert ours <= 1.02 * theirs + 24 * a.size  # a product would be 64 operations per entry
     assert our_calls <= their_calls
+
+
+@exhaustive
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_singular_vectors_of_tiny_and_huge_matrices(scale):
+    """They are those of a matrix of usual size; the squares of these singular values are none."""
+    a = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), "float32")
+
+    def of_vectors(a):
+        u, _, vh = jnp.linalg.svd(a, full_matrices=False)
+        return jnp.sum(u[0] * vh[1])
+
+    found = fnn.grad(of_vectors)(a * np.float32(scale)) * np.float32(scale)
+    np.testing.assert_allclose(found, jax.grad(of_vectors)(a.astype("float64")), rtol=1e-4)

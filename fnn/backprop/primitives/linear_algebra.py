@@ -293,15 +293,16 @@ def _svd(bars, outputs, a, *, full_matrices, compute_uv, subset_by_index=None, *
     u_bar, vh_bar = bars[1:] if compute_uv else (None, None)
     if u_bar is None and vh_bar is None:
         return (u * s_bar[..., None, :].astype(u.dtype)) @ vh
-    s_column, s_row = s[..., :, None].astype(u.dtype), s[..., None, :].astype(u.dtype)
-    uh, v = u.mT.conj(), vh.mT.conj()
-    f = _inverse_differences(s * s)
+    s_row, uh, v = s[..., None, :].astype(u.dtype), u.mT.conj(), vh.mT.conj()
+    # F[i,j] s[j] as s[j] / (s[i] + s[j]) · 1 / (s[j] - s[i]): no square is too large for a number.
+    sums = s[..., :, None] + s[..., None, :]
+    share = (s[..., None, :] / jnp.where(sums == 0, 1, sums)).astype(u.dtype)
+    apart = _inverse_differences(s).astype(u.dtype)
     middle = None if s_bar is None else _diagonal_matrix(s_bar.astype(u.dtype))
     surplus = None
     if u_bar is not None:
         uh_u_bar = uh @ u_bar
-        j = f * uh_u_bar
-        middle = _sum(middle, (j + j.mT.conj()) * s_row)
+        middle = _sum(middle, apart * (share * (uh_u_bar - uh_u_bar.mT.conj())))
         if jnp.iscomplexobj(u):
             turn = lax.complex(jnp.zeros_like(s), jnp.diagonal(uh_u_bar, 0, -2, -1).imag)
             middle = middle + _diagonal_matrix(turn / jnp.where(s == 0, jnp.inf, s))
@@ -309,8 +310,8 @@ def _svd(bars, outputs, a, *, full_matrices, compute_uv, subset_by_index=None, *
             surplus = ((u_bar - u @ uh_u_bar) / s_row) @ vh
     if vh_bar is not None:
         v_bar = vh_bar.mT.conj()
-        k = f * (vh @ v_bar)
-        middle = _sum(middle, s_column * (k + k.mT.conj()))
+        vh_v_bar = vh @ v_bar
+        middle = _sum(middle, apart * (share.mT * (vh_v_bar - vh_v_bar.mT.conj())))
         if n > m:
             surplus = _sum(surplus, (u / s_row) @ (vh_bar - (vh_bar @ v) @ vh))
     return _sum(surplus, u @ middle @ vh)
