@@ -67,8 +67,27 @@ def _pad(needed, g, y, x, value, *, padding_config):
         of_x = lax.slice(of_x, [0] * g.ndim, of_x.shape, [n + 1 for n in interior])
     if not needed[1]:
         return of_x, None
-    total = lambda a: lax.reduce_sum(a, range(a.ndim))
-    return of_x, lax.sub(total(g), total(of_x))
+    return of_x, _sum_of_padding(g, padding_config)
+
+
+def _sum_of_padding(g, padding_config):
+    """Σ of g before, between and behind x's entries, axis by axis.
+
+    Not Σ g less x's part of it: where that is large, the difference would cancel.
+    """
+    total = _zero(g)
+    for axis, (low, high, interior) in enumerate(padding_config):
+        n, step = g.shape[axis], interior + 1
+        first, stop = low if low >= 0 else low % step, min(n - high, n)
+        places = [(0, min(first, n), 1), (max(stop, first), n, 1)]
+        places += [(first + i, stop, step) for i in range(1, step)]
+        for place in places:
+            if place[0] < place[1]:
+                part = lax.slice_in_dim(g, *place, axis)
+                total = lax.add(total, lax.reduce_sum(part, range(g.ndim)))
+        if (low, high, interior) != (0, 0, 0):
+            g = lax.slice_in_dim(g, min(first, n), max(stop, min(first, n)), step, axis)
+    return total
 
 
 def _slice(g, y, x, *, start_indices, limit_indices, strides):
