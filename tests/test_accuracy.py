@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from sweeps import sweep
+from sweeps import exhaustive, sweep
 
 import fnn
 
@@ -110,3 +110,43 @@ def test_functions_of_two_numbers(name):
 def test_reductions(name):
     rows = np.array(list(ROWS.values()), np.float32)
     assert_as_accurate(lambda x: jax.vmap(OF_ROWS[name])(x), rows)
+
+
+def test_quotients_by_numbers_whose_square_is_none():
+    """In float32 the square of 1e20 is infinite and that of 1e-25 zero; in float16 that of 300."""
+    slope = jax.vmap(fnn.grad(lax.div, 1))
+    a, b = (np.float32(x) for x in ([1e20, 1e-30, 3, -2e30], [1e20, 1e-25, 1e19, 1e25]))
+    np.testing.assert_allclose(slope(a, b), -a / np.float64(b) ** 2, rtol=1e-6)
+    a, b = (np.float16(x) for x in ([300, 2e3, 6e4], [300, 1e3, 6e4]))
+    np.testing.assert_allclose(slope(a, b), -a / np.float64(b) ** 2, rtol=2e-3)
+    x = jnp.array([200, 300, 400], jnp.float16)
+    found = fnn.grad(lambda x: (x / jnp.sum(x))[0])(x)
+    np.testing.assert_allclose(found, (np.array([1, 0, 0]) - 2 / 9) / 900, rtol=2e-3)
+
+
+def test_remainders_of_almost_multiples():
+    """In float32 a / b may be a whole number though a is less than that times b."""
+    rng = np.random.default_rng(0)
+    b = rng.uniform(0.1, 10, 1000).astype(np.float32)
+    a = np.float32(rng.integers(1, 1000, 1000) * np.float64(b)) * np.sign(rng.normal(size=1000))
+    a = a.astype(np.float32)
+    true = -np.trunc(np.float64(a) / np.float64(b))
+    np.testing.assert_array_equal(jax.vmap(fnn.grad(lax.rem, 1))(a, b), true)
+
+
+@exhaustive
+def test_incomplete_functions_at_the_ends():
+    """Where the integrand holds 0⁰, which is 1: of 1 − e⁻ˣ, x and (1 − x)², say."""
+    P, B = lax.igamma, lax.betainc
+    slope = lambda f, k=1: jax.vmap(fnn.grad(f) if k == 1 else fnn.grad(fnn.grad(f)))
+    x = jnp.array([0.0, 0.5, 1.0])
+    for f, first, second in [
+        (lambda x: P(1.0, x), np.exp(-x), -np.exp(-x)),
+        (lambda x: -lax.igammac(1.0, x), np.exp(-x), -np.exp(-x)),
+        (lambda x: B(1.0, 1.0, x), [1, 1, 1], [0, 0, 0]),
+        (lambda x: B(1.0, 2.0, x), 2 - 2 * x, [-2, -2, -2]),
+        (lambda x: B(2.0, 1.0, x), 2 * x, [2, 2, 2]),
+    ]:
+        np.testing.assert_allclose(slope(f)(x), first, atol=1e-12)
+        at = x[1:2]
+        np.testing.assert_allclose(slope(f, 2)(at), np.asarray(second)[1:2], atol=1e-9)

@@ -189,6 +189,16 @@ def test_a_tie_is_shared(f):
     assert at_tie[0] == 0.5
 
 
+@exhaustive
+def test_extrema_of_complex_numbers():
+    """JAX compares the real parts first, then the imaginary ones."""
+    a, b = jnp.array([1 + 2j, 3, 1 + 1j, 2j, 5]), jnp.array([1 + 1j, 5j, 1 + 1j, 2j - 1, 4 + 9j])
+    for f in (lax.max, lax.min):
+        check_primitive(f, a, b)
+    for f in (lax.cummax, lax.cummin):
+        check_primitive(f, a)
+
+
 def test_extrema_of_not_a_number():
     a, b = jnp.array([jnp.nan, 1.0, jnp.nan]), jnp.array([1.0, jnp.nan, jnp.nan])
     check_primitive(lax.max, a, b)
@@ -356,6 +366,19 @@ def test_random_gamma(sample):
     check_primitive(lambda a: sample(key, a), numbers(3, 2, low=0.5, high=4), tol=1e-8)
 
 
+@exhaustive
+def test_logarithms_of_gamma_samples_too_small_for_numbers():
+    """There F(y; a) = yᵃ / Γ(a + 1), of which log y = (log F + log Γ(a + 1)) / a."""
+    sample = lambda a: jax.vmap(lambda key: jax.random.loggamma(key, a, dtype="float32"))(keys)
+    keys, a = jax.random.split(jax.random.key(0), 8), jnp.float32(0.003)
+    y = np.asarray(sample(a), np.float64)
+    assert min(y) < -200 and max(y) > -87
+    log_gamma_slope = -0.5772156649 + 0.003 * np.pi**2 / 6
+    _, pullback = fnn.vjp(sample, a)
+    found = jax.vmap(lambda g: pullback(g)[0])(jnp.eye(8, dtype="float32"))
+    np.testing.assert_allclose(found, (log_gamma_slope - y) / 0.003, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["tanh", "logistic", "erf", "erfc", "atan", "bessel_i0e"])
 def test_far_out_the_slope_is_flat_not_broken(name):
     x = jnp.array([-1e300, -800.0, 800.0, 1e300])
@@ -388,6 +411,12 @@ def test_reductions_with_ties(name):
     x = jnp.array([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0], [jnp.nan, 1.0, 0.0]])
     for axis in (0, 1, None):
         check_primitive(lambda x, axis=axis: REDUCTIONS[name](x, axis=axis), x, primitive=name)
+
+
+@exhaustive
+def test_more_ties_than_float16_can_count():
+    shares = fnn.grad(jnp.max)(jnp.zeros(70_000, jnp.float16))
+    np.testing.assert_allclose(shares, 1 / 70_000, rtol=2e-2)
 
 
 @pytest.mark.parametrize("zeros", [0, 1, 2])

@@ -208,14 +208,23 @@ def _integer_pow(g, y_out, x, *, y):
 
 
 def _rem_divisor(g, y, a, b):
-    """a mod b = a − b·trunc(a/b), and trunc is constant between its jumps."""
-    quotient = div(a, b)
-    return mul(neg(g), mul(sign(quotient), lax.floor(lax.abs(quotient))))
+    """y = a − n b with the whole number n = trunc(a / b), which is constant between its jumps.
+
+    From y, since a / b may round up to a whole number that a doesn't reach.
+    """
+    return neg(mul(g, lax.round(div(sub(a, y), b))))
+
+
+def _is_larger(a, b):
+    """a > b; of two complex numbers the one that JAX's `max` takes."""
+    if is_complex(a):
+        return lax.bitwise_and(eq(lax.max(a, b), a), lax.ne(a, b))
+    return gt(a, b)
 
 
 def _share(winner, other):
     """The share of a maximum's gradient: 1 for the larger argument, ½ each at a tie."""
-    larger = gt(winner, other)
+    larger = _is_larger(winner, other)
     one, half, none = (lax.full_like(larger, v, winner.dtype) for v in (1, 0.5, 0))
     return select(larger, one, select(eq(winner, other), half, none))
 
@@ -263,16 +272,23 @@ def _polynomial(needed, g, y, x, *coefficients, unroll=None):
     return found
 
 
+def _log_of_power(x, n):
+    """n log(x); 0 where n is 0, for x = 0 too."""
+    return mul(n, log(select(eq(n, number(0, n)), lax.full_like(x, 1), x)))
+
+
 def _igamma_x(g, y, a, x):
     """The integrand at its upper end: xᵃ⁻¹ e⁻ˣ / Γ(a)."""
-    return mul(g, exp(sub(sub(mul(sub(a, number(1, a)), log(x)), x), lax.lgamma(a))))
+    return mul(g, exp(sub(sub(_log_of_power(x, sub(a, number(1, a))), x), lax.lgamma(a))))
 
 
 def _betainc_x(g, y, a, b, x):
     """The integrand at its upper end: xᵃ⁻¹ (1 − x)ᵇ⁻¹ / B(a, b)."""
     log_beta = sub(add(lax.lgamma(a), lax.lgamma(b)), lax.lgamma(add(a, b)))
     one = number(1, x)
-    log_integrand = add(mul(sub(b, one), lax.log1p(neg(x))), mul(sub(a, one), log(x)))
+    above = sub(b, one)
+    of_rest = mul(above, lax.log1p(neg(select(eq(above, number(0, x)), lax.full_like(x, 0), x))))
+    log_integrand = add(of_rest, _log_of_power(x, sub(a, one)))
     return summed_to(x, mul(g, exp(sub(log_integrand, log_beta))))
 
 
@@ -288,12 +304,17 @@ def _bessel_i1e(g, y, x):
 def _random_gamma(g, y, key, a, *, log_space):
     """How the sample moves with a, at a fixed random number (Figurnov et al. 2018).
 
-    With F the distribution function, F(y; a) stays constant: dy/da = −∂F/∂a / ∂F/∂y.
+    With F the distribution function, F(y; a) stays constant: dy/da = −∂F/∂a / ∂F/∂y. Where only
+    log y is a number, y being too small for one, F(y; a) = yᵃ / Γ(a + 1), and so
+    d log y/da = (ψ(a + 1) − log y) / a.
     """
     if not log_space:
         return mul(g, lax.random_gamma_grad(a, y))
-    sample = lax.max(exp(y), number(jnp.finfo(y.dtype).tiny, y))
-    return mul(g, div(lax.random_gamma_grad(a, sample), sample))
+    least = number(math.log(jnp.finfo(y.dtype).tiny), y)
+    sample = exp(lax.max(y, least))
+    slope = div(lax.random_gamma_grad(a, sample), sample)
+    below = div(sub(lax.digamma(add(a, number(1, a))), y), a)
+    return mul(g, select(lt(y, least), below, slope))
 
 
 def _no_gradient(of: str, argument: str) -> Callable:
@@ -323,7 +344,8 @@ ARITHMETIC = {
     ),
     "div": binary(
         lambda g, y, a, b: div(g, b),
-        lambda g, y, a, b: neg(mul(mul(g, integer_pow(b, -2)), a)),
+        # Not a / b² as one number: b² may be too large or too small for one.
+        lambda g, y, a, b: neg(mul(div(g, b), div(a, b))),
         ("1 / b", "−a / b²"),
     ),
     "rem": binary(lambda g, y, a, b: g, _rem_divisor, ("1", "−trunc(a / b)")),
