@@ -352,3 +352,16 @@ def test_a_branch_of_another_platform_is_not_compiled_here():
 
     x = jnp.linspace(-1, 1, 8, dtype="float32")
     np.testing.assert_allclose(jax.jit(fnn.grad(f))(x), jax.grad(f)(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", sweep(["float16", "bfloat16"], ["bfloat16"]))
+def test_a_weight_used_in_more_steps_than_half_precision_can_count(dtype):
+    """The sum over the steps is made in float32."""
+
+    def f(w, xs):
+        step = lambda total, x: (total + (w * x).astype("float32"), None)
+        return lax.scan(step, jnp.float32(0), xs)[0]
+
+    found = fnn.grad(f)(jnp.ones((), dtype), jnp.ones(5000, dtype))
+    assert found.dtype == dtype
+    np.testing.assert_allclose(np.float32(found), 5000, rtol=4e-3)

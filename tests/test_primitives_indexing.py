@@ -232,6 +232,15 @@ def test_gather_of_other_dtypes_and_twice():
     jax.eval_shape(lambda x, g: our_vjp(together, [x], g), A.astype("bfloat16"), gs)
 
 
+@exhaustive
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_row_read_more_often_than_half_precision_can_count(dtype):
+    rows, at = jnp.ones((3, 2), dtype), jnp.where(jnp.arange(6000) < 5000, 1, 2)
+    found = fnn.grad(lambda rows: jnp.sum(rows[at], dtype="float32").astype(dtype))(rows)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found.astype("float32")[:, 0], [0, 5000, 1000], rtol=4e-3)
+
+
 def test_dynamic_slice():
     i, j = jnp.array(3), jnp.array(-1)
     read = lambda x, i, j: lax.dynamic_slice(x, (i, j, jnp.array(9)), (2, 3, 2))
@@ -302,6 +311,30 @@ def test_scattered_extrema_share_ties(name):
     x = jnp.array([1.0, 1.0, 0.0, 2.0, 5.0])
     at, u = jnp.array([0, 0, 1, 2, 2, 3, 9]), jnp.array([1.0, 1.0, 1.0, 1.0, 1.0, 3.0, 4.0])
     check_primitive(lambda x, u: getattr(x.at[at], name)(u), x, u, primitive=f"scatter-{name}")
+
+
+@exhaustive
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_many_ties_of_scattered_extrema(dtype):
+    """From 2,048 and 256 on, one more is no more in these dtypes."""
+    f = lambda u: jax.ops.segment_max(u, jnp.zeros(5000, int), 1)[0]
+    shares = fnn.grad(f)(jnp.zeros(5000, dtype)).astype("float64")
+    np.testing.assert_allclose(shares, 1 / 5000, rtol=1e-2)
+
+
+@exhaustive
+def test_scattered_extrema_out_of_bounds_make_no_nan():
+    with jax.debug_nans(True):
+        f = lambda u: jax.ops.segment_max(u, jnp.array([0, 5, 0]), 2)[0]
+        assert fnn.grad(f)(jnp.array([1.0, 9.0, 2.0])).tolist() == [0, 0, 1]
+
+
+def test_the_gradient_of_what_is_padded_with_does_not_cancel():
+    """Nor does an infinite gradient elsewhere reach it."""
+    f = lambda value: lax.pad(np.ones(3, np.float32), value, ((2, 1, 1),))
+    _, pullback = fnn.vjp(f, jnp.float32(0))
+    g = [1, 2, 3e9, 4, -1e9, 8, jnp.inf, 16]
+    assert pullback(jnp.array(g, jnp.float32))[0] == 1 + 2 + 4 + 8 + 16
 
 
 def test_scatter_of_complex_numbers_and_dtypes():

@@ -24,6 +24,7 @@ from fnn.eager import apply, apply_all, once, take_branch
 from fnn.jaxpr import Equation, close, is_inexact, program, scan_layout, trace
 from fnn.meshes import as_varying, barrier, zeros
 from fnn.operation import call_of, linearize, operation_name
+from fnn.precision import wide_dtype
 
 
 def _in_place(forward: Callable) -> Callable:
@@ -108,8 +109,8 @@ def _scan_backward(equation, needed, saved, g, opaque):
 def run_loop_back(equation, cut, active, kept, g, num_sums) -> list:
     """The gradients that the body's backward half finds, over all steps.
 
-    The first `num_sums` of them are summed over the steps, the next are those of the carry,
-    the others are stacked.
+    The first `num_sums` of them are summed over the steps (in float32 at least), the next are those
+    of the carry, the others are stacked.
     """
     params = equation.params
     num_consts, num_carry = scan_layout(params)
@@ -123,7 +124,8 @@ def run_loop_back(equation, cut, active, kept, g, num_sums) -> list:
     ]
     num_active_carry = sum(outs_active[:num_carry])
     ct_carry, ct_ys = full[:num_active_carry], full[num_active_carry:]
-    sums = [zeros(joint_avals[i]) for i in cut.gradients[:num_sums]]
+    summed = [joint_avals[i] for i in cut.gradients[:num_sums]]
+    sums = [zeros(a.update(dtype=wide_dtype(a.dtype)) if is_inexact(a) else a) for a in summed]
 
     def step(state, given):
         sums, ct_carry = state
@@ -131,13 +133,18 @@ def run_loop_back(equation, cut, active, kept, g, num_sums) -> list:
         here = once | kept
         gradients = cut.run_backward([here[i] for i in cut.residuals], [*ct_carry, *ct_ys])
         d_consts, d_carry, d_xs = _cut(gradients, len(sums), len(ct_carry))
-        sums = [lax.add(s, d) for s, d in zip(sums, d_consts, strict=True)]
+        sums = [_plus(s, d) for s, d in zip(sums, d_consts, strict=True)]
         return (sums, _of_types(d_carry, ct_carry)), d_xs
 
     avals = _carry_avals(cut, active, params)
     start = (sums, [as_varying(g, a) for g, a in zip(ct_carry, avals, strict=True)])
     (sums, ct_init), d_xs = _scan(step, start, (ct_ys, per_step), params, backwards=True)
-    return [*sums, *ct_init, *d_xs]
+    found = [lax.convert_element_type(s, a.dtype) for s, a in zip(sums, summed, strict=True)]
+    return [*found, *ct_init, *d_xs]
+
+
+def _plus(total, x):
+    return lax.add(total, lax.convert_element_type(x, total.dtype))
 
 
 def _scan(step, init, xs, params, backwards=False):

@@ -20,8 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.lax import GatherDimensionNumbers, ScatterDimensionNumbers, select
 
+from fnn.backprop.primitives.elementwise import in_dtype_of
 from fnn.backprop.rules import ControlRule, LocalRule, each, joint
 from fnn.eager import apply
+from fnn.precision import wide_dtype
 
 # ------------------------------------------------------------------------------ reading
 
@@ -38,7 +40,13 @@ def _gather(
     mode,
     **_,
 ):
-    """∂L/∂x = zeros.at[i].add(g): every read entry gets the sum of its readers' gradients."""
+    """∂L/∂x = zeros.at[i].add(g): every read entry gets the sum of its readers' gradients.
+
+    Of 16-bit numbers the sum is made in float32: in bfloat16, a row of an embedding that is looked
+    up 5,000 times would get the gradients of 256.
+    """
+    wide = wide_dtype(x.dtype)
+    nothing = lax.full_like(x, 0) if wide == x.dtype else lax.full_like(x, 0, wide)
     numbers = ScatterDimensionNumbers(
         update_window_dims=dimension_numbers.offset_dims,
         inserted_window_dims=dimension_numbers.collapsed_slice_dims,
@@ -46,15 +54,16 @@ def _gather(
         operand_batching_dims=dimension_numbers.operand_batching_dims,
         scatter_indices_batching_dims=dimension_numbers.start_indices_batching_dims,
     )
-    return lax.scatter_add(
-        lax.full_like(x, 0),
+    gradient = lax.scatter_add(
+        nothing,
         indices,
-        g,
+        in_dtype_of(nothing, g),
         numbers,
         unique_indices=unique_indices,
         indices_are_sorted=indices_are_sorted,
         mode=mode,
     )
+    return in_dtype_of(x, gradient)
 
 
 def _dynamic_slice(g, y, x, *starts, **_):
@@ -113,14 +122,15 @@ def _scatter_extremum(needed, g, y, x, indices, updates, **params):
     """y = x.at[i].max(u): g of an entry, shared equally by those of x and u that attain it."""
     how = _how_to_write(params)
     kept = lax.eq(x, y)
-    attained = lax.eq(updates, _read_back(y, indices, updates, **params | {"fill_value": jnp.nan}))
+    attained = lax.eq(updates, _read_back(y, indices, updates, **params))
+    wide = wide_dtype(g.dtype)  # in bfloat16, 256 + 1 is 256
     count = lax.scatter_add(
-        lax.convert_element_type(kept, g.dtype),
+        lax.convert_element_type(kept, wide),
         indices,
-        lax.convert_element_type(attained, g.dtype),
+        lax.convert_element_type(attained, wide),
         **how,
     )
-    share = lax.div(g, count)
+    share = in_dtype_of(g, lax.div(lax.convert_element_type(g, wide), count))
     of_x = of_updates = None
     if needed[0]:
         of_x = select(kept, share, lax.full_like(g, 0))

@@ -26,10 +26,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.lax import ScatterDimensionNumbers, add, div, eq, mul, select
 
-from fnn.backprop.primitives.elementwise import CHOICES, is_complex, number
+from fnn.backprop.primitives.elementwise import CHOICES, in_dtype_of, is_complex, number
 from fnn.backprop.rules import ControlRule, LocalRule, each, zero
 from fnn.eager import apply
 from fnn.meshes import as_varying, broadcast, sharding_of
+from fnn.precision import wide_dtype
 
 # ----------------------------------------------------------------------- sum, max, product
 
@@ -46,9 +47,11 @@ def _sum(g, y, x, *, axes, **_):
 
 def _extremum(g, y, x, *, axes, **_):
     """g / n for each of the n entries that attain the extremum."""
-    attains = lax.convert_element_type(eq(x, _spread(y, x, axes)), g.dtype)
-    share = div(g, lax.reduce_sum(attains, axes))
-    return mul(_spread(share, x, axes), attains)
+    attains = eq(x, _spread(y, x, axes))
+    wide = wide_dtype(g.dtype)  # in float16, a count of 65,520 is infinite
+    count = lax.reduce_sum(lax.convert_element_type(attains, wide), axes)
+    share = in_dtype_of(g, div(lax.convert_element_type(g, wide), count))
+    return mul(_spread(share, x, axes), lax.convert_element_type(attains, g.dtype))
 
 
 def _product_forward(equation, needed, ins, opaque):
