@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "convolution": "meshes jaxpr operation",
     "eager": "jaxpr operation",
     "ops": "arguments text precision meshes jaxpr operation convolution",
-    "backprop": "arguments text meshes frames jaxpr operation convolution eager",
+    "backprop": "arguments text precision meshes frames jaxpr operation convolution eager",
     "birth": "arguments text meshes frames jaxpr operation eager backprop",
     "footprint": "arguments text frames jaxpr operation backprop",
     "check": "arguments text jaxpr operation eager backprop",
