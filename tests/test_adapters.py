@@ -13,6 +13,8 @@ import fnn.per_example as pe
 from fnn.layers import (
     GRU,
     LSTM,
+    Conv,
+    ConvTranspose,
     LayerNorm,
     Linear,
     adapted,
@@ -72,6 +74,42 @@ def test_adapted_and_merged():
         np.testing.assert_allclose(found, jax.jit(net)(whole, x), rtol=1e-9)
     half = {"W": jnp.ones((3, 4), jnp.bfloat16)}
     assert merge(half, lora(half, "W", 2, KEY))["W"].dtype == jnp.bfloat16
+
+
+def test_a_kernel_is_a_matrix_of_all_its_window():
+    parts = {
+        "image": Conv(5, 3),
+        "up": ConvTranspose(4, 2),
+        "blocks": repeat(Conv(4, 3, groups=2), 2),
+        "flat": lambda x: jnp.mean(x, (0, 1)),
+        "twice": repeat(repeat(Linear(4), 2), 3),
+    }
+    net, x = chain(**parts), R(0, 4, 4, 3)
+    params = net.init(KEY, x)
+    own = jax.tree.map(lambda a: R(1, *a.shape), lora(params, "*.W", 2, KEY, net=net))
+    assert {path: pair.shape for path, pair in fnn.params.flatten(own).items()} == {
+        "image.W.A": (2, 27),
+        "image.W.B": (5, 2),
+        "up.W.A": (2, 16),
+        "up.W.B": (5, 2),
+        "blocks.W.A": (2, 2, 18),
+        "blocks.W.B": (2, 4, 2),
+        "twice.W.A": (3, 2, 2, 4),
+        "twice.W.B": (3, 2, 4, 2),
+    }
+    whole = merge(params, own)
+    change = (whole["image"]["W"] - params["image"]["W"]).reshape(5, 27)
+    np.testing.assert_allclose(change, own["image"]["W"]["B"] @ own["image"]["W"]["A"], rtol=1e-9)
+    np.testing.assert_allclose(net(adapted(params, own), x), net(whole, x), rtol=1e-9)
+
+    for where in ("image.W", "twice.W"):
+        with pytest.raises(ValueError, match=rf"lora: where chooses {where} of shape .* pass net="):
+            lora(params, where, 2, KEY)
+    sequences = Conv(4, (3,)).init(KEY, R(0, 5, 2))
+    with pytest.raises(ValueError, match=r"chooses W of shape \(4, 2, 3\), which may be a conv"):
+        lora(sequences, "W", 2, KEY)
+    with pytest.raises(TypeError, match="lora: net must be a layer"):
+        lora(params, "*.W", 2, KEY, net="net")
 
 
 def test_all_ways_to_multiply():
@@ -178,6 +216,8 @@ def test_what_does_not_fit():
             apply(PARAMS, {"top": {"W": own}})
         with pytest.raises(ValueError, match=r"head.W, of shape \(3, 6\), has A of shape \(6, 2\)"):
             apply(PARAMS, {"head": {"W": {"A": own["A"].T, "B": own["B"]}}})
+        with pytest.raises(ValueError, match=r"has A of shape \(1, 1, 2, 6\) and B of shape"):
+            apply(PARAMS, {"head": {"W": {"A": own["A"][None, None], "B": own["B"]}}})
 
 
 @pytest.mark.parametrize("scale", [2.0, np.float32(2), np.float64(2)])

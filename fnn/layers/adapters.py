@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,14 @@ import jax
 import jax.numpy as jnp
 
 from fnn import arguments, text
+from fnn.layers.combinators import Repeat
+from fnn.layers.convolution import Conv, ConvTranspose, window_of
+from fnn.layers.dropout import DropConnect
+from fnn.layers.experts import MixtureOfExperts
+from fnn.layers.layer import Layer
+from fnn.layers.net import Network
+from fnn.layers.normalization import SpectralNorm, WeightNorm
+from fnn.layers.once import Once
 from fnn.params import Where, choose, flatten, unflatten
 from fnn.precision import widest
 
@@ -31,6 +40,8 @@ def lora(
     where: Where,
     rank: int,
     key: chex.PRNGKey,
+    *,
+    net: Layer | None = None,
 ) -> dict:
     """Adapters for some of a network's weights: each W becomes W + scale · B A of the given rank.
 
@@ -41,16 +52,19 @@ def lora(
             made of the keys on the way to it, "blocks.attend.q.W" (see `fnn.params.flatten`).
         rank: r, the size of the axis between B and A.
         key: A is drawn from it.
+        net: the network. It tells the kernels of convolutions, `(out, in, *window)`, from matrices
+            that are stacked, which their shapes don't. Without it an array of three axes is taken
+            for stacked matrices (unless it has a kernel's bias), and one of more is refused.
 
     Returns:
         Nested dicts like params, of what is chosen alone: in the place of a W of shape `(out, in)`
         `{"A": (rank, in), "B": (out, rank)}`, in float32 (float64 under x64). Of W's stacked along
-        axes in front, as `repeat` has them, A and B are stacked as well. A is drawn from
-        N(0, 1 / in), and B is 0: at first nothing changes.
+        axes in front, as `repeat` has them, A and B are stacked as well. A kernel is the matrix
+        `(out, in · window)`. A is drawn from N(0, 1 / in), and B is 0: at first nothing changes.
 
     Raises:
         TypeError, ValueError: an argument isn't of its kind, or nothing is chosen (the paths are
-            named), or something is that isn't a matrix of real numbers.
+            named), or something is that isn't a matrix of real numbers, or may be a kernel.
 
     Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen, "LoRA: low-rank adaptation of large language
     models", ICLR 2022.
@@ -61,6 +75,8 @@ def lora(
     """
     rank = arguments.integer("lora", "rank", rank, least=1)
     key = arguments.key("lora", "key", key)
+    if net is not None and not isinstance(net, Layer):
+        raise TypeError(f"lora: net must be a layer, but got {arguments.show(net)}.")
     flat = flatten(params)
     made = {}
     for number, path in enumerate(choose(where, params, "lora")):
@@ -70,7 +86,14 @@ def lora(
                 f"lora: where chooses {path}, wanted a real weight of shape (out, in), but it is "
                 f"{arguments.show(W)}."
             )
-        *stack, out, ins = jnp.shape(W)
+        kernel = _kernel_axes(net, path, jnp.ndim(W))
+        if kernel is None and _may_be_kernel(path, flat):
+            raise ValueError(
+                f"lora: where chooses {path} of shape {jnp.shape(W)}, which may be a convolution's "
+                "kernel (out, in, *window) or matrices that are stacked: pass net=, the network, "
+                "which tells."
+            )
+        *stack, out, ins = _as_matrices(jnp.shape(W), kernel or 2)
         dtype = jnp.result_type(float)
         A = jax.random.normal(jax.random.fold_in(key, number), (*stack, rank, ins), dtype)
         made[f"{path}.A"] = A / jnp.sqrt(jnp.asarray(max(ins, 1), dtype))
@@ -88,7 +111,7 @@ def adapted(
     vectors of their rank, and a matrix of W's size is never formed; nor is W's own gradient, as
     long as it isn't asked for. It multiplies by `@` alone, from both sides and transposed, which is
     how `Linear` and most layers use their weights. Elsewhere it is refused; `merge` then does, at
-    the price of a matrix of W's size.
+    the price of a matrix of W's size. (A convolution's kernel is merged here, too.)
 
     Args:
         params: the network's, as they were when the adapters were made.
@@ -98,7 +121,7 @@ def adapted(
     Raises:
         ValueError: an adapter belongs to no parameter, or to one of another shape.
     """
-    return _replaced("adapted", params, adapters, scale, AdaptedWeight)
+    return _replaced("adapted", params, adapters, scale, _beside)
 
 
 def merge(
@@ -109,12 +132,18 @@ def merge(
     The network then costs what it did before. Arguments and errors are as in `adapted`.
     """
 
-    def formed(W, A, B, scale):
-        wide = widest(A.dtype, W.dtype)
-        change = jnp.matmul(B.astype(wide), A.astype(wide))
-        return (W.astype(wide) + scale * change).astype(W.dtype)
+    return _replaced("merge", params, adapters, scale, _formed)
 
-    return _replaced("merge", params, adapters, scale, formed)
+
+def _formed(W, A, B, scale):
+    wide = widest(A.dtype, W.dtype)
+    change = jnp.matmul(B.astype(wide), A.astype(wide)).reshape(W.shape)
+    return (W.astype(wide) + scale * change).astype(W.dtype)
+
+
+def _beside(W, A, B, scale):
+    """W x + scale · B (A x), where W is used so; the sum of a kernel."""
+    return AdaptedWeight(W, A, B, scale) if W.ndim == A.ndim else _formed(W, A, B, scale)
 
 
 @functools.partial(
@@ -179,6 +208,39 @@ class AdaptedWeight:
         return (self.A.T, self.B.T) if self.transposed else (self.B, self.A)
 
 
+def _kernel_axes(net: Layer | None, path: str, axes: int) -> int | None:
+    """How many of a weight's axes are those of one kernel or matrix; None where net can't tell."""
+    layer: Any = net
+    names, stacked = path.split(".")[::-1], 0
+    while True:
+        if isinstance(layer, (Conv, ConvTranspose)):
+            return 2 + len(window_of(layer))
+        if isinstance(layer, Repeat):
+            layer, stacked = layer.block, stacked + 1
+        elif isinstance(layer, Network) and names:
+            layer = dict(layer.parts).get(names.pop())
+        elif isinstance(layer, MixtureOfExperts) and names[-1:] == ["experts"]:
+            names.pop()
+            layer, stacked = layer.expert, stacked + 1
+        elif isinstance(layer, (WeightNorm, SpectralNorm, DropConnect, Once)):
+            layer = layer.layer
+        else:
+            return 2 if isinstance(layer, Layer) and axes - stacked <= 3 else None
+
+
+def _may_be_kernel(path: str, flat: dict[str, Any]) -> bool:
+    """Could a weight be a convolution's, by its shape and that of the bias beside it?"""
+    axes, bias = jnp.ndim(flat[path]), flat.get(path.removesuffix("W") + "b")
+    return axes > 3 or (axes == 3 and bias is not None and jnp.ndim(bias) == 1)
+
+
+def _as_matrices(shape: tuple[int, ...], axes: int) -> tuple[int, ...]:
+    """The shape with the last of so many axes as two: `(*stack, out, in · window)`."""
+    start = max(len(shape) - axes, 0)
+    stack, (out, *ins) = shape[:start], shape[start:]
+    return (*stack, out, math.prod(ins))
+
+
 def _replaced(op: str, params: Any, adapters: Any, scale: float, make: Callable) -> Any:
     arguments.number(op, "scale", scale)
     if arguments.is_known(scale):
@@ -195,7 +257,8 @@ def _replaced(op: str, params: Any, adapters: Any, scale: float, make: Callable)
                 f"{op}: there is an adapter of {sorted(pair)} for {place!r}, wanted A and B, for "
                 f"one of {', '.join(weights)}."
             )
-        *stack, out, ins = jnp.shape(W)
+        axes = max(jnp.ndim(W) - max(jnp.ndim(pair["A"]) - 2, 0), 2)  # of a kernel or a matrix
+        *stack, out, ins = _as_matrices(jnp.shape(W), axes)
         rank = jnp.shape(pair["A"])[-2] if jnp.ndim(pair["A"]) >= 2 else "rank"
         wanted = {"A": (*stack, rank, ins), "B": (*stack, out, rank)}
         got = {name: jnp.shape(array) for name, array in pair.items()}
