@@ -257,6 +257,15 @@ def test_masks_and_heads_of_old_files():
     chex.assert_trees_all_equal(models.load_torch(old, net)[0], params)
 
 
+def test_an_output_layer_of_its_own_has_no_place_in_gpt2():
+    net, params, _ = drawn("gpt2")
+    theirs = models.to_torch(params, net)
+    untied = theirs | {"lm_head.weight": theirs["lm_head.weight"] + 1}
+    with pytest.raises(ValueError, match=r"lm_head\.weight isn't wte\.weight, but the model has"):
+        models.load_torch(untied, net)
+    chex.assert_trees_all_equal(models.load_torch(theirs, net)[0], params)
+
+
 def test_what_does_not_fit_is_named():
     net, params, _ = drawn("llama")
     theirs = models.to_torch(params, net)

@@ -87,6 +87,7 @@ def load_torch(source: Any, model: Network) -> tuple[dict, dict]:
         TypeError: the source is none of these, or the model none of those.
         fnn.params.PathError: arrays are missing, not wanted, or of a shape that isn't the model's;
             the message has PyTorch's names.
+        ValueError: GPT-2's `lm_head.weight` isn't its `wte.weight`: the model ties the two.
 
     >>> import fnn
     >>> net = fnn.models.gpt2(50, 16, features=8, depth=2, heads=2)
@@ -115,6 +116,9 @@ def load_torch(source: Any, model: Network) -> tuple[dict, dict]:
     )
     if missing or unexpected:
         raise by_path.PathError(where, missing, unexpected, {})
+    for name, other in layout.optional.items():
+        if name in arrays and name not in names:
+            _must_be_tied(where, name, arrays[name], other, arrays[other])
     x = layout.example(model, arrays)
     like = {
         "params": jax.eval_shape(model.init, jax.random.key(0), x),
@@ -138,6 +142,15 @@ def load_torch(source: Any, model: Network) -> tuple[dict, dict]:
     flat = {path: np.stack(p) if is_stacked[path] else p[0] for path, p in pieces.items()}
     made = by_path.unflatten(flat, like)
     return made["params"], made["state"]
+
+
+def _must_be_tied(where: str, name: str, array: Any, other: str, wanted: Any) -> None:
+    """Raise a ValueError unless an array that has no place in the model is the one it uses."""
+    if not np.array_equal(np.asarray(array), np.asarray(wanted), equal_nan=True):
+        raise ValueError(
+            f"{where}: {name} isn't {other}, but the model has no other output layer than its "
+            "embedding's weights: of a network whose two aren't tied it would be another one."
+        )
 
 
 def to_torch(
