@@ -159,6 +159,11 @@ def test_generation_draws():
             models.generate(net, params, TOKENS, 2, **options)
     with pytest.raises(ValueError, match="generate: prompt must be at least one token"):
         models.generate(net, params, TOKENS[:0], 2, KEY)
+    for wrong in (-1, VOCABULARY):
+        with pytest.raises(
+            ValueError, match=rf"prompt holds {wrong}, but .* 0, \.\.\., {VOCABULARY - 1}"
+        ):
+            models.generate(net, params, TOKENS.at[1].set(wrong), 2, KEY)
     with pytest.raises(
         layers.LayerError, match="has 12 positions, fewer than a cache of length 15"
     ):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fnn import arguments
-from fnn.layers import Layer
+from fnn.layers import Embedding, Layer
+from fnn.layers.net import watching
 from fnn.precision import wide
 
 
@@ -50,8 +53,8 @@ def generate(
         The n tokens, int32.
 
     Raises:
-        TypeError, ValueError: an option isn't of its kind, the key is missing, or the prompt is
-            empty.
+        TypeError, ValueError: an option isn't of its kind, the key is missing, the prompt is
+            empty, or, where it is known, holds a token that the network's `Embedding` hasn't.
         LayerError: the network has no cache, or fewer positions than prompt and n need.
 
     Fan, Lewis, Dauphin, "Hierarchical neural story generation", arXiv:1805.04833 (top k); Holtzman
@@ -74,9 +77,49 @@ def generate(
             f"{arguments.show(prompt)}."
         )
     key = jax.random.key(0) if key is None else arguments.key(where, "key", key)
+    if arguments.is_known(prompt):
+        leaves, tree = jax.tree.flatten((*inputs, prompt.astype(jnp.int32)))
+        vocabulary = _vocabulary(
+            net, tree, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+        )
+        known = np.asarray(prompt)
+        wrong = known[(known < 0) | (known >= vocabulary)]
+        if wrong.size:
+            raise ValueError(
+                f"{where}: prompt holds {wrong[0]}, but the network's tokens are 0, ..., "
+                f"{vocabulary - 1:.0f}."
+            )
     return _generate(
         net, params, prompt, inputs, key, temperature, top_p, n=n, top_k=top_k, is_greedy=is_greedy
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _vocabulary(net: Layer, tree: Any, types: tuple) -> float:
+    """How many tokens the network knows: the fewest rows of a table that the prompt goes into.
+
+    Only of an `Embedding` that is given the prompt as it is; else inf. The body is run on types.
+    """
+    sizes = [math.inf]
+
+    def body(*xs):
+        def watch(path, layer, times):
+            def note(params, state, given, y):
+                if isinstance(layer, Embedding) and any(x is xs[-1] for x in given):
+                    sizes.append(layer.vocabulary)
+
+            return note
+
+        with watching(watch):
+            return net._make(jax.random.key(0), None, *xs)[2]
+
+    with jax.numpy_dtype_promotion("standard"):
+        jax.eval_shape(body, *jax.tree.unflatten(tree, list(map(_type, types))))
+    return min(sizes)
+
+
+def _type(shape_and_dtype: tuple) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(*shape_and_dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("net", "n", "top_k", "is_greedy"))
