@@ -341,6 +341,17 @@ def test_as_flax_s():
         np.testing.assert_allclose(layer(params, x), wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
+def test_a_memory_that_is_not_given_is_of_the_parameters_dtype(dtype):
+    """At least float32, for an LSTM's c, and not of JAX's float, which is wider here."""
+    for layer in (LSTM(3), LSTM(3, remat=True), GRU(3, remat=True), RNN(3)):
+        own = jax.tree.map(lambda a: a.astype(dtype), layer.init(KEY, X))
+        found = jax.eval_shape(replace(layer, return_carry=True), own, X.astype(dtype))
+        wide = jnp.promote_types(dtype, jnp.float32)
+        assert found[0].dtype == dtype
+        assert {t.dtype for t in jax.tree.leaves(found[1])} <= {jnp.dtype(dtype), jnp.dtype(wide)}
+
+
 def test_where_parameters_start():
     params = LSTM(64).init(KEY, jnp.zeros((5, 256)))
     U = np.asarray(params["U"]).reshape(4, 64, 64)

@@ -44,7 +44,7 @@ from fnn.layers.layer import (
 )
 from fnn.layers.mode import EVALUATE, Mode
 from fnn.layers.net import Net, Network, in_loop
-from fnn.precision import widest
+from fnn.precision import wide_dtype, widest
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -63,6 +63,10 @@ class Recurrent(Layer):
     def start(self, x: Any) -> Any:
         """What is carried into the first step: zeros; x is one step's input, or its type."""
         raise NotImplementedError
+
+    def nothing(self, params: Any, x: Any, types: Any) -> Any:
+        """The memory to start from where none is given, of these types."""
+        return jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), types)
 
     def steps(self, params: Any, x: Any, mask: Any, carry: Any, mode: Mode) -> tuple[Any, Any]:
         """The outputs of all steps, and what is carried in the end."""
@@ -98,7 +102,7 @@ class Recurrent(Layer):
         start = cached["carry"] if cached is not None else carry
         wanted = jax.eval_shape(lambda: self.start(_step_of(x)))
         if start is None:
-            start = jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), wanted)
+            start = self.nothing(params, x, wanted)
         _check_carry(self, start, wanted)
         if mask is not None:
             mask = _as_mask(self, mask, len(x))
@@ -186,6 +190,11 @@ class _Gated(Recurrent):
 
     def start(self, x: Any) -> Any:
         return jnp.zeros(self.hidden, jnp.result_type(float))
+
+    def nothing(self, params: Any, x: Any, types: Any) -> Any:
+        """Zeros of the dtype of W x + b, which JAX's float may be wider than; at least float32."""
+        dtype = wide_dtype(widest(x.dtype, params["W"].dtype, params["b"].dtype))
+        return jax.tree.map(lambda t: jnp.zeros(t.shape, dtype), types)
 
     def check(self, params: Any, x: Any) -> None:
         shapes = self._shapes(x)
