@@ -322,7 +322,7 @@ def _as(like: Any, flat: Mapping[str, Any], strict: bool, where: str) -> Any:
     if missing or unexpected or different:
         raise PathError(where, missing, unexpected, different)
     leaves = [
-        jnp.asarray(flat[path], dtype=leaf.dtype) if path in flat else leaf
+        jnp.asarray(flat[path], dtype=jnp.result_type(leaf)) if path in flat else leaf
         for path, leaf in wanted.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)

@@ -68,6 +68,13 @@ def test_paths_that_would_be_read_otherwise():
         by_path.unflatten([1.0])
 
 
+def test_a_number_of_python_s_among_the_wanted():
+    like = {"a": 1.0, "b": 2}
+    got = by_path.unflatten({"a": np.float32(3), "b": 4}, like)
+    chex.assert_trees_all_equal(got, {"a": jnp.asarray(3.0), "b": jnp.asarray(4)})
+    assert by_path.unflatten({"b": 4}, like, strict=False)["a"] == 1.0
+
+
 LIKE = {"a": {"W": np.zeros((2, 3), np.float32)}, "n": np.zeros((), np.int32)}
 
 
