@@ -218,6 +218,10 @@ def test_arguments():
             r"'mask' .*\(5,\), wanted \(6,\)",
         ),
         (lambda: ops.ctc(X, jnp.asarray([1]), blank=4), "ctc: blank must be an integer"),
+        (
+            lambda: ops.ctc(X, jnp.asarray([1, 0])),
+            "'labels' holds 0, the blank's class, at place 1",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -239,6 +243,9 @@ def test_labels_of_ctc_are_classes_and_narrow_ones_name_wide_classes():
     logits = jax.random.normal(jax.random.key(0), (5, 300))
     for wrong in (-1, 300):
         assert jnp.isnan(ops.ctc(logits, jnp.asarray([wrong, 2])))
+    assert jnp.isnan(jax.jit(ops.ctc)(logits, jnp.asarray([1, 0])))  # the blank
+    filled_up = jax.jit(ops.ctc)(logits, jnp.asarray([1, 0]), None, jnp.asarray([True, False]))
+    np.testing.assert_allclose(filled_up, ops.ctc(logits, jnp.asarray([1])), rtol=1e-9)
     wanted = ops.ctc(logits, jnp.asarray([1, 2]), blank=299)
     assert ops.ctc(logits, jnp.asarray([1, 2], jnp.int8), blank=299) == wanted
     assert ops.ctc(logits, np.asarray([1, 2]), blank=299) == wanted  # of 64 bits

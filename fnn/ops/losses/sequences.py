@@ -30,7 +30,8 @@ def ctc(
 
     Args:
         logits: of one example, floating, `(frames, classes)`, the blank being one of the classes.
-        labels: integers, `(length,)`, none of them the blank.
+        labels: integers, `(length,)`, none of them the blank. Where they are known, one that
+            counts and is the blank is refused; in compiled code, which can't raise, it gives nan.
         mask: which frames count, booleans `(frames,)`, the first ones; None for all.
         label_mask: which labels count, booleans `(length,)`, the first ones; None for all.
         blank: the number of the blank's class.
@@ -41,7 +42,7 @@ def ctc(
 
     Raises:
         TypeError: the logits aren't real floating, the labels not integers, a mask not boolean.
-        ValueError: a shape doesn't fit, or blank is no class.
+        ValueError: a shape doesn't fit, blank is no class, or a label is the blank.
 
     Source: Graves, Fernández, Gomez, Schmidhuber, "Connectionist temporal classification", ICML
     2006.
@@ -63,7 +64,16 @@ def ctc(
     labels = jnp.asarray(labels)
     # As signed integers wide enough to count classes: an int8 ends at 127.
     labels = labels.astype(jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)
-    labels = jnp.where(labels < 0, logits.shape[-1], labels)  # no class, and none from the end
+    is_label = _mask(op, "label_mask", label_mask, labels.shape)
+    is_blank = is_label & (labels == blank)
+    if arguments.is_known(is_blank) and bool(jnp.any(is_blank)):
+        raise ValueError(
+            f"{op}: argument 'labels' holds {blank}, the blank's class, at place "
+            f"{int(jnp.argmax(is_blank))}: no label is the blank. (What only fills the row up "
+            "is left out by label_mask.)"
+        )
+    # No class, and none from the end.
+    labels = jnp.where((labels < 0) | is_blank, logits.shape[-1], labels)
     # What may be said, in turn: blank, first label, blank, ..., last label, blank.
     said = jnp.full(2 * labels.size + 1, blank, labels.dtype).at[1::2].set(labels)
     is_new = (said != blank) & (said != jnp.roll(said, 2))  # the blank before may be left out
@@ -81,7 +91,7 @@ def ctc(
         return jnp.where(is_frame, moved, a), None
 
     a, _ = lax.scan(frame, start, (each, counts))
-    length = jnp.sum(_mask(op, "label_mask", label_mask, labels.shape), dtype=jnp.int32)
+    length = jnp.sum(is_label, dtype=jnp.int32)
     place = jnp.arange(said.size, dtype=jnp.int32)
     is_end = (place == 2 * length) | (place == 2 * length - 1)
     return -logsumexp(jnp.where(is_end, a, -jnp.inf)).astype(logits.dtype)
