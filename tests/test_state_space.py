@@ -151,6 +151,12 @@ def test_the_layer():
     np.testing.assert_allclose(half.astype(float), wanted, rtol=0.1, atol=0.1)
 
 
+def test_the_start_is_finite_where_the_ring_begins_at_nothing():
+    layer, x = LRU(4, least=0, most=1e-200), R(0, 3, 2)  # its square is 0
+    params = layer.init(KEY, x)
+    chex.assert_tree_all_finite((params, jax.grad(lambda p: jnp.sum(layer(p, x)))(params)))
+
+
 @exhaustive
 def test_where_the_layer_starts():
     params = LRU(4000, least=0.5, most=0.9, phase=1.0).init(KEY, jnp.zeros((1, 2)))

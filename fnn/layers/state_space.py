@@ -76,6 +76,9 @@ class LRU(Layer):
         square = jax.random.uniform(
             keys[0], (self.states,), dtype, minval=self.least**2, maxval=self.most**2
         )
+        # No exact 0, of which ν is inf; and no exact 1, of which it is −inf, by rounding.
+        info = jnp.finfo(dtype)
+        square = jnp.clip(square, float(info.tiny), 1 - float(info.epsneg))
         angle = jax.random.uniform(keys[1], (self.states,), dtype, minval=1e-6, maxval=self.phase)
         normal = lambda key, name, size: (
             jax.random.normal(key, shapes[name], dtype) / jnp.sqrt(jnp.asarray(size, dtype))
