@@ -245,6 +245,10 @@ def test_files(tmp_path):
     for name in ("nothing.safetensors", "nothing.json"):
         with pytest.raises(FileNotFoundError, match="there is no file"):
             models.load_torch(tmp_path / name, net)
+    for text in ("{", "[1]", '{"hidden_size": 8}', '{"weight_map": 3}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json isn't the index of safetensors files"):
+            models.load_torch(tmp_path / "config.json", net)
     with pytest.raises(ValueError, match="is a pickle, which may run any code"):
         models.load_torch(tmp_path / "model.bin", net)
 

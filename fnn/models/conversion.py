@@ -236,7 +236,7 @@ def _read(source: Any) -> tuple[dict[str, np.ndarray], str]:
         if path.suffix == ".json":
             if not path.is_file():
                 raise FileNotFoundError(f"load_torch: there is no file {path}.")
-            files = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+            files = _files_of_index(path)
             arrays: dict[str, np.ndarray] = {}
             for name in files:
                 arrays |= by_path.read(path.parent / name)
@@ -253,6 +253,17 @@ def _read(source: Any) -> tuple[dict[str, np.ndarray], str]:
             f"{arguments.show(source)}."
         )
     return {name: _as_numpy(tensor) for name, tensor in source.items()}, "load_torch"
+
+
+def _files_of_index(path: Path) -> list[str]:
+    """The names of the files that an index lists."""
+    try:
+        return sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"load_torch: {path} isn't the index of safetensors files: JSON with a 'weight_map', "
+            "from names to files."
+        ) from None
 
 
 def _as_numpy(tensor: Any) -> np.ndarray:
