@@ -159,6 +159,8 @@ def test_generation_draws():
             models.generate(net, params, TOKENS, 2, **options)
     with pytest.raises(ValueError, match="generate: prompt must be at least one token"):
         models.generate(net, params, TOKENS[:0], 2, KEY)
+    with pytest.raises(TypeError, match=r"generate: inputs must be a tuple, \(source,\), but"):
+        models.generate(net, params, TOKENS, 2, KEY, inputs=TOKENS)
     for wrong in (-1, VOCABULARY):
         with pytest.raises(
             ValueError, match=rf"prompt holds {wrong}, but .* 0, \.\.\., {VOCABULARY - 1}"

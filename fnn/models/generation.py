@@ -68,6 +68,10 @@ def generate(
         top_k = arguments.integer(where, "top_k", top_k, least=1)
     if top_p is not None:
         arguments.number(where, "top_p", top_p, above=0, most=1)
+    if not isinstance(inputs, tuple):
+        raise TypeError(
+            f"{where}: inputs must be a tuple, (source,), but got {arguments.show(inputs)}."
+        )
     if key is None and not is_greedy:
         raise ValueError(f"{where}: key must be given to draw tokens with (unless temperature=0).")
     prompt = jnp.asarray(arguments.array(where, "prompt", prompt))
