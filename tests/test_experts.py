@@ -67,6 +67,13 @@ def test_routing(k, capacity):
     np.testing.assert_allclose(found.z_loss, np.mean(sums**2))
 
 
+def test_the_second_best_is_second_however_far_behind():
+    """Where the softmax of all others is 0."""
+    logits = jnp.asarray([[0.0, -3000.0, -2000.0, -4000.0]])
+    np.testing.assert_array_equal(ops.top_k_routing(logits, 3).experts, [[0, 2, 1]])
+    np.testing.assert_array_equal(ops.top_k_routing(logits, 3).weights, [[1, 0, 0]])
+
+
 def test_the_balance_loss_is_1_where_all_is_balanced_and_its_gradient_balances():
     balance = lambda z: ops.top_k_routing(z, 1).balance_loss
     crowded = jnp.zeros((5, 4)).at[:, 2].set(1.0)

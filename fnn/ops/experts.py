@@ -86,9 +86,11 @@ def top_k_routing(logits: chex.Array, k: int, capacity: int | None = None) -> Ro
     tokens, count = logits.shape
     z = wide(logits)
     p = jax.nn.softmax(z, axis=-1)
-    best, experts = jax.lax.top_k(p, k)
-    weights = best if k == 1 else best / jnp.sum(best, axis=-1, keepdims=True)
+    # By the logits: of p those that are far behind are all 0.
+    experts = jax.lax.top_k(jax.lax.stop_gradient(z), k)[1]
     is_chosen = jax.nn.one_hot(experts, count, dtype=jnp.int32)
+    best = jnp.sum(jnp.where(is_chosen == 1, p[:, None], 0), axis=-1)
+    weights = best if k == 1 else best / jnp.sum(best, axis=-1, keepdims=True)
     # All first choices come before the second ones.
     in_order = is_chosen.swapaxes(0, 1).reshape(k * tokens, count)
     before = jnp.cumsum(in_order, axis=0) - in_order
