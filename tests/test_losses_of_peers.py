@@ -251,6 +251,14 @@ def test_labels_of_ctc_are_classes_and_narrow_ones_name_wide_classes():
     assert ops.ctc(logits, np.asarray([1, 2]), blank=299) == wanted  # of 64 bits
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_near_the_count_a_rate_s_gradient_is_exact(dtype):
+    s, t = jnp.asarray(6.9, dtype), jnp.asarray(990, dtype)
+    wanted = np.exp(float(s)) - float(t)
+    found = jax.grad(ops.poisson_nll)(s, t)
+    np.testing.assert_allclose(float(found), wanted, rtol=float(jnp.finfo(dtype).eps))
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_right_answer_s_gradient_does_not_cancel(dtype):
     x = jnp.asarray([8.0, 20.0, -8.0, -20.0], dtype)

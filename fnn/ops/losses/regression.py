@@ -210,7 +210,7 @@ def poisson_nll(log_rate: chex.Array, target: chex.Array, *, full: bool = False)
     arguments.flag("poisson_nll", "full", full)
     s = wide(log_rate)
     t = target.astype(log_rate.dtype).astype(s.dtype)
-    each = _rate(s) - t * s
+    each = _rate(s, s.dtype) - t * s
     if full:
         each = each + jax.scipy.special.gammaln(t + 1)
     return jnp.sum(each).astype(log_rate.dtype)
@@ -220,7 +220,8 @@ def poisson_nll(log_rate: chex.Array, target: chex.Array, *, full: bool = False)
 def _(log_rate, target, *, full):
     t = target.astype(log_rate.dtype)
     loss = poisson_nll(log_rate, target, full=full)
-    d = (wide(_rate(log_rate)) - wide(t)).astype(log_rate.dtype)
+    # The rate in float32: near the count a rounded one would be all that is left.
+    d = (_rate(wide(log_rate), log_rate.dtype) - wide(t)).astype(log_rate.dtype)
     if not is_floating(target):
         return loss, (d,)
     slope = jax.scipy.special.digamma(wide(t) + 1) if full else 0
@@ -234,9 +235,9 @@ def _(residuals, g, *, full):
     return times(d), times(d_target[0]) if d_target else None
 
 
-def _rate(s):
+def _rate(s, dtype):
     """eˢ, at most a third of the dtype's largest number."""
-    return jnp.exp(jnp.minimum(s, math.log(float(jnp.finfo(s.dtype).max)) - 1))
+    return jnp.exp(jnp.minimum(s, math.log(float(jnp.finfo(dtype).max)) - 1))
 
 
 @rule
