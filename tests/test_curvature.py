@@ -628,6 +628,7 @@ def test_factors_of_stacks_tables_and_the_empirical_fisher():
 LOOPS = {
     "repeat": lambda remat: layers.repeat(layers.Linear(3), 2, remat=remat),
     "LSTM": lambda remat: layers.LSTM(3, remat=bool(remat)),
+    "LSTM, uneven": lambda remat: layers.LSTM(3, remat=bool(remat), reverse=True),
     "checkpoint": lambda remat: layers.chain(layers.Linear(3), layers.repeat(kept(remat), 2)),
 }
 
@@ -644,7 +645,7 @@ def kept(remat):
 
 
 def with_and_without_checkpoint(name):
-    x = normal(11, 2, 4, 3) if name == "LSTM" else normal(11, 2, 3)
+    x = normal(11, 2, *{"LSTM": (4,), "LSTM, uneven": (7,)}.get(name, ()), 3)
     params = LOOPS[name](None).init(jax.random.key(0), x[0])
     loss = lambda z, t: jnp.sum(jnp.cosh(z - t))
     of = lambda remat: curvature.kronecker_factors(LOOPS[name](remat), loss)
@@ -657,6 +658,32 @@ def test_where_a_checkpoint_computes_the_inputs_again_there_are_factors():
     without, found = jax.eval_shape(both, *args)
     assert jax.tree.structure(found) == jax.tree.structure(without)
     assert [type(f) for f in found.values()] == [curvature.Kronecker, curvature.Block]
+
+
+def test_a_weight_used_in_two_places_has_factors_of_the_inputs_of_both():
+    """As of `LSTM(remat=True)` where √n doesn't divide the steps: the pieces, and the rest."""
+    both, args = with_and_without_checkpoint("LSTM, uneven")
+    without, found = jax.eval_shape(both, *args)
+    assert jax.tree.structure(found) == jax.tree.structure(without)
+    assert [type(found[name]) for name in "UWb"] == [curvature.Kronecker] * 2 + [curvature.Block]
+
+    params, (xs, ys) = {"W": normal(1, 2, 3)}, (normal(2, N, 2, 3), normal(3, N, 2))
+    twice = lambda p, x: jnp.sin(p["W"] @ x[0]) + p["W"] @ x[1]
+    mapped = lambda p, x: (lambda z: jnp.sin(z[0]) + z[1])(x @ p["W"].T)
+    of = lambda model: curvature.kronecker_factors(model, ops.squared_error)(params, (xs, ys))["W"]
+    close(of(twice).to_dense(), of(mapped).to_dense())
+
+
+def test_a_gradient_that_is_the_same_in_all_columns():
+    nothing = jax.custom_vjp(lambda W, x: W @ x)
+    nothing.defvjp(
+        lambda W, x: (W @ x, (W, x)), lambda saved, g: jax.tree.map(jnp.zeros_like, saved)
+    )
+    model = lambda p, x: nothing(p["W"], x) + p["V"] @ x
+    args = {"W": normal(1, 2, 3), "V": normal(2, 2, 3)}, (normal(3, N, 3), normal(4, N, 2))
+    found = curvature.kronecker_factors(model, ops.squared_error)(*args)["W"]
+    close(found.to_dense(), jnp.zeros((6, 6)))
+    close(curvature.ggn_diagonal(model, ops.squared_error)(*args)["W"], jnp.zeros((2, 3)))
 
 
 @exhaustive

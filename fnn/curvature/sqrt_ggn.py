@@ -236,15 +236,34 @@ def _reached(body: Any, given: Sequence[bool]) -> list[bool]:
 
 
 def _joined(terms, axes, path, leaf, thrifty, count):
-    """One parameter's terms, joined column by column where there is something to join."""
-    if len(terms) == 1 and not (thrifty and _pays_to_form(terms[0], leaf, count)):
-        return terms, axes
+    """One parameter's terms, joined column by column where there is something to join.
+
+    What all columns share, such as the inputs A, they share joined as well; but each term has an
+    array that differs by column, be it only zeros.
+    """
     join = lambda ts: leaf_gradient(Terms(ts), path, leaf, thrifty).terms
     if not terms:
-        terms = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), join(()))
-        return terms, jax.tree.map(lambda x: 0, terms)
-    joined = jax.vmap(join, in_axes=(axes,), axis_size=count)(terms)
-    return joined, jax.tree.map(lambda x: 0, joined)
+        terms = join(())
+        axes = jax.tree.map(lambda x: None, terms)
+    pairs = [_by_column(t, a, count) for t, a in zip(terms, axes, strict=True)]
+    terms, axes = (tuple(part) for part in zip(*pairs, strict=True))
+    if len(terms) == 1 and not (thrifty and _pays_to_form(terms[0], leaf, count)):
+        return terms, axes
+    differs = [a is not None for a in jax.tree.leaves(axes, is_leaf=lambda a: a is None)]
+    columns = jax.vmap(lambda ts: ts, in_axes=(axes,), axis_size=count)
+    column = one_of(jax.eval_shape(columns, terms))
+    closed, made = jax.make_jaxpr(join, return_shape=True)(column)
+    of_made = [0 if d else None for d in _reached(closed, differs)]
+    joined_axes = jax.tree.unflatten(jax.tree.structure(made), of_made)
+    return jax.vmap(join, in_axes=(axes,), out_axes=joined_axes)(terms), joined_axes
+
+
+def _by_column(term: Term, axes: Any, count: int) -> tuple[Term, Any]:
+    """A term and its axes; one that is the same for all columns with an axis of them."""
+    if jax.tree.leaves(axes):
+        return term, axes
+    repeated = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), term)
+    return repeated, jax.tree.map(lambda x: 0, term)
 
 
 def _pays_to_form(term: Term, leaf, count: int) -> bool:
