@@ -241,6 +241,24 @@ def test_a_row_read_more_often_than_half_precision_can_count(dtype):
     np.testing.assert_allclose(found.astype("float32")[:, 0], [0, 5000, 1000], rtol=4e-3)
 
 
+@pytest.mark.parametrize("dtype", sweep(["int8", "uint8", "uint32", "int64"], ["uint8", "int64"]))
+def test_a_batch_of_slices_at_integers_of_any_dtype(dtype):
+    """Also where they are out of bounds, those of int32 included, where gradients are put back."""
+    x, limits = numbers(4, 5), jnp.iinfo(dtype)
+    starts = jnp.asarray([2, limits.max, limits.min, limits.max - 1], dtype)
+    f = jax.vmap(lambda x, i: lax.dynamic_slice(x, (i,), (2,)))
+    check_primitive(lambda x: f(x, starts), x, primitive="gather")
+
+
+def test_labels_of_rows_that_are_dealt_out_unevenly():
+    """XLA ends the process if gradients are put back at integers other than int32."""
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    place = jax.sharding.NamedSharding(mesh, PartitionSpec("d"))
+    x, labels = jax.device_put((np.ones((8, 3)), np.arange(8) % 3), place)
+    f = lambda x, labels: jnp.sum(jax.vmap(lambda x, i: x[i])(x[:3], labels[:3]))
+    np.testing.assert_array_equal(jax.jit(fnn.grad(f))(x, labels)[:3], np.eye(3))
+
+
 def test_dynamic_slice():
     i, j = jnp.array(3), jnp.array(-1)
     read = lambda x, i, j: lax.dynamic_slice(x, (i, j, jnp.array(9)), (2, 3, 2))

@@ -145,7 +145,7 @@ def test_line_searches_and_microbatches():
     [
         (AxisType.Explicit, 4, 5),
         (AxisType.Explicit, 8, 5),
-        (AxisType.Auto, 4, 5),
+        (AxisType.Auto, 8, 5),
         ("layout", 8, 5),
     ],
 )

@@ -56,7 +56,7 @@ def _gather(
     )
     gradient = lax.scatter_add(
         nothing,
-        indices,
+        _in_32_bits(indices, x) if numbers.operand_batching_dims else indices,
         in_dtype_of(nothing, g),
         numbers,
         unique_indices=unique_indices,
@@ -64,6 +64,21 @@ def _gather(
         mode=mode,
     )
     return in_dtype_of(x, gradient)
+
+
+def _in_32_bits(indices, x):
+    """The same places of x, as int32.
+
+    Of other integers XLA's partitioner ends the process, where a batch of such scatters isn't dealt
+    out evenly over a mesh's devices (`jax.grad` of `x[:3]` looked up at int64 or uint8 labels).
+    """
+    limits, own = jnp.iinfo(jnp.int32), jnp.iinfo(indices.dtype)
+    if indices.dtype == jnp.int32 or max(x.shape) > limits.max:
+        return indices
+    if own.max > limits.max:  # out of bounds is out of bounds still
+        low, high = (jnp.asarray(n, own.dtype) for n in (max(own.min, limits.min), limits.max))
+        indices = lax.clamp(low, indices, high)
+    return lax.convert_element_type(indices, jnp.int32)
 
 
 def _dynamic_slice(g, y, x, *starts, **_):
