@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "batch": "arguments",
     "meshes": "",
     "frames": "",
+    "readings": "",
     "jaxpr": "frames",
     "operation": "arguments meshes jaxpr",
     "convolution": "meshes jaxpr operation",
@@ -43,10 +44,10 @@ MAY_IMPORT = {
     "layers": "arguments text precision meshes ops params initializers",
     "models": "arguments text precision ops params initializers layers",
     "logs": "arguments",
-    "sharding": "arguments",
-    "train": "arguments text precision batch meshes frames jaxpr operation convolution eager ops "
-    "backprop birth footprint params layers logs sharding",
-    "sweeps": "arguments text precision batch footprint train",
+    "sharding": "arguments readings",
+    "train": "arguments text precision batch meshes frames readings jaxpr operation convolution "
+    "eager ops backprop birth footprint params layers logs sharding",
+    "sweeps": "arguments text precision batch readings footprint train",
     "plot": "arguments",
 }
 

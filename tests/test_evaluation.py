@@ -14,7 +14,7 @@ import pytest
 import fnn
 from fnn import evaluate, fit, train_step
 from fnn.layers import chain
-from fnn.train.readings import readings
+from fnn.readings import readings
 from fnn.train.result import Log
 
 PARAMS = {"w": jnp.ones(2)}

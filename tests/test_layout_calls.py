@@ -18,6 +18,7 @@ from fnn.train import calls, sources
 RNG = np.random.default_rng(1)
 X, Y = RNG.normal(size=(44, 8)), RNG.integers(8, size=44)  # a last batch of 12: of no use to eight
 FULL = LAYOUTS["full"]
+ADAM, OPTIONS = optax.adam(0.05), {"batch_size": 16, "epochs": 1, "key": KEY, "progress": False}
 
 
 def train(layout, data=(X, Y), loss=LOSS, start=PARAMS, **options):
@@ -243,6 +244,17 @@ def test_a_second_fit_compiles_nothing(caplog):
     step, _ = train(FULL)
     with jax.log_compiles(True), caplog.at_level("WARNING"):
         fnn.fit(step, PARAMS, (X, Y), batch_size=16, epochs=1, key=KEY, progress=False)
+    told = [r.getMessage() for r in caplog.records]
+    assert not [message for message in told if message.startswith("Compiling")]
+
+
+def test_a_second_fit_by_name_compiles_nothing(caplog):
+    def run():
+        fnn.fit(LOSS, PARAMS, (X, Y), ADAM, **OPTIONS, layout=FULL)
+
+    run()
+    with jax.log_compiles(True), caplog.at_level("WARNING"):
+        run()
     told = [r.getMessage() for r in caplog.records]
     assert not [message for message in told if message.startswith("Compiling")]
 

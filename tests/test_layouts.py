@@ -1,5 +1,8 @@
 """Layouts: which axis of which array is divided, what a device then holds, and what is refused."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +107,26 @@ def test_parameters_are_made_where_they_lie():
     assert memory.output_size_in_bytes < total / 8 + 100  # and a table of addresses
     assert memory.temp_size_in_bytes < total / 4
     assert not [c for c in sharding.collectives(program) if c.size > 1024]
+
+
+def test_a_function_that_makes_parameters_is_compiled_once(caplog):
+    class Maker:
+        size = 1.0
+
+        def init(self, key):
+            return {"W": self.size * jnp.ones(8)}
+
+    layout, key, maker = sharding.fully_sharded(MESH), jax.random.key(1), Maker()
+    layout.init(maker.init, key)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        layout.init(maker.init, key)
+    assert not [r for r in caplog.records if r.getMessage().startswith("Compiling")]
+    maker.size = 2.0
+    np.testing.assert_array_equal(layout.init(maker.init, key)["W"], 2.0)
+    gone = weakref.ref(maker)
+    del maker
+    gc.collect()
+    assert gone() is None
 
 
 def test_batches_are_dealt_out_or_whole():

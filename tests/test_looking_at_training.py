@@ -1,5 +1,6 @@
 """Learning rates, activations and the loss's surface: measured, and drawn."""
 
+import functools
 import gc
 import types
 import weakref
@@ -232,6 +233,34 @@ def test_bad_surface(changes, error, message):
     given = {"loss": quadratic, "params": jnp.ones(2), "data": X, "key": KEY} | changes
     with pytest.raises(error, match=message):
         fnn.loss_surface(**given)
+
+
+def test_searches_and_surfaces_compile_once(caplog):
+    factor = [1.0]
+
+    def loss(p, x):
+        return factor[0] * quadratic(p, x)
+
+    def run(loss, highest=1.0):
+        p = jnp.ones((2, 2))
+        found = fnn.find_learning_rate(loss, p, X, optax.sgd, steps=5, highest=highest)
+        surface = fnn.loss_surface(loss, p, X, KEY, points=3, span=highest)
+        return found.losses, surface.losses
+
+    run = functools.partial(run, loss)
+    first = run()
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        again, other = run(), run(highest=0.5)
+    assert not [r for r in caplog.records if r.getMessage().startswith("Compiling")]
+    for a, b, c in zip(first, again, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert not np.allclose(a, c)
+    factor[0] = 2.0
+    np.testing.assert_allclose(run()[1], 2 * first[1])
+    gone = weakref.ref(loss)
+    del loss, run
+    gc.collect()
+    assert gone() is None
 
 
 def test_picture_of_a_surface():

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fnn import arguments
+from fnn.readings import Kept
 from fnn.sharding.placement import is_spread, put, put_own, put_rows
 from fnn.sharding.shown import as_line, as_table
 from fnn.sharding.specs import (
@@ -257,8 +258,10 @@ class Layout:
             *args: what it takes.
         """
         arguments.function("Layout.init", "function", function, "a function that makes parameters")
-        made = jax.jit(function, out_shardings=self.shardings(jax.eval_shape(function, *args)))
-        return made(*args)
+        program, used = _kept.found_or(_Made, function)
+        made = program(self, args)
+        used()
+        return made
 
     def place(self, params: Any) -> Any:
         """Parameters that are there, or a training state, where the layout has them."""
@@ -349,3 +352,33 @@ class Layout:
 
     def _count(self, axes: Any) -> int:
         return devices_along(self.mesh, axes)
+
+
+class _Made:
+    """The programs by which a function makes parameters on a layout.
+
+    Args:
+        function: returns it.
+    """
+
+    def __init__(self, function: Callable[[], Callable]):
+        traces: list[None] = []
+        self.traces = traces
+        self._programs: dict[Any, Callable] = {}
+
+        def run(*args):
+            traces.append(None)
+            return function()(*args)
+
+        self._run = run
+
+    def __call__(self, layout: Layout, args: tuple) -> Any:
+        leaves, tree = jax.tree.flatten(args)
+        kind = (layout, tree, *((np.shape(x), getattr(x, "dtype", type(x))) for x in leaves))
+        if kind not in self._programs:
+            wanted = layout.shardings(jax.eval_shape(self._run, *args))
+            self._programs[kind] = jax.jit(self._run, out_shardings=wanted)
+        return self._programs[kind](*args)
+
+
+_kept: Kept[_Made] = Kept()

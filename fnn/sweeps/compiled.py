@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnn.readings import Kept, readings
 from fnn.sweeps.layout import (
     ALIKE,
     DEALT,
@@ -26,7 +27,6 @@ from fnn.sweeps.layout import (
 )
 from fnn.sweeps.program import Carry, Program, Shared
 from fnn.train.orders import sorted_orders
-from fnn.train.readings import Kept, readings
 
 # A member is given the orders of as many epochs in one call as fit into so many bytes, or of one.
 ORDERS_BYTES = 2**18

@@ -27,12 +27,12 @@ from jax import lax
 from fnn.convolution import slow_in_a_loop
 from fnn.jaxpr import Program, inner_jaxprs, program
 from fnn.meshes import barrier, beside, stacked_zeros
+from fnn.readings import Kept
 from fnn.train.chunks import Chunk
 from fnn.train.data import take
-from fnn.train.devices import dealt, settled
+from fnn.train.devices import FirstStates, dealt, settled
 from fnn.train.fitting import foresee
 from fnn.train.nonfinite import NonFiniteError, became_nonfinite, holds_nonfinite, numbers_of
-from fnn.train.readings import Kept
 from fnn.train.result import Work
 from fnn.train.state import State
 from fnn.train.step import TrainStep
@@ -163,12 +163,14 @@ class Programs:
         traces: an entry for each program that was traced.
         seconds: what a step took when it was last measured, by kind of batch.
         fitting: the programs that were looked at, whether they fit into the device's memory.
+        first_states: those of a step that `kept_programs` was given.
     """
 
     def __init__(self) -> None:
         self.traces: list[How] = []
         self.seconds: dict[Any, float] = {}
         self.fitting: set[tuple] = set()
+        self.first_states = FirstStates()
         self._steps: weakref.WeakSet[TrainStep] = weakref.WeakSet()
         # No method of self's is jitted: a cycle would keep what the programs hold for a while.
         steps, traces = self._steps, self.traces
@@ -215,6 +217,8 @@ def kept_programs(step: TrainStep) -> tuple[Programs, Callable[[], None]]:
     except TypeError:  # an option that can't be hashed
         programs = Programs()
     programs.serve(step)
+    programs.first_states.serve(step.traced)
+    step.first_states = programs.first_states
 
     def keep():
         with contextlib.suppress(TypeError):  # that, or no weak reference to a function

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -74,6 +75,33 @@ def _gathered(x: Any, lies: NamedSharding, wanted: NamedSharding) -> Any:
 
     gather.defvjp(lambda x: (gather(x), None), backward)
     return gather(x)
+
+
+class FirstStates:
+    """The programs that make a step's first state on a layout, one for each kind of parameters.
+
+    Else each run would compile one. They don't keep the step alive: `serve` tells of one that is.
+    """
+
+    def __init__(self) -> None:
+        self._programs: dict[Any, Callable] = {}
+        self._steps: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def serve(self, traced: Any) -> None:
+        """A step, as a traceable function, whose programs these are."""
+        self._steps.add(traced)
+
+    def __call__(self, layout: Layout, params: Any, model_state: Any) -> Any:
+        """The state to start from."""
+        steps = self._steps
+        params, model_state = layout.place(params), layout.spread(model_state)
+        types = jax.eval_shape(next(iter(steps)).first, params, model_state)
+        leaves, tree = jax.tree.flatten(types)
+        kind = (tree, *((x.shape, x.dtype) for x in leaves))
+        if kind not in self._programs:
+            first = lambda *args: next(iter(steps)).first(*args)
+            self._programs[kind] = jax.jit(first, out_shardings=layout.of_state(types))
+        return self._programs[kind](params, model_state)
 
 
 def held(layout: Layout, state: Any) -> Any:

@@ -18,13 +18,13 @@ import numpy as np
 from fnn import arguments
 from fnn.batch import batch_size as size_of
 from fnn.meshes import beside
+from fnn.readings import Kept, reference
 from fnn.sharding import Layout
 from fnn.train.checks import BatchChecks, Labels, check_values, find_labels
 from fnn.train.conversion import as_arrays
 from fnn.train.data import Arrays, Stream, batches_of, filled, fold_in
 from fnn.train.devices import Placed, check_layout, everywhere, on_its_mesh, settled
 from fnn.train.loss import Loss, batch_means, check_loss, extras
-from fnn.train.readings import Kept, reference
 from fnn.train.result import stacked, weighted_mean
 from fnn.train.state import State, path_name
 

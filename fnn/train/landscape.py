@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -11,6 +12,7 @@ import numpy as np
 
 from fnn import arguments
 from fnn.batch import batch_size as size_of
+from fnn.readings import Kept
 from fnn.text import size_of_tree
 from fnn.train.conversion import as_arrays
 from fnn.train.loss import Loss, batch_losses, check_loss, extras
@@ -82,6 +84,8 @@ def loss_surface(
             Flax's and Haiku's.
         model_state: the network's state, for a loss that takes one; by default that of a State.
 
+    The program is kept as long as the loss is, as that of `evaluate`.
+
     Returns:
         A `LossSurface`. Losses may be inf or nan far out.
 
@@ -115,7 +119,7 @@ def loss_surface(
             "of params, or model_state=..."
         )
     data = as_arrays(data, "data")
-    size = size_of(data, "data")
+    size_of(data, "data")
     loss_key = None
     if key is not None:
         first_key, second_key, loss_key = jax.random.split(key, 3)
@@ -127,23 +131,44 @@ def loss_surface(
     steps = np.linspace(-span, span, points)
     steps[points // 2] = 0.0
     own_key = loss_key if found.needs_key else None
-
-    @jax.jit
-    def surface(params, first, second, data, key, state):
-        def at(place):
-            def move(p, d, e):
-                a, b = place.astype(p.dtype)
-                return p + a * d.astype(p.dtype) + b * e.astype(p.dtype)
-
-            moved = jax.tree.map(move, params, first, second)
-            losses, _, _ = batch_losses(loss, moved, data, size, key, train=False, state=state)
-            return jnp.mean(losses)
-
-        grid = jnp.stack(jnp.meshgrid(jnp.asarray(steps), jnp.asarray(steps)), axis=-1)
-        return jax.lax.map(at, grid.reshape(-1, 2)).reshape(points, points)
-
-    losses = surface(params, *directions, data, own_key, model_state)
+    surface, used = _kept.found_or(_Surface, loss)
+    losses = surface.losses(params, *directions, data, own_key, model_state, steps)
+    used()
     return LossSurface(steps, steps.copy(), np.asarray(losses, float), directions)
+
+
+class _Surface:
+    """The program of a surface.
+
+    Args:
+        loss: a function that returns the loss.
+    """
+
+    def __init__(self, loss: Callable[[], Loss]):
+        traces: list[str] = []
+        self.traces = traces
+
+        @jax.jit
+        def losses(params, first, second, data, key, state, steps):
+            traces.append("losses")
+            size = size_of(data)
+
+            def at(place):
+                def move(p, d, e):
+                    a, b = place.astype(p.dtype)
+                    return p + a * d.astype(p.dtype) + b * e.astype(p.dtype)
+
+                moved = jax.tree.map(move, params, first, second)
+                found, _, _ = batch_losses(loss(), moved, data, size, key, train=False, state=state)
+                return jnp.mean(found)
+
+            grid = jnp.stack(jnp.meshgrid(steps, steps), axis=-1)
+            return jax.lax.map(at, grid.reshape(-1, 2)).reshape(len(steps), len(steps))
+
+        self.losses = losses
+
+
+_kept: Kept[_Surface] = Kept()
 
 
 def _normalised(params: Any, key: Any, filter_axis: int) -> Any:

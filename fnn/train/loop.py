@@ -208,6 +208,10 @@ def fit(
     there = placed(training, step)
     if not isinstance(params, State):
         model_state = _initial_model_state(loss, found, training, model_state)
+    if optimizer is None:
+        programs, traced = programs_of(step), lambda: None
+    else:
+        programs, traced = kept_programs(step)
     start = functools.partial(_start, step, params, model_state)
     state = start()
     order_key, loss_key, validation_key = (None,) * 3 if key is None else jax.random.split(key, 3)
@@ -217,10 +221,6 @@ def fit(
         loss_key = step.layout.spread(loss_key)
     step.meet(state, loss_key)
 
-    if optimizer is None:
-        programs, traced = programs_of(step), lambda: None
-    else:
-        programs, traced = kept_programs(step)
     if isinstance(training, Arrays) and check:
         check_values(
             step.find_labels, state.params, training.data, loss_key, state.model_state, "data"

@@ -16,10 +16,11 @@ from fnn import arguments
 from fnn.batch import batch_size as size_of
 from fnn.batch import example_types
 from fnn.meshes import beside
+from fnn.readings import Kept
 from fnn.train.data import Arrays, batches_of, fold_in
 from fnn.train.loss import Loss, check_loss, extras
 from fnn.train.state import State
-from fnn.train.step import check_optimizer, train_step
+from fnn.train.step import TrainStep, check_optimizer, train_step
 
 # From four times the loss at the start on, training is taken to diverge.
 _DIVERGED = 4.0
@@ -74,7 +75,8 @@ def find_learning_rate(
         fnn.plot.learning_rates(found)
         result = fnn.fit(loss, params, (X, y), optax.adam(found.suggestion), ...)
 
-    All steps are one compiled program, a scan. The parameters that are given stay as they are.
+    All steps are one compiled program, a scan, which is kept as long as loss and optimizer are. The
+    parameters that are given stay as they are.
 
     Args:
         loss: for ONE example, as for `train_step`.
@@ -121,22 +123,48 @@ def find_learning_rate(
     batches = _batches(where, data, batch_size, key, steps + 1)
     if model_state is None and found.state is not None and hasattr(loss, "init_state"):
         model_state = loss.init_state(example_types(jax.tree.map(lambda x: x[0], batches)))
-    step = train_step(loss, _growing(where, optimizer, rates), nonfinite="ignore", check=False)
-    state = beside(step.init(params, model_state), batches)
-
-    @jax.jit
-    def losses_of(state, batches, key):
-        def one(state, numbered):
-            i, batch = numbered
-            own = None if key is None or not found.may_draw else jax.random.fold_in(key, i)
-            state, metrics = step(state, batch, key=own)
-            return state, metrics["loss"]
-
-        return jax.lax.scan(one, state, (jnp.arange(steps + 1), batches))[1]
-
+    state = beside(_step(loss, optimizer, rates).init(params, model_state), batches)
+    search, used = _kept.found_or(_Search, loss, optimizer)
     # The loss that a step reports is that before it.
-    losses = np.asarray(losses_of(state, batches, key), float)[1:]
+    losses = np.asarray(search.losses(state, batches, key, rates), float)[1:]
+    used()
     return _read(rates, losses)
+
+
+class _Search:
+    """The program of a search.
+
+    Args:
+        loss, optimizer: functions that return them.
+    """
+
+    def __init__(self, loss: Callable[[], Loss], optimizer: Callable[[], Callable]):
+        traces: list[str] = []
+        self.traces = traces
+
+        @jax.jit
+        def losses(state, batches, key, rates):
+            traces.append("losses")
+            step = _step(loss(), optimizer(), rates)
+            own_key = key if extras(loss()).may_draw else None
+
+            def one(state, numbered):
+                i, batch = numbered
+                own = None if own_key is None else jax.random.fold_in(own_key, i)
+                state, metrics = step(state, batch, key=own)
+                return state, metrics["loss"]
+
+            return jax.lax.scan(one, state, (jnp.arange(len(rates) + 1), batches))[1]
+
+        self.losses = losses
+
+
+_kept: Kept[_Search] = Kept()
+
+
+def _step(loss: Loss, optimizer: Callable, rates: Any) -> TrainStep:
+    growing = _growing("find_learning_rate", optimizer, rates)
+    return train_step(loss, growing, nonfinite="ignore", check=False)
 
 
 def _read(rates: np.ndarray, losses: np.ndarray) -> LearningRates:
@@ -186,9 +214,7 @@ def _comes_again(data: Any) -> bool:
     return callable(data) or not hasattr(data, "__next__")
 
 
-def _growing(
-    where: str, optimizer: Callable, rates: np.ndarray
-) -> optax.GradientTransformationExtraArgs:
+def _growing(where: str, optimizer: Callable, rates: Any) -> optax.GradientTransformationExtraArgs:
     """An optimiser that takes its next rate at each step."""
 
     def at(rate):

@@ -21,7 +21,7 @@ from fnn.train import described
 from fnn.train.checks import BatchChecks, describe_bad_labels, describe_nonfinite, find_labels
 from fnn.train.conversion import as_arrays
 from fnn.train.descent import Descent
-from fnn.train.devices import check_layout, on_its_mesh
+from fnn.train.devices import FirstStates, check_layout, on_its_mesh
 from fnn.train.fitting import foresee
 from fnn.train.freezing import Trainable
 from fnn.train.loss import Loss, check_key, check_loss, extras
@@ -168,6 +168,7 @@ class TrainStep:
         find_labels: `find_labels` of the loss.
         made_of: `(loss, optimizer, options)`, by which to make the step again.
         programs: where `fit` keeps the programs that it compiled.
+        first_states: those of `init`, on a layout.
     """
 
     def __init__(
@@ -218,7 +219,8 @@ class TrainStep:
         self.programs: Any = None
         self.find_labels = functools.partial(find_labels, loss, trained=chosen.flags)
         self._extras = extras(loss)
-        self._first: dict[Any, Any] = {}  # on a layout: what makes the first state
+        self.first_states = FirstStates()
+        self.first_states.serve(traced)
         self._runs = Runs()
         self._checks = BatchChecks(self.find_labels, check)
 
@@ -258,14 +260,7 @@ class TrainStep:
         check_params(params, self.traced.trainable.flags)
         if self.layout is None:
             return self.traced.first(params, model_state)
-        params, model_state = self.layout.place(params), self.layout.spread(model_state)
-        types = jax.eval_shape(self.traced.first, params, model_state)
-        leaves, tree = jax.tree.flatten(types)
-        kind = (tree, *((x.shape, x.dtype) for x in leaves))
-        if kind not in self._first:  # else each run would compile it
-            wanted = self.layout.of_state(types)
-            self._first[kind] = jax.jit(self.traced.first, out_shardings=wanted)
-        return self._first[kind](params, model_state)
+        return self.first_states(self.layout, params, model_state)
 
     def __call__(
         self, state: State, batch: chex.ArrayTree, key: chex.PRNGKey | None = None

@@ -12,6 +12,7 @@ of installed packages, which are taken to stay as they are.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -30,7 +31,7 @@ import numpy as np
 
 _PLAIN = (str, bytes, int, type(None), type(Ellipsis), types.CodeType)
 _INSTALLED = (
-    os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,  # fnn itself
+    os.path.dirname(os.path.abspath(__file__)) + os.sep,  # fnn itself
     *(sysconfig.get_paths()[p] + os.sep for p in ("stdlib", "purelib", "platlib")),
     "<frozen",
 )
@@ -234,6 +235,26 @@ class Kept(Generic[T]):
         found = self._found.get(_name(functions, more))
         return found[0] if found and found[1] == list(map(readings, functions)) else None
 
+    def found_or(self, make: Callable[..., T], *functions: Any) -> tuple[T, Callable[[], None]]:
+        """What was kept for these functions, or else is made of references to them.
+
+        Args:
+            make: called with a function for each, which returns it. What it makes has a list
+                `traces`, which grows with each program that is traced.
+
+        Returns:
+            That, and what keeps it for later, to be called after each use.
+        """
+        made: Any = self.find(functions) or make(*map(_weakly, functions))
+        before = len(made.traces)
+
+        def used() -> None:
+            if len(made.traces) > before:  # what they read now is what was traced
+                with contextlib.suppress(TypeError):
+                    self.keep(functions, made=made)
+
+        return made, used
+
     def keep(self, functions: tuple, *more: Any, made: T) -> None:
         """Keep it from here on, for functions that read what they read now.
 
@@ -254,6 +275,14 @@ def reference(function: Any, gone: Callable | None = None) -> Any:
     """
     refer = weakref.WeakMethod if inspect.ismethod(function) else weakref.ref
     return refer(function, gone)
+
+
+def _weakly(function: Any) -> Callable[[], Any]:
+    """What returns the function, and doesn't keep it alive where that can be."""
+    try:
+        return reference(function)
+    except TypeError:
+        return lambda: function
 
 
 def _name(functions: tuple, more: tuple) -> tuple:
