@@ -500,7 +500,8 @@ LABELS = np.arange(26) % 3
             TypeError,
             "must be an array of numbers.*strings",
         ),
-        ([(A, Y[:5])], {}, ValueError, r"batch\[0\] has 26, batch\[1\] has 5"),
+        ([(A, Y[:5])], {}, ValueError, r"data\[0\]\[0\] has 26, data\[0\]\[1\] has 5"),
+        ([(A, Y), (A, Y[:5])], {}, ValueError, r"batch\[0\] has 26, batch\[1\] has 5"),
         ([(NAN, Y)], {}, ValueError, r"batch\[0\].*nan"),
         ((A, Y), {"key": KEY, "validation": (NAN, Y)}, ValueError, r"validation\[0\].*nan"),
         ((A, Y), {"key": KEY, "validation": (A, Y[:3])}, ValueError, r"validation\[1\] has 3"),
@@ -509,6 +510,25 @@ LABELS = np.arange(26) % 3
 def test_bad_data(data, options, error, message):
     with pytest.raises(error, match=message):
         fit(squares, START, data, SGD, **{"epochs": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ([1], r"^validation\[0\] is 1 of type int, not an array"),
+        ([None], r"^validation\[0\] holds no arrays"),
+        ([(NAN, Y)], r"^validation's batch\[0\] .*holds nan"),
+        (lambda: [(A, Y[:5])], r"^the arrays of validation's batch differ"),
+        (lambda: 3, "^validation is a function, .*, which must return an iterable.*returned 3"),
+        (
+            lambda a, b: [(A, Y)],
+            r"^validation is a function, .*\(a, b\): it is called for each epoch",
+        ),
+    ],
+)
+def test_bad_batches_of_validation(wrong, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        fit(squares, START, [(A, Y)], SGD, epochs=1, validation=wrong)
 
 
 def test_bad_labels_are_found_before_compiling():

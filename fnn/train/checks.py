@@ -254,11 +254,13 @@ class BatchChecks:
         find: the labels that a loss reads: `find_labels` of the loss.
         values: look at values too, not only at shapes: nan in the first batch of each kind
             (structure, shapes and dtypes), labels there and in every batch of numpy arrays.
+        name: what a batch is called in errors.
     """
 
-    def __init__(self, find: FindLabels, values: bool):
+    def __init__(self, find: FindLabels, values: bool, name: str = "batch"):
         self._find = find
         self._values = values
+        self._name = name
         self._known: dict[Any, tuple[Labels, ...]] = {}
 
     def look_at(
@@ -285,13 +287,14 @@ class BatchChecks:
         if kind not in self._known:
             if first is not None:
                 first()
-            batch_size(batch)
-            find = functools.partial(check_values, self._find, params, batch, key, state, "batch")
+            batch_size(batch, self._name)
+            given = (params, batch, key, state, self._name)
+            find = functools.partial(check_values, self._find, *given)
             self._known[kind] = find() if self._values else ()
             return
         on_host = [lb for lb in self._known[kind] if isinstance(leaves[lb.leaf], np.ndarray)]
         if on_host:
-            check_labels(batch, tuple(on_host))
+            check_labels(batch, tuple(on_host), self._name)
 
 
 def check_values(

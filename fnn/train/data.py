@@ -114,6 +114,11 @@ class Stream:
     _kind: list = dataclasses.field(default_factory=list)  # of the first batch
 
     @property
+    def batch(self) -> str:
+        """What one of its batches is called in messages."""
+        return "batch" if self.name == "data" else f"{self.name}'s batch"
+
+    @property
     def steps(self) -> int | None:
         """The number of batches in an epoch, if it is known."""
         if self.limit is None and isinstance(self.source, Sized):
@@ -137,7 +142,7 @@ class Stream:
         skip = 0 if isinstance(self.source, Iterator) else start
         end = None if self.limit is None else skip + max(0, self.limit - start)
         for count, batch in enumerate(itertools.islice(self._batches(key), skip, end), start + 1):
-            batch = as_arrays(batch, "batch")
+            batch = as_arrays(batch, self.batch)
             self._check_kind(batch, count)
             yield batch
         if self.limit is not None and count < self.limit:
@@ -152,14 +157,20 @@ class Stream:
         if not callable(self.source) or isinstance(self.source, Iterable):
             return self.source
         wants = _key_parameter(self.source)
-        if wants is None:
-            return self.source()
-        if key is None and wants.default is wants.empty:
+        if wants is not None and key is None and wants.default is wants.empty:
             raise TypeError(
                 f"{self.name} is a function that takes a key, {name_of(self.source)}"
                 f"({wants.name}): pass key=..., or a function without arguments."
             )
-        return self.source(key)
+        made = self.source() if wants is None else self.source(key)
+        try:
+            iter(made)
+        except TypeError:
+            raise TypeError(
+                f"{self.name} is a function, {name_of(self.source)}, which must return an iterable "
+                f"of batches, but it returned {arguments.show(made)}."
+            ) from None
+        return made
 
     def _check_kind(self, batch: Any, count: int) -> None:
         leaves, tree = jax.tree.flatten(batch)
@@ -220,6 +231,13 @@ def batches_of(
         )
     if isinstance(data, list):
         _check_list(data, name)
+    elif not isinstance(data, Iterable):
+        wanted = [p.name for p in arguments.positional(data) or [] if p.default is p.empty]
+        if len(wanted) > 1:
+            raise TypeError(
+                f"{name} is a function, {name_of(data)}({', '.join(wanted)}): it is called for "
+                "each epoch with no argument, or with a key."
+            )
     if isinstance(data, itertools.cycle) and steps is None:
         raise ValueError(f"{name} never ends (itertools.cycle): pass steps_per_epoch.")
     if isinstance(data, Iterator) and epochs > 1 and steps is None:
@@ -257,6 +275,8 @@ def _check_list(data: list, name: str) -> None:
             f"{name} is a list of arrays of different shapes, and a list is an iterable of "
             "batches. If these are the inputs and labels of the examples, pass a tuple: (X, y)."
         )
+    first = f"{name}[0]"
+    size_of(as_arrays(data[0], first), first)
 
 
 def take(data: Any, rows: Any) -> Any:

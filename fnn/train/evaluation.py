@@ -143,7 +143,8 @@ class Evaluation:
         own_key = key if extras(self._loss()).needs_key else None
         if check and isinstance(source, Arrays):
             check_values(self.find_labels, params, source.data, own_key, state, name)
-        checks = BatchChecks(self.find_labels, check and isinstance(source, Stream))
+        called = source.batch if isinstance(source, Stream) else "batch"
+        checks = BatchChecks(self.find_labels, check and isinstance(source, Stream), called)
         batches = source.epoch(key)
         if layout is None:
             look_at = lambda batch: checks.look_at(params, batch, own_key, state)
