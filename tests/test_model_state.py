@@ -317,3 +317,21 @@ def test_what_supervised_refuses():
         loss_of(STEADY)(PARAMS, X[0])
     with pytest.raises(TypeError, match=re.escape("but got {x: float64[5]}")):
         loss_of(STEADY)(PARAMS, {"x": X[0]})
+
+
+def test_a_state_that_the_loss_takes_none_of_is_refused():
+    loss = lambda params, example: jnp.sum(params["w"] ** 2) + 0 * example[0][0]
+    start, sgd, state = {"w": jnp.ones(2)}, optax.sgd(0.1), {"statistics": {"norm": jnp.ones(2)}}
+    given = {"model_state": state}
+    for call in (
+        lambda: fit(loss, start, **given),
+        lambda: fnn.train_step(loss, sgd).init(start, state),
+        lambda: fnn.evaluate(loss, start, DATA, **given),
+        lambda: fnn.find_learning_rate(loss, start, DATA, **given),
+        lambda: fnn.loss_surface(loss, start, DATA, KEY, **given),
+        lambda: fnn.train.activation_statistics(loss)(start, DATA, **given),
+        lambda: fnn.sweep(loss, {"seed": [0]}, DATA, optimizer=sgd, init=start, epochs=1, **given),
+    ):
+        with pytest.raises(TypeError, match="model_state is given, but the loss .* takes no state"):
+            call()
+    assert fnn.evaluate(loss, start, DATA, model_state={})["loss"] == 2  # as of a stateless network

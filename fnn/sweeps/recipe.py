@@ -15,7 +15,7 @@ import numpy as np
 from fnn import arguments
 from fnn.precision import widest
 from fnn.sweeps.axes import Axes, is_integer, listed
-from fnn.train.loss import Loss, check_loss, extras
+from fnn.train.loss import Loss, check_loss, check_model_state, extras
 from fnn.train.state import State
 from fnn.train.step import TrainStep, check_optimizer
 
@@ -167,6 +167,7 @@ class Recipe:
                     "example x."
                 )
             model_state = None if make is None else make(example)
+        check_model_state(WHERE, step.loss, model_state)
         state = step.init(params, model_state)
         return self._injected_into(state, hyper)
 

@@ -9,7 +9,7 @@ from typing import Any
 from fnn import arguments
 from fnn.train.checkpoints import Checkpoints, check_checkpoints
 from fnn.train.early_stopping import EarlyStopping, check_early_stopping
-from fnn.train.loss import Loss, check_loss, extras
+from fnn.train.loss import Loss, check_loss, check_model_state, extras
 from fnn.train.outcome import NONFINITE
 from fnn.train.state import State, check_optimizer
 from fnn.train.step import TrainStep
@@ -84,5 +84,6 @@ def check_call(
         arguments.function("fit", "after_epoch", after_epoch, form)
     if extras(loss).needs_key and key is None:
         raise TypeError("the loss takes a key, loss(params, example, key): pass key=... to fit.")
+    check_model_state("fit", loss, model_state)
     if isinstance(params, State) and model_state is not None:
         raise TypeError("fit: params is a training State, which has a model_state: give only one.")

@@ -24,7 +24,7 @@ from fnn.train.checks import BatchChecks, Labels, check_values, find_labels
 from fnn.train.conversion import as_arrays
 from fnn.train.data import Arrays, Stream, batches_of, filled, fold_in
 from fnn.train.devices import Placed, check_layout, everywhere, on_its_mesh, settled
-from fnn.train.loss import Loss, batch_means, check_loss, extras
+from fnn.train.loss import Loss, batch_means, check_loss, check_model_state, extras
 from fnn.train.result import stacked, weighted_mean
 from fnn.train.state import State, path_name
 
@@ -70,6 +70,7 @@ def evaluate(
     check_layout("evaluate", layout, extras(loss).mode is not None)
     if key is not None:
         arguments.key("evaluate", "key", key)
+    check_model_state("evaluate", loss, model_state)
     if isinstance(params, State):
         model_state = params.model_state if model_state is None else model_state
         params = params.params

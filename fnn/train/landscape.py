@@ -15,7 +15,7 @@ from fnn.batch import batch_size as size_of
 from fnn.readings import Kept
 from fnn.text import size_of_tree
 from fnn.train.conversion import as_arrays
-from fnn.train.loss import Loss, batch_losses, check_loss, extras
+from fnn.train.loss import Loss, batch_losses, check_loss, check_model_state, extras
 from fnn.train.state import State, check_params, path_name
 
 
@@ -104,6 +104,7 @@ def loss_surface(
         raise ValueError(f"{where}: points must be odd, so that 0 is one of them; got {points}.")
     if key is not None:
         arguments.key(where, "key", key)
+    check_model_state(where, loss, model_state)
     if isinstance(params, State):
         model_state = params.model_state if model_state is None else model_state
         params = params.params

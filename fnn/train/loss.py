@@ -117,6 +117,16 @@ def check_key(found: Extras, key: Any) -> None:
         arguments.key("train_step", "key", key)
 
 
+def check_model_state(where: str, loss: Loss, given: Any) -> None:
+    """Raise a TypeError if a network's state is given that the loss doesn't take."""
+    if extras(loss).state is None and jax.tree.leaves(given):
+        raise TypeError(
+            f"{where}: model_state is given, but the loss {name_of(loss)} takes no state: it must "
+            "be loss(params, example, state), and return the new state last. (Else leave "
+            "model_state out.)"
+        )
+
+
 def call(
     loss: Loss,
     params: Any,

@@ -23,7 +23,7 @@ from fnn.jaxpr import Inlined, Program, is_inexact, program, trace
 from fnn.layers.mode import EVALUATE
 from fnn.operation import operation_name
 from fnn.train.conversion import as_arrays
-from fnn.train.loss import Loss, call, check_loss, extras
+from fnn.train.loss import Loss, call, check_loss, check_model_state, extras
 from fnn.train.state import State, check_params
 from fnn.train.written_out import written_out
 
@@ -203,6 +203,7 @@ def activation_statistics(loss: Loss) -> Callable[..., ActivationStatistics]:
         key: chex.PRNGKey | None = None,
         model_state: chex.ArrayTree | None = None,
     ) -> ActivationStatistics:
+        check_model_state("activation_statistics", loss, model_state)
         if isinstance(params, State):
             model_state = params.model_state if model_state is None else model_state
             params = params.params

@@ -18,7 +18,7 @@ from fnn.batch import example_types
 from fnn.meshes import beside
 from fnn.readings import Kept
 from fnn.train.data import Arrays, batches_of, fold_in
-from fnn.train.loss import Loss, check_loss, extras
+from fnn.train.loss import Loss, check_loss, check_model_state, extras
 from fnn.train.state import State
 from fnn.train.step import TrainStep, check_optimizer, train_step
 
@@ -116,6 +116,7 @@ def find_learning_rate(
     found = extras(loss)
     if found.needs_key and key is None:
         raise TypeError(f"{where}: the loss takes a key: pass key=...")
+    check_model_state(where, loss, model_state)
     if isinstance(params, State):
         model_state = params.model_state if model_state is None else model_state
         params = params.params

@@ -24,7 +24,7 @@ from fnn.train.descent import Descent
 from fnn.train.devices import FirstStates, check_layout, on_its_mesh
 from fnn.train.fitting import foresee
 from fnn.train.freezing import Trainable
-from fnn.train.loss import Loss, check_key, check_loss, extras
+from fnn.train.loss import Loss, check_key, check_loss, check_model_state, extras
 from fnn.train.loss_scaling import DynamicLossScale, check_loss_scale
 from fnn.train.nonfinite import Run, Runs, holds_nonfinite
 from fnn.train.objective import Objective
@@ -245,9 +245,11 @@ class TrainStep:
             model_state: the network's state, `net.init_state(x)`, for a loss that takes one.
 
         Raises:
-            TypeError: a parameter isn't an array of floats; the message names it.
+            TypeError: a parameter isn't an array of floats, and the message names it; or a
+                model_state is given, but the loss takes none.
             ValueError: there are no parameters, or none is trained.
         """
+        check_model_state("step.init", self.loss, model_state)
         if model_state is None:
             if self._extras.needs_state:
                 raise TypeError(
