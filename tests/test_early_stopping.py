@@ -127,6 +127,15 @@ def test_the_learning_rate_in_the_record():
     )
     with pytest.raises(TypeError, match=r"schedule must return a learning rate, .* shape \(2,\)"):
         run(optax.sgd(0.1), schedule=lambda step: np.ones(2, np.float32))
+    ended = []
+    for odd in ("0.1", None, {"a": 0.1}):
+        schedule = lambda step, odd=odd: odd
+        with pytest.raises(TypeError, match="schedule must return a learning rate"):
+            run(optax.sgd(0.1), schedule=schedule, after_epoch=lambda *_: ended.append(1))
+    assert not ended  # it is told at once
+    with pytest.raises(TypeError) as caught:
+        run(optax.sgd(schedule))
+    assert any("in the optimizer's update. A schedule" in n for n in caught.value.__notes__)
     schedule = optax.linear_schedule(0.1, 0.0, 6)
     wanted = [float(schedule(i)) for i in (1, 3, 5)]  # of the last step of each epoch
     injected = optax.inject_hyperparams(optax.sgd)(learning_rate=schedule)

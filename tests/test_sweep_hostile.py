@@ -96,6 +96,21 @@ def test_values_that_are_refused(axes, options, message):
         sweep(axes, **options)
 
 
+@pytest.mark.parametrize("rate", ["a", None, {"a": 1.0}, np.ones(2)], ids=str)
+def test_a_rate_that_is_no_number_is_named(rate):
+    injected = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
+    wanted = "no function takes 'learning_rate', .* must be a number, but its axis holds"
+    with pytest.raises(TypeError, match=wanted):
+        sweep({"learning_rate": [0.1, rate]}, optimizer=injected)
+    if rate is None:  # of which optax makes no rate at all
+        return
+    with pytest.raises((TypeError, ValueError)) as caught:
+        sweep({"learning_rate": [rate]})
+    note = caught.value.__notes__[-1]
+    assert note.startswith("(fnn.sweep: for the networks with learning_rate")
+    assert "what is no number is given to the functions as it is" in note
+
+
 def test_what_32_bits_cannot_hold_is_refused():
     with jax.enable_x64(False), pytest.raises(ValueError, match="1e.200, which float32 can't hold"):
         sweep({"learning_rate": [1e200]})

@@ -332,6 +332,14 @@ def listed(values: Sequence[Any], most: int = 8) -> str:
     return shown if len(values) <= most else f"{shown}, ... ({len(values)} in all)"
 
 
+def told(static: Mapping[str, Any]) -> str:
+    """Static hyperparameters, and what is said of those that could have been meant as numbers."""
+    odd = {n: v for n, v in static.items() if not is_number(v) and not callable(v)}
+    shown = ", ".join(f"{name} is {arguments.show(value)}" for name, value in odd.items())
+    what = f" ({shown}: what is no number is given to the functions as it is)" if odd else ""
+    return described(static) + what
+
+
 def described(hyperparameters: Mapping[str, Any]) -> str:
     """`seed 3, learning_rate 0.01`."""
     return ", ".join(f"{name} {show(value)}" for name, value in hyperparameters.items())

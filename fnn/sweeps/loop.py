@@ -14,7 +14,7 @@ import optax
 
 from fnn import arguments
 from fnn.batch import example_types
-from fnn.sweeps.axes import Axes, Group, described
+from fnn.sweeps.axes import Axes, Group, told
 from fnn.sweeps.halving import Halving, checked
 from fnn.sweeps.layout import LAYOUTS, Layout
 from fnn.sweeps.program import Program, Shared
@@ -197,7 +197,7 @@ def sweep(
             groups.append(training_of(group))
         except Exception as error:
             if group.static:
-                annotate(error, f"(fnn.sweep: for the networks with {described(group.static)}.)")
+                annotate(error, f"(fnn.sweep: for the networks with {told(group.static)}.)")
             raise
     book = Book(grid, groups, epochs, halving)
     interrupted = False

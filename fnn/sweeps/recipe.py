@@ -14,7 +14,7 @@ import numpy as np
 
 from fnn import arguments
 from fnn.precision import widest
-from fnn.sweeps.axes import Axes, is_integer, listed
+from fnn.sweeps.axes import Axes, is_integer, is_number, listed
 from fnn.train.loss import Loss, check_loss, check_model_state, extras
 from fnn.train.state import State
 from fnn.train.step import TrainStep, check_optimizer
@@ -95,6 +95,13 @@ class Recipe:
         # What no function names may be a hyperparameter that the optimiser's state holds.
         self.injected = tuple(n for n in names if n not in self._used and n != "batch_size")
         for name in self.injected:
+            other = [v for v in axes.values(name) if not is_number(v)]
+            if other:
+                raise TypeError(
+                    f"sweep: no function takes {name!r}, so it is a hyperparameter in the "
+                    "optimiser's state (optax.inject_hyperparams), which must be a number, but its "
+                    f"axis holds {arguments.show(other[0])}."
+                )
             if name in axes.static:
                 self.refuse_unused((name,))
 

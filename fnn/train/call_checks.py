@@ -9,8 +9,10 @@ from typing import Any
 from fnn import arguments
 from fnn.train.checkpoints import Checkpoints, check_checkpoints
 from fnn.train.early_stopping import EarlyStopping, check_early_stopping
+from fnn.train.learning_rate import scheduled
 from fnn.train.loss import Loss, check_loss, check_model_state, extras
 from fnn.train.outcome import NONFINITE
+from fnn.train.result import annotate
 from fnn.train.state import State, check_optimizer
 from fnn.train.step import TrainStep
 
@@ -79,6 +81,11 @@ def check_call(
         check_early_stopping(early_stopping, validates)
     if schedule is not None:
         arguments.function("fit", "schedule", schedule, "a function of the number of steps")
+        try:
+            scheduled(schedule, 0)
+        except Exception as error:
+            annotate(error, "(fnn.fit: schedule was called with the number of steps before, 0.)")
+            raise
     if after_epoch is not None:
         form = "a function after_epoch(epoch, state, record)"
         arguments.function("fit", "after_epoch", after_epoch, form)

@@ -18,6 +18,7 @@ from fnn.train.loss_scaling import DynamicLossScale
 from fnn.train.objective import Objective
 from fnn.train.outcome import NonFinite, settle
 from fnn.train.precision import optimizers_promotion
+from fnn.train.result import annotate
 from fnn.train.state import (
     State,
     check_average,
@@ -26,6 +27,12 @@ from fnn.train.state import (
     check_scale,
     own,
     typed_like,
+)
+
+# Of what an optimiser raises: optax and Python name no argument.
+IN_UPDATE = (
+    "(train_step: in the optimizer's update. A schedule, if it has one, is called with the number "
+    "of steps as a traced array, and must return a real number.)"
 )
 
 
@@ -119,17 +126,22 @@ class Descent:
         more = {} if self.trainable.is_all else {"all_params": every(state.params)}
 
         def apply():
+            try:
+                with optimizers_promotion():
+                    updates, opt_state = self.optimizer.update(
+                        gradient if self.clip is None else clipped(gradient, self.clip),
+                        state.opt_state,
+                        state.params,
+                        value=found.means["loss"],
+                        grad=gradient,
+                        value_fn=value_of,
+                        batch=batch,
+                        **more,
+                    )
+            except Exception as error:
+                annotate(error, IN_UPDATE)
+                raise
             with optimizers_promotion():
-                updates, opt_state = self.optimizer.update(
-                    gradient if self.clip is None else clipped(gradient, self.clip),
-                    state.opt_state,
-                    state.params,
-                    value=found.means["loss"],
-                    grad=gradient,
-                    value_fn=value_of,
-                    batch=batch,
-                    **more,
-                )
                 params = optax.apply_updates(state.params, updates)
             new = state._replace(
                 params=params,

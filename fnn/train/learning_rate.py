@@ -27,6 +27,24 @@ def shown_rate(state: State) -> float | None:
     return None
 
 
+def scheduled(schedule: Callable, count: int) -> float:
+    """The learning rate after a number of steps.
+
+    Raises:
+        TypeError: the schedule returns something else.
+    """
+    rate = schedule(count)
+    try:
+        if isinstance(rate, str):  # which float would read
+            raise TypeError
+        return float(rate)
+    except TypeError:
+        raise TypeError(
+            "fit: schedule must return a learning rate, a real number, for a number of steps, but "
+            f"returned {arguments.show(rate)}."
+        ) from None
+
+
 def rate_of(state: State, schedule: Callable | None) -> dict[str, float]:
     """The entry of a record: the rate of the step before, if it is known.
 
@@ -35,13 +53,6 @@ def rate_of(state: State, schedule: Callable | None) -> dict[str, float]:
         schedule: the rate as a function of the number of steps that were applied before.
     """
     if schedule is not None:
-        rate = schedule(max(0, int(state.step) - 1))
-        try:
-            return {NAME: float(rate)}
-        except TypeError:
-            raise TypeError(
-                "fit: schedule must return a learning rate, a real number, for a number of steps, "
-                f"but returned {arguments.show(rate)}."
-            ) from None
+        return {NAME: scheduled(schedule, max(0, int(state.step) - 1))}
     rate = shown_rate(state)
     return {} if rate is None else {NAME: rate}
