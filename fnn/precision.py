@@ -42,6 +42,25 @@ def wide_together(*arrays: Any) -> tuple[jax.Array, ...]:
     return tuple(x.astype(dtype) for x in arrays)
 
 
+def product(numbers: str, a: Any, b: Any, out_sharding: Any = None) -> jax.Array:
+    """`jnp.einsum(numbers, a, b)`, summed in at least float32.
+
+    What was computed in float32 is rounded to the other factor's 16 bits first.
+    """
+    narrow = min(a.dtype, b.dtype, key=lambda d: jnp.finfo(d).bits)
+    options: dict[str, Any] = {} if out_sharding is None else {"out_sharding": out_sharding}
+    options["preferred_element_type"] = wide_dtype(a.dtype)
+    return jnp.einsum(numbers, a.astype(narrow), b.astype(narrow), **options)
+
+
+def signed(integers: Any) -> jax.Array:
+    """Labels or positions as signed integers of 32 bits at least.
+
+    An int8 ends at 127, where there may be more classes; differences of unsigned ones would wrap.
+    """
+    return jnp.asarray(integers, jnp.int64 if integers.dtype.itemsize == 8 else jnp.int32)
+
+
 def total(arrays: Sequence[Any]) -> jax.Array:
     """The sum of arrays of one shape, entry by entry, in the widest of their dtypes."""
     dtype = widest(*[x.dtype for x in arrays])

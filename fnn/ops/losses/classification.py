@@ -23,7 +23,7 @@ from fnn.ops.arguments import (
     must_be_real,
 )
 from fnn.ops.probabilities import log_softmax, softmax
-from fnn.precision import wide
+from fnn.precision import signed, wide
 
 
 @rule
@@ -368,26 +368,21 @@ def _look_at_classes(op, scores, labels):
         )
 
 
-def _index(labels):
-    """Labels as signed integers wide enough to count classes: an int8 ends at 127."""
-    return jnp.asarray(labels, jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)
-
-
 def _one_hot(labels, scores):
     """True where an entry of `scores` belongs to the right class; nowhere for a wrong label."""
-    index = _index(labels)[..., None]
+    index = signed(labels)[..., None]
     return jnp.arange(scores.shape[-1], dtype=index.dtype) == index
 
 
 def _is_class(labels, scores):
     """Is there such a class?"""
-    return (_index(labels) >= 0) & (_index(labels) < scores.shape[-1])
+    return (signed(labels) >= 0) & (signed(labels) < scores.shape[-1])
 
 
 def _pick(scores, labels):
     """The score of the right class; NaN where there is no such class."""
     is_class = _is_class(labels, scores)
-    index = jnp.where(is_class, _index(labels), 0)[..., None]
+    index = jnp.where(is_class, signed(labels), 0)[..., None]
     picked = jnp.take_along_axis(scores, index, axis=-1, mode="promise_in_bounds")[..., 0]
     return jnp.where(is_class, picked, jnp.nan)
 
@@ -399,7 +394,7 @@ def _add_at_label(x, labels, amount):
         place = x.at[label]
         return place.add(amount, mode="drop", unique_indices=True, wrap_negative_indices=False)
 
-    return jnp.vectorize(add, signature="(classes),(),()->(classes)")(x, _index(labels), amount)
+    return jnp.vectorize(add, signature="(classes),(),()->(classes)")(x, signed(labels), amount)
 
 
 def _check_classes(op, name, scores, labels, *, distributions):

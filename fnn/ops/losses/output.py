@@ -21,7 +21,7 @@ from fnn import arguments
 from fnn.meshes import as_varying, broadcast, explicit_mesh, sharding_of
 from fnn.operation import compiled_rule as rule
 from fnn.ops.arguments import block_size, is_integer, must_be_array, must_be_real
-from fnn.precision import wide
+from fnn.precision import product, signed, wide
 
 
 def linear_softmax_cross_entropy(
@@ -90,7 +90,7 @@ def linear_softmax_cross_entropy(
         log_sum = m + r
         penalty = jnp.asarray(z_loss, log_sum.dtype) * log_sum * log_sum
         if ignore is not None:
-            penalty = jnp.where(_index(labels) == ignore, 0, penalty)
+            penalty = jnp.where(signed(labels) == ignore, 0, penalty)
         loss = loss + penalty
     return loss.astype(h.dtype)
 
@@ -170,7 +170,7 @@ def _(residuals, g, *, label_smoothing, ignore, block):
     def step(dh, i):
         p, q = _probabilities_and_target(residuals, blocks, i, label_smoothing)
         G = g_p * p - g_loss * q
-        dh = dh + _product("...c,cf->...f", G, blocks.cut(W, i))
+        dh = dh + product("...c,cf->...f", G, blocks.cut(W, i))
         dW = _over_positions(G, h, W).astype(W.dtype)
         return dh, (dW, jnp.sum(G, axis=tuple(range(h.ndim - 1))) if given else None)
 
@@ -189,8 +189,8 @@ def _(residuals, dh, dW, d_labels, d_given, *, label_smoothing, ignore, block):
     def step(total, i):
         d_loss, dr = total
         p, q = _probabilities_and_target(residuals, blocks, i, label_smoothing)
-        ds = _product("...f,cf->...c", dh, blocks.cut(W, i))
-        ds = ds + _product("...f,cf->...c", h, blocks.cut(dW, i))
+        ds = product("...f,cf->...c", dh, blocks.cut(W, i))
+        ds = ds + product("...f,cf->...c", h, blocks.cut(dW, i))
         if given:
             ds = _plus(ds, blocks.cut(d_given["bias"], i))
         return (d_loss + jnp.sum((p - q) * ds, axis=-1), dr + jnp.sum(p * ds, axis=-1)), None
@@ -250,10 +250,10 @@ class _Blocks(NamedTuple):
 
 def _logits_and_target(h, W, labels, given, blocks: _Blocks, i, smoothing: float):
     """The logits of a block of classes, and the target distribution there."""
-    s = _product("...f,cf->...c", h, blocks.cut(W, i))
+    s = product("...f,cf->...c", h, blocks.cut(W, i))
     if given:
         s = _plus(s, blocks.cut(given["bias"], i))
-    labels = _index(labels)[..., None]
+    labels = signed(labels)[..., None]
     index = blocks.index(i).astype(labels.dtype).reshape(*(1,) * (h.ndim - 1), blocks.size)
     rest = smoothing / blocks.classes
     q = jnp.where(labels == index, 1 - smoothing + rest, rest).astype(s.dtype)
@@ -297,29 +297,15 @@ def _zeros(h, like):
 
 def _at_labels(x, labels, blocks: _Blocks, ignore):
     """x, but 0 where the label is ignored, and NaN where it names no class."""
-    index = _index(labels)
+    index = signed(labels)
     is_class = (index >= 0) & (index < blocks.classes)
     x = x * jnp.where(is_class, 1, jnp.nan).astype(x.dtype)
     return x if ignore is None else jnp.where(index == ignore, 0, x)
 
 
-def _index(labels):
-    """Labels as signed integers wide enough to count classes."""
-    return jnp.asarray(labels, jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)
-
-
-def _product(numbers: str, a, b, out_sharding=None):
-    """A product summed in at least float32; float32 factors are rounded to the other's 16 bits."""
-    kind = wide(jnp.zeros((), a.dtype)).dtype
-    narrow = min(a.dtype, b.dtype, key=lambda d: jnp.finfo(d).bits)
-    a, b = a.astype(narrow), b.astype(narrow)
-    options = {} if out_sharding is None else {"out_sharding": out_sharding}
-    return jnp.einsum(numbers, a, b, preferred_element_type=kind, **options)
-
-
 def _over_positions(G, h, W):
     """Gᵀ h (classes, features), summed over all positions."""
-    return _product("...c,...f->cf", G, h, sharding_of(W))
+    return product("...c,...f->cf", G, h, sharding_of(W))
 
 
 def _check(op: str, h, W, labels, bias) -> None:

@@ -19,7 +19,7 @@ from jax import lax
 
 from fnn.meshes import as_varying
 from fnn.operation import compiled_rule as rule
-from fnn.precision import wide, wide_dtype, widest
+from fnn.precision import product, signed, wide, wide_dtype, widest
 
 
 @rule
@@ -53,7 +53,7 @@ def running(blocks: Blocks, q, k, v, given, total: tuple) -> tuple:
         new = jnp.maximum(old_largest, jnp.max(s, axis=-1))
         shift = jnp.where(new == -jnp.inf, 0, new)
         p, faded = jnp.exp(s - shift[..., None]), jnp.exp(old_largest - shift)
-        new_y = old_y * _beside(faded) + _product("cqgk,kch->qcgh", p, blocks.keys(parts.v, j))
+        new_y = old_y * _beside(faded) + product("cqgk,kch->qcgh", p, blocks.keys(parts.v, j))
         new_sum = old_sum * faded + jnp.sum(p, axis=-1)
         return (
             blocks.with_rows(y, new_y, i),
@@ -96,11 +96,11 @@ def _(residuals, g, *, causal, window, scale, block):
         q, k, v = blocks.rows(parts.q, i), blocks.keys(parts.k, j), blocks.keys(parts.v, j)
         g = blocks.rows(g_y, i)
         p = blocks.probabilities(parts, m, r, i, j)
-        dv = _product("cqgk,qcgh->kch", p, g)
-        dp = _product("qcgh,kch->cqgk", g, v)
+        dv = product("cqgk,qcgh->kch", p, g)
+        dp = product("qcgh,kch->cqgk", g, v)
         ds = p * (dp - blocks.queries(mean, i, 1)[..., None])
-        dq = scale * _product("cqgk,kch->qcgh", ds, k)
-        dk = scale * _product("cqgk,qcgh->kch", ds, q)
+        dq = scale * product("cqgk,kch->qcgh", ds, k)
+        dk = scale * product("cqgk,qcgh->kch", ds, q)
         d_bias = blocks.bias_gradient(parts, ds)
         d_slopes = blocks.slopes_gradient(parts, ds, i, j)
         return dq, dk, dv, d_bias, d_slopes
@@ -156,10 +156,10 @@ def _(residuals, dq, dk, dv, d_given, *, causal, window, scale, block):
         q, k, v = blocks.rows(parts.q, i), blocks.keys(parts.k, j), blocks.keys(parts.v, j)
         dq, dk = blocks.rows(tangents.q, i), blocks.keys(tangents.k, j)
         p = blocks.probabilities(parts, m, r, i, j)
-        ds = scale * (_product("qcgh,kch->cqgk", dq, k) + _product("qcgh,kch->cqgk", q, dk))
+        ds = scale * (product("qcgh,kch->cqgk", dq, k) + product("qcgh,kch->cqgk", q, dk))
         ds = p * blocks.plus_bias(tangents, ds, i, j)
-        dy = _product("cqgk,kch->qcgh", ds, v)
-        dy = dy + _product("cqgk,kch->qcgh", p, blocks.keys(tangents.v, j))
+        dy = product("cqgk,kch->qcgh", ds, v)
+        dy = dy + product("cqgk,kch->qcgh", p, blocks.keys(tangents.v, j))
         return dy, jnp.sum(ds, axis=-1)
 
     again = jax.checkpoint(block_of_tangents, prevent_cse=False)
@@ -267,8 +267,8 @@ class Blocks:
             self.of_scores_apart(given.get("mask")),
             self.of_scores_apart(given.get("bias")),
             None if slopes is None else slopes.reshape(sizes["c"], sizes["g"]),
-            None if q_positions is None else _padded(_index(q_positions), 0, sizes["q"]),
-            None if k_positions is None else _padded(_index(k_positions), 0, sizes["k"]),
+            None if q_positions is None else _padded(signed(q_positions), 0, sizes["q"]),
+            None if k_positions is None else _padded(signed(k_positions), 0, sizes["k"]),
         )
 
     def heads_apart(self, x):
@@ -337,7 +337,7 @@ class Blocks:
     def scores(self, parts: _Parts, i, j):
         """The scores (c, q, g, k) of a block, −inf where a query may not attend."""
         q, k = self.rows(parts.q, i), self.keys(parts.k, j)
-        s = self.plus_bias(parts, self.scale * _product("qcgh,kch->cqgk", q, k), i, j)
+        s = self.plus_bias(parts, self.scale * product("qcgh,kch->cqgk", q, k), i, j)
         allowed = self.allowed(parts, i, j)
         return s if allowed is None else jnp.where(allowed, s, -jnp.inf)
 
@@ -403,16 +403,6 @@ class Blocks:
         return -jnp.sum(ds * self.distances(parts, i, j), axis=(1, 3))
 
 
-def _product(numbers: str, a, b):
-    """A product of two blocks, summed in at least float32.
-
-    What was computed in float32 is rounded to the other factor's 16 bits first.
-    """
-    kind = wide_dtype(a.dtype)
-    narrow = min(a.dtype, b.dtype, key=lambda d: jnp.finfo(d).bits)
-    return jnp.einsum(numbers, a.astype(narrow), b.astype(narrow), preferred_element_type=kind)
-
-
 def _cut(size: int, block: int) -> tuple[int, int]:
     """How many blocks, and how large: as even as can be."""
     number = max(math.ceil(size / block), 1)
@@ -434,8 +424,3 @@ def _padded(x, axis: int, size: int):
 
 def _sliced(x, i, size: int, axis: int):
     return lax.dynamic_slice_in_dim(x, i * size, size, axis)
-
-
-def _index(positions):
-    """Positions as signed integers: differences of unsigned ones would wrap."""
-    return jnp.asarray(positions, jnp.int64 if positions.dtype.itemsize == 8 else jnp.int32)
