@@ -179,7 +179,7 @@ def check(nets: dict[str, Layer], digits: Digits, pool: Executor, console: Conso
     with console.status("checking gradients"):
         for name, future in reports.items():
             worst, count = future.result().worst, str(len(future.result().checks))
-            table.add_row(name, worst.what, worst.against, f"{worst.error:.1e}", count)
+            table.add_row(name, worst.what, worst.against, worst.off, count)
     console.print(table)
 
 

@@ -633,6 +633,18 @@ def test_what_is_checked_must_be_a_function():
                 check_rule(rule, wrong)
     with pytest.raises(TypeError, match="what the function returns must be an array"):
         check_grads(lambda x: "a", 1.0)
+    with pytest.raises(
+        TypeError, match=r"check_grads: d\['a'\] must be an array, but got an array"
+    ):
+        check_grads(lambda d: d["a"], {"a": np.array([None, 1])})
+    for args, static in (((), {}), ((1.0, 2.0), {}), ((1.0,), {"slope": 3})):
+        with pytest.raises(TypeError, match=r"check_rule: the arguments don't fit \S+\(x\).*: "):
+            check_rule(relu(), *args, **static)
+    for check, f in ((check_grads, jnp.sin), (check_rule, relu())):
+        with pytest.raises(TypeError, match=f"{check.__name__} needs numbers, .* a traced array"):
+            jax.jit(lambda x, check=check, f=f: check(f, x) and x)(1.0)
+    report = check_grads(functools.partial(jnp.power, 2.0), 1.0, **QUICK)
+    assert report.name == "power"
 
 
 SETTINGS = {
@@ -875,6 +887,9 @@ def test_the_report_prints_as_a_table():
     report = check_rule(affine(WRONG["sign"]), *ARGS, **QUICK, raise_on_error=False)
     lines = str(report).splitlines()
     assert lines[0] == "affine: WRONG"
+    # Numbers that differ by rounding aren't said to be equal.
+    (row,) = [c for c in report.checks if (c.what, c.against) == ("value", "definition")]
+    assert row.error == 0 and row.off == "≤ rounding" and "0.0e+00" not in str(report)
     header = lines[1]
     assert header.split() == ["against", "dtype", "order", "mode", "error", "at", "verdict"]
     rows = lines[3 : 3 + len(report.checks)]

@@ -8,7 +8,9 @@ float64, the relative error
     |a − n| / max(|a|, |n|)
 
 of the analytic a and the numerical n, and care with kinks, where there is no derivative to
-agree on: they are found and named, and count neither for nor against the rule.
+agree on: they are found and named, and all that is asked there is that each number of the rule lies
+between the slopes on its two sides. What rounding explains, and how far the difference itself may
+be off, is taken from |a − n| first: "≤ rounding" in a report says that nothing is left of it.
 
 How it is done. All numbers of the arguments that can move become one vector x, all of the
 result one vector y = f(x), and the checks are on
@@ -83,6 +85,8 @@ def check_rule(
         GradientError: a derivative is wrong; the message holds the worst entry's index and
             both numbers.
         RuleError: the rule isn't well-formed.
+        TypeError: op is no operation, or the arguments aren't its own; one is traced, as inside
+            `jit`.
         ValueError: no argument is a floating-point array.
 
     >>> import fnn
@@ -95,8 +99,13 @@ def check_rule(
             f"check_rule takes an operation made by fnn.rule, but got {op!r}. For any other "
             "function there is check_grads."
         )
-    bound = inspect.signature(op.definition).bind(*args, **static)
+    try:
+        bound = inspect.signature(op.definition).bind(*args, **static)
+    except TypeError as error:
+        form = f"{op.name}{inspect.signature(op.definition)}"
+        raise TypeError(f"check_rule: the arguments don't fit {form}: {error}.") from None
     bound.apply_defaults()
+    _refuse_traced("check_rule", (args, static))
     names = op.argument_names(len(bound.args))
     keywords = tuple(bound.kwargs.items())
     given = arguments.array
@@ -156,10 +165,12 @@ def check_grads(
     Raises:
         GradientError: a derivative is wrong; the message holds the worst entry's index and
             both numbers.
+        TypeError: f is no function; an argument is traced, as inside `jit`.
         ValueError: no argument is a floating-point array.
     """
     options = _options("check_grads", dtypes, order, seed, max_entries, raise_on_error)
     arguments.function("check_grads", "f", f, "a function to differentiate")
+    _refuse_traced("check_grads", args)
     static_places = tuple(getattr(f, "nondiff_argnums", ()) or ())
     names = _parameter_names(f, len(args))
     with _plain_settings():
@@ -169,7 +180,7 @@ def check_grads(
             plain = dataclasses.replace(ours, function=f.definition)
         elif isinstance(f, (jax.custom_vjp, jax.custom_jvp)):
             plain = dataclasses.replace(ours, function=inspect.unwrap(f))
-        name = getattr(f, "__name__", type(f).__name__)
+        name = arguments.name_of(f)
         report = Inspection(Programs(ours, plain), name, leaves, options).report()
     return _finish(report, raise_on_error)
 
@@ -193,6 +204,15 @@ def _options(where, dtypes, order, seed, max_entries, raise_on_error) -> Options
         arguments.integer(where, "seed", seed, least=0),
         arguments.integer(where, "max_entries", max_entries, least=1),
     )
+
+
+def _refuse_traced(where: str, tree: Any) -> None:
+    for leaf in jax.tree.leaves(tree):
+        if not arguments.is_known(leaf):
+            raise TypeError(
+                f"{where} needs numbers, but an argument is {arguments.show(leaf)}. Call it "
+                "outside jit, grad and vmap, on arrays."
+            )
 
 
 @contextlib.contextmanager

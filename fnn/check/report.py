@@ -53,7 +53,8 @@ class Check:
     against: "autodiff" (of the plain definition), "differences", or what else is the measure.
     order: of the derivative, 0 for values.
     mode: "reverse", "forward", "forward over reverse", ...
-    error: the largest relative error over the entries without a kink, beyond what rounding does.
+    error: the largest relative error over the entries without a kink, of what goes beyond rounding
+        and the differences' own error; 0 where these explain all.
     worst: the entry it occurs at, such as `W[1, 2]`, or "" if there is none.
     rule, reference: the two numbers there.
     tolerance: what the error may be.
@@ -79,6 +80,13 @@ class Check:
     ok: bool = True
     why: str = ""
     between: tuple[float, float] | None = None
+
+    @property
+    def off(self) -> str:
+        """The error as text: "≤ rounding" where it is 0, which isn't to say that all is equal."""
+        if self.skipped or self.why:
+            return ""
+        return f"{self.error:.1e}" if self.error else "≤ rounding"
 
     @property
     def verdict(self) -> str:
@@ -159,9 +167,8 @@ class Report:
         shown = self._shown()
         rows = []
         for c in shown:
-            error = "" if c.skipped else f"{c.error:.1e}"
             order, at = str(c.order), short(c.worst)
-            rows.append((c.what, c.against, c.dtype, order, c.mode, error, at, c.verdict))
+            rows.append((c.what, c.against, c.dtype, order, c.mode, c.off, at, c.verdict))
         table = [text.table(header, rows)] if rows else []
         hidden = [c for c in self.checks if not c.why and c not in shown]
         if hidden:
