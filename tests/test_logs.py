@@ -181,6 +181,8 @@ def test_a_line_that_was_cut_short_is_taken_out(tmp_path, make):
         (CSV, b"a,b\n1,2\n", "begins with 'a,b'"),
         (CSV, b"epoch,step\nx,2\n", "rows without an epoch"),
         (CSV, b"\xff\xfe\n", "isn't text"),
+        (CSV, b"a note of one line", "has no whole line"),
+        (JSONL, b'{"notes": 1}', "has no whole line"),
         (JSONL, b"epoch 1\n", "lines that aren't JSON"),
         (JSONL, b"[1]\n", "lines that aren't JSON"),
     ],
@@ -192,6 +194,27 @@ def test_something_else_is_not_touched(tmp_path, make, content, message):
     with pytest.raises(ValueError, match=message):
         train(state, logs=[make(path)])
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("make", [CSV, JSONL])
+def test_a_note_of_one_line_is_not_overwritten(tmp_path, make):
+    path = tmp_path / "log"
+    path.write_bytes(b"my notes")
+    with pytest.raises(ValueError, match="has no whole line"):
+        train(epochs=1, logs=[make(path)])
+    assert path.read_bytes() == b"my notes"
+
+
+@pytest.mark.parametrize("make", [CSV, JSONL])
+def test_a_first_line_that_was_cut_off_is_ours(tmp_path, make):
+    log = make(tmp_path / "log")
+    train(epochs=1, logs=[log])
+    first = log.path.read_bytes().splitlines()[0]
+    for cut in (first[:-1], first[:3], b""):
+        log.path.write_bytes(cut)
+        train(epochs=1, logs=[log])
+        read = rows_of if make is CSV else objects_of
+        assert [int(row["epoch"]) for row in read(log.path)] == [1]
 
 
 # ---------------------------------------------------------------------------------- what can fail

@@ -17,7 +17,9 @@ from fnn.logs.writer import checked_path
 
 
 class _Lines:
-    """A file of whole lines, an epoch each."""
+    """A file of whole lines, an epoch each; `begins` is what the first of them begins with."""
+
+    begins: str
 
     def __init__(self, path: str | os.PathLike):
         self.path = checked_path(type(self).__name__, path)
@@ -34,12 +36,18 @@ class _Lines:
         """Nothing is open between two lines."""
 
     def _read(self) -> str:
-        """The whole lines of the file, "" if there is none."""
+        """The whole lines of the file, "" if there is none.
+
+        Raises:
+            ValueError: it isn't text, or is less than a line of something else.
+        """
         try:
             content = self.path.read_bytes()
         except FileNotFoundError:
             return ""
-        end = content.rfind(b"\n") + 1
+        end, begins = content.rfind(b"\n") + 1, self.begins.encode()
+        if not end and content[: len(begins)] != begins[: len(content)]:
+            raise self._foreign("has no whole line, and doesn't begin as one")
         try:
             return content[:end].decode()
         except UnicodeDecodeError:
@@ -85,6 +93,8 @@ class CSV(_Lines):
         OSError: (when training begins) the folder or the file can't be made.
     """
 
+    begins = "epoch,step"
+
     def begin(self, first: int) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = list(csv.reader(io.StringIO(self._read())))
@@ -127,6 +137,8 @@ class JSONL(_Lines):
         ValueError: (when training begins) the file is something else.
         OSError: (when training begins) the folder or the file can't be made.
     """
+
+    begins = '{"epoch": '
 
     def begin(self, first: int) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
