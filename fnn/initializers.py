@@ -16,12 +16,13 @@ Most of these are `jax.nn.initializers`, told which axis is which (JAX takes wei
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fnn import arguments
 
@@ -32,11 +33,13 @@ def fans(shape: Sequence[int]) -> tuple[int, int]:
     """`(fan_in, fan_out)` of a weight of shape `(out, in)` or `(out, in, *window)`.
 
     Raises:
-        ValueError: the shape has fewer than two axes, as a bias has.
+        TypeError: shape isn't a sequence of integers.
+        ValueError: the shape has fewer than two axes, as a bias has, or a negative one.
 
     >>> fans((100, 784)), fans((64, 3, 5, 5))
     ((784, 100), (75, 1600))
     """
+    shape = _checked("fans", shape)
     if len(shape) < 2:
         raise ValueError(
             f"the fans of a weight are those of a shape (out, in) or (out, in, *window), but the "
@@ -46,6 +49,20 @@ def fans(shape: Sequence[int]) -> tuple[int, int]:
     out, in_, *window = shape
     positions = math.prod(window)
     return in_ * positions, out * positions
+
+
+def _checked(where: str, shape: Any) -> tuple[int, ...]:
+    """A shape as a tuple; an integer alone is one axis."""
+    wanted = "shape must be a sequence of integers of at least 0"
+    dims = (shape,) if isinstance(shape, (int, np.integer)) else shape
+    if isinstance(dims, str) or not isinstance(dims, Iterable):
+        raise TypeError(f"{where}: {wanted}, but got {arguments.show(shape)}.")
+    dims = tuple(dims)
+    if any(n is None or isinstance(n, (str, bool, float)) for n in dims):
+        raise TypeError(f"{where}: {wanted}, but got {arguments.show(shape)}.")
+    if any(isinstance(n, (int, np.integer)) and n < 0 for n in dims):
+        raise ValueError(f"{where}: {wanted}, but got {arguments.show(shape)}.")
+    return dims
 
 
 # ------------------------------------------------------------------------------- without fans
@@ -58,34 +75,34 @@ def zeros(key, shape, dtype=jnp.float32) -> jax.Array:
     will also all compute the same gradients" (CS231n, notes on neural networks 2).
     """
     del key
-    return jnp.zeros(shape, dtype)
+    return jnp.zeros(_checked("zeros", shape), dtype)
 
 
 def ones(key, shape, dtype=jnp.float32) -> jax.Array:
     """All 1: the usual start of a scale."""
     del key
-    return jnp.ones(shape, dtype)
+    return jnp.ones(_checked("ones", shape), dtype)
 
 
 def constant(key, shape, dtype=jnp.float32, *, value: float) -> jax.Array:
     """All `value`, a number."""
     del key
     arguments.number("constant", "value", value, infinite=True)
-    return jnp.full(shape, value, dtype)
+    return jnp.full(_checked("constant", shape), value, dtype)
 
 
 def normal(key, shape, dtype=jnp.float32, *, stddev: float = 0.01) -> jax.Array:
     """N(0, stddev²): "small random numbers" (CS231n, notes on neural networks 2)."""
     arguments.number("normal", "stddev", stddev, least=0)
     arguments.key("normal", "key", key)
-    return jax.nn.initializers.normal(stddev)(key, shape, dtype)
+    return jax.nn.initializers.normal(stddev)(key, _checked("normal", shape), dtype)
 
 
 def uniform(key, shape, dtype=jnp.float32, *, bound: float = 0.01) -> jax.Array:
     """U(-bound, bound)."""
     arguments.number("uniform", "bound", bound, least=0)
     arguments.key("uniform", "key", key)
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+    return jax.random.uniform(key, _checked("uniform", shape), dtype, -bound, bound)
 
 
 def truncated_normal(
@@ -112,6 +129,7 @@ def truncated_normal(
     if arguments.is_known(lower, upper) and not lower < upper:
         raise ValueError(f"{where}: lower must be below upper, but got {lower} and {upper}.")
     arguments.key(where, "key", key)
+    shape = _checked(where, shape)
     return jax.nn.initializers.truncated_normal(stddev, lower=lower, upper=upper)(key, shape, dtype)
 
 
@@ -135,12 +153,17 @@ def variance_scaling(
     Raises:
         ValueError: the shape has fewer than two axes.
     """
-    where = "variance_scaling"
+    return _scaled("variance_scaling", key, shape, dtype, scale, fan, distribution)
+
+
+def _scaled(where: str, key, shape, dtype, scale, fan="in", distribution="normal") -> jax.Array:
+    """`variance_scaling`, as the public function `where` calls it."""
     mode: dict[str, Any] = {"in": "fan_in", "out": "fan_out", "average": "fan_avg"}
     arguments.number(where, "scale", scale, least=0)
     arguments.choice(where, "fan", fan, list(mode))
     arguments.choice(where, "distribution", distribution, ("normal", "uniform", "truncated_normal"))
     arguments.key(where, "key", key)
+    shape = _checked(where, shape)
     fans(shape)
     if 0 in shape or (arguments.is_known(scale) and scale == 0):
         return jnp.zeros(shape, dtype)
@@ -160,13 +183,13 @@ def xavier_uniform(key, shape, dtype=jnp.float32, *, gain: float = 1.0) -> jax.A
     networks", AISTATS 2010, equation 16.
     """
     arguments.number("xavier_uniform", "gain", gain)
-    return variance_scaling(key, shape, dtype, scale=gain**2, fan="average", distribution="uniform")
+    return _scaled("xavier_uniform", key, shape, dtype, gain**2, "average", "uniform")
 
 
 def xavier_normal(key, shape, dtype=jnp.float32, *, gain: float = 1.0) -> jax.Array:
     """N(0, gain²·2 / (fan_in + fan_out)). Glorot and Bengio 2010, equation 12."""
     arguments.number("xavier_normal", "gain", gain)
-    return variance_scaling(key, shape, dtype, scale=gain**2, fan="average")
+    return _scaled("xavier_normal", key, shape, dtype, gain**2, "average")
 
 
 def he_normal(
@@ -184,7 +207,7 @@ def he_normal(
     as in the paper; Flax's and Keras' of the same name are.
     """
     arguments.number("he_normal", "slope", slope)
-    return variance_scaling(key, shape, dtype, scale=2 / (1 + slope**2), fan=fan)
+    return _scaled("he_normal", key, shape, dtype, 2 / (1 + slope**2), fan)
 
 
 def he_uniform(
@@ -197,9 +220,7 @@ def he_uniform(
 ) -> jax.Array:
     """U(±√(6 / ((1 + slope²)·fan))): `he_normal`'s variance, uniformly."""
     arguments.number("he_uniform", "slope", slope)
-    return variance_scaling(
-        key, shape, dtype, scale=2 / (1 + slope**2), fan=fan, distribution="uniform"
-    )
+    return _scaled("he_uniform", key, shape, dtype, 2 / (1 + slope**2), fan, "uniform")
 
 
 def lecun_normal(key, shape, dtype=jnp.float32) -> jax.Array:
@@ -208,12 +229,12 @@ def lecun_normal(key, shape, dtype=jnp.float32) -> jax.Array:
     LeCun et al., "Efficient backprop", 1998, equation 16; Klambauer et al.,
     "Self-normalizing neural networks", NeurIPS 2017.
     """
-    return variance_scaling(key, shape, dtype)
+    return _scaled("lecun_normal", key, shape, dtype, 1.0)
 
 
 def lecun_uniform(key, shape, dtype=jnp.float32) -> jax.Array:
     """U(±√(3 / fan_in)), variance 1 / fan_in. LeCun et al. 1998."""
-    return variance_scaling(key, shape, dtype, distribution="uniform")
+    return _scaled("lecun_uniform", key, shape, dtype, 1.0, distribution="uniform")
 
 
 glorot_uniform, glorot_normal = xavier_uniform, xavier_normal
@@ -238,6 +259,7 @@ def orthogonal(key, shape, dtype=jnp.float32, *, gain: float = 1.0) -> jax.Array
     """
     arguments.number("orthogonal", "gain", gain)
     arguments.key("orthogonal", "key", key)
+    shape = _checked("orthogonal", shape)
     fans(shape)
     exact = dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
     return jax.nn.initializers.orthogonal(gain, column_axis=0)(key, shape, exact).astype(dtype)
@@ -258,6 +280,7 @@ def identity(key, shape, dtype=jnp.float32, *, gain: float = 1.0) -> jax.Array:
     """
     del key
     arguments.number("identity", "gain", gain)
+    shape = _checked("identity", shape)
     fans(shape)
     out, in_, *window = shape
     return _in_the_middle((gain * jnp.eye(out, in_, dtype=dtype)).astype(dtype), window)
@@ -274,6 +297,9 @@ def delta_orthogonal(key, shape, dtype=jnp.float32, *, gain: float = 1.0) -> jax
     Raises:
         ValueError: the shape has fewer than two axes.
     """
+    arguments.number("delta_orthogonal", "gain", gain)
+    arguments.key("delta_orthogonal", "key", key)
+    shape = _checked("delta_orthogonal", shape)
     fans(shape)
     out, in_, *window = shape
     return _in_the_middle(orthogonal(key, (out, in_), dtype, gain=gain), window)

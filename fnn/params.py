@@ -70,7 +70,7 @@ def flatten(params: Any) -> dict[str, Any]:
 
     Raises:
         ValueError: a key holds a dot, so that its path would be read as two keys; or two leaves
-            have one path, as those of {1: x, "1": y}.
+            have one path; or JAX can't sort a dict's keys, as those of {1: x, "1": y}.
 
     >>> flatten({"blocks": [{"W": 1.0}, {"W": 2.0}], "bias": 3.0})
     {'bias': 3.0, 'blocks.0.W': 1.0, 'blocks.1.W': 2.0}
@@ -122,9 +122,8 @@ def choose(where: Where, params: Any, op: str = "choose", name: str = "where") -
         matches = lambda path: any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
         chosen = list(filter(matches, flat))
     if not chosen:
-        raise ValueError(
-            f"{op}: {name} chooses none of the parameters. Their paths are {', '.join(flat)}."
-        )
+        there = f"Their paths are {', '.join(flat)}." if flat else "There are none."
+        raise ValueError(f"{op}: {name} chooses none of the parameters. {there}")
     return tuple(chosen)
 
 
@@ -183,7 +182,9 @@ def save(path: str | os.PathLike, params: Any, metadata: Mapping[str, str] | Non
     Raises:
         ImportError: safetensors isn't installed.
         TypeError: a leaf is no array of numbers (a PRNG key: save `jax.random.key_data(key)`), or
-            of a dtype that the format doesn't know; metadata isn't a dict of strings.
+            of a dtype that the format doesn't know; metadata isn't a dict of strings; path is no
+            path.
+        IsADirectoryError: path is that of a folder.
         OSError: the file can't be written.
     """
     safetensors = _safetensors("fnn.params.save")
@@ -197,7 +198,9 @@ def save(path: str | os.PathLike, params: Any, metadata: Mapping[str, str] | Non
                 f"save: metadata must be a dict of strings, but got {arguments.show(metadata)}."
             )
         metadata = dict(metadata)
-    path = Path(path)
+    path = Path(_path_of_file("save", path))
+    if path.is_dir():
+        raise IsADirectoryError(f"save: {path} is a folder, and not a file to write to.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"save: there is no folder {path.parent}, for the file {path}.")
     # Beside the file, and put in its place when it is whole. Who may read it is what is usual: a
@@ -229,11 +232,12 @@ def load(path: str | os.PathLike, like: Any = None, *, strict: bool = True) -> A
 
     Raises:
         ImportError: safetensors isn't installed.
+        TypeError: path is no path.
         FileNotFoundError: there is no such file.
         ValueError: it isn't a safetensors file, or it is cut short.
         PathError: it doesn't hold the parameters that `like` wants.
     """
-    where = f"load {os.fspath(path)}"
+    where = f"load {os.fspath(_path_of_file('load', path))}"
     arguments.flag("load", "strict", strict)
     flat = read(path)
     return _nested(flat) if like is None else _as(like, flat, strict, where)
@@ -243,9 +247,10 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The arrays of a safetensors file by path, as numpy arrays.
 
     Raises:
-        ImportError, FileNotFoundError, ValueError: as `load`.
+        ImportError, TypeError, FileNotFoundError, ValueError: as `load`.
     """
     safetensors = _safetensors("fnn.params.load")
+    _path_of_file("load", path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"load: there is no file {os.fspath(path)}.")
     try:
@@ -267,10 +272,16 @@ def _for_file(path: str, leaf: Any) -> np.ndarray:
         key = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
         hint = " Save jax.random.key_data(key) in its place." if key else ""
         raise TypeError(
-            f"save: {path} must be an array of a dtype that safetensors knows, but is "
-            f"{arguments.show(leaf)}.{hint}"
+            f"save: {path or 'the tree'} must be an array of a dtype that safetensors knows, but "
+            f"is {arguments.show(leaf)}.{hint}"
         )
     return np.ascontiguousarray(leaf).reshape(np.shape(leaf))
+
+
+def _path_of_file(where: str, path: Any) -> str | os.PathLike:
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise TypeError(f"{where}: path must be that of a file, but got {arguments.show(path)}.")
+    return path
 
 
 def _safetensors(what: str) -> Any:
@@ -311,6 +322,10 @@ def _as(like: Any, flat: Mapping[str, Any], strict: bool, where: str) -> Any:
     wanted = flatten(like)
     missing = tuple(path for path in wanted if path not in flat)
     unexpected = tuple(path for path in flat if path not in wanted)
+    for own in (wanted, flat):
+        for path in wanted:
+            if path in own:
+                arguments.array(where.split()[0], path or "the tree", own[path])
     if not strict:
         unexpected = ()
         missing = tuple(p for p in missing if isinstance(wanted[p], jax.ShapeDtypeStruct))

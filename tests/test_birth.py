@@ -362,6 +362,11 @@ def test_keys_integers_and_effects(capfd):
 def test_the_text():
     found = born(functools.partial(logs), X)
     lines = str(found).splitlines()
-    assert lines[0].startswith("An -inf was born by log, in the forward pass, and reached")
+    assert lines[0].startswith("A -inf was born by log, in the forward pass, and reached")
     assert any("entry" in line and "[2] of float64[4]" in line for line in lines)
     assert any("value" in line and "log(0) = -inf" in line for line in lines)
+
+
+def test_a_product_of_matrices_shows_no_numbers_that_did_not_make_it():
+    found = born(lambda A: (A @ A).sum(), np.array([[1.0, 1e200], [1e200, 1.0]]))
+    assert found.operation == "dot_general" and all("[2, 2] of " in x for x in found.inputs)

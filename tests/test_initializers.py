@@ -169,3 +169,20 @@ def test_jax_initialisers_fit_in():
 def test_the_identity_is_of_the_dtype_that_is_asked_for(gain):
     made = init.identity(jax.random.key(0), (3, 3), jnp.bfloat16, gain=gain)
     assert made.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("shape", ["ab", None, (3.0, 2), (True, 2), (3, None)])
+@pytest.mark.parametrize("name", ["zeros", "normal", "truncated_normal", "he_normal", "orthogonal"])
+def test_what_is_no_shape(name, shape):
+    with pytest.raises(TypeError, match=f"^{name}: shape must be a sequence of integers"):
+        getattr(init, name)(KEY, shape)
+    with pytest.raises(ValueError, match=rf"^{name}: shape must be .* but got \(-3, 2\)"):
+        getattr(init, name)(KEY, (-3, 2))
+
+
+@pytest.mark.parametrize(
+    "name", ["xavier_uniform", "he_normal", "lecun_normal", "delta_orthogonal"]
+)
+def test_errors_name_the_function_that_was_called(name):
+    with pytest.raises(TypeError, match=f"^{name}: key must be a key"):
+        getattr(init, name)(3, (3, 2))

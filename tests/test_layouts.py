@@ -212,3 +212,23 @@ def test_rules_that_do_not_fit(rules, message):
     mesh = jax.make_mesh((1, 3), ("data", "model")) if "isn't" in message else GRID
     with pytest.raises(ValueError, match=message):
         sharding.tensor_parallel(mesh, rules).specs(params_of_net())
+
+
+def test_an_axis_is_named_once():
+    with pytest.raises(ValueError, match="batch names the axis 'data' twice"):
+        sharding.data_parallel(MESH, batch=("data", "data"))
+    with pytest.raises(ValueError, match="the rule 'a' names the axis 'model' twice"):
+        sharding.tensor_parallel(GRID, {"a": P("model", "model")})
+
+
+def test_numbers_of_python_lie_whole():
+    layout = sharding.fully_sharded(MESH)
+    tree = {"scale": 2.0, "W": jnp.ones((8, 4))}
+    assert layout.specs(tree) == {"scale": P(), "W": P("data")}
+    assert layout.place(tree)["scale"].sharding.is_fully_replicated
+    assert "scale" in layout.show(tree)
+
+
+def test_collectives_are_of_a_compiled_program():
+    with pytest.raises(TypeError, match="^collectives: compiled must be a compiled program"):
+        sharding.collectives(jax.jit(jnp.sin))

@@ -213,3 +213,32 @@ def test_a_file_may_be_read_by_whom_any_other_may(tmp_path):
     (tmp_path / "other").touch()
     modes = {path.stat().st_mode for path in tmp_path.iterdir()}
     assert len(modes) == 1
+
+
+def test_numbers_of_python_come_back():
+    tree = {"a": 1.0, "b": [2, jnp.ones(2)]}
+    back = by_path.unflatten(by_path.flatten(tree), tree)
+    assert jax.tree.map(float, back["a"]) == 1.0 and back["b"][0].dtype == jnp.result_type(int)
+    np.testing.assert_array_equal(back["b"][1], 1)
+
+
+@pytest.mark.parametrize("leaf", ["x", None, [1.0, 2.0]])
+def test_a_leaf_that_is_no_array_is_named(leaf):
+    with pytest.raises(TypeError, match=r"^unflatten: a\.b must be an array, but got"):
+        by_path.unflatten({"a.b": leaf}, {"a": {"b": jnp.ones(2)}})
+
+
+@pytest.mark.parametrize("path", [3, None, "", b"x"])
+def test_a_path_must_be_one(path):
+    for name, call in (
+        ("save", lambda: by_path.save(path, {})),
+        ("load", lambda: by_path.load(path)),
+    ):
+        with pytest.raises(TypeError, match=f"^{name}: path must be that of a file, but got"):
+            call()
+
+
+def test_a_folder_is_no_file_to_save_to(tmp_path):
+    with pytest.raises(IsADirectoryError, match="^save: .* is a folder"):
+        by_path.save(tmp_path, {"a": jnp.ones(2)})
+    assert not os.listdir(tmp_path.parent / tmp_path.name)

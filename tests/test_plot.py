@@ -45,7 +45,7 @@ def test_curves(tmp_path):
     assert [t.get_text() for t in loss.get_legend().get_texts()] == ["training", "validation"]
     figure.savefig(tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="no epochs"):
+    with pytest.raises(ValueError, match="at least one epoch"):
         plot.curves({"loss": []})
 
 
@@ -79,9 +79,38 @@ def test_colour_templates_and_maxout_pieces():
         (np.ones(4), {}, r"shape \(out, pixels\), but has \(4,\)"),
         (np.ones((2, 5)), {}, "have 5 pixels, which don't make images"),
         (np.ones((2, 4)), {"image": (3, 3)}, r"have 4 pixels.*\(3, 3\)"),
-        (np.ones((2, 4)), {"titles": ["a"]}, "2 templates, but there are 1 titles"),
+        (np.ones((2, 4)), {"titles": ["a"]}, "each of W's 2 templates, but has 1"),
     ],
 )
 def test_bad_templates(W, options, message):
     with pytest.raises(ValueError, match=message):
         plot.templates(W, **options)
+
+
+LOSSES = {"loss": [1.0]}
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: plot.curves({3: [1.0]}), "curves: history's keys must be names, but one is 3"),
+        (lambda: plot.curves({"loss": 3.0}), "curves: history must .* but got {loss: float}"),
+        (lambda: plot.curves(np.ones(2)), "curves: .* got an array of dtype float64 and shape"),
+        (lambda: plot.templates(np.ones((0, 4))), r"templates: W must .* but has \(0, 4\)"),
+        (lambda: plot.templates(np.ones((2, 0))), r"templates: W must .* but has \(2, 0\)"),
+        (lambda: plot.templates(np.ones(4)), r"templates: W must .* but has \(4,\)"),
+        (lambda: plot.templates(np.ones((2, 4)), titles=3), "templates: titles must be a list"),
+        (
+            lambda: plot.templates(np.ones((2, 4)), (-2, -2)),
+            r"templates: image\[0\] must be .* got -2",
+        ),
+        (lambda: plot.templates(np.ones((2, 4)), (3, 2)), "templates: the rows of W have 4 pixels"),
+        (lambda: plot.confusion([0], [0], classes=3), "confusion: classes must be a list"),
+        (lambda: plot.confusion([0], np.ones((1, 0))), r"confusion: predictions .* \(1, 0\)"),
+        (lambda: plot.confusion([0], [[1], [1, 2]]), "confusion: predictions must be real numbers"),
+        (lambda: plot.confusion([0.5], [0]), "confusion: labels .* but holds 0.5"),
+    ],
+)
+def test_errors_name_function_argument_and_what_it_got(draw, message):
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        draw()

@@ -224,7 +224,7 @@ def test_more_bad_two_layers():
         plot.two_layers(PARAMS, IMAGE, f=np.sum)
     with pytest.raises(ValueError, match=r"images of shape \(3, 4\)"):
         plot.two_layers(PARAMS, IMAGE, shape=(3, 4))
-    with pytest.raises(ValueError, match="there are 3 classes, but 2 classes"):
+    with pytest.raises(ValueError, match="each of the 3 classes, but has 2"):
         plot.two_layers(PARAMS, IMAGE, classes=["a", "b"])
 
 
@@ -238,3 +238,18 @@ def test_without_matplotlib(monkeypatch):
         with pytest.raises(ImportError) as error:
             draw()
         assert str(error.value) == 'fnn.plot needs matplotlib: pip install "matplotlib>=3.9"'
+
+
+@pytest.mark.parametrize(
+    ("f", "options", "message"),
+    [
+        (lambda x: x, {"axes": 3}, "axes must be matplotlib's Axes, but got 3"),
+        (lambda x: x, {"classes": 3}, "classes must be a list of strings, but got 3"),
+        (lambda x: x[:0], {}, r"f must return scores .* shape \(0,\)"),
+        (lambda x: x * 1j, {}, "f's result must be real numbers"),
+        (lambda x: {"scores": x}, {}, "f's result must be real numbers, but got a dict"),
+    ],
+)
+def test_boundaries_of_what_is_no_classifier(f, options, message):
+    with pytest.raises((TypeError, ValueError), match=f"^decision_boundary: {message}"):
+        plot.decision_boundary(f, np.eye(2), resolution=3, **options)

@@ -91,7 +91,7 @@ class Birth:
         return f"{self._headline()}{', ' if there else ''}{there}{equation}"
 
     def _headline(self) -> str:
-        a = "An" if self.kind != "nan" else "A"
+        a = "An" if self.kind == "inf" else "A"
         if self.place == ARGUMENT:
             return f"{a} {self.kind} was in the argument {self.operation}"
         if self.place == CONSTANT:

@@ -20,6 +20,18 @@ from fnn.operation import operation_name
 
 _DEEPEST = 8  # a nan made of an inf made of an inf ...
 
+# Whose entries are made of more than the inputs' entries at the same place.
+_MIXING = frozenset(
+    [
+        "dot_general",
+        "conv_general_dilated",
+        "custom_linear_solve",
+        "triangular_solve",
+        "cholesky",
+        "lu",
+    ]
+)
+
 
 class Found(NamedTuple):
     """An entry that was born here.
@@ -126,7 +138,7 @@ def described(found: Found, labels: Sequence[str], depth: int = 0) -> Birth:
         index=index,
         shape=tuple(aval.shape),
         dtype=aval.dtype,
-        inputs=tuple(_shown(x, index, aval.shape) for x in ins),
+        inputs=tuple(_shown(x, index, aval.shape, equation.name) for x in ins),
         cause=cause,
     )
 
@@ -158,11 +170,13 @@ def _entry(x, index: Index):
     return on_host(x)[tuple(k if n > 1 else 0 for k, n in zip(index, dims, strict=True))]
 
 
-def _shown(x, index: Index, shape: Sequence[int]) -> str:
+def _shown(x, index: Index, shape: Sequence[int], operation: str) -> str:
     """An input of the equation: its number at the entry's place, or what there is in it."""
     if not text.is_concrete(x):
         return "key"
     number = _entry(x, index)
+    if operation in _MIXING and np.ndim(x):
+        number = None
     if number is not None and all(n in (1, m) for n, m in zip(np.shape(x), shape, strict=False)):
         return text.number(np.asarray(number), 6)
     return f"{text.type_of(np.shape(x), x.dtype)} of {text.value(x)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def finite(where: str, name: str, values: Any) -> np.ndarray:
     """As an array of floats, none of them inf or nan."""
     found = numbers(where, name, values)
     if not np.isfinite(found).all():
-        raise ValueError(f"{where}: {name} holds inf or nan, which no colour stands for.")
+        raise ValueError(f"{where}: {name} holds inf or nan, and must be finite.")
     return found
 
 
@@ -46,7 +47,10 @@ def whole_numbers(where: str, name: str, values: Any) -> np.ndarray:
     """As an array of integers of at least 0: labels."""
     found = numbers(where, name, values)
     if found.size and not (np.isfinite(found).all() and (found == np.floor(found)).all()):
-        raise TypeError(f"{where}: {name} must be whole numbers, the classes from 0.")
+        wrong = found[~(np.isfinite(found) & (found == np.floor(found)))][0]
+        raise TypeError(
+            f"{where}: {name} must be whole numbers, the classes from 0, but holds {wrong:g}."
+        )
     if found.size and found.min() < 0:
         raise ValueError(
             f"{where}: {name} must be classes, counted from 0, but holds {found.min():g}."
@@ -54,18 +58,23 @@ def whole_numbers(where: str, name: str, values: Any) -> np.ndarray:
     return found.astype(int)
 
 
-def names(where: str, name: str, values: Any, count: int, what: str) -> list[str]:
+def names(where: str, name: str, values: Any, count: int | None, what: str) -> list[str]:
     """A name for each of `count` things; their numbers if none are given."""
     if values is None:
-        return [str(i) for i in range(count)]
-    if isinstance(values, str):
-        raise TypeError(f"{where}: {name} must be a list of strings, but got {values!r}.")
+        return [str(i) for i in range(count or 0)]
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        got = arguments.show(values)
+        raise TypeError(f"{where}: {name} must be a list of strings, but got {got}.")
     found = [str(value) for value in values]
-    if len(found) != count:
-        raise ValueError(f"{where}: there are {count} {what}, but {len(found)} {name}.")
+    if count is not None and len(found) != count:
+        raise ValueError(
+            f"{where}: {name} must have a name for each of the {count} {what}, but has "
+            f"{len(found)}."
+        )
     return found
 
 
 def kind(value: Any) -> str:
     """What was given in the place of numbers, in a few words."""
-    return arguments.show(value) if isinstance(value, (str, int, float)) else type(value).__name__
+    is_short = value is None or isinstance(value, (str, int, float)) or hasattr(value, "shape")
+    return arguments.show(value) if is_short else f"a {type(value).__name__}"

@@ -43,8 +43,13 @@ def confusion(
     """
     arguments.flag("confusion", "normalize", normalize)
     labels = whole_numbers("confusion", "labels", labels)
-    if np.ndim(predictions) == 2:
-        predictions = numbers("confusion", "predictions", predictions)
+    predictions = numbers("confusion", "predictions", predictions)
+    if predictions.ndim == 2:
+        if not predictions.shape[1]:
+            raise ValueError(
+                "confusion: predictions must be scores (examples, classes) of at least one class, "
+                f"but have the shape {predictions.shape}."
+            )
         if np.isnan(predictions).any():
             raise ValueError("confusion: predictions holds nan, and no score can be the largest.")
         count = predictions.shape[1]
@@ -59,8 +64,9 @@ def confusion(
             f"{predictions.shape}."
         )
     largest = int(max(labels.max(), predictions.max()))
-    count = max(count, largest + 1) if classes is None else len(classes)
+    count = max(count, largest + 1) if classes is None else None
     titles = names("confusion", "classes", classes, count, "classes")
+    count = len(titles)
     if largest >= count:
         raise ValueError(f"confusion: class {largest} has no name: there are {count} classes.")
     matrix = np.zeros((count, count))
@@ -130,17 +136,19 @@ def decision_boundary(
     """
     where = "decision_boundary"
     arguments.function(where, "f", f, "a function of one point (2,)")
+    if axes is not None and not hasattr(axes, "imshow"):
+        raise TypeError(f"{where}: axes must be matplotlib's Axes, but got {arguments.show(axes)}.")
     resolution = arguments.integer(where, "resolution", resolution, least=2)
     points, labels = _points(where, points, labels)
     (left, right), (low, high) = _region(where, region, points)
     xs, ys = np.linspace(left, right, resolution), np.linspace(low, high, resolution)
     grid = np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
     # Not jitted: the operations of another f of the same shapes are compiled already.
-    scores = np.asarray(jax.vmap(f)(jnp.asarray(grid, jnp.result_type(float))), float)
+    scores = numbers(where, "f's result", jax.vmap(f)(jnp.asarray(grid, jnp.result_type(float))))
     if scores.ndim == 1 or scores.shape[1:] == (1,):
         logit = scores.reshape(-1)
         scores = np.stack([np.zeros_like(logit), logit], axis=1)
-    if scores.ndim != 2:
+    if scores.ndim != 2 or not scores.size:
         raise ValueError(
             f"{where}: f must return scores (classes,) or one number for a point, but returned "
             f"shape {scores.shape[1:]}."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fnn import arguments
-from fnn.plot.canvas import blank
+from fnn.plot.canvas import blank, names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,9 +46,9 @@ def activations(statistics: Any, *, parts: Sequence[str] | None = None, most: in
     there = [part.name for part in looks[0].parts]
     if any([part.name for part in s.parts] != there for s in looks):
         raise ValueError(f"{where}: the entries of the list are of networks with other parts.")
-    if isinstance(parts, str):
-        raise TypeError(f"{where}: parts must be a list of names, but got {parts!r}.")
-    chosen = there[:most] if parts is None else list(parts)
+    chosen = there[:most] if parts is None else names(where, "parts", parts, None, "parts")
+    if not chosen:
+        raise ValueError(f"{where}: parts is empty; there are {', '.join(there)}.")
     for name in chosen:
         if name not in there:
             raise ValueError(f"{where}: there is no part {name!r}; there are {', '.join(there)}.")

@@ -22,19 +22,23 @@ def curves(history: Mapping[str, Sequence[float]], *, log: bool = True) -> Figur
     networks 3) tell to look at.
 
     Args:
-        history: `result.history`, or any dict of sequences of numbers of one length.
+        history: `result.history`, or any dict of sequences of numbers, an entry an epoch. What
+            isn't drawn: "seconds", and metrics that are arrays.
         log: whether losses (all of them positive) get a logarithmic axis.
 
     Raises:
         ImportError: matplotlib isn't installed.
         TypeError: the history is no dict, or an entry isn't numbers.
-        ValueError: the history is empty.
+        ValueError: there is nothing in the history to draw.
     """
     if not isinstance(history, Mapping):
         hint = " Of a FitResult that is its `.history`." if hasattr(history, "history") else ""
         raise TypeError(f"curves: history must be a dict, but got {kind(history)}.{hint}")
     arguments.flag("curves", "log", log)
     for name, entries in history.items():
+        if not isinstance(name, str):
+            got = arguments.show(name)
+            raise TypeError(f"curves: history's keys must be names, but one is {got}.")
         numbers("curves", f"history[{name!r}]", entries)
     scalars = {
         name: np.asarray(values, float)
@@ -42,7 +46,10 @@ def curves(history: Mapping[str, Sequence[float]], *, log: bool = True) -> Figur
         if name != "seconds" and np.ndim(values) == 1 and len(values)
     }
     if not scalars:
-        raise ValueError("the history holds no epochs to draw.")
+        raise ValueError(
+            "curves: history must hold a sequence of numbers for at least one epoch, but got "
+            f"{arguments.shapes(dict(history))}."
+        )
     panels: dict[str, dict[str, np.ndarray]] = {}
     for name, values in scalars.items():
         base = name.removeprefix("validation_")

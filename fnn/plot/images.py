@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fnn import arguments
-from fnn.plot.canvas import blank, finite
+from fnn.plot.canvas import blank, finite, names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,17 +45,19 @@ def templates(
     W = finite("templates", "W", W)
     if columns is not None:
         columns = arguments.integer("templates", "columns", columns, least=1)
-    if isinstance(titles, str):
-        raise TypeError(f"templates: titles must be a list of strings, but got {titles!r}.")
-    titles = None if titles is None else [str(title) for title in titles]
-    if W.ndim < 2:
-        raise ValueError(f"W must have shape (out, pixels), but has {W.shape}.")
+    if titles is not None:
+        titles = names("templates", "titles", titles, None, "templates")
+    if W.ndim < 2 or not W.size:
+        raise ValueError(f"templates: W must have shape (out, pixels), but has {W.shape}.")
     pixels = W.shape[-1]
     image = image_shape("templates", "image", image, pixels, "the rows of W")
     pictures = W.reshape(-1, *image)
     count = len(pictures)
     if titles is not None and len(titles) != count:
-        raise ValueError(f"W has {count} templates, but there are {len(titles)} titles.")
+        raise ValueError(
+            f"templates: titles must have a title for each of W's {count} templates, but has "
+            f"{len(titles)}."
+        )
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     rows = math.ceil(count / columns)
     extreme = float(np.abs(pictures).max(initial=0.0)) or 1.0
@@ -88,10 +90,10 @@ def image_shape(where: str, name: str, shape: Any, pixels: int, what: str) -> tu
     wanted = "(height, width) or (height, width, 3)"
     if not isinstance(shape, (tuple, list)):
         raise TypeError(f"{where}: {name} must be {wanted}, but got {arguments.show(shape)}.")
-    shape = tuple(arguments.integer(where, name, n, least=1) for n in shape)
+    shape = tuple(arguments.integer(where, f"{name}[{i}]", n, least=1) for i, n in enumerate(shape))
     if math.prod(shape) != pixels or len(shape) not in (2, 3) or shape[2:] not in ((), (3,)):
         raise ValueError(
-            f"{what} have {pixels} pixels, which don't make images of shape {shape}: pass "
+            f"{where}: {what} have {pixels} pixels, which don't make images of shape {shape}: pass "
             f"{name}={wanted}."
         )
     return shape

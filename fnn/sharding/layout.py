@@ -151,6 +151,7 @@ class Layout:
         Raises:
             ValueError: a rule doesn't fit the shape, or none of the rules fits a parameter.
         """
+        params = with_shapes(params)
         paths = jax.tree_util.tree_leaves_with_path(params)
         names = [path_of(path) for path, _ in paths]
         given = [pattern for pattern, _ in self.rules]
@@ -175,6 +176,7 @@ class Layout:
         """
         if params is None:
             return jax.tree.map(self._at, self.specs(tree), is_leaf=is_spec)
+        params = with_shapes(params)
         specs = jax.tree.leaves(self.specs(params), is_leaf=is_spec)
         known = {}
         for (path, leaf), spec in zip(
@@ -312,7 +314,7 @@ class Layout:
 
     def show(self, params: Any) -> str:
         """A table: each parameter's path, shape, how it is divided, and its bytes on a device."""
-        return as_table(params, self.shardings(params))
+        return as_table(with_shapes(params), self.shardings(params))
 
     def __repr__(self) -> str:
         return as_line(self)

@@ -123,6 +123,9 @@ def checked_axes(mesh: Mesh, field: str, value: Any) -> tuple[str, ...]:
                 f"Layout: {field} names the axis {name!r}, but the mesh's axes are "
                 f"{tuple(mesh.shape)}."
             )
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if twice:
+        raise ValueError(f"Layout: {field} names the axis {twice[0]!r} twice.")
     return names
 
 
@@ -155,7 +158,9 @@ def _checked_rule(mesh: Mesh, pattern: Any, spec: Any) -> tuple[str, PartitionSp
             "Layout: a rule is a pair of a pattern of paths and a jax.sharding.PartitionSpec, "
             f"but got {arguments.show(pattern)} and {arguments.show(spec)}."
         )
-    for entry in spec:
-        if entry is not None:
-            checked_axes(mesh, f"the rule {pattern!r}", entry)
+    checked_axes(
+        mesh,
+        f"the rule {pattern!r}",
+        [name for entry in spec if entry is not None for name in names_of(entry)],
+    )
     return pattern, spec

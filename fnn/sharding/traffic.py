@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from fnn import arguments
+
 KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
 # Of an asynchronous one the end is left out: the start tells all.
@@ -64,12 +66,20 @@ def collectives(compiled: Any) -> list[Collective]:
         A loop whose number of turns the compiler doesn't know counts as one turn; of branches
         all are listed.
 
+    Raises:
+        TypeError: it is neither.
+
     >>> mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     >>> at = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     >>> x = jax.ShapeDtypeStruct((4, 8), jnp.float32, sharding=at)
     >>> collectives(jax.jit(lambda x: jnp.sum(x, axis=0)).lower(x).compile())
     [Collective(kind='all-reduce', size=32, devices=2, times=1)]
     """
+    if not isinstance(compiled, str) and not hasattr(compiled, "as_text"):
+        raise TypeError(
+            "collectives: compiled must be a compiled program, jax.jit(f).lower(*args).compile(), "
+            f"or its text, but got {arguments.show(compiled)}."
+        )
     text = compiled if isinstance(compiled, str) else compiled.as_text()
     found = []
     for line, times in instructions(text):
