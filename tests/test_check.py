@@ -883,6 +883,19 @@ def test_reports_fit_a_screen():
     assert pickle.loads(pickle.dumps(GradientError(report))).report == report
 
 
+@pytest.mark.parametrize(
+    ("op", "low", "high"),
+    [
+        (fnn.ops.sigmoid, 25, 38),
+        pytest.param(fnn.ops.tanh, 15, 25, marks=pytest.mark.exhaustive),
+        pytest.param(fnn.ops.elu, -38, -25, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_second_derivatives_of_what_is_saturated_are_rough_and_not_wrong(op, low, high):
+    x = np.random.default_rng(1).uniform(low, high, size=6)
+    assert check_rule(op, x, dtypes=()).ok
+
+
 def test_the_report_prints_as_a_table():
     report = check_rule(affine(WRONG["sign"]), *ARGS, **QUICK, raise_on_error=False)
     lines = str(report).splitlines()

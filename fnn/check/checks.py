@@ -65,7 +65,7 @@ class Inspection:
                 without = ", ".join(m for m in able if why_no_plain[m] == why)
                 point.notes.append(f"no comparison with autodiff ({without}): {why}")
         point.differentiate(able, plain_able)
-        found, by_autodiff = point.found, point.by_autodiff
+        found = point.found
         self.leave_out_what_overflows()
         if programs.plain is not None:
             for what in ("value", "value, differentiated"):
@@ -75,19 +75,39 @@ class Inspection:
             if why_not[mode]:
                 self.skip(mode, why_not[mode])
                 continue
-            entries, differences = self.slopes.differences(mode, able)
-            if differences is not None:
-                self.note_kinks(mode, entries, differences)
-            if mode in by_autodiff:
-                self.compare(mode, "autodiff", found[mode], by_autodiff[mode], **point.leeway(mode))
-            if differences is not None:
-                self.against_differences(mode, entries, differences)
+            self.one_mode(mode, able)
             if mode == "reverse":
                 self.linearity()
         first = tuple(m for m in able if m in FIRST)
         self.op_by_op(first)
         self.vmapped(first, plain_able)
         self.in_dtypes([d for d in self.options.dtypes if d != "float64"], first, plain_able)
+
+    def one_mode(self, mode: str, able: tuple[str, ...]) -> None:
+        """A derivative against autodiff and differences."""
+        point = self.point
+        before = len(self.rows), len(point.notes), self.compared
+        kept = point.left_out[mode] * True, point.rounding[mode]
+        self.compare_mode(mode, able)
+        if mode in SECOND and not all(row.ok for row in self.rows[before[0] :]):
+            # Is it wrong, or is what it is held against only rough?
+            if not point.rough:
+                point.look_for_roughness()
+            del self.rows[before[0] :], point.notes[before[1] :]
+            self.compared = before[2]
+            point.left_out[mode], point.rounding[mode] = kept
+            self.compare_mode(mode, able)
+
+    def compare_mode(self, mode: str, able: tuple[str, ...]) -> None:
+        point = self.point
+        found, by_autodiff = point.found, point.by_autodiff
+        entries, differences = self.slopes.differences(mode, able)
+        if differences is not None:
+            self.note_kinks(mode, entries, differences)
+        if mode in by_autodiff:
+            self.compare(mode, "autodiff", found[mode], by_autodiff[mode], **point.leeway(mode))
+        if differences is not None:
+            self.against_differences(mode, entries, differences)
 
     def leave_out_what_overflows(self) -> None:
         """An infinite result has the upstream gradient 0, and 0 · ∞ is nan in most rules."""
@@ -217,6 +237,8 @@ class Inspection:
         unsure = np.where(is_rough, 10.0, 2.0) * d.error
         if mode == "reverse":
             unsure = unsure + point.cancelling()[entries]
+        if mode in SECOND and mode in point.rough:
+            unsure = unsure + 4 * np.broadcast_to(point.rough[mode], rule.shape)[entries]
         unknown = ~np.isfinite(d.slope + d.error)
         unclear = unknown & ~point.left_out[mode][entries]
         if unclear.any():

@@ -41,7 +41,9 @@ class Point:
     found, by_autodiff: the derivatives by mode, by the rule and by JAX from the definition.
     rounding: by mode, the part of the differences' error that is due to rounding, at the best
         step. A derivative can't be known better from f's values, and a rule may lose as much.
-    noise: how much a derivative varies when its arguments do by a few units in the last place.
+    noise: how much a derivative varies when its arguments do by a few units in the last place; and
+        if it was looked for, how rough it is otherwise.
+    rough: the latter, by mode; empty unless it was looked for.
     zero: a rule may return 0 where the true number is below the rounding of f's values (1 − y
         for a y next to 1), and the other way round.
     left_out: by mode, which entries aren't compared: infinite ones, and those at kinks.
@@ -52,6 +54,7 @@ class Point:
         self.random = np.random.default_rng(seed)
         self.x, self.fixed = as_vector(programs.ours, arrays)
         self.notes: list[str] = []
+        self.rough: dict[str, np.ndarray] = {}
 
     def look(self) -> None:
         """Evaluate f at x and around it, and choose the directions.
@@ -209,6 +212,39 @@ class Point:
                         here = part * self.own[start:stop]
                         self.zero[m][start:stop] = np.max(here) / self.own[start:stop]
             self.rounding[m] = self.zero[m] / 16
+
+    def look_for_roughness(self) -> None:
+        """Add to the noise of the derivatives how rough they are along v.
+
+        y (1 − y), with a y next to 1, takes steps: it has lost its last places, and stays as it is
+        where the arguments vary in theirs. What is left of the differences of sixth order of nine
+        values in a row is that (Moré, Wild, "Estimating computational noise", 2011), but never
+        counts for more than rounding of f's values explains; and a second derivative is no rougher
+        than the first, relative to its size.
+        """
+        at = self.fixed, self.w, self.v, self.u
+        rough: dict[str, Any] = {}
+        for step in (2.0**-10, 2.0**-6, 2.0**-4):
+            places = (self.x + k * step * self.v for k in range(-4, 5))
+            both = [self.programs.derivatives(x, *at, **self.options) for x in places]
+            for m in self.options["modes"]:
+                sizes = [np.asarray([row[i].get(m, 0.0) for row in both]) for i in (0, 1)]
+                with np.errstate(all="ignore"):
+                    found = [np.sqrt(np.mean(np.diff(s, 6, axis=0) ** 2, axis=0)) for s in sizes]
+                # The root of 6!² / 12!, and a change is of two such values.
+                found = 4 * 0.033 * np.nan_to_num(np.maximum(*found), posinf=0.0)
+                rough[m] = np.maximum(rough.get(m, 0.0), found)
+        relative = {}
+        for m in rough:
+            size = np.abs(np.nan_to_num(np.asarray(self.found[m], "float64"), posinf=0, neginf=0))
+            if m in SECOND:
+                first = "forward" if m in BY_RESULT else "reverse"
+                most = 16 * relative.get(first, 0.0) * size
+            else:
+                most = self.zero[m]
+            self.rough[m] = np.minimum(rough[m], most)
+            self.noise[m] = np.maximum(self.noise[m], self.rough[m])
+            relative[m] = self.rough[m] / np.where(size > 0, size, np.inf)
 
     def leeway(self, mode: str, more: float = 1.0) -> dict[str, Any]:
         """What a rule may be off by, and where it isn't compared."""
