@@ -455,6 +455,31 @@ def test_rounding_that_the_values_do_not_show(name):
 
 
 @exhaustive
+def test_what_float32_loses_in_an_ill_conditioned_function():
+    """A Gaussian process' likelihood: roundings of the matrix count a thousandfold."""
+    random = np.random.default_rng(0)
+    x = np.sort(random.uniform(0, 6, 40))
+    y = np.sin(x) + 0.1 * random.normal(size=40)
+
+    def negative_log_likelihood(length, noise, x, y):
+        near = jnp.exp(-((x[:, None] - x) ** 2) / (2 * length**2))
+        L = jnp.linalg.cholesky(near + noise**2 * jnp.eye(len(x)))
+        y = jax.scipy.linalg.solve_triangular(L, y, lower=True)
+        return y @ y / 2 + jnp.sum(jnp.log(jnp.diag(L)))
+
+    check_grads(negative_log_likelihood, 1.7, 0.1, x, y, order=1)
+
+    @fnn.rule
+    def halved(x):
+        return x
+
+    halved.backward(lambda x, g: (g / 2 if g.dtype == "float32" else g,))
+    wrong = lambda noise: negative_log_likelihood(1.7, halved(noise), x, y)
+    report = check_grads(wrong, 0.1, order=1, raise_on_error=False)
+    assert {c.dtype for c in report.checks if not c.ok} == {"float32"}
+
+
+@exhaustive
 def test_what_differences_do_not_resolve():
     """The spacing of numbers at 1e12 is 1e-4, and at 1e15 0.1, more than the waves' length."""
     for f, x in ((lambda x: jnp.sin(100 * x), 1e12), (jnp.sin, 1e15)):

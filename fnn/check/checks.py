@@ -458,20 +458,28 @@ class Inspection:
         point = self.point
         rule, exact = np.array(rule, "float64"), np.array(exact, "float64")
         numbers = jnp.finfo(dtype)
+        # What the arguments' last places do to a derivative, a rounding on the way does as well.
+        noise = point.noise[mode] * float(numbers.eps) / (4 * point.precision.eps)
         # Terms of the size of the function cancel in a smaller derivative.
         if mode in BY_RESULT:
             size = np.maximum(point.array_size(point.size), point.array_size(_finite(exact)))
+            noise = point.array_size(noise)
         else:
             u = np.abs(point.u.astype("float64"))
             size = np.linalg.norm(u * point.size) / point.arrays
             for start, stop in leaf_slices(point.programs.ours):
                 largest = _finite(exact[start:stop]).max(initial=0.0)
                 size[start:stop] = np.maximum(size[start:stop], largest)
+                noise[start:stop] = noise[start:stop].max(initial=0.0)
         # Not where the true number is too large for the dtype.
         skip = point.left_out[mode] | ~(np.abs(exact) < float(numbers.max))
         # No more can be asked of a derivative than of the value.
-        tolerance = max(64 * float(numbers.eps), point.precision.exact, 8 * value_off)
-        if plain is not None:
+        eps = float(numbers.eps)
+        tolerance = max(64 * eps, point.precision.exact, 8 * value_off)
+        if plain is None:
+            # A function of many operations rounds more often than one of them.
+            tolerance = max(tolerance, min(512 * eps, 0.05))
+        else:
             # ... nor more than of autodiff.
             plain = np.array(plain, "float64")
             skip |= ~np.isfinite(plain)
@@ -487,7 +495,7 @@ class Inspection:
             skip=skip,
             tolerance=tolerance,
             size=size,
-            absolute=16 * float(numbers.tiny),
+            absolute=16 * float(numbers.tiny) + 8 * noise,
         )
 
 
