@@ -234,7 +234,7 @@ class Point:
                 # The root of 6!² / 12!, and a change is of two such values.
                 found = 4 * 0.033 * np.nan_to_num(np.maximum(*found), posinf=0.0)
                 rough[m] = np.maximum(rough.get(m, 0.0), found)
-        relative = {}
+        relative: dict[str, Any] = {}
         for m in rough:
             size = np.abs(np.nan_to_num(np.asarray(self.found[m], "float64"), posinf=0, neginf=0))
             if m in SECOND:
