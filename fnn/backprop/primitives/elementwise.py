@@ -207,6 +207,13 @@ def _integer_pow(g, y_out, x, *, y):
     return mul(g, mul(number(y, x), power))
 
 
+def _divisor(g, y, a, b):
+    """−g a / b². In float16, where 256² is infinite, −g/b · a/b, which takes XLA more memory."""
+    if b.dtype == jnp.float16:
+        return neg(mul(div(g, b), div(a, b)))
+    return neg(mul(mul(g, integer_pow(b, -2)), a))
+
+
 def _rem_divisor(g, y, a, b):
     """y = a − n b with the whole number n = trunc(a / b), which is constant between its jumps.
 
@@ -344,8 +351,7 @@ ARITHMETIC = {
     ),
     "div": binary(
         lambda g, y, a, b: div(g, b),
-        # Not a / b² as one number: b² may be too large or too small for one.
-        lambda g, y, a, b: neg(mul(div(g, b), div(a, b))),
+        _divisor,
         ("1 / b", "−a / b²"),
     ),
     "rem": binary(lambda g, y, a, b: g, _rem_divisor, ("1", "−trunc(a / b)")),
