@@ -388,6 +388,18 @@ def test_steps_of_arrays_are_spelled_out_in_shapes_and_words():
     assert lines[1].startswith("∂f/∂W = ∂f/∂v2 · ∂v2/∂W: (2,) [1, 1] → (2, 3) ‖g‖ 2.45, ")
 
 
+def test_words_name_the_exponents_too():
+    graph = fnn.graph(lambda x, b: (x**3) ** b)(jnp.array([1.0, 2.0]), jnp.array([2.0, 3.0]))
+    words = [step.local_gradient for step in graph.backprop(jnp.ones(2)).steps()]
+    assert words == ["b v2^(b − 1)", "v2^b log(v2)", "3 x^(3 − 1)"]
+
+
+@pytest.mark.parametrize("seed", [1j, np.complex64(1), jnp.array(1j)])
+def test_a_real_output_takes_no_complex_seed(seed):
+    with pytest.raises(TypeError, match="the seed of f is complex, but it is float"):
+        fnn.graph(lambda x: x * x)(2.0).backprop(seed)
+
+
 @exhaustive
 def test_rules_with_a_forward_of_their_own_say_their_local_gradient_too():
     holding_functions = {"scan", "cond", "while", "remat2", "checkpoint"}

@@ -149,7 +149,8 @@ class Graph:
         Raises:
             ValueError: the seed's structure or a shape isn't the result's, or there is none
                 and the result isn't a scalar.
-            TypeError: no input or no output is a real or complex array, or a seed is no array.
+            TypeError: no input or no output is a real or complex array, or a seed is no array, or
+                complex for a real output.
         """
         tape = self._tape_with_values()
         self._must_be_differentiable()
@@ -248,6 +249,9 @@ class Graph:
                 f"the seed of {output.label} has shape {jnp.shape(leaf)}, but must have the "
                 f"output's, {output.shape}."
             )
+        is_real = jnp.issubdtype(output.dtype, jnp.floating)
+        if is_real and jnp.iscomplexobj(leaf):
+            raise TypeError(f"the seed of {output.label} is complex, but it is {output.dtype}.")
         return jnp.asarray(leaf, output.dtype)
 
     # --------------------------------------------------------------------------------- pictures

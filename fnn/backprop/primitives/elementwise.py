@@ -357,8 +357,8 @@ ARITHMETIC = {
     "rem": binary(lambda g, y, a, b: g, _rem_divisor, ("1", "−trunc(a / b)")),
     "square": unary(lambda g, y, x: mul(g, mul(number(2, x), x)), "2x"),
     "one_minus_square": unary(lambda g, y, x: mul(g, mul(number(-2, x), x)), "−2x"),
-    "integer_pow": each(_integer_pow, local_gradient=("n xⁿ⁻¹",), elementwise=True),
-    "pow": binary(_pow_base, _pow_exponent, ("b aᵇ⁻¹", "aᵇ log(a)")),
+    "integer_pow": each(_integer_pow, local_gradient=("n x^(n − 1)",), elementwise=True),
+    "pow": binary(_pow_base, _pow_exponent, ("b a^(b − 1)", "a^b log(a)")),
     "polynomial": joint(
         _polynomial, local_gradient=("Σ k cₖ xᵏ⁻¹", "1", "x", "x²", "…"), elementwise=True
     ),
