@@ -163,13 +163,12 @@ class Stream:
                 f"({wants.name}): pass key=..., or a function without arguments."
             )
         made = self.source() if wants is None else self.source(key)
-        try:
-            iter(made)
-        except TypeError:
+        # Not by iter(made), which may start a pipeline's workers.
+        if not (hasattr(made, "__iter__") or hasattr(made, "__getitem__")):
             raise TypeError(
                 f"{self.name} is a function, {name_of(self.source)}, which must return an iterable "
                 f"of batches, but it returned {arguments.show(made)}."
-            ) from None
+            )
         return made
 
     def _check_kind(self, batch: Any, count: int) -> None:
