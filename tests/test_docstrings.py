@@ -44,7 +44,7 @@ def test_examples_of(name):
     said = []
     for test in examples(name):
         with jax.enable_x64(False):  # as at a reader's
-            doctest.DocTestRunner(optionflags=flags).run(test, out=said.append)
+            doctest.DocTestRunner(verbose=False, optionflags=flags).run(test, out=said.append)
     assert not said, "".join(said)
 
 
