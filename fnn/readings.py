@@ -235,25 +235,20 @@ class Kept(Generic[T]):
         found = self._found.get(_name(functions, more))
         return found[0] if found and found[1] == list(map(readings, functions)) else None
 
-    def found_or(self, make: Callable[..., T], *functions: Any) -> tuple[T, Callable[[], None]]:
-        """What was kept for these functions, or else is made of references to them.
+    @contextlib.contextmanager
+    def found_or(self, make: Callable[..., T], *functions: Any) -> Iterator[T]:
+        """What was kept for these functions, or else is made of references to them, for a use.
 
         Args:
             make: called with a function for each, which returns it. What it makes has a list
                 `traces`, which grows with each program that is traced.
-
-        Returns:
-            That, and what keeps it for later, to be called after each use.
         """
         made: Any = self.find(functions) or make(*map(_weakly, functions))
         before = len(made.traces)
-
-        def used() -> None:
-            if len(made.traces) > before:  # what they read now is what was traced
-                with contextlib.suppress(TypeError):
-                    self.keep(functions, made=made)
-
-        return made, used
+        yield made
+        if len(made.traces) > before:  # what they read now is what was traced
+            with contextlib.suppress(TypeError):  # there are no weak references to one of them
+                self.keep(functions, made=made)
 
     def keep(self, functions: tuple, *more: Any, made: T) -> None:
         """Keep it from here on, for functions that read what they read now.

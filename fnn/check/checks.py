@@ -87,7 +87,7 @@ class Inspection:
         """A derivative against autodiff and differences."""
         point = self.point
         before = len(self.rows), len(point.notes), self.compared
-        kept = point.left_out[mode] * True, point.rounding[mode]
+        kept = point.left_out[mode].copy(), point.rounding[mode]
         self.compare_mode(mode, able)
         if mode in SECOND and not all(row.ok for row in self.rows[before[0] :]):
             # Is it wrong, or is what it is held against only rough?
@@ -458,8 +458,9 @@ class Inspection:
         point = self.point
         rule, exact = np.array(rule, "float64"), np.array(exact, "float64")
         numbers = jnp.finfo(dtype)
+        eps = float(numbers.eps)
         # What the arguments' last places do to a derivative, a rounding on the way does as well.
-        noise = point.noise[mode] * float(numbers.eps) / (4 * point.precision.eps)
+        noise = point.noise[mode] * eps / (4 * point.precision.eps)
         # Terms of the size of the function cancel in a smaller derivative.
         if mode in BY_RESULT:
             size = np.maximum(point.array_size(point.size), point.array_size(_finite(exact)))
@@ -474,7 +475,6 @@ class Inspection:
         # Not where the true number is too large for the dtype.
         skip = point.left_out[mode] | ~(np.abs(exact) < float(numbers.max))
         # No more can be asked of a derivative than of the value.
-        eps = float(numbers.eps)
         tolerance = max(64 * eps, point.precision.exact, 8 * value_off)
         if plain is None:
             # A function of many operations rounds more often than one of them.

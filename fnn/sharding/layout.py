@@ -260,10 +260,8 @@ class Layout:
             *args: what it takes.
         """
         arguments.function("Layout.init", "function", function, "a function that makes parameters")
-        program, used = _kept.found_or(_Made, function)
-        made = program(self, args)
-        used()
-        return made
+        with _kept.found_or(_Made, function) as made:
+            return made(self, args)
 
     def place(self, params: Any) -> Any:
         """Parameters that are there, or a training state, where the layout has them."""

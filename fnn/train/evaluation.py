@@ -18,7 +18,7 @@ import numpy as np
 from fnn import arguments
 from fnn.batch import batch_size as size_of
 from fnn.meshes import beside
-from fnn.readings import Kept, reference
+from fnn.readings import Kept
 from fnn.sharding import Layout
 from fnn.train.checks import BatchChecks, Labels, check_values, find_labels
 from fnn.train.conversion import as_arrays
@@ -192,23 +192,12 @@ def _with_last(entries: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
         yield before, True
 
 
-@contextlib.contextmanager
-def evaluation_of(loss: Loss) -> Iterator[Evaluation]:
+def evaluation_of(loss: Loss) -> contextlib.AbstractContextManager[Evaluation]:
     """The Evaluation of a loss: the one of before, if the loss still reads the same.
 
     It is found by the loss's identity and dropped with the loss.
     """
-    evaluation = _kept.find((loss,))
-    if evaluation is None:
-        try:
-            evaluation = Evaluation(reference(loss))
-        except TypeError:  # there are no weak references to it
-            yield Evaluation(lambda: loss)
-            return
-    before = len(evaluation.traces)
-    yield evaluation
-    if len(evaluation.traces) > before:  # taken now: the loss may count its own traces
-        _kept.keep((loss,), made=evaluation)
+    return _kept.found_or(Evaluation, loss)
 
 
 _kept: Kept[Evaluation] = Kept()

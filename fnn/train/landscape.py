@@ -132,9 +132,8 @@ def loss_surface(
     steps = np.linspace(-span, span, points)
     steps[points // 2] = 0.0
     own_key = loss_key if found.needs_key else None
-    surface, used = _kept.found_or(_Surface, loss)
-    losses = surface.losses(params, *directions, data, own_key, model_state, steps)
-    used()
+    with _kept.found_or(_Surface, loss) as surface:
+        losses = surface.losses(params, *directions, data, own_key, model_state, steps)
     return LossSurface(steps, steps.copy(), np.asarray(losses, float), directions)
 
 

@@ -125,11 +125,10 @@ def find_learning_rate(
     if model_state is None and found.state is not None and hasattr(loss, "init_state"):
         model_state = loss.init_state(example_types(jax.tree.map(lambda x: x[0], batches)))
     state = beside(_step(loss, optimizer, rates).init(params, model_state), batches)
-    search, used = _kept.found_or(_Search, loss, optimizer)
+    with _kept.found_or(_Search, loss, optimizer) as search:
+        losses = search.losses(state, batches, key, rates)
     # The loss that a step reports is that before it.
-    losses = np.asarray(search.losses(state, batches, key, rates), float)[1:]
-    used()
-    return _read(rates, losses)
+    return _read(rates, np.asarray(losses, float)[1:])
 
 
 class _Search:

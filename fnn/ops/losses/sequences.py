@@ -11,7 +11,7 @@ from fnn import arguments
 from fnn.meshes import same_varying_axes
 from fnn.ops.arguments import is_integer, must_be_array, must_be_real
 from fnn.ops.probabilities import log_softmax, logsumexp
-from fnn.precision import wide
+from fnn.precision import signed, wide
 
 
 def ctc(
@@ -61,9 +61,7 @@ def ctc(
     if labels.ndim != 1:
         raise ValueError(f"{op}: argument 'labels' has shape {labels.shape}, wanted (length,).")
     arguments.integer(op, "blank", blank, least=0, most=logits.shape[-1] - 1)
-    labels = jnp.asarray(labels)
-    # As signed integers wide enough to count classes: an int8 ends at 127.
-    labels = labels.astype(jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)
+    labels = signed(labels)
     is_label = _mask(op, "label_mask", label_mask, labels.shape)
     is_blank = is_label & (labels == blank)
     if arguments.is_known(is_blank) and bool(jnp.any(is_blank)):

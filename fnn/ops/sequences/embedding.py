@@ -9,6 +9,7 @@ import numpy as np
 
 from fnn import arguments
 from fnn.ops.arguments import is_integer, must_be_real
+from fnn.precision import signed
 
 
 def embedding(E: chex.Array, index: chex.Array) -> jax.Array:
@@ -51,7 +52,7 @@ def embedding(E: chex.Array, index: chex.Array) -> jax.Array:
                 f"embedding: index holds {low if low < 0 else high}, but E has {rows} rows: "
                 f"indices are 0, ..., {rows - 1}."
             )
-    index = index.astype(jnp.int64 if index.dtype.itemsize == 8 else jnp.int32)
+    index = signed(index)
     is_row = (index >= 0) & (index < rows)
     place = E.at[jnp.where(is_row, index, 0)]
     found = place.get(mode="promise_in_bounds", wrap_negative_indices=False)
