@@ -336,3 +336,7 @@ def test_a_state_that_the_loss_takes_none_of_is_refused():
         with pytest.raises(TypeError, match="model_state is given, but the loss .* takes no state"):
             call()
     assert fnn.evaluate(loss, start, DATA, model_state={})["loss"] == 2  # as of a stateless network
+    # A training state's own, of a loss that took one, is left aside.
+    trained = fnn.train_step(loss, sgd).init(start)._replace(model_state=state)
+    assert fnn.evaluate(loss, trained, DATA)["loss"] == 2
+    assert fnn.find_learning_rate(loss, trained, DATA, optax.sgd, key=KEY, steps=5).losses[0] <= 2

@@ -118,7 +118,8 @@ def find_learning_rate(
         raise TypeError(f"{where}: the loss takes a key: pass key=...")
     check_model_state(where, loss, model_state)
     if isinstance(params, State):
-        model_state = params.model_state if model_state is None else model_state
+        if model_state is None and found.state is not None:
+            model_state = params.model_state
         params = params.params
     rates = np.geomspace(lowest, highest, steps)
     batches = _batches(where, data, batch_size, key, steps + 1)
