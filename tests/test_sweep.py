@@ -371,13 +371,14 @@ def test_ctrl_c_returns_what_there_is(layout, monkeypatch):
                 os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr("fnn.sweeps.loop.progress_for", lambda *args: Display())
+    monkeypatch.setattr("fnn.sweeps.training.SECONDS", 0.02)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        found = sweep(epochs=10**4, layout=layout)
+        found = sweep(epochs=10**5, layout=layout)
     finally:
         signal.signal(signal.SIGINT, before)
     assert found.interrupted and "interrupted" in repr(found)
-    assert found.epochs.max() >= 3 and found.epochs.min() < 10**4
+    assert found.epochs.max() >= 3 and found.epochs.min() < 10**5
     seed, rate = EVERY[int(found.epochs.argmax())]
     member = found.member(seed=seed, learning_rate=rate)
     close(member.history["loss"][:3], alone(seed, rate)[1]["loss"])

@@ -268,13 +268,15 @@ def test_ctrl_c(layout, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr("fnn.sweeps.loop.progress_for", lambda *args: Display())
+    # An epoch takes 7 µs on a fast machine: with so many of them the main thread may be late.
+    monkeypatch.setattr("fnn.sweeps.training.SECONDS", 0.01)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        found = sweep({"learning_rate": [0.02, 0.05]}, epochs=10**5, layout=layout)
+        found = sweep({"learning_rate": [0.02, 0.05]}, epochs=10**6, layout=layout)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
-    assert found.interrupted and 1 <= found.epochs.max() < 10**5
+    assert found.interrupted and 1 <= found.epochs.max() < 10**6
     for rate, epochs in zip((0.02, 0.05), found.epochs, strict=True):
         if epochs:
             is_alone(found.member(learning_rate=rate), rate, epochs=int(epochs))
