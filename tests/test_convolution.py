@@ -110,6 +110,47 @@ def test_formulas_agree_with_jax(name, cached, monkeypatch):
     must_agree(ours, plain, x, w)
 
 
+SIDE_BY_SIDE = {
+    **{name: FORMULAS[name] for name in ("library", "strided", "transpose", "cropped")},
+    "dilated": ((2, 6, 9, 3), (3, 2, 3, 4), {"rhs_dilation": (2, 3), "window_strides": (1, 2)}),
+    "one place high": ((2, 6, 7, 3), (1, 3, 3, 4), {"padding": ((0, 0), (3, 1))}),
+    "a window wider than its images": ((2, 6, 3, 3), (1, 5, 3, 4), {"padding": ((0, 0), (4, 4))}),
+    "a stride beyond the window": (
+        (2, 6, 9, 3),
+        (2, 2, 3, 4),
+        {"window_strides": (1, 4), "padding": ((0, 1), (0, 0))},
+    ),
+    "a sequence": ((2, 9, 3), (3, 3, 4), {"window_strides": (2,)}),
+    "a volume": ((2, 4, 3, 5, 3), (2, 1, 3, 3, 4), {"window_strides": (1, 1, 2)}),
+}
+
+
+@pytest.mark.parametrize("name", sweep(SIDE_BY_SIDE, quick=["strided"]))
+def test_images_side_by_side_agree_with_jax(name, monkeypatch):
+    monkeypatch.setattr(cpu, "_is_on_one_core", lambda *_: True)
+    x, w, options = SIDE_BY_SIDE[name]
+    space = "DHW"[-(len(x) - 2) :]
+    numbers = (f"N{space}C", f"{space}IO", f"N{space}C")
+    options = {"window_strides": (1,) * len(space), "padding": "SAME"} | options
+    x, w = R(0, 3, *x[1:], dtype="float32"), R(1, *w, dtype="float32")
+    params = parameters_of(x, w, dimension_numbers=numbers, **options)
+    ours = lambda x, w: conv_general_dilated_p.bind(x, w, **params)
+    plain = lambda x, w: lax.conv_general_dilated_p.bind(x, w, **params)
+    must_agree(ours, plain, x, w)
+
+
+@pytest.mark.parametrize("on_one_core", [True, False])
+@pytest.mark.parametrize("outs, many", [(64, True), (16, False)])
+def test_where_one_core_would_work_images_lie_side_by_side(on_one_core, outs, many, monkeypatch):
+    """JAX's library before 0.11 shares the pixels of a row out to the cores, if they are many."""
+    assert (jax.__version_info__ < (0, 11)) == cpu._ROWS_ON_ONE_CORE
+    monkeypatch.setattr(cpu, "_ROWS_ON_ONE_CORE", on_one_core)
+    x, w = R(0, 16, 8, 8, 32, dtype="float32"), R(1, outs, 32, 3, 3, dtype="float32")
+    text = jax.jit(lambda x, w: ops.convolution(x, w)).lower(x, w).as_text()
+    (batch,) = re.findall(r"stablehlo.convolution.*\(tensor<(\d+)x", text)
+    assert int(batch) == (1 if on_one_core and many else 16)
+
+
 LYING = [
     pytest.param(order, options, marks=() if order == "OIHW" and not options else exhaustive)
     for order in ("OIHW", "HWIO", "IOHW", "HOWI")

@@ -6,6 +6,8 @@ XLA's CPU library is fast where x is (batch, space..., features) and w (window..
 orders of axes it brings into this one, but inside a loop it doesn't, and runs them up to a hundred
 times slower. So the axes are put in this order here. What the library is slow at goes otherwise:
 
+* In JAX 0.10 the library shares among the cores what is in a row of y, if that is much, but never
+  rows or images. So the images are put side by side, as one wide image, and it uses all cores.
 * The gradient of a weight is a convolution whose "window" is a whole image and whose output has
   but few places. Of many features, it is faster as one product of the images' patches (im2col)
   with g, made for a few images at a time, as many as fit into the cache.
@@ -45,6 +47,9 @@ _NARROW = 6
 
 # From so many weights on, their order of axes matters.
 _LARGE = 2**18
+
+# Whether XLA's library computes each row of y on one core, unless it has many features or pixels.
+_ROWS_ON_ONE_CORE = jax.__version_info__ < (0, 11)
 
 # So many multiplications and additions of shifted copies are faster than the library.
 _FEW = 49
@@ -232,7 +237,7 @@ def _window_by_window(x, w, window: _Window, out, groups: int, **how) -> jax.Arr
         return _in_groups(x, w, window, out, groups, **how)
     if w.shape[-1] <= _NARROW < w.shape[-2] and few and _stays(window):
         return _to_few_features(x, w, window, out, **how)
-    return _library(x, w, window, **how)
+    return _library(x, w, window, out, **how)
 
 
 def _stays(window: _Window) -> bool:
@@ -270,14 +275,63 @@ def _pixel_by_pixel(x, w, window: _Window, **how) -> jax.Array:
     return _padded(product(x), window)
 
 
-def _library(x, w, window: _Window, **how) -> jax.Array:
+def _library(x, w, window: _Window, out, **how) -> jax.Array:
     """XLA's library, the axes in the order that it wants."""
+    if out and _is_on_one_core(x, w, out[-1]):
+        return _side_by_side(x, w, window, out[-1], **how)
+    return _plain(x, w, window, **how)
+
+
+def _plain(x, w, window: _Window, **how) -> jax.Array:
+    """The batch as it is."""
     n = x.ndim
     numbers = lax.ConvDimensionNumbers(
         (0, n - 1, *range(1, n - 1)), (n - 1, n - 2, *range(n - 2)), (0, n - 1, *range(1, n - 1))
     )
     strides, padding, between, holes = window
     return lax.conv_general_dilated(x, w, strides, padding, between, holes, numbers, **how)
+
+
+def _is_on_one_core(x, w, places: int) -> bool:
+    """Whether the library would leave all cores but one idle, and others have enough to do.
+
+    places: how many entries an output row has. The bounds were found by measuring.
+    """
+    count, outs, weights = x.shape[0], w.shape[-1], math.prod(w.shape[:-1])
+    shares_features = outs >= 128 and (weights >= 1152 or places * outs > 4096)
+    return (
+        _ROWS_ON_ONE_CORE
+        and x.dtype == jnp.float32
+        and count >= 8
+        and outs > 16  # to fewer, other functions of the library use all cores
+        and math.prod(w.shape[:-2]) <= _FEW
+        and not shares_features
+    )
+
+
+def _side_by_side(x, w, window: _Window, places: int, **how) -> jax.Array:
+    """The images side by side, as one with long rows; the zeros between two are those of both.
+
+    places: how many entries a row of one output has.
+    """
+    count, *front, width, features = x.shape
+    last = x.ndim - 2
+    stride, (low, high), hole = window.strides[-1], window.padding[-1], window.holes[-1]
+    x = lax.slice_in_dim(x, max(0, -low), width + min(0, high), axis=last)
+    low, high, width = max(low, 0), max(high, 0), x.shape[last]
+    pitch = -(-(width + max(low, high)) // stride) * stride
+    pads = [(0, 0, 0)] * last + [(0, pitch - width, 0), (0, 0, 0)]
+    x = lax.pad(x, lax.full_like(x, 0, shape=()), pads)
+    x = lax.transpose(x, (*range(1, last), 0, last, last + 1))
+    x = lax.reshape(x, (1, *front, count * pitch, features))
+    beyond = max(0, hole * (w.shape[-3] - 1) + 1 - stride - low)  # of the last window
+    wide = window._replace(padding=(*window.padding[:-1], (low, beyond)))
+    y = _plain(x, w, wide, **how)
+    each = pitch // stride
+    y = lax.slice_in_dim(y, 0, count * each, axis=last)
+    y = lax.reshape(y, (*y.shape[1:last], count, each, y.shape[-1]))
+    y = lax.slice_in_dim(y, 0, places, axis=last)
+    return lax.transpose(y, (last - 1, *range(last - 1), last, last + 1))
 
 
 def _multiply_and_add(x, w, window: _Window, out, groups: int) -> jax.Array:
