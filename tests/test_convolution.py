@@ -78,6 +78,8 @@ FORMULAS = {
     "grey": ((2, 6, 5, 1), (3, 3, 1, 4), {"rhs_dilation": (1, 2)}),
     "depthwise": ((2, 6, 5, 3), (3, 3, 1, 6), {"feature_group_count": 3}),
     "groups": ((2, 6, 5, 4), (3, 3, 2, 6), {"feature_group_count": 2, "window_strides": (2, 1)}),
+    "each group": ((2, 6, 5, 16), (3, 3, 8, 16), {"feature_group_count": 2}),
+    "wide groups": ((2, 4, 3, 40), (3, 2, 20, 6), {"feature_group_count": 2}),
     "transpose": (
         (2, 3, 4, 2),
         (3, 4, 2, 3),
@@ -90,7 +92,12 @@ FORMULAS = {
 # Of three images, blocks of one; with these numbers of bytes one of two, and one is left over.
 TWO_IMAGES = {"product": 140_000, "groups": 4_400, "depthwise": 6_500, "few features": 23_100}
 BOTH = [(name, cached) for name in FORMULAS for cached in (None, 1, TWO_IMAGES.get(name, 2))]
-QUICK = [("product", TWO_IMAGES["product"]), ("strided", None), ("grey", None)]
+QUICK = [
+    ("product", TWO_IMAGES["product"]),
+    ("strided", None),
+    ("grey", None),
+    ("each group", None),
+]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ times slower. So the axes are put in this order here. What the library is slow a
 * The gradient of a weight is a convolution whose "window" is a whole image and whose output has
   but few places. Of many features, it is faster as one product of the images' patches (im2col)
   with g, made for a few images at a time, as many as fit into the cache.
+* Of some groups of features, each is a convolution of its own; of many small ones, all are one
+  product of patches.
 * With one feature in (a grey image; a depthwise convolution) there is no product to be done:
   shifted copies of x are multiplied and added.
 * To few features, each pixel is multiplied with all of the window's weights in one product, whose
@@ -119,7 +121,10 @@ def _by_formula(
         y = None if is_gradient else _with_w_as_it_lies(x, as_it_lies, w_spec, window, out, **how)
         if y is not None:
             return _in_order(y, y_spec)
-    if is_gradient and (batch_group_count > 1 or out_places == 1 or x.shape[0] >= _MANY):
+    if is_gradient and batch_group_count > 1 and _pays_for_each(x, window, out, batch_group_count):
+        of_group = lambda x, w: _window_by_window(x, w, window, out, 1, **how)
+        y = _for_each_group(of_group, x, 0, w, batch_group_count)
+    elif is_gradient and (batch_group_count > 1 or out_places == 1 or x.shape[0] >= _MANY):
         y = _place_by_place(x, w, window, out, batch_group_count, **how)
     elif batch_group_count > 1:
         return None
@@ -233,6 +238,9 @@ def _window_by_window(x, w, window: _Window, out, groups: int, **how) -> jax.Arr
     few = math.prod(w.shape[:-2]) <= _FEW
     if w.shape[-2] == 1 and few:
         return _multiply_and_add(x, w, window, out, groups)
+    if 1 < groups <= 16 and min(w.shape[-2], w.shape[-1] // groups) >= 8:
+        of_group = lambda x, w: _window_by_window(x, w, window, out, 1, **how)
+        return _for_each_group(of_group, x, x.ndim - 1, w, groups)
     if groups > 1:
         return _in_groups(x, w, window, out, groups, **how)
     if w.shape[-1] <= _NARROW < w.shape[-2] and few and _stays(window):
@@ -359,6 +367,21 @@ def _multiply_and_add(x, w, window: _Window, out, groups: int) -> jax.Array:
 
     bytes_each = math.prod(out) * outs * x.dtype.itemsize
     return _block_by_block(of_some, x, max(1, _CACHED // 8 // bytes_each))
+
+
+def _for_each_group(of_group, x, axis: int, w, groups: int) -> jax.Array:
+    """A convolution for each group: of a part of this axis of x, and of w's output features."""
+    xs = lax.split(x, (x.shape[axis] // groups,) * groups, axis)
+    ws = lax.split(w, (w.shape[-1] // groups,) * groups, w.ndim - 1)
+    found = [of_group(x, w) for x, w in zip(xs, ws, strict=True)]
+    return lax.concatenate(found, found[0].ndim - 1)
+
+
+def _pays_for_each(x, window: _Window, out, groups: int) -> bool:
+    """Whether a weight's gradient is faster as a convolution for each group of features."""
+    features = x.shape[0] // groups
+    is_plain = math.prod(out) > 1 and all(d == 1 for d in window.between)
+    return is_plain and groups <= 32 and 1 < features <= 16
 
 
 def _in_groups(x, w, window: _Window, out, groups: int, **how) -> jax.Array:
