@@ -221,6 +221,8 @@ def missing(what: str, *requirements: str, otherwise: str = "") -> ImportError:
 
 def show(value: Any) -> str:
     """A value in an error message, in a line: arrays by dtype and shape, long ones shortened."""
+    if hasattr(value, "shown_in_errors"):  # it has a shape and a dtype, and yet is no array
+        return value.shown_in_errors
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         kind = "a traced array" if _is_traced(value) else "an array"
         if value.shape == () and not _is_traced(value) and _is_plain(value.dtype):

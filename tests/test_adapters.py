@@ -12,11 +12,13 @@ import fnn
 import fnn.per_example as pe
 from fnn.layers import (
     GRU,
+    LRU,
     LSTM,
     Conv,
     ConvTranspose,
     LayerNorm,
     Linear,
+    WeightNorm,
     adapted,
     chain,
     lora,
@@ -227,3 +229,24 @@ def test_a_scale_of_numpy_s_changes_no_dtype(scale):
     made = jax.tree.map(lambda a: a.astype(jnp.bfloat16), made)
     y = adapted(params, made, scale=scale)["W"] @ jnp.ones(3, jnp.bfloat16)
     assert y.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("layer", "where"), [(LSTM(3), "U"), (WeightNorm(Linear(3)), "v"), (LRU(3), "B")]
+)
+def test_where_an_adapted_weight_is_refused_the_error_says_to_merge(layer, where):
+    x = R(1, 4, 2)
+    params = layer.init(KEY, x)
+    adapters = lora(params, where, 2, KEY)
+    with pytest.raises(TypeError, match=r"an adapted weight of shape .* merge\(params, adapters\)"):
+        layer(adapted(params, adapters), x)
+    chex.assert_trees_all_close(layer(merge(params, adapters), x), layer(params, x))
+
+
+@pytest.mark.parametrize(
+    "use", [lambda W: W + 1, lambda W: 2 * W, lambda W: jnp.ones((4, 3)) * W, lambda W: W[0]]
+)
+def test_what_an_adapted_weight_cannot_do_says_to_merge(use):
+    params = {"W": jnp.ones((4, 3))}
+    with pytest.raises(TypeError, match="multiplies by @ alone: merge"):
+        use(adapted(params, lora(params, "W", 2, KEY))["W"])

@@ -191,6 +191,19 @@ class AdaptedWeight:
         cast = {name: getattr(self, name).astype(dtype) for name in "WAB"}
         return dataclasses.replace(self, **cast)
 
+    @property
+    def shown_in_errors(self) -> str:
+        return (
+            f"an adapted weight of shape {self.shape}, which multiplies by @ alone: merge(params, "
+            "adapters) makes an array of it"
+        )
+
+    def _refuse(self, *others: Any) -> Any:
+        raise TypeError(f"adapted: wanted an array, but got {self.shown_in_errors}.")
+
+    __getitem__ = __add__ = __radd__ = __sub__ = __rsub__ = _refuse
+    __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = _refuse
+
     def __matmul__(self, x: Any) -> Any:
         left, right = self._factors
         return self._plain @ x + self.scale * (left @ (right @ x))
