@@ -42,7 +42,8 @@ class MixtureOfExperts(Layer):
     one, the capacity is factor · k · positions / n, so that the work is that of k experts times
     the factor; what doesn't fit is left out, and its y is 0 where no expert had a place (so keep
     x beside it: `residual(MixtureOfExperts(...))`). Positions of other sequences of a batch take
-    no places: each sequence has its own.
+    no places: each sequence has its own. An empty place holds zeros, whose output goes nowhere; an
+    expert must have a finite derivative at them, which x / ‖x‖ hasn't.
 
     The router must be kept from sending all to a few experts. With `return_losses` the output is
     `(y, losses)`, with the dict of scalars `{"balance": ..., "z": ...}` to be added to the loss
