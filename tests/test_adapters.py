@@ -18,6 +18,7 @@ from fnn.layers import (
     ConvTranspose,
     LayerNorm,
     Linear,
+    Maxout,
     WeightNorm,
     adapted,
     chain,
@@ -232,7 +233,8 @@ def test_a_scale_of_numpy_s_changes_no_dtype(scale):
 
 
 @pytest.mark.parametrize(
-    ("layer", "where"), [(LSTM(3), "U"), (WeightNorm(Linear(3)), "v"), (LRU(3), "B")]
+    ("layer", "where"),
+    [(LSTM(3), "U"), (WeightNorm(Linear(3)), "v"), (LRU(3), "B"), (Maxout(3), "W")],
 )
 def test_where_an_adapted_weight_is_refused_the_error_says_to_merge(layer, where):
     x = R(1, 4, 2)

@@ -9,8 +9,8 @@ times slower. So the axes are put in this order here. What the library is slow a
 * In JAX 0.10 the library shares among the cores what is in a row of y, if that is much, but never
   rows or images. So the images are put side by side, as one wide image, and it uses all cores.
 * The gradient of a weight is a convolution whose "window" is a whole image and whose output has
-  but few places. Of many features, it is faster as one product of the images' patches (im2col)
-  with g, made for a few images at a time, as many as fit into the cache.
+  but few places. Of many features, and of a colour image's few, it is faster as one product of the
+  images' patches (im2col) with g, made for a few images at a time, as many as fit into the cache.
 * Of some groups of features, each is a convolution of its own; of many small ones, all are one
   product of patches.
 * With one feature in (a grey image; a depthwise convolution) there is no product to be done:
@@ -41,7 +41,8 @@ from fnn.meshes import as_varying, sharding_of
 # The patches of so many bytes at a time: they stay in a core's cache.
 _CACHED = 2**20
 
-# From so many features on, a weight's gradient is faster as a product than by the library.
+# From so many features on, a weight's gradient is faster as a product than by the library; see
+# `_pays_as_product` for few.
 _MANY = 64
 
 # For so few features out, the library is slower than products of single pixels, then shifted.
@@ -124,7 +125,9 @@ def _by_formula(
     if is_gradient and batch_group_count > 1 and _pays_for_each(x, window, out, batch_group_count):
         of_group = lambda x, w: _window_by_window(x, w, window, out, 1, **how)
         y = _for_each_group(of_group, x, 0, w, batch_group_count)
-    elif is_gradient and (batch_group_count > 1 or out_places == 1 or x.shape[0] >= _MANY):
+    elif is_gradient and (
+        batch_group_count > 1 or out_places == 1 or _pays_as_product(x.shape[0], w.shape[-1])
+    ):
         y = _place_by_place(x, w, window, out, batch_group_count, **how)
     elif batch_group_count > 1:
         return None
@@ -375,6 +378,11 @@ def _for_each_group(of_group, x, axis: int, w, groups: int) -> jax.Array:
     ws = lax.split(w, (w.shape[-1] // groups,) * groups, w.ndim - 1)
     found = [of_group(x, w) for x, w in zip(xs, ws, strict=True)]
     return lax.concatenate(found, found[0].ndim - 1)
+
+
+def _pays_as_product(features: int, outs: int) -> bool:
+    """Whether a weight's gradient is faster as a product of patches than by the library."""
+    return features >= _MANY or (1 < features <= 8 and outs >= 32)
 
 
 def _pays_for_each(x, window: _Window, out, groups: int) -> bool:

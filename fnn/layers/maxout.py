@@ -69,5 +69,6 @@ class Maxout(Layer):
         if self.use_bias:
             shapes["b"] = (self.pieces, self.features)
         check_weights(self, params, shapes, x)
-        z = jnp.einsum("poi,...i->...po", params["W"], x)
+        W = arguments.array(f"{self}", "W", params["W"])
+        z = jnp.einsum("poi,...i->...po", W, x)
         return maxout(z + params["b"] if self.use_bias else z, axis=-2)
