@@ -336,6 +336,12 @@ def test_a_state_with_or_without_a_scale():
     step(bare.init(LINEAR)._replace(loss_scale=fnn.DynamicLossScale().first()), ones(1.0))
 
 
+@pytest.mark.parametrize("bad", [1e-50, 1e-39, 1e39, 1e300])
+def test_a_loss_scale_that_float32_has_not(bad):
+    with pytest.raises(ValueError, match="train_step: loss_scale must be"):
+        train_step(linear, optax.sgd(0.1), loss_scale=bad)
+
+
 def test_what_loss_scale_refuses():
     for bad in ("static", 0, -1.0, np.nan, True, [1]):
         with pytest.raises((TypeError, ValueError), match="train_step: loss_scale must be"):

@@ -107,7 +107,9 @@ def check_loss_scale(where: str, loss_scale: Any, compute: Any) -> float | Dynam
             f'{where}: loss_scale must be "dynamic", an fnn.DynamicLossScale or a positive number, '
             f"but got {arguments.show(loss_scale)}."
         )
-    return float(arguments.number(where, "loss_scale", loss_scale, above=0))
+    # float32 has no normal numbers for the scale or its inverse beyond these.
+    bounds = {"least": 2.0**-126, "most": 2.0**126}
+    return float(arguments.number(where, "loss_scale", loss_scale, **bounds))
 
 
 def unscaled(gradient: Any, scale: Any, like: Any) -> Any:
