@@ -292,6 +292,15 @@ def test_after_epoch_sees_each_epoch_and_stops():
     assert not result.interrupted
 
 
+def test_what_after_epoch_and_metrics_may_not_be():
+    options = {"epochs": 2, "batch_size": 8, "shuffle": False}
+    with pytest.raises(TypeError, match="after_epoch must return whether .* of dtype .*shape"):
+        fit(squares, START, (A, Y), SGD, after_epoch=lambda *_: np.ones(2), **options)
+    complex_metric = lambda params, example: (squares(params, example)[0], {"phase": 1j})
+    with pytest.raises(TypeError, match="metric 'phase' of dtype complex.* real"):
+        fit(complex_metric, START, (A, Y), SGD, **options)
+
+
 # ------------------------------------------------------------------------------------------ Ctrl-C
 
 

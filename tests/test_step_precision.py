@@ -347,7 +347,8 @@ def test_what_loss_scale_refuses():
         with pytest.raises((TypeError, ValueError), match="train_step: loss_scale must be"):
             train_step(linear, optax.sgd(0.1), loss_scale=bad)
     bounds = [{"least": 0}, {"most": 0.5}, {"initial": 0.5}, {"factor": 1}, {"period": 0}]
-    for bad in [*bounds, {"most": 2.0**128}, {"least": np.nan}, {"period": 2.5}]:
+    beyond = [{"most": 2.0**127}, {"least": 1e-40}, {"factor": 1e300}, {"factor": 1 + 1e-9}]
+    for bad in [*bounds, *beyond, {"least": np.nan}, {"period": 2.5}]:
         with pytest.raises((TypeError, ValueError), match=f"DynamicLossScale: {next(iter(bad))}"):
             DynamicLossScale(**({"initial": 2.0} | bad))
 

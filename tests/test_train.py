@@ -90,12 +90,20 @@ OPTIMIZERS = {
     "noise": optax.chain(optax.add_noise(0.01, 0.5, key=3), optax.sgd(0.1)),
     "noise, typed key": optax.chain(optax.add_noise(0.01, 0.5, key=KEY), optax.sgd(0.1)),
     "lookahead-like": optax.contrib.schedule_free_sgd(0.1),
+    "one keyword, and no other": optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.05)),
     "adafactor": optax.adafactor(0.1),
     "lion": optax.lion(0.01),
 }
 
 
-QUICK = ["multi_transform", "accumulation", "hyperparameters", "noise, typed key", "adafactor"]
+QUICK = [
+    "multi_transform",
+    "accumulation",
+    "hyperparameters",
+    "noise, typed key",
+    "one keyword, and no other",
+    "adafactor",
+]
 
 
 @pytest.mark.parametrize("name", sweep(OPTIMIZERS, QUICK))

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+from fnn import arguments
 from fnn.logs import Logs
 from fnn.sharding import Layout
 from fnn.train.checks import check_values
@@ -51,7 +52,14 @@ class AfterEpoch(Listener):
         self._function = function
 
     def epoch_over(self, work: Work, epoch: int, record: dict[str, Any]) -> bool:
-        return bool(self._function(epoch, work.state, record))
+        found = self._function(epoch, work.state, record)
+        try:
+            return bool(found)
+        except (TypeError, ValueError):  # of several entries
+            raise TypeError(
+                "fit: after_epoch must return whether training ends, True or False, but returned "
+                f"{arguments.show(found)}."
+            ) from None
 
 
 def validation_of(

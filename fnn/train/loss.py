@@ -326,12 +326,17 @@ def scalar_and_metrics(loss: Loss, out: Any) -> tuple[jax.Array, dict[str, jax.A
                 f"(as it does {', '.join(RESERVED)} and {RESERVED_PREFIX}...): choose another."
             )
         try:
-            jnp.result_type(entry)
+            dtype = jnp.result_type(entry)
         except TypeError:
             raise TypeError(
                 f"the loss {name} returns a metric {metric!r} that is no array but a "
                 f"{type(entry).__name__}."
             ) from None
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"the loss {name} returns a metric {metric!r} of dtype {dtype}, but metrics are "
+                "real: return its absolute value, or its real and imaginary parts."
+            )
     return value, {metric: jnp.asarray(entry) for metric, entry in metrics.items()}
 
 

@@ -20,6 +20,9 @@ import jax.numpy as jnp
 from fnn import arguments
 from fnn.train.precision import wide
 
+# float32 has no normal numbers for a scale or its inverse beyond these.
+SMALLEST, LARGEST = 2.0**-126, 2.0**126
+
 
 @dataclasses.dataclass(frozen=True)
 class DynamicLossScale:
@@ -50,13 +53,14 @@ class DynamicLossScale:
 
     def __post_init__(self):
         where = "DynamicLossScale"
-        arguments.number(where, "least", self.least, above=0)
-        arguments.number(where, "most", self.most, least=float(self.least), most=2.0**127)
+        arguments.number(where, "least", self.least, least=SMALLEST)
+        arguments.number(where, "most", self.most, least=float(self.least), most=LARGEST)
         arguments.number(
             where, "initial", self.initial, least=float(self.least), most=float(self.most)
         )
         arguments.integer(where, "period", self.period, least=1, most=2**31 - 1)
-        arguments.number(where, "factor", self.factor, above=1)
+        # The next number after 1 in float32 is 1 + 2⁻²³.
+        arguments.number(where, "factor", self.factor, least=1 + 2.0**-23, most=LARGEST)
 
     def first(self) -> LossScale:
         """The scale before the first step."""
@@ -107,9 +111,7 @@ def check_loss_scale(where: str, loss_scale: Any, compute: Any) -> float | Dynam
             f'{where}: loss_scale must be "dynamic", an fnn.DynamicLossScale or a positive number, '
             f"but got {arguments.show(loss_scale)}."
         )
-    # float32 has no normal numbers for the scale or its inverse beyond these.
-    bounds = {"least": 2.0**-126, "most": 2.0**126}
-    return float(arguments.number(where, "loss_scale", loss_scale, **bounds))
+    return float(arguments.number(where, "loss_scale", loss_scale, least=SMALLEST, most=LARGEST))
 
 
 def unscaled(gradient: Any, scale: Any, like: Any) -> Any:

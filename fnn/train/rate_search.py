@@ -19,7 +19,7 @@ from fnn.meshes import beside
 from fnn.readings import Kept
 from fnn.train.data import Arrays, batches_of, fold_in
 from fnn.train.loss import Loss, check_loss, check_model_state, extras
-from fnn.train.state import State
+from fnn.train.state import State, with_extra_args
 from fnn.train.step import TrainStep, check_optimizer, train_step
 
 # From four times the loss at the start on, training is taken to diverge.
@@ -221,7 +221,7 @@ def _growing(where: str, optimizer: Callable, rates: Any) -> optax.GradientTrans
     def at(rate):
         made = optimizer(rate)
         check_optimizer(where, made)
-        return optax.with_extra_args_support(made)
+        return with_extra_args(made)
 
     def init(params):
         return jnp.zeros((), jnp.int32), at(jnp.asarray(rates[0])).init(params)

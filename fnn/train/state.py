@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -111,6 +112,23 @@ def check_optimizer(where: str, optimizer: Any) -> None:
             f"{where}: optimizer must be an optax transformation such as optax.sgd(0.1), but got "
             f"{arguments.show(optimizer)}.{hint}"
         )
+
+
+def with_extra_args(optimizer: Any) -> optax.GradientTransformationExtraArgs:
+    """The optimiser, which may be given more keywords than its update takes.
+
+    Those of optax take all, or none. `optax.contrib.sam` takes one, and refuses others.
+    """
+    taking = optax.with_extra_args_support(optimizer)
+    kinds = inspect.signature(taking.update).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in kinds.values()):
+        return taking
+
+    def update(updates, state, params=None, **extra):
+        own = {name: value for name, value in extra.items() if name in kinds}
+        return taking.update(updates, state, params, **own)
+
+    return optax.GradientTransformationExtraArgs(taking.init, update)
 
 
 def check_opt_state(optimizer: optax.GradientTransformation, params: Any, opt_state: Any) -> None:

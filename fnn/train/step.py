@@ -31,7 +31,7 @@ from fnn.train.objective import Objective
 from fnn.train.outcome import NONFINITE, NonFinite
 from fnn.train.precision import check_compute
 from fnn.train.replay import birth_in_step
-from fnn.train.state import State, check_optimizer, check_params, check_state
+from fnn.train.state import State, check_optimizer, check_params, check_state, with_extra_args
 
 
 def train_step(
@@ -202,7 +202,7 @@ class TrainStep:
         self.made_of = (loss, optimizer, options)
         self.layout = layout
         self.loss = loss
-        self.optimizer = optax.with_extra_args_support(optimizer)
+        self.optimizer = with_extra_args(optimizer)
         chosen = Trainable(trainable, where)
         compute = check_compute(where, compute)
         accumulate = arguments.integer(where, "accumulate", accumulate, least=1)
