@@ -124,11 +124,14 @@ class Recurrent(Layer):
             return self.steps(params, x, mask, carry, mode)
         whole = count // size * size
         keys = None if mode.key is None else jax.random.split(mode.key, -(-count // size))
+        left: Any = None  # the dtypes of a carry after steps: the start's may be wider
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def piece(carry, given):
             (x, mask), key = given
+            nonlocal left
             ys, last = self.steps(params, x, mask, carry, dataclasses.replace(mode, key=key))
+            left = jax.tree.map(lambda a: a.dtype, last)
             last = jax.tree.map(lambda a, t: a.astype(t.dtype), last, carry)
             return last, ys
 
@@ -142,16 +145,15 @@ class Recurrent(Layer):
             given = jax.tree.map(lambda a: a[whole:], (x, mask))
             return piece(carry, (given, keys if keys is None else keys[-1]))
 
-        if whole == count:
-            carry, ys = pieces(carry)
-            return ys, carry
-        if self.reverse:
+        behind: Any = None
+        if whole < count and self.reverse:
             carry, behind = rest(carry)
-            carry, ys = pieces(carry)
-        else:
-            carry, ys = pieces(carry)
+        carry, ys = pieces(carry)
+        if whole < count and not self.reverse:
             carry, behind = rest(carry)
-        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ys, behind), carry
+        if behind is not None:
+            ys = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ys, behind)
+        return ys, jax.tree.map(lambda a, dtype: a.astype(dtype), carry, left)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
