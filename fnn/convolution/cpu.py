@@ -45,8 +45,9 @@ _CACHED = 2**20
 # `_pays_as_product` for few.
 _MANY = 64
 
-# For so few features out, the library is slower than products of single pixels, then shifted.
-_NARROW = 6
+# For so few features out, the library is slower than products of single pixels, then shifted: where
+# x has more features than this, and for the fewest whatever x has.
+_NARROW, _NARROWEST = 6, 3
 
 # From so many weights on, their order of axes matters.
 _LARGE = 2**18
@@ -246,7 +247,8 @@ def _window_by_window(x, w, window: _Window, out, groups: int, **how) -> jax.Arr
         return _for_each_group(of_group, x, x.ndim - 1, w, groups)
     if groups > 1:
         return _in_groups(x, w, window, out, groups, **how)
-    if w.shape[-1] <= _NARROW < w.shape[-2] and few and _stays(window):
+    is_narrow = w.shape[-1] <= _NARROWEST or w.shape[-1] <= _NARROW < w.shape[-2]
+    if is_narrow and few and _stays(window):
         return _to_few_features(x, w, window, out, **how)
     return _library(x, w, window, out, **how)
 
