@@ -79,7 +79,7 @@ FORMULAS = {
     "depthwise": ((2, 6, 5, 3), (3, 3, 1, 6), {"feature_group_count": 3}),
     "groups": ((2, 6, 5, 4), (3, 3, 2, 6), {"feature_group_count": 2, "window_strides": (2, 1)}),
     "one feature out": ((2, 6, 5, 3), (3, 2, 3, 1), {"rhs_dilation": (2, 1)}),
-    "colours": ((2, 5, 6, 3), (3, 2, 3, 32), {"window_strides": (1, 2)}),
+    "colours": ((2, 9, 12, 3), (3, 2, 3, 32), {"window_strides": (1, 2)}),
     "each group": ((2, 6, 5, 16), (3, 3, 8, 16), {"feature_group_count": 2}),
     "wide groups": ((2, 4, 3, 40), (3, 2, 20, 6), {"feature_group_count": 2}),
     "transpose": (

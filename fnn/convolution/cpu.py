@@ -127,7 +127,7 @@ def _by_formula(
         of_group = lambda x, w: _window_by_window(x, w, window, out, 1, **how)
         y = _for_each_group(of_group, x, 0, w, batch_group_count)
     elif is_gradient and (
-        batch_group_count > 1 or out_places == 1 or _pays_as_product(x.shape[0], w.shape[-1])
+        batch_group_count > 1 or out_places == 1 or _pays_as_product(x.shape[0], w)
     ):
         y = _place_by_place(x, w, window, out, batch_group_count, **how)
     elif batch_group_count > 1:
@@ -382,9 +382,10 @@ def _for_each_group(of_group, x, axis: int, w, groups: int) -> jax.Array:
     return lax.concatenate(found, found[0].ndim - 1)
 
 
-def _pays_as_product(features: int, outs: int) -> bool:
+def _pays_as_product(features: int, w) -> bool:
     """Whether a weight's gradient is faster as a product of patches than by the library."""
-    return features >= _MANY or (1 < features <= 8 and outs >= 32)
+    is_of_colours = 1 < features <= 8 and w.shape[-1] >= 32 and math.prod(w.shape[:-2]) > _FEW
+    return features >= _MANY or is_of_colours
 
 
 def _pays_for_each(x, window: _Window, out, groups: int) -> bool:
