@@ -151,7 +151,7 @@ def test_images_side_by_side_agree_with_jax(name, monkeypatch):
 @pytest.mark.parametrize("on_one_core", [True, False])
 @pytest.mark.parametrize("outs, many", [(64, True), (16, False)])
 def test_where_one_core_would_work_images_lie_side_by_side(on_one_core, outs, many, monkeypatch):
-    """JAX's library before 0.11 shares the pixels of a row out to the cores, if they are many."""
+    """Before JAX 0.11 XLA's library shares a row's pixels among the cores, if they are many."""
     assert (jax.__version_info__ < (0, 11)) == cpu._ROWS_ON_ONE_CORE
     monkeypatch.setattr(cpu, "_ROWS_ON_ONE_CORE", on_one_core)
     x, w = R(0, 16, 8, 8, 32, dtype="float32"), R(1, outs, 32, 3, 3, dtype="float32")

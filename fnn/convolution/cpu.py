@@ -124,8 +124,7 @@ def _by_formula(
         if y is not None:
             return _in_order(y, y_spec)
     if is_gradient and batch_group_count > 1 and _pays_for_each(x, window, out, batch_group_count):
-        of_group = lambda x, w: _window_by_window(x, w, window, out, 1, **how)
-        y = _for_each_group(of_group, x, 0, w, batch_group_count)
+        y = _for_each_group(x, 0, w, window, out, batch_group_count, **how)
     elif is_gradient and (
         batch_group_count > 1 or out_places == 1 or _pays_as_product(x.shape[0], w)
     ):
@@ -243,8 +242,7 @@ def _window_by_window(x, w, window: _Window, out, groups: int, **how) -> jax.Arr
     if w.shape[-2] == 1 and few:
         return _multiply_and_add(x, w, window, out, groups)
     if 1 < groups <= 16 and min(w.shape[-2], w.shape[-1] // groups) >= 8:
-        of_group = lambda x, w: _window_by_window(x, w, window, out, 1, **how)
-        return _for_each_group(of_group, x, x.ndim - 1, w, groups)
+        return _for_each_group(x, x.ndim - 1, w, window, out, groups, **how)
     if groups > 1:
         return _in_groups(x, w, window, out, groups, **how)
     is_narrow = w.shape[-1] <= _NARROWEST or w.shape[-1] <= _NARROW < w.shape[-2]
@@ -374,12 +372,12 @@ def _multiply_and_add(x, w, window: _Window, out, groups: int) -> jax.Array:
     return _block_by_block(of_some, x, max(1, _CACHED // 8 // bytes_each))
 
 
-def _for_each_group(of_group, x, axis: int, w, groups: int) -> jax.Array:
+def _for_each_group(x, axis: int, w, window: _Window, out, groups: int, **how) -> jax.Array:
     """A convolution for each group: of a part of this axis of x, and of w's output features."""
     xs = lax.split(x, (x.shape[axis] // groups,) * groups, axis)
     ws = lax.split(w, (w.shape[-1] // groups,) * groups, w.ndim - 1)
-    found = [of_group(x, w) for x, w in zip(xs, ws, strict=True)]
-    return lax.concatenate(found, found[0].ndim - 1)
+    found = [_window_by_window(*pair, window, out, 1, **how) for pair in zip(xs, ws, strict=True)]
+    return lax.concatenate(found, x.ndim - 1)
 
 
 def _pays_as_product(features: int, w) -> bool:
