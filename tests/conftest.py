@@ -7,6 +7,7 @@ XLA's own passes, which decide on FLOPs and memory, run as ever.
 
 import gc
 import os
+import signal
 
 import jax
 import pytest
@@ -20,6 +21,9 @@ def pytest_configure(config):
     if is_quick and jax.__version_info__ < (0, 11):
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
+    # A shell lets what a script runs in the background ignore Ctrl-C, which tests press.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 jax.config.update("jax_enable_x64", True)

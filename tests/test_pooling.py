@@ -143,6 +143,18 @@ def test_upsampling():
     assert ops.upsample(jnp.ones((0, 2, 3)), 2).shape == (0, 4, 3)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_bilinear_weights_are_not_of_16_bits(dtype):
+    """Rounded once: an even surface stays even, and each number is next to that of float64."""
+    even, rough = jnp.full((7, 9, 3), 0.9, dtype), X.astype(dtype)
+    spacing = float(jnp.finfo(dtype).eps)
+    for scale, method in ((3, ops.upsample), (5, ops.upsample), (11, ops.resize)):
+        f = functools.partial(method, method="bilinear")
+        y, exact = f(rough, scale), f(rough.astype("float64"), scale)
+        assert y.dtype == dtype and jnp.array_equal(jnp.unique(f(even, scale)), even[0, 0, :1])
+        assert jnp.all(jnp.abs(y - exact) <= 0.51 * spacing * jnp.maximum(jnp.abs(exact), 1e-4))
+
+
 def test_pixels_and_features():
     x = R(1, 2, 3, 4, 12)
     y = ops.pixel_shuffle(x, 2)

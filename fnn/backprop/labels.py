@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy
 
-from fnn import text
+from fnn import arguments, text
 from fnn.backprop.node import Node
 from fnn.jaxpr import scan_layout
 
 
 def argument_labels(fun: Callable, paths: Sequence) -> list[str]:
     """`x`, `params['hidden']['W']`, `rest[0]`: the path of each leaf of (args, kwargs)."""
-    try:
-        parameters = list(inspect.signature(fun).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    by_position = [
-        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    parameters = arguments.parameters(fun) or []
+    by_position = [p.name for p in parameters if p.kind in arguments.POSITIONAL]
     gathers = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
 
     def label(path):

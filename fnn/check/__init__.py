@@ -240,10 +240,5 @@ def _finish(report: Report, raise_on_error: bool) -> Report:
 
 
 def _parameter_names(f, count) -> tuple[str, ...]:
-    try:
-        parameters = list(inspect.signature(f).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [p.name for p in parameters if p.kind in positional][:count]
+    names = [p.name for p in arguments.positional(f) or ()][:count]
     return (*names, *(f"argument {i}" for i in range(len(names), count)))

@@ -15,6 +15,7 @@ from jax import lax
 from fnn import arguments
 from fnn.ops.arguments import must_be_array, must_be_real
 from fnn.ops.convolutions import Sizes, sizes_of
+from fnn.precision import wide
 
 
 def upsample(x: chex.Array, scale: Sizes, *, method: str = "nearest") -> jax.Array:
@@ -28,7 +29,7 @@ def upsample(x: chex.Array, scale: Sizes, *, method: str = "nearest") -> jax.Arr
             bilinear with align_corners=False).
 
     Returns:
-        y, `(..., *(scale · space), features)`, of x's dtype.
+        y, `(..., *(scale · space), features)`, of x's dtype; 16-bit floats are weighted in float32.
 
     Local gradient: the weights with which an entry enters, 1 for "nearest". Nothing is kept.
     Linear: no kink.
@@ -45,7 +46,8 @@ def upsample(x: chex.Array, scale: Sizes, *, method: str = "nearest") -> jax.Arr
     op = "upsample"
     must_be_real(op, x=x)
     arguments.choice(op, "method", method, ("nearest", "bilinear"))
-    scales = _axes_of(op, x, "scale", scale)
+    scales, dtype = _axes_of(op, x, "scale", scale), x.dtype
+    x = wide(x) if method == "bilinear" else x
     for axis, s in enumerate(scales, x.ndim - 1 - len(scales)):
         if s > 1 and x.size:
             phases = [x] * s if method == "nearest" else _between(x, axis, s)
@@ -53,7 +55,7 @@ def upsample(x: chex.Array, scale: Sizes, *, method: str = "nearest") -> jax.Arr
             x = jnp.stack(phases, axis + 1).reshape(whole)
         elif s > 1:
             x = jnp.zeros((*x.shape[:axis], s * x.shape[axis], *x.shape[axis + 1 :]), x.dtype)
-    return x
+    return x.astype(dtype)
 
 
 def _between(x, axis: int, s: int) -> list:
@@ -80,7 +82,7 @@ def resize(x: chex.Array, sizes: Sizes, *, method: str = "nearest") -> jax.Array
             (PyTorch's `interpolate(size=...)`, align_corners=False).
 
     Returns:
-        y, `(..., *sizes, features)`, of x's dtype.
+        y, `(..., *sizes, features)`, of x's dtype; 16-bit floats are weighted in float32.
 
     Local gradient: the weights with which an entry enters. Nothing is kept. Linear: no kink. Along
     each axis it is a product with a matrix of m × n weights; by whole numbers `upsample` is
@@ -94,7 +96,8 @@ def resize(x: chex.Array, sizes: Sizes, *, method: str = "nearest") -> jax.Array
     must_be_real(op, x=x)
     arguments.choice(op, "method", method, ("nearest", "bilinear"))
     x = jnp.asarray(x)
-    outs = _axes_of(op, x, "sizes", sizes)
+    outs, dtype = _axes_of(op, x, "sizes", sizes), x.dtype
+    x = wide(x) if method == "bilinear" else x
     for axis, m in enumerate(outs, x.ndim - 1 - len(outs)):
         n = x.shape[axis]
         if n == 0:
@@ -111,7 +114,7 @@ def resize(x: chex.Array, sizes: Sizes, *, method: str = "nearest") -> jax.Array
         weights[np.arange(m), low] += 1 - (at - low)
         weights[np.arange(m), np.minimum(low + 1, n - 1)] += at - low
         x = jnp.moveaxis(jnp.tensordot(x, jnp.asarray(weights, x.dtype), (axis, 1)), -1, axis)
-    return x
+    return x.astype(dtype)
 
 
 def pixel_shuffle(x: chex.Array, scale: int) -> jax.Array:
