@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sweeps import sweep
 
-from fnn import ops
+from fnn import ops, per_example
 
 MANY = 70_000  # float16's largest number is 65,504; bfloat16 doesn't count beyond 256
 
@@ -147,3 +147,22 @@ def test_two_large_numbers():
     assert pull(jnp.asarray(2**-10, jnp.float16))[0] == 2 * 40_000 / 2**10
     margins = ops.multiclass_hinge(jnp.asarray([-6e4, -6e4], jnp.float16), 0, margin=1e4)
     assert margins == jnp.float16(1e4)
+
+
+def test_the_mean_of_gradients_whose_sum_float16_has_not():
+    """Of factors, of looked-up rows, of a kernel and of a dense bias."""
+    ones = {"W": (2, 3), "E": (4, 2), "K": (2, 1, 2, 2), "b": (2,)}
+    params = {name: jnp.ones(shape, jnp.float16) for name, shape in ones.items()}
+
+    def loss(p, example):
+        x, word = example
+        h = jnp.sum(ops.convolution(x[:, :, None], p["K"], padding="valid"), (0, 1))
+        y = p["W"] @ x[:, 0] + p["E"][word] + h + p["b"] * p["b"]
+        return jnp.dot(jnp.full(2, 500, y.dtype), y)
+
+    x = jnp.ones((256, 3, 3), jnp.float16), jnp.full(256, 1)
+    found = per_example.mean(per_example.grads(loss)(params, x)[1])
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), params)
+    exact = jax.grad(loss)(wide, (x[0][0].astype(jnp.float32), x[1][0]))
+    jax.tree.map(np.testing.assert_array_equal, found, exact)
+    assert all(g.dtype == jnp.float16 for g in jax.tree.leaves(found))

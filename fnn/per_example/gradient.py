@@ -93,9 +93,11 @@ class FactoredGradient:
         """Σₙ gₙ: the gradient of the sum of the losses, of the parameter's shape and dtype."""
         return self.weighted_sum(None)
 
+    @_of_batch
     def mean(self) -> jax.Array:
         """The gradient of the mean loss, of the parameter's shape and dtype."""
-        return self.sum() / self.batch_size
+        # Not the sum over the batch size: in float16 the sum may be inf where the mean isn't.
+        return as_dtype(sums.weighted_sums(self.terms, None) / self.batch_size, self.dtype)
 
     def weighted_sum(self, weights: chex.Array | None) -> jax.Array:
         """Σₙ cₙ gₙ for weights c (batch,): one matrix product; shape and dtype the parameter's."""

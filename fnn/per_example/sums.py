@@ -21,9 +21,9 @@ AnyTerm = TypeVar("AnyTerm", bound=Term)
 def weighted_sum(term: Term, weights):
     """Σₙ cₙ gradientₙ, for weights (batch,) or None for ones: one contraction."""
     if isinstance(term, Dense):
-        if weights is None:
-            return jnp.sum(term.value, axis=0)
         value = wide(term.value)
+        if weights is None:
+            return jnp.sum(value, axis=0)
         return jnp.tensordot(weights.astype(value.dtype), value, axes=(0, 0))
     one = (term if weights is None else scaled(term, weights)).as_one()
     return one.by_pullback() if isinstance(one, Convolution) else one.materialize()
