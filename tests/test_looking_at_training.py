@@ -175,6 +175,16 @@ def test_surface_on_given_directions():
             np.testing.assert_allclose(surface.losses[j, i], 0.5 * d @ A @ d + 1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("value, inputs", [(1e-4, 4), (5, 4000)])
+def test_directions_where_float16_has_no_square_of_a_norm(value, inputs):
+    params = jnp.full((2, inputs), value, jnp.float16)
+    loss = lambda W, x: jnp.mean(W @ x)
+    x = jnp.ones((1, inputs), jnp.float16)
+    for direction in fnn.loss_surface(loss, params, x, KEY, points=3).directions:
+        norms = np.linalg.norm(np.asarray(direction, np.float64), axis=1)
+        np.testing.assert_allclose(norms, value * inputs**0.5, rtol=2e-3)
+
+
 @exhaustive
 def test_directions_are_normalised_by_filter():
     """Those of a convolution's kernel and of a matrix; biases stay."""

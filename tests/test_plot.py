@@ -2,6 +2,7 @@
 
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sweeps import exhaustive
@@ -47,6 +48,13 @@ def test_curves(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="at least one epoch"):
         plot.curves({"loss": []})
+
+
+def test_curves_of_numbers_of_16_bits():
+    """numpy makes no array of a list of JAX's bfloat16 numbers."""
+    pytest.importorskip("matplotlib")
+    (axes,) = plot.curves({"loss": [jnp.bfloat16(2), jnp.bfloat16(1.5)]}).axes
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), [2, 1.5])
 
 
 def test_grey_templates_share_a_scale():

@@ -208,6 +208,17 @@ def test_a_mean_over_many_examples_is_in_float32():
     assert metrics["n"] == 1
 
 
+def test_a_mean_over_counted_examples_is_summed_in_float32():
+    """Parameters in float16: 100 losses of 1600 have no sum there. (Compiled, XLA may sum wide.)"""
+    objective = train_step(lambda w, x: (w * x, {"x": x}), optax.sgd(0.1)).traced.objective
+    x = jnp.full(128, 1600, jnp.float16)
+    given = jnp.ones((), jnp.float16), lambda w: w, x, None, {}
+    found = objective.found(*given, count=jnp.int32(100))
+    assert found.means["loss"] == found.means["x"] == 1600
+    np.testing.assert_allclose(found.gradient, 1600, rtol=2e-3)
+    assert found.means["loss"].dtype == found.gradient.dtype == jnp.float16
+
+
 def test_integers_keys_complex_and_the_network_s_state_keep_their_dtypes():
     seen = {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from fnn import arguments
@@ -30,6 +31,8 @@ def blank(*, width: float, height: float) -> Figure:
 def numbers(where: str, name: str, values: Any) -> np.ndarray:
     """As an array of floats."""
     try:
+        if isinstance(values, (list, tuple)):  # numpy takes no list of JAX's 16-bit numbers
+            values = jax.tree.map(np.asarray, values)
         return np.asarray(values).astype(float, casting="same_kind")
     except (TypeError, ValueError):
         raise TypeError(f"{where}: {name} must be real numbers, but got {kind(values)}.") from None

@@ -35,15 +35,16 @@ def curves(history: Mapping[str, Sequence[float]], *, log: bool = True) -> Figur
         hint = " Of a FitResult that is its `.history`." if hasattr(history, "history") else ""
         raise TypeError(f"curves: history must be a dict, but got {kind(history)}.{hint}")
     arguments.flag("curves", "log", log)
+    arrays = {}
     for name, entries in history.items():
         if not isinstance(name, str):
             got = arguments.show(name)
             raise TypeError(f"curves: history's keys must be names, but one is {got}.")
-        numbers("curves", f"history[{name!r}]", entries)
+        arrays[name] = numbers("curves", f"history[{name!r}]", entries)
     scalars = {
-        name: np.asarray(values, float)
-        for name, values in history.items()
-        if name != "seconds" and np.ndim(values) == 1 and len(values)
+        name: values
+        for name, values in arrays.items()
+        if name != "seconds" and values.ndim == 1 and values.size
     }
     if not scalars:
         raise ValueError(

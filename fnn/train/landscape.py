@@ -12,6 +12,7 @@ import numpy as np
 
 from fnn import arguments
 from fnn.batch import batch_size as size_of
+from fnn.precision import wide
 from fnn.readings import Kept
 from fnn.text import size_of_tree
 from fnn.train.conversion import as_arrays
@@ -186,8 +187,10 @@ def _normalised(params: Any, key: Any, filter_axis: int) -> Any:
             )
         others = tuple(a for a in range(leaf.ndim) if a != filter_axis % leaf.ndim)
         d = jax.random.normal(key, leaf.shape, leaf.dtype)
-        norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(jnp.abs(x)), axis=others, keepdims=True))
-        return d * (norm(leaf) / jnp.maximum(norm(d), jnp.finfo(d.dtype).tiny))
+        square = lambda x: jnp.square(jnp.abs(wide(x)))  # which float16 may not hold
+        norm = lambda x: jnp.sqrt(jnp.sum(square(x), axis=others, keepdims=True))
+        ratio = norm(leaf) / jnp.maximum(norm(d), jnp.finfo(jnp.float32).tiny)
+        return (wide(d) * ratio).astype(d.dtype)
 
     return jax.tree.unflatten(tree, [of(x, k) for x, k in zip(leaves, keys, strict=True)])
 

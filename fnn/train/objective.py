@@ -135,10 +135,12 @@ class Objective:
         def share(values):
             if counts is not None:
                 flags = counts.reshape(-1, *[1] * (values.ndim - 1))
-                if not jnp.issubdtype(values.dtype, jnp.inexact):
-                    values = values.astype(jnp.result_type(float))
-                total = jnp.sum(values, axis=0, where=flags)
-                return total / jnp.asarray(count, total.dtype)
+                dtype = jnp.result_type(values)
+                if not jnp.issubdtype(dtype, jnp.inexact):
+                    dtype = jnp.result_type(float)
+                # In float16 the sum may be inf where the mean isn't.
+                total = jnp.sum(wide(values.astype(dtype)), axis=0, where=flags)
+                return (total / jnp.asarray(count, total.dtype)).astype(dtype)
             mean = jnp.mean(values, axis=0)
             return mean if here == size else mean * (here / size)
 
