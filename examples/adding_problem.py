@@ -1,6 +1,6 @@
 """The adding problem: a GRU remembers two numbers of two hundred, and its gates show how.
 
-    python examples/adding_problem.py            about half a minute on two cores
+    python examples/adding_problem.py            about a minute on two cores
     python examples/adding_problem.py --quick    a few seconds, to see that it runs
 
 A sequence has 200 steps of two inputs: a random number from 0 to 1, and a mark that is 1 at two

@@ -37,7 +37,7 @@ try:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 except ImportError as error:
-    line = 'pip install "scikit-learn>=1.5" "matplotlib>=3.9" "pygraphviz>=2.0" "rich>=13"'
+    line = 'pip install "scikit-learn>=1.5" "matplotlib>=3.9"'
     raise SystemExit(f"{error}. For this example: {line}") from None
 
 HIDDEN = 64

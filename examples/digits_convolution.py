@@ -186,7 +186,7 @@ def draw(params: dict, test: Data, wrong: np.ndarray, path: Path) -> None:
         grid[1, i].imshow(responses[..., i], cmap="Greys")
         if i < len(wrong):
             grid[2, i].imshow(images[wrong[i], ..., 0], cmap="Greys")
-            said = f"{labels[wrong[i]]}, not {guesses[i]}"
+            said = f"{labels[wrong[i]]} as {guesses[i]}"
             grid[2, i].set_title(said, fontsize="small")
     for axes in grid.flat:
         axes.axis("off")

@@ -28,7 +28,7 @@ try:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 except ImportError as error:
-    line = 'pip install "scikit-learn>=1.5" "matplotlib>=3.9" "pygraphviz>=2.0" "rich>=13"'
+    line = 'pip install "scikit-learn>=1.5"'
     raise SystemExit(f"{error}. For this example: {line}") from None
 
 STEPS = 300
@@ -138,7 +138,7 @@ def main() -> None:
         shown = "?" if private is None else f"{private:.2f}"
         print(f"{name + (' and noise' if noise else ''):<24}{noise:>6}{shown:>10}{accuracy:>15.1%}")
     if private is None:
-        print("\nFor epsilon: pip install jax-privacy")
+        print('\nFor epsilon: pip install "jax-privacy>=2.0"')
     print(f"\n{time.perf_counter() - began:.0f} seconds")
 
 

@@ -1,6 +1,6 @@
 """fnn networks inside other JAX libraries, and theirs inside fnn; a few lines each.
 
-    python examples/interoperation.py        about a minute on two cores
+    python examples/interoperation.py        about twenty seconds on two cores
 
     in_equinox, in_nnx              an fnn network as a part of an Equinox or a Flax NNX module
     of_equinox, of_nnx              their modules as layers of an fnn network

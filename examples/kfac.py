@@ -10,7 +10,7 @@ KFAC (Martens & Grosse 2015) multiplies the gradient by an approximate inverse o
 All optimisers start from the same weights and draw batches of the same size. Adam and SGD with
 momentum try several learning rates, constant ones, and the rate with the lowest loss at the end
 is shown; KFAC takes its rate and its momentum from its quadratic model of the loss. It needs about
-a ninth of Adam's steps; but one of its steps, on a network as small as this and on a CPU, costs
+an eighth of Adam's steps; but one of its steps, on a network as small as this and on a CPU, costs
 about eight of Adam's, so that by the clock it wins little here. The data are all 1797 digits
 of scikit-learn: the picture is about descent, not about digits that nobody has seen. In the
 folder out/ you find afterwards
@@ -38,7 +38,7 @@ try:
     from matplotlib.ticker import LogLocator, NullFormatter
     from sklearn.datasets import load_digits
 except ImportError as error:
-    line = 'pip install "scikit-learn>=1.5" "matplotlib>=3.9" "pygraphviz>=2.0" "rich>=13"'
+    line = 'pip install "scikit-learn>=1.5" "matplotlib>=3.9"'
     raise SystemExit(f"{error}. For this example: {line}") from None
 
 BATCH = 512

@@ -81,7 +81,7 @@ def sent(program):
     for c in sharding.collectives(program):
         count, size = kinds.get(c.kind, (0, 0))
         kinds[c.kind] = count + c.times, size + c.sent * c.times
-    return ", ".join(f"{k} {n} times, {size / 1e3:.0f} kB" for k, (n, size) in kinds.items())
+    return ", ".join(f"{n} {k} ({size / 1e3:.0f} kB)" for k, (n, size) in kinds.items())
 
 
 def main():
@@ -104,7 +104,7 @@ def main():
         print(f"  and sends in a step: {sent(program)}")
         blocks = {"blocks": {"attend": {"q": state.params["blocks"]["attend"]["q"]}}}
         if name == "tensor_parallel":
-            print("  for one,\n" + layout.show(blocks))
+            print("  a weight that is divided:\n" + layout.show(blocks))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How large should a batch be? The gradient noise scale of digits, during training.
 
-    python examples/noise_scale.py            about six seconds on two cores
+    python examples/noise_scale.py            about ten seconds on two cores
     python examples/noise_scale.py --quick    a few seconds, to see that it runs
 
 The noise scale tr Σ / |G|² (McCandlish et al. 2018, "An empirical model of large-batch training")
@@ -37,7 +37,7 @@ try:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 except ImportError as error:
-    line = 'pip install "scikit-learn>=1.5" "matplotlib>=3.9" "pygraphviz>=2.0" "rich>=13"'
+    line = 'pip install "scikit-learn>=1.5" "matplotlib>=3.9"'
     raise SystemExit(f"{error}. For this example: {line}") from None
 
 HIDDEN = 64

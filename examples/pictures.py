@@ -12,7 +12,8 @@ folder out/ then holds
     confusion.png         which test digits are taken for which
     surface.png           the loss on a plane through the parameters
     reading.png           how the network reads a digit: templates, their scores h, what each adds
-    mistake.png           the same of the test digit that it gets most confidently wrong
+    mistake.png           the same of the misread test digit whose own score is furthest below the
+                          highest
     log.csv               the numbers of each epoch
 """
 

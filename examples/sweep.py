@@ -1,6 +1,6 @@
 """Which learning rate, and which width? Networks trained together on the digits, by one call.
 
-    python examples/sweep.py            a minute or two on two cores
+    python examples/sweep.py            about ten seconds on two cores
     python examples/sweep.py --quick    two seeds, four rates, four epochs
 
 Two-layer networks of two widths with nine learning rates from four seeds each, 72 in all: one

@@ -467,6 +467,24 @@ def test_hyperparameters_that_change_together(capsys):
     assert printed[-1].startswith("epoch 3/3  networks 2  best loss")
 
 
+def test_progress_is_that_of_all_networks(monkeypatch):
+    """Of two programs, one after the other: the second is shown as the first was."""
+    shown = []
+
+    class Display(progress.Nothing):
+        def epoch(self, epoch, record):
+            shown.append((epoch, record["networks"], record["best loss"]))
+
+    monkeypatch.setattr("fnn.sweeps.loop.progress_for", lambda *args: Display())
+    monkeypatch.setattr("fnn.sweeps.training.SECONDS", 1e-9)  # a step a call
+    axes = {"seed": [0, 1], "batch_size": [12, 4]}
+    found = sweep(axes=axes, optimizer=optax.sgd(0.05), epochs=40, batch_size=None)
+    epochs, counts, best = zip(*shown, strict=True)
+    assert list(epochs) == sorted(set(epochs)) and epochs[-1] == 40 and set(counts) == {4}
+    assert best[-1] == pytest.approx(found["loss"].values.min(), rel=1e-6)
+    assert found.mean("seed").best()["batch_size"] == 4  # which comes last
+
+
 # --------------------------------------------------------------------------------- refused
 
 BAD = [

@@ -211,6 +211,7 @@ class Book:
         self._check_shapes()
         self._runs: list[list[Run]] = [[] for _ in groups]  # that are trained
         self._left: list[list[Run]] = [[] for _ in groups]  # that aren't any more
+        self._waiting = sum(len(group.group.members) for group in groups)  # in no run yet
         self._shown = 0  # epochs
 
     def _check_shapes(self) -> None:
@@ -251,7 +252,9 @@ class Book:
                 group.compile_ahead(ahead)
             for end in [*rounds(self._halving, self._epochs), self._epochs]:
                 for i, group in enumerate(self._groups):
-                    self._runs[i] = self._runs[i] if begun else group.runs()
+                    if not begun:
+                        self._runs[i] = group.runs()
+                        self._waiting -= len(group.group.members)
                     self._advance(group, self._runs[i], end, display)
                 begun = True
                 if self._halving is not None and end < self._epochs:
@@ -291,17 +294,21 @@ class Book:
                 display.epoch(now, self._record())
 
     def _epochs_over(self) -> int:
-        """How many epochs are over, the mean over those that are trained."""
+        """How many epochs are over, the mean over those that are trained or wait for it."""
         runs = [(run, g) for g, now in zip(self._groups, self._runs, strict=True) for run in now]
         done = sum(len(run.members) * run.done / g.program.steps for run, g in runs)
-        return int(done / max(1, sum(len(run.members) for run, _ in runs)) + 1e-9)
+        return int(done / max(1, self._count()) + 1e-9)
+
+    def _count(self) -> int:
+        """How many networks are trained, or wait for it."""
+        return self._waiting + sum(len(run.members) for runs in self._runs for run in runs)
 
     def _record(self) -> dict[str, Any]:
         """How many are trained, and the best so far."""
         latest = [run.latest for runs in self._runs for run in runs if run.latest is not None]
         values = np.concatenate(latest) if latest else np.zeros(0)
         finite = values[np.isfinite(values)]
-        record: dict[str, Any] = {"networks": sum(len(r.members) for g in self._runs for r in g)}
+        record: dict[str, Any] = {"networks": self._count()}
         if finite.size:
             largest = self._halving is not None and self._halving.largest
             record[f"best {self._metric}"] = float(finite.max() if largest else finite.min())

@@ -189,7 +189,7 @@ def _normalised(params: Any, key: Any, filter_axis: int) -> Any:
         d = jax.random.normal(key, leaf.shape, leaf.dtype)
         square = lambda x: jnp.square(jnp.abs(wide(x)))  # which float16 may not hold
         norm = lambda x: jnp.sqrt(jnp.sum(square(x), axis=others, keepdims=True))
-        ratio = norm(leaf) / jnp.maximum(norm(d), jnp.finfo(jnp.float32).tiny)
+        ratio = norm(leaf) / jnp.maximum(norm(d), float(jnp.finfo(jnp.float32).tiny))
         return (wide(d) * ratio).astype(d.dtype)
 
     return jax.tree.unflatten(tree, [of(x, k) for x, k in zip(leaves, keys, strict=True)])

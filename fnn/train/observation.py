@@ -139,7 +139,16 @@ class ActivationStatistics:
         return f"<ActivationStatistics of {len(self)} parts, {self.examples} examples{more}>"
 
     def __str__(self) -> str:
-        header = ("part", "made by", "shape", "mean", "std", "gradient rms", "gradients 0", "")
+        header = (
+            "part",
+            "made by",
+            "shape",
+            "mean",
+            "std",
+            "gradient rms",
+            "gradients 0",
+            "trouble",
+        )
         rows = [
             (
                 text.shortened(p.name),
