@@ -441,3 +441,31 @@ def test_what_is_kept_of_a_state_is_its_own():
         gone.block_until_ready()
         equal(_to_device(kept).astype(jnp.float32), wanted)
         assert _to_device(kept).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8, jnp.bfloat16, np.float64, np.complex64])
+def test_arrays_are_put_on_the_device_in_memory_of_their_own(dtype):
+    """Also those that JAX's CPU backend could read where they lie: they are the caller's."""
+    memory = np.zeros(16 * 7 * 16 + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    x = memory[start : start + 7 * 16 * np.dtype(dtype).itemsize].view(dtype).reshape(7, 16)
+    x[...] = RNG.integers(0, 2, size=x.shape).astype(dtype)
+    for given in (x, x.T[::3], x[:0]):
+        wanted = given.copy()
+        resident = chunks._put(given)
+        stack = chunks._stacked((given, given), 3)
+        given[...] = (wanted == 0).astype(dtype)
+        assert resident.dtype == stack.dtype == wanted.dtype
+        equal(resident, wanted)
+        equal(stack, np.stack([wanted, wanted, np.zeros_like(wanted)]))
+        given[...] = wanted
+
+
+def test_what_becomes_of_the_arrays_later_does_not_matter():
+    x, y = (chunks._memory(v.shape, v.dtype) for v in (A, Y))
+
+    def spoil(epoch, state, record):
+        x[...] = y[...] = np.nan
+
+    x[...], y[...] = A, Y
+    equal(fit(data=(x, y), after_epoch=spoil).params, fit().params)

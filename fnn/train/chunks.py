@@ -147,8 +147,35 @@ class Resident:
 def on_device(source: Arrays, layout: Layout | None = None) -> Any:
     """The arrays, on their way to the device, or to the devices of a layout."""
     if layout is None:
-        return jax.tree.map(jnp.asarray, source.data)
+        return jax.tree.map(_put, source.data)
     return layout.place_data(source.data)
+
+
+def _put(x: Any) -> jax.Array:
+    """An array on its way to the device, in memory of its own."""
+    if not isinstance(x, np.ndarray) or jax.default_backend() != "cpu":
+        return jnp.asarray(x)
+    own = _memory(x.shape, x.dtype)
+    own[...] = x
+    return _handed_over(own)
+
+
+def _memory(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array to be filled and handed over.
+
+    JAX's CPU backend reads numpy's memory where it lies, if it begins at a multiple of 64 bytes. A
+    copy to there takes a fifth of the time of `jnp.asarray`'s.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _handed_over(own: np.ndarray) -> jax.Array:
+    """The array as one of JAX's; nobody writes to it any more."""
+    on_mesh = not jax.sharding.get_abstract_mesh().empty
+    return jnp.asarray(own) if on_mesh else jax.device_put(own)
 
 
 # ----------------------------------------------------------------------------- data that come
@@ -275,7 +302,8 @@ def _stacked(arrays: tuple, places: int) -> jax.Array:
     """Arrays along a new first axis with so many places; what is in those left doesn't matter."""
     if isinstance(arrays[0], jax.Array):
         return jnp.stack([*arrays, *arrays[-1:] * (places - len(arrays))])
-    stack = np.zeros((places, *arrays[0].shape), arrays[0].dtype)
+    stack = _memory((places, *arrays[0].shape), arrays[0].dtype)
     for i, x in enumerate(arrays):
         stack[i] = x
-    return jnp.asarray(stack)
+    stack[len(arrays) :] = 0
+    return _handed_over(stack)
