@@ -17,7 +17,7 @@ def test_dp_sgd(tmp_path):
     assert accuracy["clipped and noise", "2.0"] > 75
     spent = [e for _, sigma, e, _ in rows if sigma != "0.0"]
     if "?" in spent:
-        assert "pip install jax-privacy" in printed
+        assert 'pip install "jax-privacy>=2.0"' in printed
     else:  # more noise, more privacy
         assert sorted(map(float, spent), reverse=True) == list(map(float, spent))
 
