@@ -211,7 +211,6 @@ class Book:
         self._check_shapes()
         self._runs: list[list[Run]] = [[] for _ in groups]  # that are trained
         self._left: list[list[Run]] = [[] for _ in groups]  # that aren't any more
-        self._waiting = sum(len(group.group.members) for group in groups)  # in no run yet
         self._shown = 0  # epochs
 
     def _check_shapes(self) -> None:
@@ -252,9 +251,7 @@ class Book:
                 group.compile_ahead(ahead)
             for end in [*rounds(self._halving, self._epochs), self._epochs]:
                 for i, group in enumerate(self._groups):
-                    if not begun:
-                        self._runs[i] = group.runs()
-                        self._waiting -= len(group.group.members)
+                    self._runs[i] = self._runs[i] if begun else group.runs()
                     self._advance(group, self._runs[i], end, display)
                 begun = True
                 if self._halving is not None and end < self._epochs:
@@ -301,7 +298,11 @@ class Book:
 
     def _count(self) -> int:
         """How many networks are trained, or wait for it."""
-        return self._waiting + sum(len(run.members) for runs in self._runs for run in runs)
+        count = 0
+        for group, now, left in zip(self._groups, self._runs, self._left, strict=True):
+            has_begun = now or left
+            count += sum(len(r.members) for r in now) if has_begun else len(group.group.members)
+        return count
 
     def _record(self) -> dict[str, Any]:
         """How many are trained, and the best so far."""
