@@ -6,6 +6,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 
 
 def batch_size(batch: chex.ArrayTree, name: str = "batch") -> int:
@@ -59,3 +60,13 @@ def example_types(batch: chex.ArrayTree) -> Any:
         return jax.ShapeDtypeStruct(x.shape[1:], dtype)
 
     return jax.tree.map(of, batch)
+
+
+def types_of(tree: chex.ArrayTree) -> tuple:
+    """A tree's structure with its arrays' shapes and dtypes: equal where they are, to be looked up.
+
+    Args:
+        tree: of arrays, of their types or of numbers.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, *((jnp.shape(x), jnp.result_type(x)) for x in leaves)

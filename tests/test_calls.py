@@ -222,6 +222,49 @@ def test_a_second_fit_compiles_nothing(kind, caplog):
     assert not compilations(lambda: run(steps_per_call=2, epochs=5), caplog)
 
 
+@pytest.mark.parametrize("data", [(A, Y), BATCHES], ids=["arrays", "batches"])
+@pytest.mark.parametrize("kind", ["loss", "step"])
+def test_a_second_fit_calls_neither_the_loss_nor_the_optimizer(kind, data):
+    """Nothing is traced: not for labels, nor the network's state, nor whether examples couple."""
+
+    class Calls:
+        # No name in its code tells `fnn.readings` of the number, which would be something new.
+        def add(self):
+            vars(self)["number"] = vars(self).get("number", 0) + 1
+
+    calls = Calls()
+    net = chain(counted=lambda x: calls.add() or x, out=Linear(1))
+    loss = fnn.supervised(net, lambda y, target: jnp.sum((y - target) ** 2))
+    update = lambda *args, **more: calls.add() or ADAM.update(*args, **more)
+    optimizer = optax.GradientTransformationExtraArgs(ADAM.init, update)
+    made = (loss, optimizer) if kind == "loss" else (train_step(loss, optimizer), None)
+    params = net.init(KEY, A[0])
+    run = lambda: fit(made[0], params, data, made[1], shuffle=False).params
+    first = run()
+    assert vars(calls).pop("number")
+    equal(run(), first)
+    assert not vars(calls)
+
+
+def test_a_loss_that_became_coupled_has_its_last_batch_to_itself():
+    coupled = False
+
+    def make():
+        def loss(params, example, mode):
+            error = squares(params, example)
+            met = coupled and mode.axis is not None
+            return error * jax.lax.pmean(error, mode.axis) if met else error
+
+        return loss
+
+    loss = make()
+    apart = fit(loss).params
+    coupled = True
+    together = fit(loss).params
+    equal(together, fit(make()).params)
+    assert not np.array_equal(together["W"], apart["W"])
+
+
 def test_a_changed_variable_is_read_anew():
     scale = 1.0
 
@@ -444,8 +487,11 @@ def test_what_is_kept_of_a_state_is_its_own():
 
 
 @pytest.mark.parametrize("dtype", [bool, np.int8, jnp.bfloat16, np.float64, np.complex64])
-def test_arrays_are_put_on_the_device_in_memory_of_their_own(dtype):
+@pytest.mark.parametrize("large", [False, True])
+def test_arrays_are_put_on_the_device_in_memory_of_their_own(dtype, large, monkeypatch):
     """Also those that JAX's CPU backend could read where they lie: they are the caller's."""
+    if large:
+        monkeypatch.setattr(chunks, "STACKED_BYTES", 0)
     memory = np.zeros(16 * 7 * 16 + 64, np.uint8)
     start = -memory.ctypes.data % 64
     x = memory[start : start + 7 * 16 * np.dtype(dtype).itemsize].view(dtype).reshape(7, 16)

@@ -17,13 +17,14 @@ import math
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fnn.batch import types_of
 from fnn.convolution import slow_in_a_loop
 from fnn.jaxpr import Program, inner_jaxprs, program
 from fnn.meshes import barrier, beside, stacked_zeros
@@ -45,6 +46,9 @@ MOST_STEPS, MOST_BYTES = 1024, 2**24
 
 # A state of more bytes is donated, and looked at before each update of it.
 LARGE = 2**28
+
+
+T = TypeVar("T")
 
 
 class How(NamedTuple):
@@ -171,6 +175,7 @@ class Programs:
         self.seconds: dict[Any, float] = {}
         self.fitting: set[tuple] = set()
         self.first_states = FirstStates()
+        self._found: dict[tuple, Any] = {}
         self._steps: weakref.WeakSet[TrainStep] = weakref.WeakSet()
         # No method of self's is jitted: a cycle would keep what the programs hold for a while.
         steps, traces = self._steps, self.traces
@@ -185,6 +190,18 @@ class Programs:
     def serve(self, step: TrainStep) -> None:
         """A step whose programs these are."""
         self._steps.add(step)
+
+    def found(self, what: str, find: Callable[..., T], *args: Any) -> T:
+        """What is found of the step by tracing it, once for arguments of the same types.
+
+        Args:
+            what: a name for it.
+            find: called with `args`; must keep neither the step nor an array.
+        """
+        types = what, types_of(args)
+        if types not in self._found:
+            self._found[types] = find(*args)
+        return self._found[types]
 
 
 def programs_of(step: TrainStep) -> Programs:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from fnn import arguments
+from fnn.batch import types_of
 from fnn.layers.mode import Across
 from fnn.sharding import Layout
 from fnn.sharding.placement import is_spread
@@ -96,8 +97,7 @@ class FirstStates:
         steps = self._steps
         params, model_state = layout.place(params), layout.spread(model_state)
         types = jax.eval_shape(next(iter(steps)).first, params, model_state)
-        leaves, tree = jax.tree.flatten(types)
-        kind = (tree, *((x.shape, x.dtype) for x in leaves))
+        kind = types_of(types)
         if kind not in self._programs:
             first = lambda *args: next(iter(steps)).first(*args)
             self._programs[kind] = jax.jit(first, out_shardings=layout.of_state(types))

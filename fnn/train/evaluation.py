@@ -12,11 +12,11 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fnn import arguments
 from fnn.batch import batch_size as size_of
+from fnn.batch import types_of
 from fnn.meshes import beside
 from fnn.readings import Kept
 from fnn.sharding import Layout
@@ -172,8 +172,7 @@ class Evaluation:
 
     def find_labels(self, params: Any, example: Any, key: Any, state: Any) -> tuple[Labels, ...]:
         """`find_labels` of the loss, done once for arguments of the same types."""
-        leaves, tree = jax.tree.flatten((params, example, key, state))
-        types = (tree, *[(jnp.shape(x), jnp.result_type(x)) for x in leaves])
+        types = types_of((params, example, key, state))
         if types not in self._labels:
             self.traces.append("labels")
             self._labels[types] = find_labels(self._loss(), params, example, key, state)

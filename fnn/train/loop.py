@@ -18,7 +18,7 @@ from fnn.logs import Logs, Writer
 from fnn.params import Where
 from fnn.sharding import Layout
 from fnn.train.call_checks import check_call, step_of
-from fnn.train.calls import Calls, kept_programs, programs_of
+from fnn.train.calls import Calls, Programs, kept_programs, programs_of
 from fnn.train.checkpoints import Checkpoints
 from fnn.train.checks import check_values
 from fnn.train.chunks import Resident
@@ -31,7 +31,7 @@ from fnn.train.events import Listener, Listeners
 from fnn.train.interrupts import Interrupts
 from fnn.train.keeping import kept
 from fnn.train.learning_rate import rate_of
-from fnn.train.loss import Extras, Loss, extras
+from fnn.train.loss import Extras, Loss, check_key, extras
 from fnn.train.loss_scaling import DynamicLossScale
 from fnn.train.nonfinite import NonFiniteError
 from fnn.train.outcome import NonFinite
@@ -206,12 +206,12 @@ def fit(
             "shuffling needs a key: pass key=jax.random.key(0), say, or shuffle=False."
         )
     there = placed(training, step)
-    if not isinstance(params, State):
-        model_state = _initial_model_state(loss, found, training, model_state)
     if optimizer is None:
         programs, traced = programs_of(step), lambda: None
     else:
         programs, traced = kept_programs(step)
+    if not isinstance(params, State):
+        model_state = _initial_model_state(loss, found, training, model_state, programs)
     start = functools.partial(_start, step, params, model_state)
     state = start()
     order_key, loss_key, validation_key = (None,) * 3 if key is None else jax.random.split(key, 3)
@@ -219,13 +219,14 @@ def fit(
         loss_key = None
     elif step.layout is not None:
         loss_key = step.layout.spread(loss_key)
-    step.meet(state, loss_key)
+    check_key(found, loss_key)
+    if isinstance(params, State):
+        step.traced.check(state)
+    find_labels = functools.partial(programs.found, "labels", step.find_labels)
 
     if isinstance(training, Arrays) and check:
-        check_values(
-            step.find_labels, state.params, training.data, loss_key, state.model_state, "data"
-        )
-    look_at = looking(step.find_labels, state, loss_key, check and isinstance(training, Stream))
+        check_values(find_labels, state.params, training.data, loss_key, state.model_state, "data")
+    look_at = looking(find_labels, state, loss_key, check and isinstance(training, Stream))
 
     work = Work(state, start, training.steps)
     last = work.epoch + epochs - 1
@@ -239,7 +240,7 @@ def fit(
             state = work.latest
         calls = Calls(step, programs, traced, state, loss_key, steps_per_call)
         advance = RollingBack(calls, step.traced.nonfinite == "roll_back")
-        source = source_of(training, there, step, state, loss_key, look_at, calls, last)
+        source = source_of(training, there, step, programs, state, loss_key, look_at, calls, last)
         first = last + 1 if keeper and keeper.is_over else work.epoch
         validate = validation_of(
             stack,
@@ -321,7 +322,9 @@ def _start(step: TrainStep, params: Any, model_state: Any) -> State:
     return own(params if step.layout is None else step.layout.place(params))
 
 
-def _initial_model_state(loss: Loss, found: Extras, training: Arrays | Stream, given: Any) -> Any:
+def _initial_model_state(
+    loss: Loss, found: Extras, training: Arrays | Stream, given: Any, programs: Programs
+) -> Any:
     """The network's state to start from: the one given, or what `supervised` knows to make."""
     if given is not None or found.state is None:
         return given
@@ -332,4 +335,15 @@ def _initial_model_state(loss: Loss, found: Extras, training: Arrays | Stream, g
         )
     if make is None or not isinstance(training, Arrays):
         return None  # batches of an iterable are looked at once only
-    return make(example_types(training.data))
+    made: list = []
+
+    def empty(example):
+        made.append(make(example))
+        return None if jax.tree.leaves(made) else made[0]
+
+    # Most networks have none, which is remembered. Arrays are made anew: none is kept.
+    example = example_types(training.data)
+    nothing = programs.found("model_state", empty, example)
+    if made:
+        return made[0]
+    return make(example) if nothing is None else nothing

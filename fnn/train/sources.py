@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 
 from fnn.batch import example_types
 from fnn.sharding.placement import is_spread
-from fnn.train.calls import Calls
+from fnn.train.calls import Calls, Programs
 from fnn.train.checks import BatchChecks
 from fnn.train.chunks import Resident, Streamed, fits, on_device
 from fnn.train.coupling import is_coupled
@@ -58,6 +59,7 @@ def source_of(
     training: Arrays | Stream,
     there: Any,
     step: TrainStep,
+    programs: Programs,
     state: State,
     key: Any,
     look_at: Callable[[Any], None],
@@ -70,6 +72,7 @@ def source_of(
         training: the data.
         there: the same on the device, see `placed`.
         step: what is trained.
+        programs: its programs.
         state: the first; its types are kept.
         key: the loss's, or None.
         look_at: called with each batch that comes.
@@ -82,8 +85,8 @@ def source_of(
 
     def may_pad(batch):
         if not known:
-            example = example_types(batch)
-            known.append(not is_coupled(step, types, example, key))
+            find = functools.partial(is_coupled, step)
+            known.append(not programs.found("coupled", find, types, example_types(batch), key))
         return known[0]
 
     layout = step.layout

@@ -314,11 +314,6 @@ class TrainStep:
 
     # ------------------------------------------------------------------- for `fit` and `sweep`
 
-    def meet(self, state: State, key: Any) -> None:
-        """Raise a TypeError or ValueError unless state and key are such as this step takes."""
-        check_key(self._extras, key)
-        self.traced.check(state)
-
     @on_its_mesh
     def advance(
         self, state: State, batch: Any, key: Any, *, look_at: bool
@@ -379,11 +374,12 @@ class TrainStep:
         """
         new: list[None] = []
 
-        def meet():
+        def first():
             new.append(None)
-            self.meet(state, key)
+            check_key(self._extras, key)
+            self.traced.check(state)
 
-        self._checks.look_at(state.params, batch, key, state.model_state, first=meet)
+        self._checks.look_at(state.params, batch, key, state.model_state, first=first)
         return bool(new)
 
     def _what_is_wrong_with(self, batch: Any, types: tuple[Any, Any], key: Any) -> str:
