@@ -6,8 +6,9 @@ All hold networks of the same sizes in float32, use Adam, shuffle the examples a
 and read the losses at its end. `fit` also checks the data, prints each epoch's line, looks out for
 inf and nan, and keeps the norm of the gradient. The peers make one step after the other in a Python
 loop, each by one jitted function whose state is donated (PyTorch: eagerly); "bare scan" is an epoch
-in one `lax.scan`, and nothing else. They take turns, as many epochs at a time as take about
-`--seconds`; a call of `fit` is timed as a whole. Ratios are medians, round by round.
+in one `lax.scan`, and nothing else. They take turns in an order that changes, as many epochs at a
+time as take about `--seconds`, with a rest before each; a call of `fit` is timed as a whole. Ratios
+are medians, round by round.
 
     64-32-10       a network of two layers; 1437 examples in batches of 32
     64-100-10      1437 examples in batches of 128
@@ -337,8 +338,13 @@ def compare(network: str, made: dict, rounds: int, seconds: float) -> list[list[
     found: dict[str, list[float]] = {name: [] for name in made}
     one = min(_seconds(runs[BARE], 2) / 2 for _ in range(3))
     epochs = max(2, round(seconds / one))
-    for _ in range(rounds):
-        for name, run in runs.items():
+    names = list(runs)
+    for i in range(rounds):
+        # Each round begins with another, and each waits for the threads of the one before to rest:
+        # OpenMP's, PyTorch's that is, go on spinning for 0.2 s.
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            time.sleep(0.3)
+            run = runs[name]
             found[name].append(1e6 * _seconds(run, epochs) / epochs / steps[name])
     middle = statistics.median
     return [
