@@ -12,6 +12,7 @@ import pytest
 from sweeps import exhaustive
 
 from fnn.train import NonFiniteError, fit, train_step
+from fnn.train.nonfinite import became_nonfinite
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -136,6 +137,29 @@ def test_what_was_inf_from_the_start_may_stay():
     batches = jax.tree.map(lambda a: jnp.stack([a, a]), (A, Y))
     state, metrics = jax.lax.scan(step, step.init(params), batches)
     assert state.step == 2 and not metrics["skipped"].any()
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32, jnp.complex64])
+def test_whichever_number_of_a_state_became_nonfinite(folded, dtype):
+    """Wherever it stands, whether inf or nan; but not what was so before."""
+    params = {
+        "W": jnp.full((70, 61), 1e4, dtype),
+        "b": jnp.ones((), dtype),
+        "c": jnp.ones(5, dtype),
+    }
+    fine = train_step(squares, optax.inject_hyperparams(optax.adam)(0.1), ema=0.9).init(params)
+    became = jax.jit(became_nonfinite, static_argnums=2)
+    assert not became(fine, fine, folded)
+    leaves, tree = jax.tree.flatten(fine)
+    inexact = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    assert len(inexact) >= 12  # three parameters, two moments and an average of each
+    for i in inexact:
+        for value in (jnp.inf, -jnp.inf, jnp.nan):
+            bad = leaves[i].ravel().at[-1].set(value).reshape(leaves[i].shape)
+            spoilt = jax.tree.unflatten(tree, [*leaves[:i], bad, *leaves[i + 1 :]])
+            assert became(spoilt, fine, folded)
+            assert not became(spoilt, spoilt, folded)
 
 
 def test_looking_at_the_update_costs_nothing():
