@@ -146,7 +146,7 @@ def _kept_finite(how: How, new: State, old: State) -> jax.Array | bool:
     """Is what was finite so still? Not looked at where each step looks, or nobody wants to know."""
     if how.look or not how.stop:
         return True
-    return ~became_nonfinite(new, old, how.folded)
+    return ~became_nonfinite(new, old)
 
 
 def slow_steps(flat: Program) -> bool:

@@ -151,15 +151,11 @@ def _sum_of_all(arrays: list[jax.Array]) -> jax.Array:
     return jnp.sum(total(arrays))
 
 
-def became_nonfinite(new: State, old: State, folded: bool = False) -> jax.Array:
+def became_nonfinite(new: State, old: State) -> jax.Array:
     """Whether a number that was finite in the old state is inf or nan in the new one.
 
     As long as all that is new is finite, that is known by one sum for each group; only else the
     old numbers are looked at.
-
-    Args:
-        folded: whether to sum all groups by one product, which takes half the time on a CPU. It
-            joins arrays, which those that are divided over devices would have to be sent for.
     """
     after, before = (jax.tree.leaves(numbers_of(s)) for s in (new, old))
     found = groups(old)
@@ -170,16 +166,11 @@ def became_nonfinite(new: State, old: State, folded: bool = False) -> jax.Array:
             bad = bad | jnp.any(jnp.isfinite(before[i]) & ~jnp.isfinite(after[i]))
         return bad
 
-    zeros = [  # or nan
-        total([_zero_if_fine(after[i], None) for i in group.leaves]).astype(jnp.float32)
-        for group in found
-    ]
-    if folded and zeros:
-        joined = jnp.concatenate([z.reshape(-1) for z in zeros])
-        summed = jnp.vdot(joined, jnp.ones_like(joined))
-    else:
-        summed = sum(map(jnp.sum, zeros), jnp.zeros((), jnp.float32))
-    return jax.lax.cond(summed == 0, lambda: jnp.zeros((), bool), exact)
+    zeros = jnp.zeros((), jnp.float32)  # or nan
+    for group in found:
+        found_in = _sum_of_all([_zero_if_fine(after[i], None) for i in group.leaves])
+        zeros = zeros + found_in.astype(jnp.float32)
+    return jax.lax.cond(zeros == 0, lambda: jnp.zeros((), bool), exact)
 
 
 def holds_nonfinite(state: State) -> bool:
