@@ -387,6 +387,50 @@ def test_an_update_that_overflows_is_found_within_a_call():
     close(error.value.result.params, good.params)
 
 
+def test_a_loss_that_was_inf_once_is_found_behind_the_call():
+    """Its gradient was finite, and so is all that came after."""
+    marked = np.arange(26) == 13  # in the second batch
+
+    def loss(params, example):
+        (x, y), is_marked = example
+        return squares(params, (x, y)) + jnp.where(is_marked, jnp.inf, 0.0)
+
+    options = {"shuffle": False, "check": False}
+    fit(squares, **options)  # a step's time is known
+    with pytest.raises(NonFiniteError, match=r"step 1: the loss\b(?! and)") as error:
+        fit(loss, data=((A, Y), marked), **options)
+    close(error.value.result.params, fit(squares, data=BATCHES[:1], epochs=1).params)
+    assert np.isfinite(error.value.result.steps["loss"]).tolist() == [True, False]
+
+
+def test_what_prints_and_what_may_not_end_stops_at_a_bad_step():
+    """No step is run from a state that a bad one made: a loop might wait for nan to be small."""
+    started = []
+
+    def until_small(x):
+        return jax.lax.while_loop(lambda x: ~(jnp.abs(x) < 1), lambda x: x / 2, x)
+
+    def endless(params, example):
+        x, y = example
+        scale = 1 + 0 * until_small(jax.lax.stop_gradient(params["b"]))  # for ever at nan
+        return scale * squares(params, (x, y))
+
+    def telling(params, example):
+        jax.debug.callback(lambda b: started.append(float(b)), params["b"])
+        return squares(params, example)
+
+    data = A.copy()
+    data[9] = np.inf  # in the second batch; the parameters are nan from then on
+    for loss in (endless, telling):
+        step = fnn.train_step(loss, ADAM)
+        for _ in range(2):  # from the second on, a step's time is known
+            fit(step, data=(A, Y), optimizer=None, epochs=1, shuffle=False)
+        started.clear()
+        with pytest.raises(NonFiniteError, match="step 1: the loss"):
+            fit(step, data=(data, Y), optimizer=None, shuffle=False)
+    assert started and np.isfinite(started).all()
+
+
 # ----------------------------------------------------------------------------------- reading ahead
 
 

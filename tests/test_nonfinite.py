@@ -12,7 +12,7 @@ import pytest
 from sweeps import exhaustive
 
 from fnn.train import NonFiniteError, fit, train_step
-from fnn.train.nonfinite import became_nonfinite
+from fnn.train.nonfinite import any_nonfinite, became_nonfinite
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -148,8 +148,8 @@ def test_whichever_number_of_a_state_became_nonfinite(dtype):
         "c": jnp.ones(5, dtype),
     }
     fine = train_step(squares, optax.inject_hyperparams(optax.adam)(0.1), ema=0.9).init(params)
-    became = jax.jit(became_nonfinite)
-    assert not became(fine, fine)
+    found = jax.jit(any_nonfinite)
+    assert not became_nonfinite(fine, fine) and not found(fine)
     leaves, tree = jax.tree.flatten(fine)
     inexact = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
     assert len(inexact) >= 12  # three parameters, two moments and an average of each
@@ -157,8 +157,8 @@ def test_whichever_number_of_a_state_became_nonfinite(dtype):
         for value in (jnp.inf, -jnp.inf, jnp.nan):
             bad = leaves[i].ravel().at[-1].set(value).reshape(leaves[i].shape)
             spoilt = jax.tree.unflatten(tree, [*leaves[:i], bad, *leaves[i + 1 :]])
-            assert became(spoilt, fine)
-            assert not became(spoilt, spoilt)
+            assert became_nonfinite(spoilt, fine) and found(spoilt)
+            assert not became_nonfinite(spoilt, spoilt)
 
 
 def test_looking_at_the_update_costs_nothing():

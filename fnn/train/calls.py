@@ -4,9 +4,9 @@ The number of steps of a call is an argument of its program. So an epoch is cut 
 long they take, and the same program, which gives the same numbers, makes all of them.
 
 A loop that looked for inf and nan in all that is new at every step would be slower by a tenth.
-It looks at the loss and at the gradient's norm, which it has anyway, and ends where they are bad;
-at its end it looks at the state. If that isn't as it should be, the call counts for nothing: its
-steps are made again from the state before it, one by one, up to the bad one.
+Instead, when a call is over, the losses and the gradients' norms are looked at, which the host has
+anyway, and the state. If one isn't as it should be, the call counts for nothing: its steps are made
+again from the state before it, one by one, up to the bad one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import inspect
 import math
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -26,14 +26,20 @@ from jax import lax
 
 from fnn.batch import types_of
 from fnn.convolution import slow_in_a_loop
-from fnn.jaxpr import Program, inner_jaxprs, program
+from fnn.jaxpr import Equation, Program, inner_jaxprs, program
 from fnn.meshes import barrier, beside, stacked_zeros
 from fnn.readings import Kept
 from fnn.train.chunks import Chunk
 from fnn.train.data import take
 from fnn.train.devices import FirstStates, dealt, settled
 from fnn.train.fitting import foresee
-from fnn.train.nonfinite import NonFiniteError, became_nonfinite, holds_nonfinite, numbers_of
+from fnn.train.nonfinite import (
+    NonFiniteError,
+    any_nonfinite,
+    became_nonfinite,
+    holds_nonfinite,
+    numbers_of,
+)
 from fnn.train.result import Work
 from fnn.train.state import State
 from fnn.train.step import TrainStep
@@ -57,7 +63,7 @@ class How(NamedTuple):
     Fields:
         kind, masked: see `Chunk`.
         exact, look, folded: see `TrainStep.traced`.
-        stop: whether to end before the first bad step.
+        stop: whether training ends, or goes back, at a bad step.
         may_loop: whether all that a step may hold is as fast in a loop.
     """
 
@@ -75,7 +81,7 @@ class How(NamedTuple):
 
 def _run(
     step: TrainStep, how: How, state: State, data: Any, rows: Any, sizes: Any, key: Any, where: Any
-) -> tuple[State, dict[str, jax.Array], jax.Array]:
+) -> tuple[State, dict[str, jax.Array], jax.Array, bool]:
     """Steps of a chunk, traced.
 
     Args:
@@ -86,7 +92,7 @@ def _run(
 
     Returns:
         The state, the metrics of each step along first axes, and how many steps there were, and
-        whether all is finite, as two integers.
+        whether all is finite, as two integers; and whether no step may come after a bad one.
     """
     first, seen, count = where[0], where[1], where[2]
 
@@ -117,24 +123,27 @@ def _run(
 
     start = jnp.zeros((), jnp.int32)
     closed, (_, metrics, _) = jax.make_jaxpr(advance, return_shape=True)(state, *at(start))
-    if not how.may_loop and slow_steps(program(closed)):
+    flat = program(closed)
+    alone = how.stop and not how.look and not may_go_on(flat)
+    if not how.may_loop and slow_steps(flat):
         new, metrics, good = advance(state, *at(start))
         records = jax.tree.map(lambda x: x[None], metrics)
-        return new, records, _packed(1, good & _kept_finite(how, new, state))
+        return new, records, _packed(1, good & _looks_fine(how, new)), alone
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(metrics))
     places = max(1, min(MOST_STEPS, MOST_BYTES // size))
 
     def one(carry):
-        i, state, records, _ = carry
+        i, state, records, goes_on = carry
         new, metrics, good = advance(state, *at(i))
         put = lambda record, x: lax.dynamic_update_index_in_dim(record, x, i, 0)
-        return i + 1, new, jax.tree.map(put, records, metrics), good
+        records = jax.tree.map(put, records, metrics)
+        return i + 1, new, records, good if how.look or alone else goes_on
 
     records = jax.tree.map(lambda x: stacked_zeros(places, x), metrics)
     begin = start, state, records, jnp.ones((), bool)
     end = jnp.minimum(count, places)
     done, new, records, good = lax.while_loop(lambda c: (c[0] < end) & c[3], one, begin)
-    return new, records, _packed(done, good & _kept_finite(how, new, state))
+    return new, records, _packed(done, good & _looks_fine(how, new)), alone
 
 
 def _packed(*numbers: Any) -> jax.Array:
@@ -142,20 +151,32 @@ def _packed(*numbers: Any) -> jax.Array:
     return jnp.stack([jnp.asarray(n, jnp.int32) for n in numbers])
 
 
-def _kept_finite(how: How, new: State, old: State) -> jax.Array | bool:
-    """Is what was finite so still? Not looked at where each step looks, or nobody wants to know."""
-    if how.look or not how.stop:
-        return True
-    return ~became_nonfinite(new, old)
+def _looks_fine(how: How, new: State) -> jax.Array | bool:
+    """Is all finite? Not looked at where each step looks, or nobody wants to know."""
+    return True if how.look or not how.stop else ~any_nonfinite(new)
 
 
 def slow_steps(flat: Program) -> bool:
     """Whether a program holds what is many times slower in a loop, on a CPU."""
-    return any(
-        slow_in_a_loop(equation, flat.avals)
-        or any(slow_steps(program(inner)) for inner in inner_jaxprs(equation).values())
-        for equation in flat.equations
-    )
+    return any(slow_in_a_loop(equation, avals) for equation, avals in _all_equations(flat))
+
+
+def may_go_on(flat: Program) -> bool:
+    """Whether steps after a bad one, which count for nothing, do no harm.
+
+    A loop that runs until some error is small may run for ever at nan. What prints would tell of
+    steps that weren't.
+    """
+    found = (equation for equation, _ in _all_equations(flat))
+    return not any(equation.has_effects or equation.name == "while" for equation in found)
+
+
+def _all_equations(flat: Program) -> Iterator[tuple[Equation, list]]:
+    """The equations of a program and of those inside them, with the types of their values."""
+    for equation in flat.equations:
+        yield equation, flat.avals
+        for inner in inner_jaxprs(equation).values():
+            yield from _all_equations(program(inner))
 
 
 class Programs:
@@ -165,6 +186,7 @@ class Programs:
 
     Attributes:
         traces: an entry for each program that was traced.
+        alone: of those, the ones in which no step may come after a bad one.
         seconds: what a step took when it was last measured, by kind of batch.
         fitting: the programs that were looked at, whether they fit into the device's memory.
         first_states: those of a step that `kept_programs` was given.
@@ -172,17 +194,21 @@ class Programs:
 
     def __init__(self) -> None:
         self.traces: list[How] = []
+        self.alone: set[How] = set()
         self.seconds: dict[Any, float] = {}
         self.fitting: set[tuple] = set()
         self.first_states = FirstStates()
         self._found: dict[tuple, Any] = {}
         self._steps: weakref.WeakSet[TrainStep] = weakref.WeakSet()
         # No method of self's is jitted: a cycle would keep what the programs hold for a while.
-        steps, traces = self._steps, self.traces
+        steps, traces, alone = self._steps, self.traces, self.alone
 
         def run(how, *args):
             traces.append(how)
-            return _run(next(iter(steps)), how, *args)
+            *made, is_alone = _run(next(iter(steps)), how, *args)
+            if is_alone:
+                alone.add(how)
+            return tuple(made)
 
         self.run = jax.jit(run, static_argnums=0)
         self.run_donated = jax.jit(run, static_argnums=0, donate_argnums=1)
@@ -308,15 +334,16 @@ class Calls:
         scales = step.traced.scaling is not None  # which leaves out steps
         look = nonfinite == "skip" or (stops and (self._large or scales))
         devices = {d for x in jax.tree.leaves(state) for d in x.devices()}
+        platforms = {d.platform for d in devices}
+        on_one_cpu = len(devices) == 1 and "cpu" in platforms
         # Programs of several devices wait for each other: two at a time might do so for ever.
         self._may_go_ahead = len(devices) == 1 and not self._large
-        platforms = {d.platform for d in devices}
         self._how = How(
             "",
             False,
             exact=look and holds_nonfinite(step.traced.trainable.split(state)[0]),
             look=look,
-            folded=len(devices) == 1 and "cpu" in platforms,
+            folded=on_one_cpu,
             stop=stops,
             may_loop="cpu" not in platforms,
         )
@@ -349,13 +376,12 @@ class Calls:
         count, was_ahead = self._call(work, chunk, at, count)
         waits = not (was_ahead and work.made[0][2].is_ready())
         self._go_ahead(work, chunk, at, count)
-        done, good = np.asarray(work.made[0][2]).tolist()
-        records = {name: np.asarray(values) for name, values in work.made[0][1].items()}
+        done, good, records = self._read_result(work)
         now = time.perf_counter()
         if len(self._programs.traces) > known:
             self._traced()
             self._programs.seconds[self._latest] = 0.0
-        elif waits:  # else it was over before anybody looked
+        elif waits and good:  # else it was over before anybody looked
             since = self._read if was_ahead else began
             self._programs.seconds[self._latest] = (now - since) / max(1, done)
         self._read = now
@@ -373,8 +399,7 @@ class Calls:
             return done + 1
         for i in range(done):
             self._call(work, chunk, at + i, 1)
-            good = np.asarray(work.made[0][2])[1]
-            records = {name: np.asarray(values) for name, values in work.made[0][1].items()}
+            _, good, records = self._read_result(work)
             if good:
                 work.enter(work.made[0][0], _first(records, 1), chunk.sizes[at + i : at + i + 1])
             else:
@@ -405,6 +430,22 @@ class Calls:
         work.made.extend(map(self._run, *((x,) for x in args)))
         return count, False
 
+    def _read_result(self, work: Work) -> tuple[int, bool, dict[str, np.ndarray]]:
+        """How many steps a call did up to the first bad one, whether all was good, and the metrics.
+
+        It waits for the call.
+        """
+        new, metrics, numbers = work.made[0]
+        done, good = np.asarray(numbers).tolist()
+        records = {name: np.asarray(values) for name, values in metrics.items()}
+        if self._how.stop and not self._how.look:
+            fine = np.isfinite(records["loss"][:done]) & np.isfinite(records["grad_norm"][:done])
+            if not fine.all():
+                return int(fine.argmin()) + 1, False, records
+            # Some optimisers' states hold inf from the start: the best loss so far, for one.
+            good = good or not became_nonfinite(new, beside(work.latest, new))
+        return done, bool(good), records
+
     def _go_ahead(self, work: Work, chunk: Chunk, at: int, count: int) -> None:
         """Give the device the call after this one, whose result isn't read yet.
 
@@ -425,6 +466,8 @@ class Calls:
             return
         state = work.made[0][0]
         args = self._arguments(after, at, steps, state, work.seen + count)
+        if args[0] in self._programs.alone:
+            return
         # What goes wrong does so again when its turn comes.
         with contextlib.suppress(Exception):
             self._ahead = Ahead(after, at, steps, state, [self._run(*args)])

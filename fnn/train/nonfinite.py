@@ -151,26 +151,24 @@ def _sum_of_all(arrays: list[jax.Array]) -> jax.Array:
     return jnp.sum(total(arrays))
 
 
-def became_nonfinite(new: State, old: State) -> jax.Array:
-    """Whether a number that was finite in the old state is inf or nan in the new one.
-
-    As long as all that is new is finite, that is known by one sum for each group; only else the
-    old numbers are looked at.
-    """
-    after, before = (jax.tree.leaves(numbers_of(s)) for s in (new, old))
-    found = groups(old)
-
-    def exact():
-        bad = jnp.zeros((), bool)
-        for i in itertools.chain(*(group.leaves for group in found)):
-            bad = bad | jnp.any(jnp.isfinite(before[i]) & ~jnp.isfinite(after[i]))
-        return bad
-
+def any_nonfinite(state: State) -> jax.Array:
+    """Whether a number of the state is inf or nan: one sum for each group."""
+    leaves = jax.tree.leaves(numbers_of(state))
     zeros = jnp.zeros((), jnp.float32)  # or nan
-    for group in found:
-        found_in = _sum_of_all([_zero_if_fine(after[i], None) for i in group.leaves])
+    for group in groups(state):
+        found_in = _sum_of_all([_zero_if_fine(leaves[i], None) for i in group.leaves])
         zeros = zeros + found_in.astype(jnp.float32)
-    return jax.lax.cond(zeros == 0, lambda: jnp.zeros((), bool), exact)
+    return zeros != 0
+
+
+@jax.jit
+def became_nonfinite(new: State, old: State) -> jax.Array:
+    """Whether a number that was finite in the old state is inf or nan in the new one."""
+    after, before = (jax.tree.leaves(numbers_of(s)) for s in (new, old))
+    bad = jnp.zeros((), bool)
+    for i in itertools.chain(*(group.leaves for group in groups(old))):
+        bad = bad | jnp.any(jnp.isfinite(before[i]) & ~jnp.isfinite(after[i]))
+    return bad
 
 
 def holds_nonfinite(state: State) -> bool:
