@@ -369,10 +369,15 @@ def main() -> None:
     parser.add_argument("--network", nargs="*", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("--only", nargs="*", metavar="PEER")
+    parser.add_argument("--only", nargs="*", metavar="PEER", help="besides fnn.fit and the scan")
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
-    made = {n: f for n, f in contenders().items() if options.only is None or n in options.only}
+    made = contenders()
+    if options.only is not None:
+        unknown = [name for name in options.only if name not in made]
+        if unknown:
+            parser.error(f"--only {unknown[0]}: there are {', '.join(made)}.")
+        made = {n: f for n, f in made.items() if n in (OURS, BARE, *options.only)}
     for network in options.network:
         rows = compare(network, made, options.rounds, options.seconds)
         heads = [network, "µs a step", "÷ bare scan", "÷ fnn.fit"]
