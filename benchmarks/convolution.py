@@ -1,12 +1,17 @@
 """Convolution and its two gradients: `fnn.ops.convolution` against XLA's and PyTorch's.
 
-    python benchmarks/convolution.py [--only 3x3 depthwise] [--rounds 9] [--markdown]
+    python benchmarks/convolution.py [--only 3x3 depthwise] [--products] [--rounds 9] [--markdown]
 
 For each shape and each of forward, input gradient and weight gradient: milliseconds of ours, and
 ours over XLA's (`jax.vjp` of `lax.conv_general_dilated`) and over PyTorch's where it is installed,
 in turns in one process. Below 1 ours is faster. Then the same in a `lax.scan` of two steps, for one
 step: ours over ours alone, and ours over XLA's in the scan. What takes XLA above two seconds there
 is run once.
+
+With `--products`: how much of that is out of reach for whoever computes a convolution as one matrix
+product. For each that isn't in groups, XLA's product of matrices of the same multiplications, which
+lie ready in memory (nobody has put the windows side by side), over PyTorch's whole convolution, and
+ours over the product.
 """
 
 from __future__ import annotations
@@ -185,18 +190,69 @@ def rows_of(case: Case, rounds: int, with_torch: bool) -> list[list[str]]:
     return rows
 
 
+def matrices(case: Case, kind: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The shapes of the two matrices whose product is the convolution, or that gradient of it."""
+    rows = case.images * (-(-case.size // case.stride)) ** 2
+    across = case.ins * case.window**2
+    if kind == "forward":
+        return (rows, across), (across, case.outs)
+    if kind == "weight":
+        return (case.outs, rows), (rows, across)
+    if case.stride == 1:
+        return (rows, case.outs * case.window**2), (case.outs * case.window**2, case.ins)
+    return (rows, case.outs), (case.outs, across)
+
+
+def products_of(case: Case, rounds: int) -> list[list[str]]:
+    random = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(random.normal(size=shape), "float32")
+    x = draw(case.images, case.size, case.size, case.ins)
+    w = draw(case.outs, case.ins, case.window, case.window)
+    g = draw(*jax.eval_shape(functools.partial(xla, case), x, w).shape)
+    args = {"forward": (x, w), "input": (w, g), "weight": (x, g)}
+    mine, peers = functions(ours, case, x, w), torchs(case, x, w, g)
+    rows = []
+    for kind in KINDS:
+        left, right = (draw(*shape) for shape in matrices(case, kind))
+        runs = {
+            "product": waiting(jnp.matmul, left, right),
+            "ours": waiting(mine[kind], *args[kind]),
+            "PyTorch": peers[kind],
+        }
+        found = interleaved(runs, rounds, seconds=0.01)
+        rows.append(
+            [
+                str(case) if kind == "forward" else "",
+                kind,
+                milliseconds(found["product"]),
+                ratio(found["product"], found["PyTorch"]),
+                ratio(found["ours"], found["product"]),
+                ratio(found["ours"], found["PyTorch"]),
+            ]
+        )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[""], help="parts of the shapes' names")
+    parser.add_argument("--products", action="store_true")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     with_torch = installed("torch", "pip install torch")
     print(machine(), flush=True)
-    heads = ["shape", "", "ours, ms", "/ XLA", "/ PyTorch", "scan / alone", "/ XLA in scan"]
+    cases = [case for case in CASES if any(part in str(case) for part in options.only)]
     rows = []
-    for case in CASES:
-        if any(part in str(case) for part in options.only):
+    if options.products:
+        if not with_torch:
+            return
+        heads = ["shape", "", "product, ms", "/ PyTorch", "ours / product", "ours / PyTorch"]
+        for case in cases:
+            rows += products_of(case, options.rounds) if case.groups == 1 else []
+    else:
+        heads = ["shape", "", "ours, ms", "/ XLA", "/ PyTorch", "scan / alone", "/ XLA in scan"]
+        for case in cases:
             rows += rows_of(case, options.rounds, with_torch)
     print(table(heads, rows, options.markdown))
 

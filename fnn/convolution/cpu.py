@@ -41,6 +41,9 @@ from fnn.meshes import as_varying, sharding_of
 # The patches of so many bytes at a time: they stay in a core's cache.
 _CACHED = 2**20
 
+# For a weight's gradient more: a block's product is then large enough for all cores.
+_FOR_ALL_CORES = 3 * 2**20
+
 # From so many features on, a weight's gradient is faster as a product than by the library; see
 # `_pays_as_product` for few.
 _MANY = 64
@@ -504,7 +507,8 @@ def _place_by_place(x, w, window: _Window, out, groups: int, **how) -> jax.Array
         total = of_some(x, g)
     else:
         bytes_each = math.prod(sizes) * math.prod(out) * features * x.dtype.itemsize
-        total = _sum_of_blocks(of_some, x, g, max(1, _CACHED // bytes_each))
+        most = _FOR_ALL_CORES if groups == 1 else _CACHED
+        total = _sum_of_blocks(of_some, x, g, max(1, most // bytes_each))
     # (groups, places..., ins, each) -> (ins, places..., groups, each)
     y = lax.reshape(total, (groups, *out, ins, each))
     last = y.ndim - 1
