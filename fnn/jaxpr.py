@@ -10,7 +10,7 @@ JAX version spells a jaxpr stands in this file (and, for primitives of our own, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -311,6 +311,14 @@ def inner_jaxprs(equation: Equation) -> dict[str, Any]:
         elif isinstance(value, (tuple, list)) and value and hasattr(value[0], "eqns"):
             found.update({f"{name}[{i}]": close(j) for i, j in enumerate(value)})
     return found
+
+
+def all_equations(flat: Program) -> Iterator[tuple[Equation, list]]:
+    """The equations of a program and of those inside them, with the types of their values."""
+    for equation in flat.equations:
+        yield equation, flat.avals
+        for inner in inner_jaxprs(equation).values():
+            yield from all_equations(program(inner))
 
 
 def scan_layout(params: dict) -> tuple[int, int]:

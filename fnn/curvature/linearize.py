@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn.eager import once
-from fnn.jaxpr import inner_jaxprs, program
+from fnn.jaxpr import all_equations, program
 
 
 def linearized(function: Callable, at: Any) -> tuple[Any, Callable, Callable]:
@@ -49,13 +49,5 @@ def second_derivative(gradient: Callable, at: Any) -> Callable:
 
 def calls_custom_vjp(function: Callable, *args: Any) -> bool:
     """Does its program, with the loops in it, call a function that has only a pullback?"""
-    return _calls_custom_vjp(jax.make_jaxpr(function)(*args))
-
-
-def _calls_custom_vjp(closed) -> bool:
-    for equation in program(closed).equations:
-        if equation.name == "custom_vjp_call":
-            return True
-        if any(_calls_custom_vjp(inner) for inner in inner_jaxprs(equation).values()):
-            return True
-    return False
+    flat = program(jax.make_jaxpr(function)(*args))
+    return any(equation.name == "custom_vjp_call" for equation, _ in all_equations(flat))

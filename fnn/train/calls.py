@@ -16,7 +16,7 @@ import inspect
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -26,7 +26,7 @@ from jax import lax
 
 from fnn.batch import types_of
 from fnn.convolution import slow_in_a_loop
-from fnn.jaxpr import Equation, Program, inner_jaxprs, program
+from fnn.jaxpr import Program, all_equations, program
 from fnn.meshes import barrier, beside, stacked_zeros
 from fnn.readings import Kept
 from fnn.train.chunks import Chunk
@@ -158,7 +158,7 @@ def _looks_fine(how: How, new: State) -> jax.Array | bool:
 
 def slow_steps(flat: Program) -> bool:
     """Whether a program holds what is many times slower in a loop, on a CPU."""
-    return any(slow_in_a_loop(equation, avals) for equation, avals in _all_equations(flat))
+    return any(slow_in_a_loop(equation, avals) for equation, avals in all_equations(flat))
 
 
 def may_go_on(flat: Program) -> bool:
@@ -167,16 +167,8 @@ def may_go_on(flat: Program) -> bool:
     A loop that runs until some error is small may run for ever at nan. What prints would tell of
     steps that weren't.
     """
-    found = (equation for equation, _ in _all_equations(flat))
+    found = (equation for equation, _ in all_equations(flat))
     return not any(equation.has_effects or equation.name == "while" for equation in found)
-
-
-def _all_equations(flat: Program) -> Iterator[tuple[Equation, list]]:
-    """The equations of a program and of those inside them, with the types of their values."""
-    for equation in flat.equations:
-        yield equation, flat.avals
-        for inner in inner_jaxprs(equation).values():
-            yield from _all_equations(program(inner))
 
 
 class Programs:

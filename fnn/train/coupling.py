@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from fnn.jaxpr import Program, inner_jaxprs, program, trace
+from fnn.jaxpr import Program, all_equations, program, trace
 from fnn.layers.mode import training
 from fnn.train.loss import AXIS, Loss, call, extras
 from fnn.train.precision import optimizers_promotion
@@ -48,11 +48,7 @@ def _names_axis(flat: Program) -> bool:
         names = [params.get(name, ()) for name in ("axes", "axis_name")]
         return any(AXIS in (n if isinstance(n, (tuple, list, frozenset)) else (n,)) for n in names)
 
-    return any(
-        is_named(equation.params)
-        or any(_names_axis(program(inner)) for inner in inner_jaxprs(equation).values())
-        for equation in flat.equations
-    )
+    return any(is_named(equation.params) for equation, _ in all_equations(flat))
 
 
 def _reads_batch(optimizer: Any, state: State, every: Any, example: Any) -> bool:
