@@ -21,7 +21,7 @@ from fnn.layers import Linear, chain
 from fnn.sweeps import choice, machine
 from fnn.sweeps.compiled import Programs
 from fnn.train import progress
-from fnn.train.orders import sort_bits, sorted_orders
+from fnn.train.orders import sort_bits, sort_bits_of_epochs, sorted_orders
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(26, 3))
@@ -357,6 +357,15 @@ def test_orders_are_those_of_jax(size):
     key = jax.random.key(size)
     order = sorted_orders(sort_bits(key, size))
     assert (order == np.asarray(jax.random.permutation(key, size))).all()
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_an_epochs_order_does_not_depend_on_those_drawn_with_it(impl):
+    key = jax.random.key(3, impl=impl)
+    drawn = sorted_orders(sort_bits_of_epochs(key, 2, 3, 50))
+    for i, order in enumerate(drawn):
+        own = jax.random.permutation(jax.random.fold_in(key, 2 + i), 50)
+        np.testing.assert_array_equal(order, own)
 
 
 def test_free_memory_is_known_here():

@@ -14,7 +14,7 @@ from fnn.precision import wide_dtype
 from fnn.sweeps.recipe import Recipe, as_floats_of
 from fnn.train.data import take
 from fnn.train.loss import batch_means, extras
-from fnn.train.orders import sort_bits
+from fnn.train.orders import sort_bits_of_epochs
 from fnn.train.state import State
 
 
@@ -189,11 +189,7 @@ class Program:
     def sort_bits(self, numeric: Mapping[str, Any], first: Any, shared: Shared, count: int) -> Any:
         """What makes the orders of `count` epochs from `first` on, counted from 0."""
         key = self._keys({**self.static, **numeric}, shared)[0]
-
-        def of(epoch):
-            return sort_bits(jax.random.fold_in(key, epoch + 1), self.size)
-
-        return jax.vmap(of)(first + jnp.arange(count, dtype=jnp.int32))
+        return sort_bits_of_epochs(key, first + 1, count, self.size)
 
     def _keys(self, hyper: Mapping[str, Any], shared: Shared) -> Any:
         """The keys of the order, of the loss and of the validation, as `fit` makes them."""

@@ -18,7 +18,7 @@ from fnn.arguments import name_of
 from fnn.batch import batch_size as size_of
 from fnn.meshes import of_rows
 from fnn.train.conversion import as_arrays
-from fnn.train.orders import sort_bits, sorted_orders
+from fnn.train.orders import sort_bits, sort_bits_of_epochs, sorted_orders
 
 # So many numbers are drawn at once, to shuffle by.
 DRAWN_AT_ONCE = 2**16
@@ -61,20 +61,23 @@ class Arrays:
             return self._in_batches(np.arange(self.size, dtype=np.int32))
         if jax.default_backend() == "cpu":  # whose sort is slow
             return self._in_batches(sorted_orders(_bits(key, self.size)))
-        return self._in_batches(_permutation(key, self.size))
+        return _permuted(key, self.size, self.steps, self.batch_size)
 
     def rows_ahead(self, key: Any, epoch: int, last: int) -> Callable[[], list]:
         """`rows` of an epoch and of some after it, up to the last one, to be called for.
 
-        A CPU computes one program after the other: what is drawn for these epochs is put in line
+        A device computes one program after the other: what is drawn for these epochs is put in line
         at once, so that who calls for it later need not wait for the training before it.
 
         Args:
             key: of all epochs.
             epoch, last: numbers of epochs.
         """
-        if not self.shuffle or jax.default_backend() != "cpu":
-            return lambda: [self.rows(fold_in(key, epoch))]
+        if not self.shuffle:
+            return lambda: [self.rows(None)]
+        if jax.default_backend() != "cpu":
+            there = self.rows(fold_in(key, epoch))
+            return lambda: [there]
         # A short epoch takes no longer than drawing its order does: many are drawn at once.
         count = max(1, DRAWN_AT_ONCE // self.size)
         bits = _bits_of_epochs(key, np.uint32(epoch), count, self.size)
@@ -85,11 +88,8 @@ class Arrays:
 
         return rows
 
-    def _in_batches(self, order: Any) -> Any:
-        before = (self.steps - 1) * self.batch_size
-        last = before + np.arange(self.batch_size) % (self.size - before)
-        join = np.concatenate if isinstance(order, np.ndarray) else jnp.concatenate
-        return join([order[:before], order[last]]).reshape(self.steps, -1)
+    def _in_batches(self, order: np.ndarray) -> Any:
+        return _in_batches(order, self.size, self.steps, self.batch_size)
 
     def epoch(self, key: Any, start: int = 0) -> Iterator[Any]:
         """The batches of one epoch, in an order drawn from the key, without the first `start`."""
@@ -306,19 +306,22 @@ def _bits(key: Any, size: int) -> jax.Array:
     return sort_bits(key, size)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _bits_of_epochs(key: Any, epoch: Any, count: int, size: int) -> jax.Array:
-    """`sort_bits` of `count` epochs from one on."""
-
-    def of_epoch(i):
-        return sort_bits(jax.random.fold_in(key, i), size)
-
-    return jax.vmap(of_epoch)(epoch + jnp.arange(count, dtype=jnp.uint32))
+_bits_of_epochs = jax.jit(sort_bits_of_epochs, static_argnums=(2, 3))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _permutation(key: Any, size: int) -> jax.Array:
-    return jax.random.permutation(key, size).astype(jnp.int32)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _permuted(key: Any, size: int, steps: int, batch_size: int) -> jax.Array:
+    """See `Arrays.rows`; in one program, since a GPU takes long to begin each."""
+    order = jax.random.permutation(key, size).astype(jnp.int32)
+    return _in_batches(order, size, steps, batch_size)
+
+
+def _in_batches(order: Any, size: int, steps: int, batch_size: int) -> Any:
+    """An order of the examples, (size,), as batches, (steps, batch_size)."""
+    before = (steps - 1) * batch_size
+    last = before + np.arange(batch_size) % (size - before)
+    join = np.concatenate if isinstance(order, np.ndarray) else jnp.concatenate
+    return join([order[:before], order[last]]).reshape(steps, -1)
 
 
 def _key_parameter(function: Callable) -> inspect.Parameter | None:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 
 def rounds_of(size: int) -> int:
@@ -30,6 +31,18 @@ def sort_bits(key: Any, size: int) -> jax.Array:
         key, own = jax.random.split(key)
         found.append(jax.random.bits(own, (size,), jnp.uint32))
     return jnp.stack(found) if found else jnp.zeros((0, size), jnp.uint32)
+
+
+def sort_bits_of_epochs(key: Any, first: Any, count: int, size: int) -> jax.Array:
+    """`sort_bits` of the keys of `count` epochs from number `first` on, along a first axis."""
+
+    def of_epoch(i):
+        return sort_bits(jax.random.fold_in(key, i), size)
+
+    epochs = jnp.asarray(first, jnp.uint32) + jnp.arange(count, dtype=jnp.uint32)
+    # By other generators, what is drawn from a key depends on the keys that are drawn from beside.
+    alike = jax.random.key_impl(key) == "threefry2x32"
+    return jax.vmap(of_epoch)(epochs) if alike else lax.map(of_epoch, epochs)
 
 
 def sorted_orders(bits: Any) -> np.ndarray:
