@@ -14,7 +14,8 @@ from sweeps import sweep
 import fnn
 from fnn.footprint import compiled
 from fnn.layers import BatchNorm, Linear, chain
-from fnn.train import NonFiniteError, calls, chunks, train_step
+from fnn.train import NonFiniteError, calls, chunks, programs, train_step
+from fnn.train.data import batches_of
 from fnn.train.prefetch import prefetched
 from fnn.train.result import Work, _to_device, _to_host
 
@@ -137,7 +138,7 @@ def test_a_call_made_ahead_changes_nothing(ending, monkeypatch):
 
 def test_hardly_a_call_is_made_for_nothing(monkeypatch):
     """Where a program makes fewer steps than asked for, the call ahead knows it after one time."""
-    monkeypatch.setattr(calls, "MOST_STEPS", 3)
+    monkeypatch.setattr(programs, "MOST_STEPS", 3)
     made, arguments = [], calls.Calls._arguments
     watch = lambda self, chunk, at, *rest: made.append(at) or arguments(self, chunk, at, *rest)
     monkeypatch.setattr(calls.Calls, "_arguments", watch)
@@ -147,6 +148,81 @@ def test_hardly_a_call_is_made_for_nothing(monkeypatch):
     made.clear()
     run()
     assert 4 * 5 <= len(made) <= 4 * 5 + 2
+
+
+@pytest.mark.parametrize("kind", sweep(["arrays", "list", "ignore"], quick=["arrays"]))
+def test_where_the_host_ends_loops_a_program_of_known_length_follows(kind, monkeypatch):
+    """As on a GPU: when the loops have lasted as long as it takes to compile, and once."""
+    step = train_step(noisy, ADAM, nonfinite="ignore" if kind == "ignore" else "raise")
+    data = BATCHES if kind == "list" else (A, Y)
+    run = lambda: fit(step, data=data, optimizer=None)
+    whole = run()
+    monkeypatch.setattr(calls, "ASKING", frozenset({"cpu"}))
+    monkeypatch.setattr(calls, "SHORT", np.inf)
+    there = step.programs
+    for compiled_in, lengths in ((np.inf, [None]), (0.0, [None, 4]), (0.0, [None, 4])):
+        there.compiled = dict.fromkeys(there.compiled, compiled_in)
+        found = run()
+        assert [how.length for how in there.traces] == lengths
+        equal(found.state, whole.state)
+        equal(found.steps, whole.steps)
+    other = fit(step, data=data, optimizer=None, steps_per_call=3)
+    equal(other.state, whole.state)
+    assert [how.length for how in there.traces] == [None, 4]
+
+
+def test_a_bad_step_in_a_program_of_known_length(monkeypatch):
+    step = train_step(noisy, optax.sgd(lambda i: jnp.where(i == 21, jnp.inf, 0.1)))
+    first = fit(step, optimizer=None)
+
+    def train():
+        with pytest.raises(NonFiniteError) as error:
+            fit(step, params=first.state, optimizer=None)
+        return error.value.result
+
+    wanted = train()
+    assert int(wanted.state.position[2]) == 22
+    monkeypatch.setattr(calls, "ASKING", frozenset({"cpu"}))
+    monkeypatch.setattr(calls, "SHORT", np.inf)
+    step.programs.compiled = dict.fromkeys(step.programs.compiled, 0.0)
+    found = train()
+    assert [how.length for how in step.programs.traces] == [None, 4]
+    equal(found.state, wanted.state)
+    equal(found.steps, wanted.steps)
+
+
+def test_what_may_not_go_on_gets_no_program_of_known_length(monkeypatch):
+    """A loop that might run for ever at nan stops at a bad step: its length isn't known."""
+    root = lambda x: jax.lax.while_loop(lambda y: jnp.abs(y * y - x) > 1e-9, lambda y: y / 2, x)
+
+    def loss(params, example):
+        return squares(params, example) + jax.lax.stop_gradient(root(jnp.zeros(())))
+
+    monkeypatch.setattr(calls, "ASKING", frozenset({"cpu"}))
+    monkeypatch.setattr(calls, "SHORT", np.inf)
+    step = train_step(loss, ADAM)
+    for _ in range(2):
+        fit(step, optimizer=None)
+        step.programs.compiled = dict.fromkeys(step.programs.compiled, 0.0)
+    assert [how.length for how in step.programs.traces] == [None]
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_two_epochs_and_one_more_are_three_by_any_generator(impl):
+    """By these, what is drawn from a key depends on the keys that are drawn from beside it."""
+    options = {"loss": squares, "key": jax.random.key(1, impl=impl)}
+    part = fit(epochs=2, **options)
+    equal(fit(params=part.state, epochs=1, **options).state, fit(epochs=3, **options).state)
+
+
+@pytest.mark.parametrize("size, drop_last", [(26, False), (26, True), (24, False), (5, False)])
+def test_orders_drawn_on_an_accelerator_are_those_drawn_here(size, drop_last, monkeypatch):
+    options = {"batch_size": 8, "shuffle": True, "epochs": 3, "drop_last": drop_last}
+    source = batches_of("fit", (A[:size],), **options)
+    wanted = source.rows_ahead(KEY, 1, 3)()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = [source.rows_ahead(KEY, epoch, 3)() for epoch in (1, 2, 3)]
+    equal([rows for (rows,) in found], wanted)
 
 
 def test_a_smaller_last_batch_is_a_mean_over_its_own_examples():
@@ -346,12 +422,11 @@ def test_steps_with_convolutions_that_are_slow_in_a_loop_run_one_by_one():
         for i in [0, 4, 8] * 3:
             state, _ = step(state, images[i : i + 4])
         close(state.params, whole.params)
-        programs = step.programs
-        (how,) = set(programs.traces)
+        (how,) = set(step.programs.traces)
         rows = np.zeros((3, 4), np.int32)
         args = whole.state, jnp.asarray(images), rows, np.full(3, 4, np.int32), None
         where = np.zeros(3, np.int32)
-        found[name] = "while" in programs.run.lower(how, *args, where).as_text()
+        found[name] = "while" in step.programs.run.lower(how, *args, where).as_text()
     assert found == {"plain": True, "inner": jax.default_backend() != "cpu"}
 
 

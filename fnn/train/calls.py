@@ -1,7 +1,6 @@
-"""Steps of training in calls of the device: many steps in one, in a loop that runs there.
+"""Steps of training in calls of the device: many steps in one.
 
-The number of steps of a call is an argument of its program. So an epoch is cut into calls by how
-long they take, and the same program, which gives the same numbers, makes all of them.
+An epoch is cut into calls by how long they take.
 
 A loop that looked for inf and nan in all that is new at every step would be slower by a tenth.
 Instead, when a call is over, the losses and the gradients' norms are looked at, which the host has
@@ -12,34 +11,22 @@ again from the state before it, one by one, up to the bad one.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 import time
-import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from fnn.batch import types_of
-from fnn.convolution import slow_in_a_loop
-from fnn.jaxpr import Program, all_equations, program
-from fnn.meshes import barrier, beside, stacked_zeros
-from fnn.readings import Kept
+from fnn.meshes import beside
 from fnn.train.chunks import Chunk
 from fnn.train.data import take
-from fnn.train.devices import FirstStates, dealt, settled
+from fnn.train.devices import settled
 from fnn.train.fitting import foresee
-from fnn.train.nonfinite import (
-    NonFiniteError,
-    any_nonfinite,
-    became_nonfinite,
-    holds_nonfinite,
-    numbers_of,
-)
+from fnn.train.nonfinite import NonFiniteError, became_nonfinite, holds_nonfinite, numbers_of
+from fnn.train.programs import MOST_STEPS, How, Programs
 from fnn.train.result import Work
 from fnn.train.state import State
 from fnn.train.step import TrainStep
@@ -47,222 +34,12 @@ from fnn.train.step import TrainStep
 # A call of the device takes about so many seconds at most: Ctrl-C waits for its end.
 SECONDS = 0.5
 
-# The metrics of so many steps are kept on the device, or fewer if they are large.
-MOST_STEPS, MOST_BYTES = 1024, 2**24
+# Where the host is asked at each step whether the loop goes on, unless its length is known when it
+# is compiled; and how many seconds a step takes at most for that to be felt.
+ASKING, SHORT = frozenset({"gpu"}), 0.005
 
 # A state of more bytes is donated, and looked at before each update of it.
 LARGE = 2**28
-
-
-T = TypeVar("T")
-
-
-class How(NamedTuple):
-    """What a program depends on besides the types of its arguments.
-
-    Fields:
-        kind, masked: see `Chunk`.
-        exact, look, folded: see `TrainStep.traced`.
-        stop: whether training ends, or goes back, at a bad step.
-        may_loop: whether all that a step may hold is as fast in a loop.
-    """
-
-    kind: str
-    masked: bool
-    exact: bool
-    look: bool
-    folded: bool
-    stop: bool
-    may_loop: bool
-
-
-# ----------------------------------------------------------------------------------- the program
-
-
-def _run(
-    step: TrainStep, how: How, state: State, data: Any, rows: Any, sizes: Any, key: Any, where: Any
-) -> tuple[State, dict[str, jax.Array], jax.Array, bool]:
-    """Steps of a chunk, traced.
-
-    Args:
-        data, rows, sizes: the chunk's.
-        key: the loss's, or None.
-        where: int32, the number of the first batch in the chunk, of all batches before it, and how
-            many to do.
-
-    Returns:
-        The state, the metrics of each step along first axes, and how many steps there were, and
-        whether all is finite, as two integers; and whether no step may come after a bad one.
-    """
-    first, seen, count = where[0], where[1], where[2]
-
-    def batch_of(i):
-        if how.kind == "batch":
-            return data
-        if how.kind == "stack":
-            return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), data)
-        batch = take(data, lax.dynamic_index_in_dim(rows, i, keepdims=False))
-        return batch if step.layout is None else dealt(step.layout, batch)
-
-    @jax.jit
-    def advance(state, batch, key, size):
-        counted = size if how.masked else None
-        looks = how.exact, counted, how.look, how.folded
-        new, metrics, told = step.traced(state, batch, key, *looks)
-        good = jnp.ones((), bool)
-        if how.stop:
-            bad = ~(jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"]))
-            good = ~bad if told is None else told[0] == 0
-        return new, metrics, good
-
-    def at(i):
-        own = None if key is None else jax.random.fold_in(key, (seen + i).astype(jnp.uint32))
-        # Where and how a batch lies must not change how the compiler orders a step's operations.
-        batch, size, _ = barrier((batch_of(first + i), sizes[first + i], i))
-        return batch, own, size
-
-    start = jnp.zeros((), jnp.int32)
-    closed, (_, metrics, _) = jax.make_jaxpr(advance, return_shape=True)(state, *at(start))
-    flat = program(closed)
-    alone = how.stop and not how.look and not may_go_on(flat)
-    if not how.may_loop and slow_steps(flat):
-        new, metrics, good = advance(state, *at(start))
-        records = jax.tree.map(lambda x: x[None], metrics)
-        return new, records, _packed(1, good & _looks_fine(how, new)), alone
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(metrics))
-    places = max(1, min(MOST_STEPS, MOST_BYTES // size))
-
-    def one(carry):
-        i, state, records, goes_on = carry
-        new, metrics, good = advance(state, *at(i))
-        put = lambda record, x: lax.dynamic_update_index_in_dim(record, x, i, 0)
-        records = jax.tree.map(put, records, metrics)
-        return i + 1, new, records, good if how.look or alone else goes_on
-
-    records = jax.tree.map(lambda x: stacked_zeros(places, x), metrics)
-    begin = start, state, records, jnp.ones((), bool)
-    end = jnp.minimum(count, places)
-    done, new, records, good = lax.while_loop(lambda c: (c[0] < end) & c[3], one, begin)
-    return new, records, _packed(done, good & _looks_fine(how, new)), alone
-
-
-def _packed(*numbers: Any) -> jax.Array:
-    """In one array, which is read faster than several."""
-    return jnp.stack([jnp.asarray(n, jnp.int32) for n in numbers])
-
-
-def _looks_fine(how: How, new: State) -> jax.Array | bool:
-    """Is all finite? Not looked at where each step looks, or nobody wants to know."""
-    return True if how.look or not how.stop else ~any_nonfinite(new)
-
-
-def slow_steps(flat: Program) -> bool:
-    """Whether a program holds what is many times slower in a loop, on a CPU."""
-    return any(slow_in_a_loop(equation, avals) for equation, avals in all_equations(flat))
-
-
-def may_go_on(flat: Program) -> bool:
-    """Whether steps after a bad one, which count for nothing, do no harm.
-
-    A loop that runs until some error is small may run for ever at nan. What prints would tell of
-    steps that weren't.
-    """
-    found = (equation for equation, _ in all_equations(flat))
-    return not any(equation.has_effects or equation.name == "while" for equation in found)
-
-
-class Programs:
-    """The programs of one training step, and what is known of them.
-
-    They don't keep the step alive: `serve` tells of one that is.
-
-    Attributes:
-        traces: an entry for each program that was traced.
-        alone: of those, the ones in which no step may come after a bad one.
-        seconds: what a step took when it was last measured, by kind of batch.
-        fitting: the programs that were looked at, whether they fit into the device's memory.
-        first_states: those of a step that `kept_programs` was given.
-    """
-
-    def __init__(self) -> None:
-        self.traces: list[How] = []
-        self.alone: set[How] = set()
-        self.seconds: dict[Any, float] = {}
-        self.fitting: set[tuple] = set()
-        self.first_states = FirstStates()
-        self._found: dict[tuple, Any] = {}
-        self._steps: weakref.WeakSet[TrainStep] = weakref.WeakSet()
-        # No method of self's is jitted: a cycle would keep what the programs hold for a while.
-        steps, traces, alone = self._steps, self.traces, self.alone
-
-        def run(how, *args):
-            traces.append(how)
-            *made, is_alone = _run(next(iter(steps)), how, *args)
-            if is_alone:
-                alone.add(how)
-            return tuple(made)
-
-        self.run = jax.jit(run, static_argnums=0)
-        self.run_donated = jax.jit(run, static_argnums=0, donate_argnums=1)
-
-    def serve(self, step: TrainStep) -> None:
-        """A step whose programs these are."""
-        self._steps.add(step)
-
-    def found(self, what: str, find: Callable[..., T], *args: Any) -> T:
-        """What is found of the step by tracing it, once for arguments of the same types.
-
-        Args:
-            what: a name for it.
-            find: called with `args`; must keep neither the step nor an array.
-        """
-        types = what, types_of(args)
-        if types not in self._found:
-            self._found[types] = find(*args)
-        return self._found[types]
-
-
-def programs_of(step: TrainStep) -> Programs:
-    """The programs of a step that `train_step` made: the step's own."""
-    if step.programs is None:
-        step.programs = Programs()
-        step.programs.serve(step)
-    return step.programs
-
-
-_kept: Kept[Programs] = Kept()
-
-
-def kept_programs(step: TrainStep) -> tuple[Programs, Callable[[], None]]:
-    """The programs of an earlier step of the same loss and optimiser, if both read the same.
-
-    Returns:
-        The programs, and what keeps them for a later step, to be called when one was traced.
-    """
-    loss, optimizer, options = step.made_of
-    functions, more = [loss, optimizer.init, optimizer.update], []
-    for name in sorted(options.keys() - {"check"}):
-        value = options[name]
-        if inspect.isroutine(value) or (name == "trainable" and callable(value)):
-            functions.append(value)
-        else:
-            more.append(tuple(value) if isinstance(value, list) else value)
-    try:
-        programs = _kept.find(tuple(functions), *more) or Programs()
-    except TypeError:  # an option that can't be hashed
-        programs = Programs()
-    programs.serve(step)
-    programs.first_states.serve(step.traced)
-    step.first_states = programs.first_states
-
-    def keep():
-        with contextlib.suppress(TypeError):  # that, or no weak reference to a function
-            _kept.keep(tuple(functions), *more, made=programs)
-
-    return programs, keep
-
-
-# ---------------------------------------------------------------------------------- on the host
 
 
 class Ahead(NamedTuple):
@@ -338,7 +115,10 @@ class Calls:
             folded=on_one_cpu,
             stop=stops,
             may_loop="cpu" not in platforms,
+            length=None,
         )
+        self._is_far = "cpu" not in platforms  # what is there is copied to be read
+        self._asks = bool(platforms & ASKING) and not (stops and look)
 
     def __call__(self, work: Work, chunk: Chunk, at: int) -> int:
         """Some steps of a chunk from number `at` on; returns how many.
@@ -352,7 +132,7 @@ class Calls:
         self._latest = _kind(chunk)
         done, count = 0, int(min(len(chunk.sizes) - at, self.affordable()))
         while done < count:
-            done += self._once(work, chunk, at + done, int(min(count - done, self._longest)))
+            done += self._once(work, chunk, at + done, self._steps(chunk, count - done))
         return done
 
     def affordable(self) -> int:
@@ -362,6 +142,34 @@ class Calls:
         seconds = self._programs.seconds.get(self._latest)
         return max(1, int(SECONDS / seconds)) if seconds else 1
 
+    def _steps(self, chunk: Chunk, most: int) -> int:
+        """How many steps the next call makes, of so many that are to be done."""
+        most = int(min(most, self._longest))
+        return min(most, self._length(chunk) or most)
+
+    def _length(self, chunk: Chunk) -> int | None:
+        """How many steps a program of known length makes, if it is worth one.
+
+        It is when the loops of unknown length have gone on for as long as it takes to compile.
+        """
+        programs, kind = self._programs, self._latest
+        if not self._asks or self._how_of(chunk) in programs.alone:
+            return None
+        if not 0 < programs.seconds.get(kind, 0.0) < SHORT:
+            return None
+        if kind not in programs.lengths:
+            if programs.looped.get(kind, 0.0) < programs.compiled.get(kind, math.inf):
+                return None
+            length = int(min(len(chunk.sizes), self.affordable(), self._longest, MOST_STEPS))
+            if length == 1:
+                return None
+            programs.lengths[kind] = length
+        return programs.lengths[kind]
+
+    def _how_of(self, chunk: Chunk) -> How:
+        """What a program of unknown length depends on."""
+        return self._how._replace(kind=chunk.kind, masked=chunk.masked)
+
     def _once(self, work: Work, chunk: Chunk, at: int, count: int) -> int:
         """One call of the device."""
         began, known = time.perf_counter(), len(self._programs.traces)
@@ -370,12 +178,17 @@ class Calls:
         self._go_ahead(work, chunk, at, count)
         done, good, records = self._read_result(work)
         now = time.perf_counter()
+        since = self._read if was_ahead else began
         if len(self._programs.traces) > known:
             self._traced()
-            self._programs.seconds[self._latest] = 0.0
-        elif waits and good:  # else it was over before anybody looked
-            since = self._read if was_ahead else began
-            self._programs.seconds[self._latest] = (now - since) / max(1, done)
+            if self._programs.traces[-1].length is None:
+                self._programs.seconds[self._latest] = 0.0
+                self._programs.compiled[self._latest] = now - began
+        else:
+            if waits and good:  # else it was over before anybody looked
+                self._programs.seconds[self._latest] = (now - since) / max(1, done)
+            looped = self._programs.looped.get(self._latest, 0.0)
+            self._programs.looped[self._latest] = looped + now - since
         self._read = now
         if done != count or not good:
             self._ahead = None  # what it goes on from isn't where training goes on
@@ -428,6 +241,9 @@ class Calls:
         It waits for the call.
         """
         new, metrics, numbers = work.made[0]
+        if self._is_far:  # all on their way before the first is waited for
+            for x in (numbers, *metrics.values()):
+                x.copy_to_host_async()
         done, good = np.asarray(numbers).tolist()
         records = {name: np.asarray(values) for name, values in metrics.items()}
         if self._how.stop and not self._how.look:
@@ -453,12 +269,12 @@ class Calls:
             after, at = self.next_chunk(chunk), 0
         if after is None or _kind(after) != self._latest:
             return
-        steps = int(min(len(after.sizes) - at, self.affordable(), self._longest))
+        steps = self._steps(after, int(min(len(after.sizes) - at, self.affordable())))
         if steps * seconds > SECONDS:  # where training ends in between, this call is for nothing
             return
         state = work.made[0][0]
         args = self._arguments(after, at, steps, state, work.seen + count)
-        if args[0] in self._programs.alone:
+        if self._how_of(after) in self._programs.alone:
             return
         # What goes wrong does so again when its turn comes.
         with contextlib.suppress(Exception):
@@ -470,7 +286,8 @@ class Calls:
 
     def _arguments(self, chunk: Chunk, at: int, count: int, state: State, seen: int) -> tuple:
         """Those of a program: `count` steps from batch `at` on, of which `seen` were before."""
-        how = self._how._replace(kind=chunk.kind, masked=chunk.masked)
+        length = count if count == self._length(chunk) else None
+        how = self._how_of(chunk)._replace(length=length)
         where = np.array([at, seen, count], np.int32)
         sizes = chunk.sizes
         if chunk.kind == "stack":  # with a place for each batch, there or not

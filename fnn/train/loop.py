@@ -18,7 +18,7 @@ from fnn.logs import Logs, Writer
 from fnn.params import Where
 from fnn.sharding import Layout
 from fnn.train.call_checks import check_call, step_of
-from fnn.train.calls import Calls, Programs, kept_programs, programs_of
+from fnn.train.calls import Calls
 from fnn.train.checkpoints import Checkpoints
 from fnn.train.checks import check_values
 from fnn.train.chunks import Resident
@@ -35,6 +35,7 @@ from fnn.train.loss import Extras, Loss, check_key, extras
 from fnn.train.loss_scaling import DynamicLossScale
 from fnn.train.nonfinite import NonFiniteError
 from fnn.train.outcome import NonFinite
+from fnn.train.programs import Programs, kept_programs, programs_of
 from fnn.train.progress import progress_for
 from fnn.train.result import FitResult, Work, attach
 from fnn.train.rolling_back import RollingBack

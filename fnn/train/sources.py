@@ -12,13 +12,14 @@ import jax
 
 from fnn.batch import example_types
 from fnn.sharding.placement import is_spread
-from fnn.train.calls import Calls, Programs
+from fnn.train.calls import Calls
 from fnn.train.checks import BatchChecks
 from fnn.train.chunks import Resident, Streamed, fits, on_device
 from fnn.train.coupling import is_coupled
 from fnn.train.data import Arrays, Stream
 from fnn.train.devices import Placed
 from fnn.train.prefetch import prefetched
+from fnn.train.programs import Programs
 from fnn.train.state import State
 from fnn.train.step import TrainStep
 
