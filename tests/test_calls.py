@@ -136,6 +136,24 @@ def test_a_call_made_ahead_changes_nothing(ending, monkeypatch):
     assert len(found.history["loss"]) == {"stop": 4, "bad step": 2}.get(ending, 6)
 
 
+def test_what_is_known_of_one_network_is_not_taken_for_a_larger_one(monkeypatch):
+    """The same loss serves both, whose memory is foreseen and whose first call is one step."""
+    loss = lambda params, example: (params["v"] @ (params["W"] @ example[0]) - example[1]) ** 2
+    made, foreseen, counts = [], [], []
+    arguments, foresee = calls.Calls._arguments, calls.foresee
+    watch = lambda self, chunk, at, count, *rest: (
+        made.append(count) or arguments(self, chunk, at, count, *rest)
+    )
+    monkeypatch.setattr(calls.Calls, "_arguments", watch)
+    monkeypatch.setattr(calls, "foresee", lambda *args: foreseen.append(1) or foresee(*args))
+    small, large = ({"v": jnp.ones(n), "W": jnp.ones((n, 3))} for n in (4, 20))
+    for params in (small, small, large, large):
+        made.clear()
+        fit(loss, params)
+        counts.append((made[0], len(foreseen)))
+    assert counts == [(1, 1), (4, 1), (1, 2), (4, 2)]
+
+
 def test_hardly_a_call_is_made_for_nothing(monkeypatch):
     """Where a program makes fewer steps than asked for, the call ahead knows it after one time."""
     monkeypatch.setattr(programs, "MOST_STEPS", 3)

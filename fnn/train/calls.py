@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnn.batch import types_of
 from fnn.meshes import beside
 from fnn.train.chunks import Chunk
 from fnn.train.data import take
@@ -71,7 +72,6 @@ class Calls:
         programs: its programs.
         traced: called when one was traced.
         state: the first.
-        nonfinite: see `train_step`.
         key: the loss's, or None.
         most: how many steps a call has; None for as many as take about half a second.
 
@@ -90,6 +90,8 @@ class Calls:
     ):
         self._step, self._programs, self._traced = step, programs, traced
         self._key, self._most = key, most
+        networks = programs.networks  # of other sizes, too: the number of this one
+        self._network = networks.setdefault(types_of(state), len(networks))
         self._latest: Any = None  # the kind of batch
         self._on_mesh = False  # whether the state lies where the data do
         self.next_chunk: Callable[[Chunk], Chunk | None] = lambda chunk: None
@@ -129,7 +131,7 @@ class Calls:
         layout = self._step.layout
         if layout is not None and chunk.kind == "batch":
             chunk = chunk._replace(data=settled(layout, chunk.data, chunk.fill), fill=None)
-        self._latest = _kind(chunk)
+        self._latest = self._kind(chunk)
         done, count = 0, int(min(len(chunk.sizes) - at, self.affordable()))
         while done < count:
             done += self._once(work, chunk, at + done, self._steps(chunk, count - done))
@@ -165,6 +167,14 @@ class Calls:
                 return None
             programs.lengths[kind] = length
         return programs.lengths[kind]
+
+    def _kind(self, chunk: Chunk) -> tuple:
+        """The kind of batch, and which network's: where it is equal, a step takes as long."""
+        shapes = [
+            (x.shape[0 if chunk.kind == "batch" else 1 :], x.dtype)
+            for x in jax.tree.leaves(chunk.data)
+        ]
+        return self._network, chunk.kind, chunk.rows is not None and chunk.rows.shape[1], *shapes
 
     def _how_of(self, chunk: Chunk) -> How:
         """What a program of unknown length depends on."""
@@ -225,7 +235,7 @@ class Calls:
         if not self._on_mesh:
             state, self._on_mesh = beside(state, chunk.data), True
         args = self._arguments(chunk, at, count, state, work.seen)
-        if (known := (args[0], _kind(chunk), self._large)) not in self._programs.fitting:
+        if (known := (args[0], self._kind(chunk), self._large)) not in self._programs.fitting:
             types = jax.eval_shape(lambda x: batch_of(chunk._replace(data=x), at), chunk.data)
             foresee("fit", self._step, self._run, args, state, types, self._key)
             self._programs.fitting.add(known)
@@ -267,7 +277,7 @@ class Calls:
         at += count
         if at == len(chunk.sizes):
             after, at = self.next_chunk(chunk), 0
-        if after is None or _kind(after) != self._latest:
+        if after is None or self._kind(after) != self._latest:
             return
         steps = self._steps(after, int(min(len(after.sizes) - at, self.affordable())))
         if steps * seconds > SECONDS:  # where training ends in between, this call is for nothing
@@ -321,11 +331,6 @@ def batch_of(chunk: Chunk, i: int) -> Any:
         return take(chunk.data, np.asarray(chunk.rows)[i, :size])
     whole = chunk.data if chunk.kind == "batch" else jax.tree.map(lambda x: x[i], chunk.data)
     return jax.tree.map(lambda x: x[:size], whole) if chunk.masked else whole
-
-
-def _kind(chunk: Chunk) -> tuple:
-    shapes = [x.shape[0 if chunk.kind == "batch" else 1 :] for x in jax.tree.leaves(chunk.data)]
-    return chunk.kind, chunk.rows is not None and chunk.rows.shape[1], *shapes
 
 
 def _first(records: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:

@@ -164,10 +164,11 @@ class Programs:
     Attributes:
         traces: an entry for each program that was traced.
         alone: of those, the ones in which no step may come after a bad one.
-        seconds: what a step took when it was last measured, by kind of batch.
-        looped, compiled: for how long the host waited, by kind of batch, for programs that take the
-            number of their steps, and for the first of them, which was traced and compiled then.
-        lengths: how many steps a program of known length makes, by kind of batch.
+        networks: the types of the states that were trained -> a number.
+        seconds: what a step took when it was last measured, by network and kind of batch.
+        looped, compiled: for how long the host waited, likewise, for programs that take the number
+            of their steps, and for the first of them, which was traced and compiled then.
+        lengths: how many steps a program of known length makes, likewise.
         fitting: the programs that were looked at, whether they fit into the device's memory.
         first_states: those of a step that `kept_programs` was given.
     """
@@ -175,6 +176,7 @@ class Programs:
     def __init__(self) -> None:
         self.traces: list[How] = []
         self.alone: set[How] = set()
+        self.networks: dict[tuple, int] = {}
         self.seconds: dict[Any, float] = {}
         self.looped: dict[Any, float] = {}
         self.compiled: dict[Any, float] = {}
