@@ -172,6 +172,11 @@ def optimistix_fit(net: Layer, params: Any, x: jax.Array, y: jax.Array) -> tuple
     return found.value, residuals(found.value, (x, y))
 
 
+def means(samples: dict) -> str:
+    """Each parameter's, over all its samples."""
+    return ", ".join(f"{name} {w.mean():.3f}" for name, w in samples.items())
+
+
 def main() -> None:
     x = jnp.linspace(-2, 2, 20)[:, None]
     y = jnp.sin(2 * x)
@@ -180,29 +185,29 @@ def main() -> None:
 
     module = InEquinox(net, x[0], key=jax.random.key(0))
     squared = lambda module: jnp.mean((jax.vmap(module)(x) - y) ** 2)
-    print("an fnn network in Equinox: loss", squared(module))
+    print(f"an fnn network in Equinox: loss {squared(module):.3f}")
     print("    its gradient's leaves:", len(jax.tree.leaves(eqx.filter_grad(squared)(module))))
-    print("an fnn network in NNX: loss", squared(InNNX(net, x[0], rngs=nnx.Rngs(0))))
+    print(f"an fnn network in NNX: loss {squared(InNNX(net, x[0], rngs=nnx.Rngs(0))):.3f}")
 
     theirs = chain(
         first=OfEquinox(lambda key: eqx.nn.Linear(1, 16, key=key)),
         activation=ops.tanh,
         second=OfNNX(lambda rngs: nnx.Linear(16, 1, rngs=rngs)),
     )
-    print(
-        "their parts in an fnn network:",
-        jax.tree.map(jnp.shape, theirs.init(jax.random.key(0), x[0])),
-    )
+    weights = jax.tree.leaves(theirs.init(jax.random.key(0), x[0]))
+    print("their parts in an fnn network:", ", ".join(str(w.shape) for w in weights))
 
     _, residuals = optimistix_fit(net, params, x, y)
-    print("optimistix: root mean square of the residuals", jnp.sqrt(jnp.mean(residuals**2)))
+    error = jnp.sqrt(jnp.mean(residuals**2))
+    print(f"optimistix: root mean square of the residuals {error:.1e}")
     field = chain(hidden=Linear(16), activation=ops.tanh, output=Linear(2))
     start = jnp.array([1.0, 0.0])
     end = jax.grad(lambda p: jnp.sum(diffrax_field(field, p, start, 1.0)))
-    print("diffrax: gradient", jax.tree.map(jnp.shape, end(field.init(jax.random.key(0), start))))
+    gradient = jax.tree.leaves(end(field.init(jax.random.key(0), start)))
+    print("diffrax: gradient", ", ".join(str(g.shape) for g in gradient))
     line = Linear(1)
     posterior = numpyro_posterior(line, x, y, 0.5, 500)
-    print("numpyro: posterior means", jax.tree.map(lambda w: w.mean(), posterior))
+    print("numpyro: posterior means", means(posterior))
 
     def loss(p):
         errors = jax.vmap(line, (None, 0))(p, x) - y
@@ -212,7 +217,7 @@ def main() -> None:
 
     begin = line.init(jax.random.key(0), x[0])
     chain_of = langevin(loss, begin, jax.random.key(1), step=0.003, samples=20_000)
-    print("Langevin: posterior means", jax.tree.map(lambda w: w.mean(), chain_of))
+    print("Langevin: posterior means", means(chain_of))
 
 
 if __name__ == "__main__":
