@@ -267,6 +267,7 @@ SEEN = {
     "sigmoid": lambda z, t, i: jnp.sum(jnp.maximum(z, 0) - z * t + jnp.log1p(jnp.exp(-jnp.abs(z)))),
     "squared hinge": lambda z, t, i: jnp.sum(jnp.maximum(0, 1 - t * z) ** 2),
     "two": lambda z, t, i: ops.squared_error(z, t) + ops.softmax_cross_entropy(z, i) ** 2,
+    "a modulus": lambda z, t, i: jnp.sum(jnp.abs((z - t) * 2j + 1)),
 }
 UNSEEN = {
     "minus": lambda z, t, i: -jnp.sum((z - t) ** 2),
@@ -278,10 +279,13 @@ UNSEEN = {
     "a bell": lambda z, t, i: jnp.sum(jnp.exp(-((z - t) ** 2))),
     "a hump": lambda z, t, i: jnp.sum(jnp.maximum(1 - t * z, 0) * jnp.sin(z)),
     "a Gaussian": lambda z, t, i: jnp.sum(z[:2] + (t[:2] - z[2:]) ** 2 * jnp.exp(-z[:2])),
+    "by a key": lambda z, t, i: -jnp.sum(lax.sort_key_val(i + jnp.arange(4), z**2)[1]),
+    "minus a modulus": lambda z, t, i: -jnp.sum(jnp.abs((z - t) * 2j + 1)),
 }
 
 
 QUICK = ["one hot", "squared hinge", "two", "minus", "a product", "a Gaussian"]
+QUICK += ["by a key", "minus a modulus"]
 
 
 @pytest.mark.parametrize("name", sweep(SEEN | UNSEEN, QUICK))
@@ -293,6 +297,30 @@ def test_which_losses_are_seen_to_be_convex(name):
     hessian = jax.jit(jax.vmap(jax.hessian(lambda z: loss(z, target, 1))))
     lowest = jnp.linalg.eigvalsh(hessian(2 * normal(5, 200, 4))).min()
     assert (lowest > -1e-10) == (name in SEEN)
+
+
+def test_a_loss_with_an_exponent_that_is_traced():
+    xs, ts, p = normal(0, N, 3), normal(1, N, 3), normal(2, 3)
+    model, loss = lambda p, x: p * x, lambda z, t, k: jnp.sum(lax.pow(jnp.abs(z - t), k))
+
+    @jax.jit
+    def ours(p, k):
+        return curvature.hessian_diagonal(model, lambda z, t: loss(z, t, k))(p, (xs, ts))
+
+    mean = lambda p: jnp.mean(jax.vmap(lambda x, t: loss(model(p, x), t, 3.0))(xs, ts))
+    close(ours(p, 3.0), jnp.diag(jax.hessian(mean)(p)))
+
+
+@pytest.mark.parametrize("place", ["network", "loss"])
+def test_the_modulus_of_a_complex_number_is_not_linear_in_pieces(place):
+    xs, ts, p = normal(0, N, 3), normal(1, N, 3), normal(2, 3)
+    model, loss = {
+        "network": (lambda p, x: jnp.abs(p * x + 1j), lambda z, t: jnp.sum(z * t)),
+        "loss": (lambda p, x: p * x, lambda z, t: -jnp.sum(jnp.abs(z + 1j))),
+    }[place]
+    mean = lambda p: jnp.mean(jax.vmap(lambda x, t: loss(model(p, x), t))(xs, ts))
+    found = jax.jit(curvature.hessian_diagonal(model, loss))(p, (xs, ts))
+    close(found, jnp.diag(jax.hessian(mean)(p)))
 
 
 # -------------------------------------------------------------------------------------- networks

@@ -74,14 +74,15 @@ def is_convex(loss: Callable, z: Any, target: Any) -> bool:
         found = _of_equation(equation, [values[i] for i in equation.ins], flat)
         for i in equation.outs:
             dtype = flat.avals[i].dtype
-            if not jax.dtypes.issubdtype(dtype, jnp.inexact):
-                found = Value(CONSTANT, found.sign or _sign_of_dtype(dtype))
-            values[i] = found
+            is_inexact = jax.dtypes.issubdtype(dtype, jnp.inexact)
+            constant = Value(CONSTANT, found.sign or _sign_of_dtype(dtype))
+            values[i] = found if is_inexact else constant
     return values[flat.outputs[0]].kind in (CONSTANT, *_BENT_UP)
 
 
 def _constant(x) -> Value:
-    if isinstance(x, jax.core.Tracer) or not jax.dtypes.issubdtype(x.dtype, jnp.number):
+    is_number = jax.dtypes.issubdtype(x.dtype, jnp.number)
+    if isinstance(x, jax.core.Tracer) or not is_number or jnp.iscomplexobj(x):
         return Value(CONSTANT, _sign_of_dtype(x.dtype))
     x = numpy.asarray(x).astype(float)
     return Value(CONSTANT, 1 if (x >= 0).all() else -1 if (x <= 0).all() else 0)
@@ -95,6 +96,7 @@ def _of_equation(equation: Equation, ins: list[Value], flat) -> Value:
     name = equation.name
     kinds = [v.kind for v in ins]
     first = ins[0] if ins else Value(CONSTANT)
+    is_complex = any(jnp.iscomplexobj(flat.avals[i]) for i in equation.ins)
     call = call_of(equation)
     if call is not None:
         wanted, result = _OPERATIONS.get(call.rule.name, ((), Value(NEITHER)))
@@ -130,12 +132,15 @@ def _of_equation(equation: Equation, ins: list[Value], flat) -> Value:
         return _product(first, _power(ins[1], -1)) if first.kind == CONSTANT else Value(NEITHER)
     if name in ("integer_pow", "square"):
         return _power(first, equation.params.get("y", 2))
-    if name == "pow" and equation.ins[1] in flat.constants:
-        exponent = numpy.asarray(flat.constants[equation.ins[1]])
-        if exponent.ndim == 0 and exponent == int(exponent):
+    if name == "pow" and equation.ins[1] in flat.constants and not is_complex:
+        exponent = flat.constants[equation.ins[1]]
+        is_known = jnp.ndim(exponent) == 0 and not isinstance(exponent, jax.core.Tracer)
+        if is_known and float(exponent).is_integer():
             return _power(first, int(exponent))
     if all(k == CONSTANT for k in kinds):
         return Value(CONSTANT, int(name in ("exp", "sqrt", "abs", "logistic")))
+    if name == "abs" and is_complex:
+        return Value(CONVEX, 1) if first.kind == AFFINE else Value(NEITHER)
     if name == "abs" and (first.kind == AFFINE or first.sign == 1):
         return Value(first.kind, 1)
     if name in ("exp", "exp2"):
