@@ -652,14 +652,19 @@ def test_two_sweeps_where_gradients_are_large(monkeypatch):
     products = lambda w, x: jnp.sum(jnp.sin(w @ x) ** 2)
     normed = lambda w, x: jnp.sum((w / jnp.linalg.norm(w) @ x) ** 2)
     w, x = R(0, 60, 50), R(1, 4, 50)
-    for loss, options, sweeps in [
-        (products, {}, 1),
-        (normed, {}, 2),
-        (normed, {"sweeps": 1}, 1),
-        (products, {"sweeps": 2}, 2),
+    halved = lambda w, x: normed(w, x).astype(jnp.float16)
+    for loss, options, dtype, sweeps in [
+        (products, {}, float, 1),
+        (normed, {}, float, 2),
+        (normed, {"sweeps": 1}, float, 1),
+        (normed, {"groups": {"all": [""]}}, float, 1),
+        (products, {"sweeps": 2}, float, 2),
+        # In half precision a weight c would be rounded.
+        (normed, {}, jnp.bfloat16, 1),
+        (halved, {}, float, 1),
     ]:
         called.clear()
-        jax.eval_shape(clipping.clipped_grad(loss, 1.0, **options), w, x)
+        jax.eval_shape(clipping.clipped_grad(loss, 1.0, **options), w.astype(dtype), x)
         assert len(called) == sweeps - 1
 
 
@@ -682,6 +687,23 @@ def test_half_precision_is_clipped_in_single():
     assert found.norms.dtype == jnp.float32
     total = np.sqrt(sum(np.sum(np.asarray(g, float) ** 2) for g in found.gradient.values()))
     np.testing.assert_allclose(total, 1000 * limit, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_parts_in_half_precision_are_added_up_in_single(dtype):
+    """2048 gradients of 1; in bfloat16 257 ones are 256, in float16 2049 are 2048."""
+    loss = lambda w, x: (w * x).astype(jnp.float32)
+    clip = pe.clipped_grad(loss, float("inf"), microbatch_size=2)
+    x = jnp.ones(4098, dtype)
+    found = jax.jit(clip)(jnp.ones((), dtype), x, mask=jnp.arange(4098) != 0).gradient
+    assert found.dtype == dtype and found == jnp.asarray(4097, dtype)
+    # With the noise it is rounded once: to half a step of its dtype, not a whole one.
+    noisy = pe.clipped_grad(loss, 1.0, microbatch_size=2, noise_multiplier=1000.0)
+    of = lambda w, key: noisy(w, x, noise_key=key).gradient
+    keys = jax.random.split(jax.random.key(0), 50)
+    single, half = (jax.jit(jax.vmap(functools.partial(of, jnp.ones((), d))))(keys)
+                    for d in (jnp.float32, dtype))  # fmt: skip
+    assert (half == single.astype(dtype)).all()
 
 
 def test_a_zero_gradient_is_clipped_to_zero():

@@ -18,10 +18,13 @@ from fnn import arguments, text
 from fnn.backprop import value_and_grad
 from fnn.batch import batch_size
 from fnn.eager import once
+from fnn.jaxpr import is_inexact
 from fnn.meshes import batch_spec, specs_of, with_auto_axes
 from fnn.per_example import quantities
 from fnn.per_example.differentiate import factored
 from fnn.per_example.inputs import join_static, keys_of, parameters, split_static
+from fnn.per_example.precision import as_dtype
+from fnn.per_example.sums import weighted_sums
 from fnn.precision import wide, wide_dtype
 
 _WHERE = "per_example.clipped_grad"
@@ -86,7 +89,8 @@ def clipped_grad(
         sweeps: 1: keep the factors until the norms are known. 2: find the norms, then sweep
             again for the gradient of Σₙ cₙ lossₙ, cₙ held fixed; slower, in less memory where
             the factors are large. None chooses: 2 where the factors hold more than twice as many
-            numbers as any sweep keeps, as where large weights enter by other ways than products.
+            numbers as any sweep keeps, as where large weights enter by other ways than products;
+            1 with groups, and in less than float32, where cₙ would be rounded.
         nan_safe: whether examples with a gradient that isn't finite contribute 0. Else one makes
             the sum nan. `norms` shows them: it is inf or nan there.
 
@@ -98,6 +102,7 @@ def clipped_grad(
 
     Each |clipped gₙ| is at most C in rounding, too: where an example's positions cancel so far that
     its gradient is hardly more than rounding errors, these are added to the norm it is clipped by.
+    Two sweeps in less than float32 don't keep that: cₙ and all that it multiplies are rounded.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -163,11 +168,13 @@ def clipped_grad(
                 found = _in_parts(part, (inputs, which), size, microbatch_size, settle)
             if names is None:
                 found = found._replace(norms=found.norms[_ALL])
+            gradient = found.gradient
             if is_noisy:
                 norm = quantities.together([jnp.asarray(c, float) for c in limits.values()])
-                noisy = _with_noise(found.gradient, noise_multiplier * norm, noise_key)
-                found = found._replace(gradient=noisy)
-            return found
+                gradient = _with_noise(gradient, noise_multiplier * norm, noise_key)
+            # In the parameters' dtypes at last: parts and noise are added in at least float32.
+            gradient = jax.tree.map(lambda g, p: g.astype(jax.typeof(p).dtype), gradient, params)
+            return found._replace(gradient=gradient)
 
         inputs = batch, *keys_of(key, size)
         by_example = batch_spec(batch)
@@ -221,6 +228,7 @@ def _limits(clip_norm, names: Sequence[str] | None) -> dict[str, Any]:
 def _clipped(
     loss, params, limits, names, has_aux, sweeps, nan_safe, static, inputs, which
 ) -> Clipped:
+    """The gradient is in at least float32 here."""
     costs: dict[str, int] = {}
     one = lambda x: factored(loss, params, x, static, has_aux=has_aux, costs=costs)
     losses, grads = jax.vmap(one)(inputs)
@@ -235,17 +243,28 @@ def _clipped(
     if sweeps is None:
         # Measured, one sweep is faster and in less memory up to there and beyond: the second one
         # makes the first one's values wait.
-        sweeps = 1 if names is not None or costs["on top"] <= 2 * costs["residuals"] else 2
+        is_cheap = costs["on top"] <= 2 * costs["residuals"]
+        is_half = any(map(_is_half, [losses, *jax.tree.leaves((params, grads))]))
+        sweeps = 1 if names is not None or is_cheap or is_half else 2
     if sweeps == 1:
         leaves, tree = jax.tree.flatten(grads, is_leaf=quantities._is_factored)
         if which is not None:
             leaves = [g.keep(which) for g in leaves]
         of = [_ALL] * len(leaves) if names is None else names
-        added = [g.weighted_sum(weights[name]) for g, name in zip(leaves, of, strict=True)]
+        added = [
+            as_dtype(weighted_sums(g.terms, weights[name]), wide_dtype(g.dtype))
+            for g, name in zip(leaves, of, strict=True)
+        ]
         gradient = jax.tree.unflatten(tree, added)
     else:
         gradient = _swept_again(loss, params, inputs, static, has_aux, weights, names, which)
+        gradient = jax.tree.map(wide, gradient)
     return Clipped(losses, gradient, norms, aux)
+
+
+def _is_half(x) -> bool:
+    """Is it of real or complex numbers in less than float32?"""
+    return is_inexact(x) and wide_dtype(x.dtype) != x.dtype
 
 
 def _factor(norms: jax.Array, limit) -> jax.Array:
@@ -312,14 +331,14 @@ def _in_parts(part, batch, size: int, microbatch_size: int, settle=None) -> Clip
 
 
 def _with_noise(gradient, scale, key):
+    """The gradient is in at least float32: in half precision noise would be of few values."""
     leaves, tree = jax.tree.flatten(gradient)
     keys = jax.random.split(key, len(leaves))
     # JAX's complex normal numbers have variance 1 in both parts together, where C counts each.
     scales = [scale * (math.sqrt(2) if jnp.iscomplexobj(x) else 1) for x in leaves]
 
     def noisy(x, scale, key):
-        # Drawn in at least float32: in half precision it would be of few values.
-        noise = jax.random.normal(key, x.shape, wide_dtype(x.dtype))
-        return (wide(x) + jnp.asarray(scale).astype(noise.dtype) * noise).astype(x.dtype)
+        noise = jax.random.normal(key, x.shape, x.dtype)
+        return x + jnp.asarray(scale).astype(noise.dtype) * noise
 
     return jax.tree.unflatten(tree, list(map(noisy, leaves, scales, keys)))
