@@ -49,6 +49,23 @@ def test_kfac_solves_a_linear_problem_in_any_units(scale):
     close(state.ratio, 1.0)
 
 
+@pytest.mark.parametrize("gap", [20.0, 30.0])
+@pytest.mark.parametrize("top", [0, 1, 2])
+def test_the_curvature_of_a_softmax_that_is_sure(gap, top):
+    """Of float32 logits, to float32's digits: 1 − p is far below its rounding errors."""
+    model, loss = lambda z, x: z + x, ops.softmax_cross_entropy
+    z = np.array([0.0, 1.0, -2.0])
+    z[top] += gap
+    p = np.exp(z - z.max()) / np.sum(np.exp(z - z.max()))
+    others = [sum(p[k] for k in range(3) if k != i) for i in range(3)]
+    H = np.diag(p * others) - np.outer(p, p) * (1 - np.eye(3))
+    given = jnp.array(z, "float32"), (jnp.zeros((1, 3), "float32"), jnp.zeros(1, "int32"))
+    found = jax.jit(lambda z, b: curvature.ggn_vector_product(model, loss)(z, b).to_dense())(*given)
+    close(found, H.astype("float32"), 1e-5)
+    diagonal = jax.jit(curvature.ggn_diagonal(model, loss))(*given)
+    close(diagonal, np.diag(H).astype("float32"), 1e-5)
+
+
 @exhaustive
 def test_kfac_where_the_ratio_of_the_factors_overflows():
     """A large factor of inputs, a vanishing one of a saturated sigmoid: π² is beyond float32. The

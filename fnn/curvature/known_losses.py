@@ -60,18 +60,23 @@ def _squared_error() -> Known:
 
 
 def _softmax_cross_entropy() -> Known:
+    # Where one class has nearly all, its 1 − p would be lost in p's rounding errors: both forms
+    # are from the other classes' side.
     def product(z, t, v):
         p = jax.nn.softmax(z)
+        v = v - v[jnp.argmax(z)]  # H takes equal numbers to zero
         return p * v - p * jnp.sum(p * v)
 
     def root(z, t):
         # With q = √p of unit length, diag(p) − p pᵀ = D (I − q qᵀ) D, D = diag(q). Householder's
-        # reflection that takes the first axis to −q takes the others to a basis of what is
-        # orthogonal to q: one column less than there are classes.
+        # reflection that takes one axis to −q takes the others to a basis of what is orthogonal
+        # to q: one column less than there are classes.
+        top = jnp.argmax(z)
         q = jnp.sqrt(jax.nn.softmax(z))
-        v = q.at[0].add(1)
-        eye = jnp.eye(z.size, dtype=z.dtype)
-        return (eye[1:] - v[1:, None] * v[None] / (1 + q[0])) * q[None]
+        v = q.at[top].add(1)
+        others = (top + jnp.arange(1, z.size)) % z.size
+        eye = jax.nn.one_hot(others, z.size, dtype=z.dtype)
+        return (eye - v[others, None] * v[None] / (1 + q[top])) * q[None]
 
     def sample(z, key):
         drawn = jax.random.categorical(key, z)
