@@ -1025,6 +1025,59 @@ def test_batch_statistics_are_refused():
         jax.vmap(lambda x: pe.grads(inside)(w, x), axis_name="batch")(x[:, None])
 
 
+def _carried(w, x):
+    """What is carried starts as a constant; after a step it is the example's."""
+    step = lambda c, x: (c + jnp.sum(w * x), lax.psum(c, "batch"))
+    return jnp.sum(lax.scan(step, jnp.zeros(()), x)[1])
+
+
+def _in_a_condition(w, x):
+    w_fixed, x_fixed = jax.tree.map(lax.stop_gradient, (w, x))
+    goes_on = lambda c: c < lax.psum(jnp.sum(x_fixed), "batch")
+    count = lax.while_loop(goes_on, lambda c: c + 1 + w_fixed[0] ** 2, jnp.zeros(()))
+    return jnp.sum(w * x) * count
+
+
+def _in_a_body(w, x):
+    limit = jnp.sum(lax.stop_gradient(x))
+    body = lambda c: (c[0] + 1, lax.pmax(c[0], "batch"))
+    _, last = lax.while_loop(lambda c: c[0] < limit, body, (jnp.zeros(()), jnp.zeros(())))
+    return jnp.sum(w * x) * last
+
+
+@pytest.mark.parametrize("loss", [_carried, _in_a_condition, _in_a_body])
+def test_batch_statistics_in_loops_are_refused(loss):
+    w, x = R(0, 3), R(1, 4, 2, 3)
+    with pytest.raises(ValueError, match="depends on other examples"):
+        jax.vmap(lambda x: pe.grads(loss)(w, x), axis_name="batch")(x[:, None])
+
+
+def _of_the_first(x):
+    return lax.pbroadcast(x, ("batch",), 0)
+
+
+def _exchanged(x):
+    offsets, sizes = jnp.arange(4, dtype=jnp.int32), jnp.ones(4, jnp.int32)
+    out = lax.ragged_all_to_all(
+        jnp.broadcast_to(x.sum(), (4,)), jnp.zeros(4), offsets, sizes, offsets, sizes,
+        axis_name="batch",
+    )  # fmt: skip
+    return out[:3]
+
+
+@pytest.mark.parametrize("collective", [_of_the_first, _exchanged])
+def test_all_kinds_of_collectives_are_refused(collective):
+    """Where there are four devices, each with an example of its own."""
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    loss = lambda w, x: jnp.sum(w * x * collective(x))
+    one = lambda w, x: pe.grads(loss)(w, x)[1].norms()
+    norms = jax.shard_map(
+        one, mesh=mesh, in_specs=(P(), P("batch")), out_specs=P("batch"), check_vma=False
+    )
+    with pytest.raises(ValueError, match="depends on other examples"):
+        jax.eval_shape(norms, R(0, 3), R(1, 4, 3))
+
+
 def test_a_collective_of_constants_is_fine():
     loss = lambda w, x: jnp.sum(w * x) / lax.psum(1, "batch") * lax.axis_size("batch")
     found = jax.vmap(lambda x: pe.grads(loss)(R(0, 3), x)[1].norms(), axis_name="batch")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from fnn.jaxpr import Program, inner_jaxprs, program, trace
+from fnn.jaxpr import Equation, Program, inner_jaxprs, program, scan_layout, trace
 from fnn.per_example.sides import CONSTANT, EXAMPLE, sides
 
 # What makes one device's, or one example's, value depend on others'.
@@ -16,9 +16,19 @@ COLLECTIVES = (
     "pmin",
     "all_gather",
     "all_to_all",
+    "ragged_all_to_all",
     "ppermute",
+    "psend",
+    "precv",
+    "pbroadcast",
+    "pbroadcast_dynamic",
     "reduce_scatter",
     "all_gather_invariant",
+    "all_gather_reduced",
+    "unreduced_psum",
+    "unreduced_pmax",
+    "unreduced_pmin",
+    "unreduced_reduce_scatter",
     "psum2",
     "pbroadcast_invariant",
 )
@@ -41,16 +51,32 @@ _DEPENDENT = (
 )
 
 
-def check_independent(flat: Program, kinds: list[int]) -> None:
+def check_independent(flat: Program, kinds: Sequence[int]) -> None:
     """An error if what depends on the example goes into a collective, also inside loops."""
     side = sides(flat, kinds)
     for equation in flat.equations:
         ins = [side[i] for i in equation.ins]
-        if equation.name in COLLECTIVES and EXAMPLE in ins:
+        # An asynchronous one is named by its start.
+        if equation.name.removesuffix("_start") in COLLECTIVES and EXAMPLE in ins:
             raise ValueError(_DEPENDENT.format(what=equation.name))
-        for inner in inner_jaxprs(equation).values():
+        for role, inner in inner_jaxprs(equation).items():
             inner_flat = program(inner)
-            if len(inner_flat.inputs) <= len(ins):
-                # Those of a conditional's branches are the last.
-                kinds = ins[len(ins) - len(inner_flat.inputs) :]
-                check_independent(inner_flat, kinds if EXAMPLE in ins else [CONSTANT] * len(kinds))
+            count = len(inner_flat.inputs)
+            if EXAMPLE not in ins:
+                check_independent(inner_flat, [CONSTANT] * count)
+            elif count <= len(ins):
+                check_independent(inner_flat, _inner_kinds(equation, role, ins, count))
+
+
+def _inner_kinds(equation: Equation, role: str, ins: list[int], count: int) -> list[int]:
+    """What each of a jaxpr's inputs depends on, of those of the equation that holds it."""
+    if equation.name == "scan":
+        consts, carry = scan_layout(equation.params)
+        # After a step, what is carried may depend on all that the loop is given.
+        return [*ins[:consts], *[EXAMPLE] * carry, *ins[consts + carry :]]
+    if equation.name == "while":
+        num_cond, num_body = equation.params["cond_nconsts"], equation.params["body_nconsts"]
+        consts = ins[:num_cond] if role == "cond_jaxpr" else ins[num_cond : num_cond + num_body]
+        return [*consts, *[EXAMPLE] * (count - len(consts))]
+    # Those of a conditional's branches are the last.
+    return ins[len(ins) - count :]
