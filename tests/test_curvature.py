@@ -240,6 +240,10 @@ def by_layers(name):
         options = {"dimension_numbers": numbers, "feature_group_count": groups}
         return lax.conv_general_dilated(x[None], k, (2, 2), "SAME", **options)[0]
 
+    def in_batch_groups(x, k):
+        options = {"dimension_numbers": numbers, "batch_group_count": 2}
+        return lax.conv_general_dilated(x, k, (2, 2), "SAME", **options)[0]
+
     W, V, b = normal(0, 6, 4), normal(1, 3, 6), normal(2, 6)
     model = {
         "dense": lambda p, x: p["V"] @ jnp.tanh(p["W"] @ x + p["b"]),
@@ -252,17 +256,20 @@ def by_layers(name):
         "matrices": lambda p, x: p["V"] @ jnp.tanh(jnp.einsum("gi,gio->go", x, p["W"])).reshape(6),
         "low rank": lambda p, x: p["V"] @ jnp.tanh((p["W"] @ p["A"]) @ x + p["b"]),
         "itself": lambda p, x: p["V"] @ jnp.tanh(p["W"] @ (x * p["W"][0])),
+        "batch groups": lambda p, x: p["V"] @ jnp.tanh(in_batch_groups(x, p["W"])).sum((0, 1)),
     }[name]  # fmt: skip
     x, found = normal(3, N, 4), {"W", "V"}
     if name in ("dense", "tied"):
         found.add("b")
-    if name in ("tied", "itself"):
+    if name in ("tied", "itself", "batch groups"):
         found.discard("W")
     if name == "words":
         x = normal(3, N, 2, 4)
     if name in ("convolution", "groups"):
         W, x = normal(0, 3, 3, 4, 6), normal(3, N, 3, 3, 4)
         W = W[:, :, :2] if name == "groups" else W
+    if name == "batch groups":
+        W, x = normal(0, 3, 3, 4, 6), normal(3, N, 2, 3, 3, 4)
     if name == "matrices":
         W, x = normal(0, 2, 4, 3), normal(3, N, 2, 4)
     if name == "low rank":
@@ -275,7 +282,7 @@ def by_layers(name):
     "name",
     sweep(
         ["dense", "shared bias", "tied", "views", "words", "convolution", "groups", "matrices"]
-        + ["low rank", "itself"],
+        + ["low rank", "itself", "batch groups"],
         quick=["shared bias", "tied", "convolution"],
     ),
 )

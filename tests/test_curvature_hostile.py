@@ -66,6 +66,22 @@ def test_the_curvature_of_a_softmax_that_is_sure(gap, top):
     close(diagonal, np.diag(H).astype("float32"), 1e-5)
 
 
+@pytest.mark.parametrize("positions", [1, 2])
+def test_the_hessian_diagonal_in_half_precision_of_unscaled_inputs(positions):
+    """Squares of inputs of 300 are beyond float16, the entries are not."""
+    model = lambda W, x: jnp.tanh(x @ W.T).sum(0)
+    loss = lambda z, t: ops.squared_error(z, t) / 16
+    W, x = normal(0, 2, 3) / 300, 300 + normal(1, 4, positions, 3)
+    batch = x.astype("float16"), normal(2, 4, 2).astype("float16")
+    half = jax.jit(curvature.hessian_diagonal(model, loss))
+    found = half(W.astype("float16"), batch)
+    W, x, t = (jnp.asarray(a.astype("float16"), "float64") for a in (W, *batch))
+    mean = lambda W: jnp.mean(jax.vmap(lambda x, t: loss(model(W, x), t))(x, t))
+    wanted = jnp.diag(jax.hessian(mean)(W).reshape(6, 6)).reshape(2, 3)
+    assert jnp.abs(wanted).max() < jnp.finfo("float16").max
+    close(found.astype("float64"), wanted, 0.02, 0.02 * float(jnp.abs(wanted).max()))
+
+
 @exhaustive
 def test_kfac_where_the_ratio_of_the_factors_overflows():
     """A large factor of inputs, a vanishing one of a saturated sigmoid: π² is beyond float32. The

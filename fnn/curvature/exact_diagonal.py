@@ -38,6 +38,7 @@ from fnn.per_example.inputs import parameters
 from fnn.per_example.meetings import MEETINGS
 from fnn.per_example.passages import PASSAGES
 from fnn.per_example.terms import Convolution, Product
+from fnn.precision import wide_together
 
 
 def hessian_diagonal(model: Callable, loss: Callable, *, chunk: int = 16) -> Callable:
@@ -168,7 +169,8 @@ def _layers(flat: Program, count: int) -> list[_Layer]:
             if equation.name in ("dot_general", "conv_general_dilated"):
                 argument = equation.ins.index(value)
                 (y,) = equation.outs
-                is_kernel = equation.name == "dot_general" or argument == 1
+                of_examples = equation.params.get("batch_group_count", 1) == 1
+                is_kernel = equation.name == "dot_general" or (argument == 1 and of_examples)
                 real = jnp.issubdtype(flat.avals[y].dtype, jnp.floating)
                 smaller = math.prod(flat.avals[y].shape) < math.prod(flat.avals[value].shape)
                 if is_kernel and real and smaller:
@@ -225,7 +227,9 @@ def _through(
     push = second_derivative(grad(total), zero)
 
     terms = jax.vmap(term)(zero, *examples)
-    a, layout = terms.a, terms.layout
+    # In float32 at least, and G's dtype: the square of an input is soon beyond float16.
+    a, _ = wide_together(terms.a, terms.g)
+    layout = terms.layout
     _, stack, positions, out = terms.g.shape
     # y in the order of the factor G, and back.
     arranged = lambda g: term(g, *(x[0] for x in examples)).g
@@ -236,7 +240,7 @@ def _through(
         one = jnp.zeros((stack, positions, out), terms.g.dtype).at[s, p, o].set(1)
         (direction,) = back(one)
         pushed = push(jnp.broadcast_to(direction, zero.shape))
-        row = jax.vmap(arranged)(pushed)[:, s, :, o]  # (examples, positions)
+        row = jax.vmap(arranged)(pushed)[:, s, :, o].astype(a.dtype)  # (examples, positions)
         if positions == 1:
             return row[:, 0]
         seen = jnp.einsum("nq,nqi->ni", row, a[:, s])
@@ -251,5 +255,6 @@ def _through(
         by_weight = by_position.reshape(stack, positions, out, -1).sum(1)
     by_bias = None
     if layer.bias is not None:
-        (by_bias,) = back(own.reshape(stack, positions, out, size).sum(-1) / size)
+        of_bias = own.reshape(stack, positions, out, size).sum(-1) / size
+        (by_bias,) = back(of_bias.astype(terms.g.dtype))
     return layout.to_parameter(by_weight) / size, by_bias
