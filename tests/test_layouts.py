@@ -229,6 +229,38 @@ def test_numbers_of_python_lie_whole():
     assert "scale" in layout.show(tree)
 
 
+# Each as XLA writes it for GPUs or TPUs: the line, its bytes, and how many of 8 devices take part.
+LINES = {
+    "asynchronous permutation": (
+        "%p = (f32[1024]{0}, f32[1024]{0}, u32[], u32[]) collective-permute-start(%x), "
+        "channel_id=1, source_target_pairs={{0,1},{1,0}}", 4096, 2,
+    ),
+    "the same of two arrays": (
+        "%p = ((f32[8]{0}, bf16[2]{0}), (f32[8]{0}, bf16[2]{0}), u32[], u32[]) "
+        "collective-permute-start(%x, %y), source_target_pairs={{0,1},{1,0}}", 36, 2,
+    ),
+    "the same without contexts": (
+        "%p = (u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}", 4, 2,
+    ),
+    "asynchronous gathering": (
+        "%g = (f32[8]{0}, f32[64]{0}) all-gather-start(%x), replica_groups=[1,8]<=[8]", 256, 8,
+    ),
+    "all devices": ("%r = f32[8]{0} all-reduce(%x), replica_groups={}, to_apply=%add", 32, 8),
+    "listed": ("%r = f32[8]{0} all-reduce(%x), replica_groups={{0,1,2},{3,4,5}}", 32, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_collectives_as_text(name):
+    line, size, devices = LINES[name]
+    text = (
+        "HloModule jit_f, is_scheduled=true, replica_count=2, num_partitions=4\n\n"
+        f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  {line}\n}}\n"
+    )
+    (found,) = sharding.collectives(text)
+    assert (found.size, found.devices) == (size, devices)
+
+
 def test_collectives_are_of_a_compiled_program():
     with pytest.raises(TypeError, match="^collectives: compiled must be a compiled program"):
         sharding.collectives(jax.jit(jnp.sin))

@@ -20,6 +20,7 @@ _CALLS = re.compile(
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TIMES = re.compile(r'"known_trip_count":\{"n":"?(\d+)"?\}')
+_NUMBERS = re.compile(r"\b(?:replica_count|num_partitions)=(\d+)")
 _LIST_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _SHAPE_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
@@ -81,11 +82,13 @@ def collectives(compiled: Any) -> list[Collective]:
             f"or its text, but got {arguments.show(compiled)}."
         )
     text = compiled if isinstance(compiled, str) else compiled.as_text()
+    everyone = math.prod(int(n) for n in _NUMBERS.findall(text.split("\n", 1)[0]))
     found = []
     for line, times in instructions(text):
         match = _COLLECTIVE.search(line)
         if match:
-            found.append(_collective(match[2], match[1], bool(match[3]), line, times))
+            size = _size(match[2], match[1], bool(match[3]))
+            found.append(Collective(match[2], size, _devices(line, everyone), times))
     return found
 
 
@@ -116,15 +119,21 @@ def instructions(text: str) -> Iterator[tuple[str, int]]:
     return walk(entry, 1)
 
 
-def _collective(kind: str, result: str, starts: bool, line: str, times: int) -> Collective:
-    sizes = [_bytes(dtype, dims) for dtype, dims in _ARRAY.findall(result)]
+def _size(kind: str, result: str, starts: bool) -> int:
+    """The bytes of a collective's result, of its type as text."""
+    arrays = _ARRAY.findall(result)
     if starts and kind in ("all-gather", "collective-permute"):
-        sizes = sizes[len(sizes) // 2 :]  # operands and results
-    return Collective(kind, sum(sizes), _devices(line), times)
+        # Operands and results; and of a permutation perhaps two numbers more, of the device's own.
+        if kind == "collective-permute" and len(arrays) > 2 and arrays[-2:] == [("u32", "")] * 2:
+            arrays = arrays[:-2]
+        arrays = arrays[len(arrays) // 2 :]
+    return sum(_bytes(dtype, dims) for dtype, dims in arrays)
 
 
-def _devices(line: str) -> int:
+def _devices(line: str, everyone: int) -> int:
     """How many devices a collective's line says that each group has."""
+    if "replica_groups={}" in line:
+        return everyone
     listed, shaped, named = (
         form.search(line) for form in (_LIST_GROUPS, _SHAPE_GROUPS, _MESH_GROUPS)
     )
