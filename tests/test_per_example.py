@@ -845,6 +845,25 @@ def test_aux_goes_through_sweeps_and_parts():
         close(found.gradient, 2 * (x @ w.T).T @ x)
 
 
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int64])
+@pytest.mark.parametrize("how", ["take", "clip", "slice"])
+def test_rows_by_an_index_of_few_bits_or_many(how, dtype):
+    """A table of more rows than the index's dtype has numbers; and an index beyond 32 bits."""
+    last = min(2**32 + 1, jnp.iinfo(dtype).max)
+    table, index = R(0, 300, 4), jnp.asarray([0, 3, last, last], dtype)
+
+    def loss(table, i):
+        if how == "take":
+            filled = jnp.take(table, i, axis=0, mode="fill", fill_value=0)
+            return jnp.sum(jnp.sin(filled))
+        if how == "clip":
+            return jnp.sum(jnp.sin(jnp.take(table, i, axis=0, mode="clip")))
+        return jnp.sum(jnp.sin(lax.dynamic_index_in_dim(table, i, keepdims=False)))
+
+    found = compiled(lambda t, i: pe.grads(loss)(t, i)[1].materialize(), table, index)
+    close(found, jax.vmap(jax.grad(loss), (None, 0))(table, index))
+
+
 # ------------------------------------------------------------------------------- what is kept
 
 

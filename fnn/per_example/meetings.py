@@ -20,6 +20,7 @@ from jax import lax
 from fnn.operation import Call
 from fnn.per_example.layout import Layout
 from fnn.per_example.terms import Convolution, Factored, Product, Rows
+from fnn.precision import signed
 
 
 def _matrix_product(k, g, ins, params) -> Factored | None:
@@ -77,9 +78,7 @@ def _gather(k, g, ins, params) -> Factored | None:
     index = lax.reshape(index[..., 0], (math.prod(index.shape[:-1]),))
     mode = str(params["mode"])
     if "CLIP" in mode:
-        index = lax.clamp(
-            jnp.zeros((), index.dtype), index, jnp.asarray(table.shape[axis] - 1, index.dtype)
-        )
+        index = _clamped(index, table.shape[axis])
     return _rows(table, axis, index, g)
 
 
@@ -91,11 +90,14 @@ def _dynamic_slice(k, g, ins, params) -> Factored | None:
     if k != 0 or len(axes) != 1 or sizes[axes[0]] != 1:
         return None
     (axis,) = axes
-    index = starts[axis]
-    index = lax.clamp(
-        jnp.zeros((), index.dtype), index, jnp.asarray(table.shape[axis] - 1, index.dtype)
-    )
+    index = _clamped(starts[axis], table.shape[axis])
     return _rows(table, axis, lax.reshape(index, (1,)), g)
+
+
+def _clamped(index, size: int):
+    """The index, moved to the nearest row that there is. Its dtype may not reach to the last."""
+    last = min(size - 1, jnp.iinfo(index.dtype).max)
+    return lax.clamp(jnp.zeros((), index.dtype), index, jnp.asarray(last, index.dtype))
 
 
 def _rows(table, axis: int, index, g) -> Rows:
@@ -103,8 +105,9 @@ def _rows(table, axis: int, index, g) -> Rows:
     rest = tuple(n for d, n in enumerate(table.shape) if d != axis)
     order = list(range(1, table.ndim))
     order.insert(axis, 0)
-    index = index.astype(jnp.int32)
+    index = signed(index)
     index = jnp.where((index < 0) | (index >= size), size, index)  # out of bounds: dropped
+    index = index.astype(jnp.int32)
     g = lax.reshape(g, (1, index.shape[0], math.prod(rest)))
     return Rows(index, g, Layout((), (size,), rest, tuple(order)))
 
