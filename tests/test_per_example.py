@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from sweeps import exhaustive, sweep
 
 import fnn.per_example as pe
+from fnn.jaxpr import all_equations, program
 from fnn.per_example.differentiate import factored
 from fnn.per_example.inputs import keys_of
 
@@ -862,6 +863,31 @@ def test_rows_by_an_index_of_few_bits_or_many(how, dtype):
 
     found = compiled(lambda t, i: pe.grads(loss)(t, i)[1].materialize(), table, index)
     close(found, jax.vmap(jax.grad(loss), (None, 0))(table, index))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_inner_products_of_many_large_gradients_with_few(swapped):
+    """W is used twice, as W and as its transpose; all gradients together are beyond 2²⁶ numbers."""
+    size, many, few = 512, 257, 2
+    loss = lambda W, e: e[0] @ (W @ e[1]) + (W @ e[3]) @ e[2] + e[3] @ (W.T @ e[2])
+    W = jnp.zeros((size, size), jnp.float32)
+    one, other = ([R(k, n, size).astype(jnp.float32) for k in range(4)] for n in (many, few))
+    one, other = (other, one) if swapped else (one, other)
+
+    def gram(W, one, other):
+        (_, g), (_, h) = pe.grads(loss)(W, one), pe.grads(loss)(W, other)
+        return pe.gram(g, h)
+
+    closed = jax.make_jaxpr(gram)(W, one, other)
+    sizes = [avals[i].size for e, avals in all_equations(program(closed)) for i in e.outs]
+    assert max(sizes) <= 2**25
+    inner = lambda i, k: one[i].astype(float) @ other[k].astype(float).T
+    # The gradient is a xᵀ + 2 y bᵀ.
+    factors = [((0, 1), 1), ((2, 3), 2)]
+    pairs = itertools.product(factors, factors)
+    wanted = sum(c * d * inner(i, k) * inner(j, l) for ((i, j), c), ((k, l), d) in pairs)
+    found = jax.jit(gram)(W, one, other)
+    np.testing.assert_allclose(found, wanted, 1e-4, 1e-4 * np.abs(wanted).max())
 
 
 # ------------------------------------------------------------------------------- what is kept

@@ -35,10 +35,17 @@ def gram(terms: Sequence[Term], others: Sequence[Term]):
 
 def _gram_formed(terms, others):
     form = jax.vmap(lambda ts: materialized(as_wide(ts)))
-    if math.prod(jax.eval_shape(form, others).shape) <= 2**26:
+    shapes = [jax.eval_shape(form, ts).shape for ts in (terms, others)]
+    if max(map(math.prod, shapes)) <= 2**26:
         return _gram_of_dense(form(terms), form(others))
+    if shapes[0][0] > shapes[1][0]:
+        return _gram_by_rows(others, terms).T
+    return _gram_by_rows(terms, others)
 
-    # One row of the matrix at a time: one gradient formed, and its inner product with all.
+
+def _gram_by_rows(terms, others):
+    """One row of the matrix at a time: one gradient formed, and its inner product with all."""
+
     def row(t):
         formed, scale = unit(materialized(as_wide(t)))
         return scale * jax.vmap(lambda o: dot(o, formed))(others)
