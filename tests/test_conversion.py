@@ -217,6 +217,11 @@ def test_parameters_too(x32):
     assert {p.dtype for p in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
     with pytest.raises(ValueError, match=r"params\['b'\].*1e\+300 at index \(1,\)"):
         step.init({"W": np.ones((3, 2)), "b": np.array([0, 1e300, 0])})
+    # These are numbers of Python's types, too.
+    for number in (np.float64(1e300), np.complex128(1e300j)):
+        with pytest.raises(ValueError, match=r"params\['a'\].*1e\+300j? at index \(\), which"):
+            step.init({"a": number})
+    assert step.init({"a": np.float64(0.5)}).params["a"].dtype == jnp.float32
     with pytest.raises(ValueError, match=r"params\['b'\] is a masked array"):
         step.init({"W": np.ones((3, 2)), "b": np.ma.masked_equal([0.0, 1.0, 2.0], 1)})
 

@@ -46,7 +46,9 @@ def as_arrays(data: Any, name: str, *, only_arrays: bool = False) -> Any:
     leaves, tree = jax.tree_util.tree_flatten_with_path(data, is_leaf=is_leaf)
 
     def convert(path, leaf):
-        if isinstance(leaf, (jax.Array, bool, int, float, complex)):
+        # numpy's own float64 and complex128 are floats and complex numbers of Python too.
+        is_python = isinstance(leaf, (bool, int, float, complex))
+        if isinstance(leaf, jax.Array) or (is_python and not isinstance(leaf, np.generic)):
             return leaf
         if only_arrays and not (hasattr(leaf, "__array__") or hasattr(leaf, "__dlpack__")):
             return leaf
@@ -78,10 +80,6 @@ def _is_list_of_values(entry: Any) -> bool:
 
 
 def _as_array(leaf: Any, place: str) -> Any:
-    if isinstance(leaf, (jax.Array, bool, int, float, complex)) and not isinstance(
-        leaf, np.generic
-    ):
-        return leaf
     if _is_masked(leaf):
         raise ValueError(
             f"{place} is a masked array with masked entries, whose mask would be lost: fill them "
