@@ -385,6 +385,10 @@ def test_operators_refuse_other_trees_and_become_lineax_operators():
             operator.damped(1.0).to_lineax(), params, lineax.CG(rtol=1e-10, atol=1e-10)
         )
         close(operator.damped(1.0)(solved.value), params, 1e-6, 1e-8)
+        tagged = lambda a: lineax.is_positive_semidefinite(a.to_lineax())
+        assert tagged(operator.damped(1.0)) and not tagged(operator.damped(-100.0))
+    assert jax.jit(lambda d: jnp.array(operator.damped(d).is_positive))(1.0)
+    assert not operator.damped(jnp.float32(-1)).is_positive
 
 
 # ------------------------------------------------------------------------------------ the losses

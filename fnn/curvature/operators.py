@@ -61,15 +61,21 @@ class LinearOperator:
     __matmul__ = __call__
 
     def damped(self, damping: chex.Numeric) -> LinearOperator:
-        """A + damping · I."""
+        """A + damping · I; below zero it isn't taken to be positive semidefinite any more.
+
+        Raises:
+            TypeError, ValueError: damping is no finite number.
+        """
         arguments.number("damped", "damping", damping)
+        is_traced = isinstance(damping, jax.core.Tracer)
+        is_positive = self.is_positive and (is_traced or bool(damping >= 0))
 
         def product(v):
             add = lambda a, x: a + jnp.asarray(damping).astype(x.dtype) * x
             return jax.tree.map(add, self.product(v), v)
 
         name = f"{self.name} + damping"
-        return LinearOperator(product, self.like, name, self.is_positive)
+        return LinearOperator(product, self.like, name, is_positive)
 
     def to_dense(self) -> jax.Array:
         """The matrix (n, n), one product for each column: for small networks, and for tests."""
