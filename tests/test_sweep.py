@@ -176,6 +176,16 @@ def test_again_with_functions_that_read_the_same_compiles_nothing():
     assert (other["loss"].values > first["loss"].values).all()
 
 
+def test_static_hyperparameters_of_one_value_and_other_names_are_told_apart():
+    data = np.zeros((4, 1)), np.zeros(4)
+    init = lambda a=0.0, b=0.0: {"W": jnp.full(1, a + 100.0 * b)}
+    loss = lambda params, example: jnp.sum(params["W"] * example[0])  # its gradient is 0
+    for name, wanted in (("a", [1.0, 2.0]), ("b", [100.0, 200.0])):
+        axes = {name: [1.0, 2.0], "learning_rate": [0.1]}
+        found = sweep(loss, axes, data, init=init, static=name, shuffle=False)
+        close(found.params()["W"].ravel(), wanted)
+
+
 @exhaustive
 def test_unshuffled_without_a_key_and_with_whole_batches():
     found = sweep(axes={"learning_rate": [0.05]}, init=start(0), shuffle=False, batch_size=11)

@@ -255,7 +255,7 @@ def _kept_for(program: Program, types: Any) -> Store:
     loss, *others = program.recipe.functions
     read = list(map(readings, (*others, *program.static.values())))
     settings = [getattr(jax.config, name) for name in _SETTINGS]
-    kind = (types, settings, program.sizes)
+    kind = (types, settings, program.sizes, tuple(program.static))
     try:
         stores = _kept.find((loss,)) or []
         for known, same, store in stores:
