@@ -10,7 +10,7 @@ import pytest
 from sweeps import sweep
 
 from fnn import ops
-from fnn.layers import Linear, chain
+from fnn.layers import Linear, Mode, chain
 from fnn.train import NonFiniteError, State, train_step
 
 KEY = jax.random.key(0)
@@ -299,6 +299,28 @@ def test_each_example_gets_its_own_key():
     noise = [float(jax.random.normal(k)) for k in jax.random.split(KEY, len(Y))]
     assert metrics["loss"] == pytest.approx(np.mean(Y**2) + np.mean(noise))
     assert len(set(noise)) == len(Y)
+
+
+def test_what_is_given_by_position_is_given_in_the_losss_order():
+    def plain(params, example, key, mode, state):
+        assert isinstance(mode, Mode)
+        return params["W"] @ example * jax.random.uniform(key) * state, state + 1
+
+    losses = [
+        plain,
+        lambda params, example, state, mode, key, /: plain(params, example, key, mode, state),
+        lambda p, e, factor=1.0, mode=None, k=None, key=None, /, *, state: plain(
+            p, factor * e, key, mode, state
+        ),
+    ]
+    found = []
+    for loss in losses:
+        step = train_step(loss, optax.sgd(0.1))
+        state = step.init({"W": jnp.ones(3)}, jnp.ones(()))
+        state, metrics = step(state, jnp.ones((4, 3)), key=KEY)
+        assert state.model_state == 2
+        found.append(metrics["loss"])
+    assert found[0] == found[1] == found[2] > 0
 
 
 def test_a_key_where_there_should_be_one():

@@ -140,16 +140,19 @@ def call(
     An error inside the loss gets a note that there is one example.
     """
     found = extras(loss)
-    by_position, by_name = [], {}
-    for parameter, value in zip(found, (key, mode, {} if state is None else state), strict=True):
-        if parameter is None or (parameter is found.key and value is None):
-            continue
-        if parameter.kind is parameter.POSITIONAL_ONLY:
-            by_position.append(value)
-        else:
-            by_name[parameter.name] = value
+    values = key, mode, {} if state is None else state
+    given = {
+        parameter.name: value
+        for parameter, value in zip(found, values, strict=True)
+        if parameter is not None and not (parameter is found.key and value is None)
+    }
+    # By position in the loss's own order, with the defaults of what stands between.
+    only = [p for p in (arguments.positional(loss) or [])[2:] if p.kind is p.POSITIONAL_ONLY]
+    while only and only[-1].name not in given:
+        only.pop()
+    by_position = [given.pop(p.name, p.default) for p in only]
     with arguments.one_example(loss, example):
-        out = loss(params, example, *by_position, **by_name)
+        out = loss(params, example, *by_position, **given)
     new = None
     if found.state is not None:
         if not isinstance(out, tuple) or len(out) not in (2, 3):
