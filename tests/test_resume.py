@@ -214,6 +214,30 @@ def test_early_stopping_remembers_the_best(tmp_path):
     assert digest(result._replace(state=result.best)) == digest(whole._replace(state=whole.best))
 
 
+@pytest.mark.parametrize("before", [None, {"higher": True}, {"monitor": "loss"}, {"least": 9.0}])
+def test_another_early_stopping_begins_anew(tmp_path, before):
+    """The best is that of the epochs since, in this call and in those that go on from it."""
+    earlier = before and fnn.EarlyStopping(None, **before)
+    train(tmp_path, 2, early_stopping=earlier)
+    patient = fnn.EarlyStopping(patience=2)
+    for epochs in (4, 6):
+        found = train(tmp_path, epochs, early_stopping=patient)
+        losses = found.history["validation_loss"]
+        assert len(losses) == epochs  # they fall
+        assert found.best.position[0] == 3 + np.argmin(losses[2:])
+    assert train(tmp_path, 6, early_stopping=earlier).best is None
+    again = train(tmp_path, 6, early_stopping=patient)  # what trained nothing changed nothing
+    assert digest(again._replace(state=again.best)) == digest(found._replace(state=found.best))
+
+
+def test_a_call_after_early_stopping_ended_a_run_changes_nothing(tmp_path):
+    stop = fnn.EarlyStopping(patience=1, higher=True)
+    ended = train(tmp_path, 6, early_stopping=stop)
+    assert len(ended.history["loss"]) == 2
+    assert train(tmp_path, 6).best is None
+    assert train(tmp_path, 6, early_stopping=stop).best.position[0] == ended.best.position[0] == 1
+
+
 def test_all_of_a_step_is_saved(tmp_path):
     """The average of the parameters, a changing scale of the loss, the state of a network."""
 

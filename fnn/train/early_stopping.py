@@ -66,7 +66,10 @@ class EarlyStopping:
 
 
 class BestKeeper(Listener):
-    """Keeps the best state in `work.best`, and ends training by an `EarlyStopping`."""
+    """Keeps the best state in `work.best`, and ends training by an `EarlyStopping`.
+
+    What a checkpoint has of them goes on only where what is best means the same.
+    """
 
     def __init__(self, stopping: EarlyStopping):
         self._stopping = stopping
@@ -74,13 +77,18 @@ class BestKeeper(Listener):
         self._since = 0  # epochs without a better one
 
     def begin(self, work: Work) -> None:
-        for value in work.log.history.get(self._stopping.monitor, ()):  # of a checkpoint's epochs
-            self._is_best(value)
+        known = work.best_by or {}
+        if all(known.get(name) == value for name, value in self._meaning.items()):
+            self._best, self._since = known["value"], known["since"]
+        else:
+            work.best = None
+        self._note(work)
 
     def epoch_over(self, work: Work, epoch: int, record: dict[str, Any]) -> bool:
         if self._is_best(self._value(record)):
             # On the device, in buffers of its own.
             work.best = jax.tree.map(jnp.copy, work.state)
+        self._note(work)
         patience = self._stopping.patience
         return patience is not None and self._since >= patience
 
@@ -91,6 +99,15 @@ class BestKeeper(Listener):
             return True
         self._since += 1
         return False
+
+    @property
+    def _meaning(self) -> dict[str, Any]:
+        """What decides which of two epochs is better."""
+        own = self._stopping
+        return {"monitor": own.monitor, "higher": bool(own.higher), "least": float(own.least)}
+
+    def _note(self, work: Work) -> None:
+        work.best_by = {**self._meaning, "value": self._best, "since": self._since}
 
     def _value(self, record: dict[str, Any]) -> float:
         name = self._stopping.monitor

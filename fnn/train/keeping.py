@@ -65,6 +65,7 @@ def kept(
         if saved is not None:
             work.go_on(own(saved.state), saved.history, saved.steps, saved.sizes)
             work.best = None if saved.best is None else own(saved.best)
+            work.best_by = saved.about.get("best_by")
             if isinstance(training, Stream) and isinstance(training.source, Iterator):
                 collections.deque(itertools.islice(training.source, work.seen - begun), maxlen=0)
         del saved
@@ -159,7 +160,7 @@ class Keeper(Listener):
             self._save(work, work.state, scores)
 
     def end(self, work: Work, result: FitResult) -> None:
-        stopped = not result.interrupted and work.epoch <= self._last
+        stopped = not result.interrupted and work.epoch <= self._last and not self.is_over
         if _alone() or not result.interrupted:  # the others may not be
             self._save(work, result.state, stopped=stopped)
         self._finish()
@@ -217,6 +218,7 @@ class Keeper(Listener):
             "scores": scores,
             "stopped": stopped,
             "last_epoch": self._last,
+            "best_by": work.best_by,
         }
         log = work.log
         saved = Saved(state, log.history, log.steps(), log.sizes(), about, work.best)

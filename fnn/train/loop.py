@@ -118,7 +118,8 @@ def fit(
         validation: arrays or an iterable of batches, evaluated after each epoch.
         validation_loss: the loss for that; by default `loss`.
         early_stopping: an `EarlyStopping`, which ends training where it no longer gets better.
-            `result.best` is then the state at the end of the best epoch.
+            `result.best` is then the state at the end of the best epoch. (It counts on where a
+            checkpoint's did if that had the same monitor, higher and least; else it begins anew.)
         schedule: the learning rate that the optimiser uses, as a function of the number of steps
             before, to be shown in the record as `learning_rate`. (It is shown without this where
             the optimiser's state has it, as with `optax.inject_hyperparams`.)
@@ -263,6 +264,8 @@ def fit(
             listeners.append(Logged(books))
         if early_stopping is not None:
             listeners.append(BestKeeper(early_stopping))
+        else:  # a checkpoint's best leaves out the epochs to come
+            work.best = work.best_by = None
         if keeper:
             listeners.append(keeper)
         if after_epoch is not None:

@@ -200,6 +200,7 @@ class Work:
         made: what the device's last call returned, the state first, noted before any signal can
             strike.
         best: see `FitResult`.
+        best_by: what makes it the best, of JSON: see `BestKeeper`. None without early stopping.
     """
 
     def __init__(self, state: State, origin: Callable[[], State], steps: int | None):
@@ -207,6 +208,7 @@ class Work:
         self.log = Log()
         self.made: list = []
         self.best: State | None = None
+        self.best_by: dict[str, Any] | None = None
         epochs, batch, self._seen_before = (int(n) for n in np.asarray(state.position))
         if steps is not None and batch >= steps:
             epochs, batch = epochs + 1, 0
