@@ -540,6 +540,9 @@ def test_float_labels_and_wrong_shapes_come_from_the_loss():
         (lambda x: None, TypeError, "returned a NoneType"),
         (lambda x: jnp.sum(x).astype(int), TypeError, "must return a real float.*int64"),
         (lambda x: (x.sum(), {"loss": 1.0}), ValueError, "metric 'loss', a name that training"),
+        (lambda x: (x.sum(), {"epoch": 1.0}), ValueError, "metric 'epoch', a name that training"),
+        (lambda x: (x.sum(), {"step": 1.0}), ValueError, "metric 'step', a name that training"),
+        (lambda x: (x.sum(), {"": 1.0}), ValueError, "a metric whose name is empty"),
         (lambda x: (x.sum(), {"m": "text"}), TypeError, "metric 'm' that is no array but a str"),
     ],
 )

@@ -84,9 +84,9 @@ def fit(
     Args:
         loss: for ONE example: `loss(params, example)`, which returns a scalar, or a scalar and a
             dict of metrics (not called `loss`, `grad_norm`, `skipped`, `loss_scale`, `seconds`,
-            `learning_rate`, `rolled_back` or `validation_...`). It is given what else it names of
-            `key`, `mode` and `state`; see `train_step`, and `supervised`, which writes it. It must
-            depend on a parameter. Or a `TrainStep`.
+            `learning_rate`, `rolled_back`, `epoch`, `step` or `validation_...`). It is given what
+            else it names of `key`, `mode` and `state`; see `train_step`, and `supervised`, which
+            writes it. It must depend on a parameter. Or a `TrainStep`.
         params: the parameters to start from (they stay yours), or the `state` of a FitResult
             to go on from. With the same data, batch size and key, 2 epochs and 2 more are the
             same as 4, to the last bit: the state knows its place in the data, also in the midst

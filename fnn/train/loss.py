@@ -25,7 +25,10 @@ Loss = Callable[..., Any]
 
 # The names of what a step, `fit` and `evaluate` put beside a loss's own metrics. A loss is refused
 # them everywhere, so that one that serves in one place serves in the others.
-RESERVED = ("loss", "grad_norm", "skipped", "loss_scale", "seconds", "learning_rate", "rolled_back")
+RESERVED = (
+    *("loss", "grad_norm", "skipped", "loss_scale", "seconds", "learning_rate", "rolled_back"),
+    *("epoch", "step"),  # of the logs
+)
 RESERVED_PREFIX = "validation_"
 
 # The name of the mapped axis over the batch, where a loss takes a mode.
@@ -323,6 +326,8 @@ def scalar_and_metrics(loss: Loss, out: Any) -> tuple[jax.Array, dict[str, jax.A
             raise TypeError(
                 f"the loss {name} returns a metric whose name is {arguments.show(metric)}."
             )
+        if not metric:
+            raise ValueError(f"the loss {name} returns a metric whose name is empty.")
         if metric in RESERVED or metric.startswith(RESERVED_PREFIX):
             raise ValueError(
                 f"the loss {name} returns a metric {metric!r}, a name that training itself uses "
