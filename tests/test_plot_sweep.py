@@ -43,8 +43,16 @@ def test_against_a_rate_shows_the_medians_over_seeds():
     assert axes.get_xlabel() == "learning rate" and axes.get_ylabel() == "loss"
 
 
-def test_where_the_median_diverged_there_is_no_line_and_the_band_is_open():
+@pytest.mark.parametrize("change", ["log", "wide", "negative", "small", "zero"])
+def test_where_the_median_diverged_there_is_no_line_and_the_band_is_open(change):
     losses = np.exp(RNG.normal(size=(4, 3, 5)))
+    if change == "wide":
+        losses = losses**100
+    if change in ("negative", "zero"):
+        losses = -(losses**3) if change == "negative" else losses.max() - losses
+        losses -= losses.max() + (1e-9 if change == "negative" else 0.0)
+    if change == "small":
+        losses *= 1e-9
     losses[3, :2, -1] = np.nan
     losses[2, 0, -1] = np.inf
     result = found(losses=losses)
@@ -132,6 +140,11 @@ def test_without_seeds_there_are_no_bands():
     np.testing.assert_allclose(axes.lines[0].get_ydata(), result.history["loss"][:, -1])
 
 
+def minus(result):
+    result.history["loss"] = -result.history["loss"]
+    return result
+
+
 def with_arrays(result):
     result.history["parts"] = np.zeros((*result.epochs.shape, 5, 2))
     return result
@@ -148,6 +161,8 @@ def with_arrays(result):
         (lambda r: against(r, "width"), ValueError, "no axis 'width'; there are learning_rate"),
         (lambda r: bands(r, over="width"), ValueError, "no axis 'width'"),
         (lambda r: bands(r, log=1), TypeError, "bands: log must be True or False"),
+        (lambda r: bands(minus(r), log=True), ValueError, "bands: log=True wants positive numbers"),
+        (lambda r: against(minus(r), "seed", log=True), ValueError, "but one is -[0-9.]+"),
         (lambda r: bands(r, over=3), TypeError, "over must be the name of an axis, .* got 3"),
         (lambda r: against(r, None), TypeError, "name must be that of a hyperparameter"),
         (lambda r: bands(r, metric=["loss"]), TypeError, "metric must be a quantity's name"),
@@ -159,6 +174,8 @@ def with_arrays(result):
         "no such name",
         "no such axis",
         "log",
+        "bands of the log of what is negative",
+        "against the log of what is negative",
         "over",
         "no name",
         "metrics",

@@ -32,8 +32,9 @@ def against(
 
     Args:
         found: what `fnn.sweep` returned.
-        name: the hyperparameter; a logarithmic axis if its values are positive and evenly spaced
-            in their logarithms, names in their order if they aren't numbers.
+        name: the hyperparameter; a logarithmic axis if its values are at least three positive
+            numbers, about evenly spaced in their logarithms, the largest more than 5 times the
+            smallest; else their names side by side, in their order.
         over: the axis, or several, over which the band goes; left out where there is none.
         metric: the quantity; `found.metric` by default.
         log: whether the quantity gets a logarithmic axis; by default where its name ends in
@@ -42,7 +43,8 @@ def against(
     Raises:
         ImportError: matplotlib isn't installed.
         TypeError: `found` isn't what a sweep returned, or another argument isn't of its kind.
-        ValueError: there is no such hyperparameter or quantity.
+        ValueError: there is no such hyperparameter or quantity, or log with a number of it that
+            isn't positive.
     """
     if not isinstance(name, str):
         raise TypeError(
@@ -54,14 +56,14 @@ def against(
     x, is_log = _positions(values)
     if is_log:
         axes.set_xscale("log")
-    bound = _largest(lines)
+    above = _above(lines)
     for i, (label, entries) in enumerate(lines):
         entries = np.where(np.isfinite(entries), entries, np.inf)
         middle = _statistics(entries)[0]
         shown = np.isfinite(middle)
         colour = f"C{i % 10}"
         axes.plot(x[shown], middle[shown], "o-", ms=3.5, color=colour, label=label)
-        _draw_band(axes, x, entries, bound, colour)
+        _draw_band(axes, x, entries, above, colour)
     if not is_log:
         axes.set_xticks(x, [_word(value) for value in values])
     _finish("against", figure, axes, metric, lines, log)
@@ -95,7 +97,8 @@ def bands(
     Raises:
         ImportError: matplotlib isn't installed.
         TypeError: `found` isn't what a sweep returned, or another argument isn't of its kind.
-        ValueError: there is no such axis or quantity.
+        ValueError: there is no such axis or quantity, or log with a number of it that isn't
+            positive.
     """
     _, lines, metric = _by_setting("bands", found, None, over, metric)
     ranks = [_rank(entries) for _, entries in lines]
@@ -106,13 +109,13 @@ def bands(
     axes = figure.subplots()
     from matplotlib.ticker import MaxNLocator
 
-    palette, bound = _palette(len(chosen)), _largest([lines[i] for i in chosen])
+    palette, above = _palette(len(chosen)), _above([lines[i] for i in chosen])
     for colour, i in zip(palette, chosen, strict=True):
         label, entries = lines[i]
         middle = _statistics(entries)[0]
         epochs = np.arange(1, entries.shape[1] + 1)
         axes.plot(epochs, np.where(np.isfinite(middle), middle, np.nan), color=colour, label=label)
-        _draw_band(axes, epochs, entries, bound, colour)
+        _draw_band(axes, epochs, entries, above, colour)
     _finish("bands", figure, axes, metric, [lines[i] for i in chosen], log)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -202,13 +205,13 @@ def _statistics(entries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return found[0], found[1], found[2]
 
 
-def _draw_band(axes: Any, x: Any, entries: np.ndarray, bound: float, colour: Any) -> None:
+def _draw_band(axes: Any, x: Any, entries: np.ndarray, above: float, colour: Any) -> None:
     """From the lowest to the highest, where there are several; open to the top where one is inf."""
     if entries.shape[0] == 1:
         return
     _, low, high = _statistics(entries)
     low = np.where(np.isinf(low), np.nan, low)
-    high = np.where(np.isinf(high), 10 * bound, high)
+    high = np.where(np.isinf(high), above, high)
     axes.fill_between(x, low, high, alpha=0.2, lw=0, color=colour)
 
 
@@ -219,9 +222,16 @@ def _rank(entries: np.ndarray) -> tuple[int, float]:
     return (-int(over[-1]), float(middle[over[-1]])) if over.size else (1, np.inf)
 
 
-def _largest(lines: Sequence[tuple[str, np.ndarray]]) -> float:
+def _above(lines: Sequence[tuple[str, np.ndarray]]) -> float:
+    """A number above the picture, whether its axis is logarithmic or not."""
     finite = np.concatenate([e[np.isfinite(e)] for _, e in lines])
-    return float(finite.max()) if finite.size else 1.0
+    if not finite.size:
+        return 1.0
+    low, high = float(finite.min()), float(finite.max())
+    found = (high + max(high - low, abs(high))) or 1.0
+    if low > 0:
+        found = max(found, high * (high / low))
+    return min(found, float(np.finfo(float).max))
 
 
 def _palette(count: int) -> list[Any]:
@@ -246,8 +256,9 @@ def _finish(
     finite = np.concatenate([e[np.isfinite(e)] for _, e in lines])
     if log is None:
         log = metric.endswith("loss") and bool((finite > 0).all()) and finite.size > 0
-    arguments.flag(where, "log", log)
-    if log:
+    elif arguments.flag(where, "log", log) and (finite <= 0).any():
+        raise ValueError(f"{where}: log=True wants positive numbers, but one is {finite.min():g}.")
+    if log and finite.size:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
