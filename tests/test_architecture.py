@@ -22,6 +22,7 @@ ROOT = Path(fnn.__file__).parent
 MAY_IMPORT = {
     "arguments": "",
     "text": "",
+    "bins": "",
     "precision": "",
     "batch": "arguments",
     "meshes": "",
@@ -43,10 +44,10 @@ MAY_IMPORT = {
     "initializers": "arguments",
     "layers": "arguments text precision meshes ops params initializers",
     "models": "arguments text precision ops params initializers layers",
-    "logs": "arguments",
+    "logs": "arguments bins",
     "sharding": "arguments readings",
-    "train": "arguments text precision batch meshes frames readings jaxpr operation convolution "
-    "eager ops backprop birth footprint params layers logs sharding",
+    "train": "arguments text bins precision batch meshes frames readings jaxpr operation "
+    "convolution eager ops backprop birth footprint params layers logs sharding",
     "sweeps": "arguments text precision batch readings footprint train",
     "plot": "arguments",
 }

@@ -432,15 +432,19 @@ def test_tensorboard_of_arrays(tmp_path):
     log.write(2, 14, {"large": odd})
     log.write(3, 21, {"large": np.full(50, np.nan)})  # there is nothing to show
     log.write(4, 28, {"large": np.full(50, 2.5), "matrix": np.full((2, 3), np.nan)})
+    close, huge = 1 + np.arange(50) % 3 * np.spacing(1.0), np.full(50, -3e17)
+    log.write(5, 35, {"large": close})
+    log.write(6, 42, {"large": huge})
     log.close()
     scalars = scalars_of(tmp_path)
     assert scalars["matrix/1/2"][0] == (1, 5.0) and np.isnan(scalars["matrix/1/2"][1][1])
     assert set(scalars) == {f"matrix/{i}/{j}" for i in range(2) for j in range(3)}
     read = reader_of(tmp_path)
     assert read.Tags()["histograms"] == ["large"]
-    first, second, constant = read.Histograms("large")
-    assert [e.step for e in (first, second, constant)] == [1, 2, 4]
-    for event, numbers in ((first, large), (second, large[1:]), (constant, np.full(50, 2.5))):
+    events = read.Histograms("large")
+    assert [e.step for e in events] == [1, 2, 4, 5, 6]
+    logged = large, large[1:], np.full(50, 2.5), close, huge
+    for event, numbers in zip(events, logged, strict=True):
         found = event.histogram_value
         assert found.num == numbers.size == sum(found.bucket)
         np.testing.assert_allclose([found.min, found.max], [numbers.min(), numbers.max()])

@@ -496,6 +496,25 @@ def test_nonfinite_values_are_counted():
     assert part.nonfinite == 3 and part.trouble == "3 inf or nan" and part.mean == 1
 
 
+@pytest.mark.parametrize("values", [1 + np.arange(6) % 3 * 2.0**-52, [3e17] * 6, [1e150] * 6])
+def test_values_that_rounding_hardly_tells_apart(values):
+    look = fnn.activation_statistics(lambda w, x: jnp.sum(ops.relu(w * x)) / 1e9)
+    (part,) = look(jnp.ones(()), np.asarray(values).reshape(3, 2))
+    counts, edges = part.values
+    assert counts.sum() == 6 and (np.diff(edges) > 0).all()
+    assert edges[0] <= min(values) and max(values) <= edges[-1]
+
+
+def test_a_loop_of_no_rounds():
+    def loss(w, x):
+        h, ys = jax.lax.scan(lambda h, r: (ops.tanh(h * r), h), w, x[:0])
+        return jnp.sum(ops.tanh(h)) + jnp.sum(ys)
+
+    (part,) = fnn.activation_statistics(loss)(jnp.float64(0.5), np.ones((3, 2)))
+    np.testing.assert_allclose(part.mean, np.tanh(0.5))
+    np.testing.assert_allclose(part.gradient_rms, 1.0)
+
+
 def test_looking_compiles_once_and_holds_no_data(caplog):
     look = fnn.activation_statistics(LOSS)
     look(PARAMS, (X, Y))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fnn import arguments
+from fnn.bins import bins_of
 from fnn.logs.whole_file import WholeFile
 from fnn.logs.writer import checked_path
 
@@ -29,9 +30,10 @@ class TensorBoard:
 
     The step that TensorBoard shows is the epoch. A metric that is an array of up to 32 numbers is
     a scalar for each, `error/0`, `error/1`, of a matrix `error/0/1`, which TensorBoard shows
-    together; a larger one is a histogram of its finite numbers, in 30 bins. Training that goes on
-    from a state, or begins anew in the same folder, tells TensorBoard that the epochs logged before
-    from its first on don't count: they are in the files, but not shown.
+    together; a larger one is a histogram of its finite numbers, in 30 bins, or in one
+    where rounding hardly tells them apart. Training that goes on from a state, or begins anew in
+    the same folder, tells TensorBoard that the epochs logged before from its first on don't count:
+    they are in the files, but not shown.
 
     Args:
         folder: where the events' files go, one for each call of `fit`; it is made if it isn't
@@ -92,7 +94,7 @@ class TensorBoard:
             return
         finite = value[np.isfinite(value)]
         if finite.size:
-            yield self._summary.histogram(name, finite, BINS)
+            yield self._summary.histogram(name, finite, bins_of(finite, BINS))
 
     def _record(self, **fields: Any) -> bytes:
         """An event as TensorFlow's record: its length and itself, each with a checksum."""

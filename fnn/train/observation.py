@@ -18,6 +18,7 @@ from fnn.backprop.primitives import rule_of
 from fnn.backprop.scopes import scope_name
 from fnn.batch import batch_size as size_of
 from fnn.batch import example_types
+from fnn.bins import bins_of
 from fnn.frames import stack
 from fnn.jaxpr import Inlined, Program, is_inexact, program, trace
 from fnn.layers.mode import EVALUATE
@@ -425,7 +426,7 @@ def _calls_of_parts(paths: list[tuple[str, ...]]) -> Iterator[tuple[int, int]]:
 
 
 def _statistics(what: _Observed, y: np.ndarray, g: np.ndarray) -> PartStatistics:
-    y, g = (np.abs(x) if np.iscomplexobj(x) else x.astype(np.float64) for x in (y, g))
+    y, g = ((np.abs(x) if np.iscomplexobj(x) else x).astype(np.float64) for x in (y, g))
     good, usable = np.isfinite(y), np.isfinite(g)
     values, gradients = y[good], np.abs(g[usable])
     nonzero = gradients[gradients > 0]
@@ -455,5 +456,5 @@ def _statistics(what: _Observed, y: np.ndarray, g: np.ndarray) -> PartStatistics
 def _histogram(values: np.ndarray) -> Histogram:
     if not values.size:
         return Histogram(np.zeros(1, int), np.array([-0.5, 0.5]))
-    counts, edges = np.histogram(values, bins=_BINS)
+    counts, edges = np.histogram(values, bins=bins_of(values, _BINS))
     return Histogram(counts, edges)

@@ -21,7 +21,7 @@ def written_out(flat: Program) -> Program:
     """The same program, with the rounds of scans, and the insides of checkpoints, in their place.
 
     Equations of round i of a scan stand in its scope and in one called "[i]". A scan of more than
-    64 rounds stays, and one that would make the program longer than 4000 equations.
+    64 rounds stays, one of none, and one that would make the program longer than 4000 equations.
     """
     out = Program([], [], [], {}, [])
     out.inputs = [_new(out, flat.avals[i]) for i in flat.inputs]
@@ -74,7 +74,7 @@ def _body(equation, so_far: int) -> Program | None:
         return None
     body = program(inner)
     rounds = equation.params["length"] if equation.name == "scan" else 1
-    is_short = rounds <= MOST_ROUNDS and so_far + rounds * len(body.equations) <= MOST_EQUATIONS
+    is_short = 0 < rounds <= MOST_ROUNDS and so_far + rounds * len(body.equations) <= MOST_EQUATIONS
     return body if is_short else None
 
 
