@@ -20,6 +20,7 @@ from fnn.footprint import free_memory
 from fnn.layers import Linear, chain
 from fnn.sweeps import choice, machine
 from fnn.sweeps.compiled import Programs
+from fnn.sweeps.training import Training
 from fnn.train import progress
 from fnn.train.orders import sort_bits, sort_bits_of_epochs, sorted_orders
 
@@ -319,6 +320,22 @@ def test_halving_keeps_the_best_and_changes_nothing(layout):
     assert sorted(found.epochs.ravel().tolist()) == [1, 1, 1, 2, 2, 3]
 
 
+@pytest.mark.parametrize("layout", some(["vmap", "threads"], ["vmap"]))
+def test_what_halving_gives_up_leaves_the_device(layout, monkeypatch):
+    given_up = []
+    regrouped = Training.regrouped
+
+    def watched(self, runs, kept):
+        going_on, left = regrouped(self, runs, kept)
+        given_up.extend((run.members, jax.tree.leaves(run.carry)) for run in left)
+        return going_on, left
+
+    monkeypatch.setattr(Training, "regrouped", watched)
+    sweep(layout=layout, at_once=6, halving=fnn.Halving(after=1, eta=2))
+    assert sum(len(members) for members, _ in given_up) == 5
+    assert all(isinstance(x, np.ndarray) for _, leaves in given_up for x in leaves)
+
+
 def test_halving_over_seeds_keeps_all_seeds_of_a_setting():
     halving = fnn.Halving(after=1, eta=3, over="seed")
     found = sweep(validation=VALIDATION, halving=halving)
@@ -468,6 +485,14 @@ def test_tables_are_numpys_numbers_under_names(trained):
     assert repr(found.best()).startswith("Member: seed")
 
 
+def test_what_is_printed_where_no_network_is_the_best():
+    found = sweep(validation=(X[:2], Y[:2] + np.inf), check=False, epochs=1)
+    with pytest.raises(ValueError, match="no network has a finite validation_loss"):
+        found.best()
+    text = repr(found)
+    assert "best" not in text and "validation_loss: seed (2) × learning_rate (3)" in text
+
+
 @exhaustive
 def test_what_is_printed_stays_on_one_screen():
     axes = {"seed": range(30), "learning_rate": np.geomspace(1e-3, 0.1, 20)}
@@ -519,8 +544,9 @@ BAD = [
     ({"seed": [0], "learning_rate": [0.1, np.nan]}, ValueError, "'learning_rate' holds nan"),
     ({"seed": [0], "learning_rate": [2**70]}, ValueError, "can't hold"),
     ({"seed": [0], "rate": [0.1]}, TypeError, "optimizer.*wants learning_rate, and the axes are"),
-    ({"seed": [0], "learning_rate": RATES, "lr": [1]}, ValueError, "axis lr is used by nothing"),
+    ({**GRID, "lr": [1]}, ValueError, "axis lr is used by nothing: .* validation_loss takes"),
     ({"seed": [0], "key": [1]}, ValueError, "can't be named 'key'"),
+    ({"seed": [0], "epochs": [1, 2]}, ValueError, "can't be named 'epochs'"),
     ({"seed": [0], 3: [1]}, TypeError, "named by a hyperparameter"),
     ({("seed", "learning_rate"): ([0, 1], [0.1])}, ValueError, "seed has 2, learning_rate has 1"),
     ({("seed", "learning_rate"): [0, 1, 2]}, ValueError, "for each of its 2"),
@@ -531,7 +557,19 @@ BAD = [
 @pytest.mark.parametrize("axes, kind, message", BAD, ids=[str(i) for i in range(len(BAD))])
 def test_bad_axes(axes, kind, message):
     with pytest.raises(kind, match=message):
-        sweep(axes=axes)
+        sweep(axes=axes, validation_loss=squares, validation=VALIDATION)
+
+
+OF_TWO_LOSSES = {"plain": [False, True], "seed": [0], "learning_rate": RATES}
+LAYOUT = fnn.sharding.data_parallel(jax.make_mesh((1,), ("data",)))
+
+
+def make_loss(plain):
+    return lambda p, e: squares(p, e)[0] if plain else squares(p, e)
+
+
+def squares_of_error(params, example, error):
+    return squares(params, example)
 
 
 @pytest.mark.parametrize(
@@ -554,6 +592,21 @@ def test_bad_axes(axes, kind, message):
             "eta must be a finite number above 1",
         ),
         ({"halving": fnn.Halving(after=1, by="speed")}, ValueError, "by='speed' is no quantity"),
+        (
+            {"halving": fnn.Halving(after=1, by="error"), "axes": OF_TWO_LOSSES, "loss": make_loss},
+            ValueError,
+            "by='error' is no quantity with plain True; there are grad_norm, loss",
+        ),
+        (
+            {"loss": fnn.train_step(squares, sgd(0.1), layout=LAYOUT), "optimizer": None},
+            TypeError,
+            "the TrainStep has a layout",
+        ),
+        (
+            {"loss": squares_of_error, "axes": GRID | {"error": [1.0]}},
+            ValueError,
+            "the metric 'error' has the name of an axis",
+        ),
         ({"halving": fnn.Halving(after=1, over="width")}, ValueError, "no axis 'width'"),
         ({"data": [DATA]}, TypeError, "data must be arrays"),
         ({"validation_loss": squares}, ValueError, "but no data for it"),
@@ -581,10 +634,16 @@ def test_a_number_that_must_be_static_is_named():
 
 def test_unknown_members_and_axes_of_a_result(trained):
     found = trained
+    pairs = sweep(axes={("seed", "learning_rate"): ([0, 1], [0.02, 0.1])}, epochs=1)
     for call, message in (
         (lambda: found.member(seed=7), "no member has seed = 7; there are 0, 1"),
         (lambda: found.member(width=7), "no axis 'width'"),
         (lambda: found.member(seed=1), "3 networks have these hyperparameters; give learning_rate"),
+        (
+            lambda: pairs.member(learning_rate=0.1, seed=0),
+            "member: no network has learning_rate 0.1, seed 0 together",
+        ),
+        (lambda: pairs.params(learning_rate=0.1, seed=0), "params: no network has learning_rate"),
         (lambda: found["accuracy"], "no quantity 'accuracy'; there are loss, error"),
         (lambda: found.mean(over="width"), "no axis 'width' to go over"),
     ):

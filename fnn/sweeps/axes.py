@@ -18,6 +18,8 @@ from fnn import arguments
 
 # The names of a loss's own arguments.
 TAKEN = ("params", "example", "key", "mode", "state")
+# What stands beside the hyperparameters in `SweepResult.rows` and `diverged`.
+COLUMNS = ("epoch", "epochs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +156,8 @@ class Axes:
         (Where one is exactly the number, those beside it aren't meant.)
 
         Raises:
-            ValueError: there is no such hyperparameter, or no such value of it.
+            ValueError: there is no such hyperparameter, no such value of it, or no member that has
+                these values together.
         """
         for name, value in wanted.items():
             if name not in self.names:
@@ -172,6 +175,11 @@ class Axes:
             own = self.of(member)
             if all(same[name](own[name], value) for name, value in wanted.items()):
                 found.append(member)
+        if not found:
+            raise ValueError(
+                f"{where}: no network has {described(wanted)} together. (Hyperparameters of one "
+                "axis change together.)"
+            )
         return found
 
 
@@ -186,6 +194,11 @@ def _axis(where: str, names: Any, values: Any) -> Axis:
         if name in TAKEN:
             raise ValueError(
                 f"{where}: an axis can't be named {name!r}, which is an argument of a loss."
+            )
+        if name in COLUMNS:
+            raise ValueError(
+                f"{where}: an axis can't be named {name!r}: a SweepResult calls the epochs of a "
+                "network so."
             )
     if not together:
         raise ValueError(f"{where}: an axis has an empty tuple for its names.")

@@ -122,6 +122,11 @@ class Recipe:
                     "sweep: loss returned a TrainStep, which has an optimizer: leave out "
                     "optimizer=..."
                 )
+            if made.layout is not None:
+                raise TypeError(
+                    "sweep: the TrainStep has a layout, but a sweep decides itself where its "
+                    "networks lie: leave out the step's layout=..."
+                )
             return made
         if self._optimizer is None:
             raise TypeError(
@@ -195,6 +200,8 @@ class Recipe:
             "optimizer": self._optimizer,
             "init": self._init,
             "key": self._key,
+            "model_state": self._model_state,
+            "validation_loss": self._validation_loss,
         }
         known = [
             f"{what} takes ({', '.join(p.name for p in arguments.parameters(f) or [])})"

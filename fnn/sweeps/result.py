@@ -90,12 +90,20 @@ class SweepResult:
     # -------------------------------------------------------------------------- tables
 
     def __getitem__(self, metric: str) -> Table:
-        """A quantity's last value for each network; nan for those that weren't trained."""
+        """A quantity's last value for each network; nan for those that weren't trained.
+
+        Raises:
+            ValueError: there is no such quantity, or it is an array.
+        """
         flat = self._last(metric)
         return Table(metric, self._grid.all, flat.reshape(self._grid.shape))
 
     def mean(self, over: str | Sequence[str], metric: str | None = None) -> Table:
-        """The mean of a quantity's last values over an axis, such as "seed", or several."""
+        """The mean of a quantity's last values over an axis, such as "seed", or several.
+
+        Raises:
+            TypeError, ValueError: there is no such quantity or axis, or it is an array.
+        """
         return self[metric or self.metric].mean(over)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -142,11 +150,14 @@ class SweepResult:
         arguments.flag("best", "largest", largest)
         metric = metric or self.metric
         last = self._last(metric)
-        longest = self.epochs.reshape(-1) == self.epochs.max()
-        place = best_of(np.where(longest & self._is_fine(), last, np.nan), largest)
+        place = self._best_of(last, largest)
         if place is None:
             raise ValueError(f"best: no network has a finite {metric}.")
         return self._member(place)
+
+    def _best_of(self, last: np.ndarray, largest: bool) -> int | None:
+        longest = self.epochs.reshape(-1) == self.epochs.max()
+        return best_of(np.where(longest & self._is_fine(), last, np.nan), largest)
 
     def member(self, **hyperparameters: Any) -> Member:
         """The network with these hyperparameters: `found.member(seed=3, learning_rate=1e-2)`.
@@ -177,8 +188,6 @@ class SweepResult:
         places = np.array([np.unravel_index(m, self._grid.shape) for m in members])
         lengths = [len(set(column)) for column in places.T]
         shape = [n for n in lengths if n > 1]
-        if not members or int(np.prod(lengths)) != len(members):
-            raise ValueError("params: no networks have these hyperparameters.")
         trees = [self._state(m).params for m in members]
         kinds = {(jax.tree.structure(t), tuple(x.shape for x in jax.tree.leaves(t))) for t in trees}
         if len(kinds) > 1:
@@ -240,10 +249,11 @@ class SweepResult:
             + (", interrupted" if self.interrupted else ""),
             f"  {self.seconds:.1f} s; {ways}{several}",
         ]
-        if self._is_fine().any() and self.epochs.max() > 0:
-            best = self.best()
-            value = show(best.history[self.metric][-1])
-            lines.append(f"  best {self.metric} {value}: {described(best.hyperparameters)}")
+        last = self._last(self.metric)
+        best = self._best_of(last, False)
+        if best is not None:
+            value = show(float(last[best]))
+            lines.append(f"  best {self.metric} {value}: {described(self._grid.of(best))}")
         if self.diverged:
             some = [f"{described(d)}" for d in self.diverged[:3]]
             more = len(self.diverged) - len(some)

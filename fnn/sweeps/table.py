@@ -39,23 +39,43 @@ class Table:
     # ------------------------------------------------------------------------ fewer axes
 
     def mean(self, over: str | Sequence[str]) -> Table:
-        """The mean over an axis, or several; nan where one of the numbers is."""
+        """The mean over an axis, or several; nan where one of the numbers is.
+
+        Raises:
+            TypeError, ValueError: there is no such axis.
+        """
         return self._reduced("mean", np.mean, over)
 
     def std(self, over: str | Sequence[str]) -> Table:
-        """The standard deviation over them (of all there are: the divisor is their number)."""
+        """The standard deviation over them (of all there are: the divisor is their number).
+
+        Raises:
+            TypeError, ValueError: there is no such axis.
+        """
         return self._reduced("std", np.std, over)
 
     def min(self, over: str | Sequence[str]) -> Table:
-        """The smallest number along them; nan where one is."""
+        """The smallest number along them; nan where one is.
+
+        Raises:
+            TypeError, ValueError: there is no such axis.
+        """
         return self._reduced("min", np.min, over)
 
     def max(self, over: str | Sequence[str]) -> Table:
-        """The largest number along them; nan where one is."""
+        """The largest number along them; nan where one is.
+
+        Raises:
+            TypeError, ValueError: there is no such axis.
+        """
         return self._reduced("max", np.max, over)
 
     def median(self, over: str | Sequence[str]) -> Table:
-        """The median along them; nan where one is."""
+        """The median along them; nan where one is.
+
+        Raises:
+            TypeError, ValueError: there is no such axis.
+        """
         return self._reduced("median", np.median, over)
 
     def _reduced(self, name: str, reduce: Callable, over: Any) -> Table:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn.sweeps.axes import Axes, Group, described
+from fnn.sweeps.axes import COLUMNS, Axes, Group, described
 from fnn.sweeps.choice import plan_for
 from fnn.sweeps.compiled import Programs
 from fnn.sweeps.halving import Halving, chosen, rounds
@@ -150,16 +150,18 @@ class Training:
 
     def regrouped(self, runs: list[Run], kept: set[int]) -> tuple[list[Run], list[Run]]:
         """The runs of the kept members, and those of the others, as they were left."""
+        is_alone = runs[0].plan.layout == "threads"
+        for run in runs:
+            if not is_alone or run.members[0] not in kept:  # else it stays as it is
+                run.carry = jax.tree.map(_to_host, run.carry)
         left = []
         for run in runs:
             rest = [(m, p) for m, p in zip(run.members, run.places, strict=True) if m not in kept]
             if rest:
                 members, places = zip(*rest, strict=True)
                 left.append(dataclasses.replace(run, members=members, places=places, latest=None))
-        if runs[0].plan.layout == "threads":
+        if is_alone:
             return [run for run in runs if run.members[0] in kept], left
-        for run in runs:
-            run.carry = jax.tree.map(_to_host, run.carry)
         going_on = [
             (m, run, p)
             for run in runs
@@ -203,15 +205,33 @@ class Book:
         has_validation = "validation_loss" in groups[0].programs.carry_types.history
         self._metric = "validation_loss" if has_validation else "loss"
         if halving is not None and halving.by is not None:
-            known = groups[0].programs.carry_types.history
-            if halving.by not in known or known[halving.by].ndim != 1:
-                scalars = ", ".join(n for n, x in known.items() if x.ndim == 1)
-                raise ValueError(f"Halving: by={halving.by!r} is no quantity; there are {scalars}.")
+            for training in groups:
+                known = training.programs.carry_types.history
+                if halving.by not in known or known[halving.by].ndim != 1:
+                    scalars = ", ".join(n for n, x in known.items() if x.ndim == 1)
+                    static = training.group.static if len(groups) > 1 else {}
+                    raise ValueError(
+                        f"Halving: by={halving.by!r} is no quantity"
+                        f"{f' with {described(static)}' if static else ''}; there are {scalars}."
+                    )
             self._metric = halving.by
+        self._check_names()
         self._check_shapes()
         self._runs: list[list[Run]] = [[] for _ in groups]  # that are trained
         self._left: list[list[Run]] = [[] for _ in groups]  # that aren't any more
         self._shown = 0  # epochs
+
+    def _check_names(self) -> None:
+        """Raise where a row of the result would have two columns of one name."""
+        for training in self._groups:
+            for name in training.programs.carry_types.history:
+                if name in self._axes.names:
+                    raise ValueError(f"sweep: the metric {name!r} has the name of an axis.")
+                if name in COLUMNS:
+                    raise ValueError(
+                        f"sweep: the loss returns a metric {name!r}, but a SweepResult calls the "
+                        "epochs of a network so: choose another name."
+                    )
 
     def _check_shapes(self) -> None:
         """Raise where a metric has another shape for other static hyperparameters."""
