@@ -536,12 +536,48 @@ def test_looking_compiles_once_and_holds_no_data(caplog):
     [
         ((PARAMS, (X, Y[1:])), ValueError, "differ in their number of examples"),
         ((None, (X, Y)), ValueError, "params holds no arrays"),
-        (({"a": 1}, (X, Y)), TypeError, "parameters are"),
+        (({"a": "1"}, (X, Y)), TypeError, "parameters are"),
     ],
 )
 def test_bad_looks(given, error, message):
     with pytest.raises(error, match=message):
         fnn.activation_statistics(LOSS)(*given)
+
+
+def test_integers_that_a_training_left_out_stay_as_they_are():
+    table = np.array([2, 0, 1])
+
+    def loss(params, x):
+        order = jnp.argsort(params["table"])  # 1, 2, 0
+        return 0.5 * jnp.sum(jnp.square(jnp.tanh(params["w"][order, order]) - 0.5)) + 0 * x[0]
+
+    w = np.asarray(RANDOM.normal(size=(3, 3)), np.float32)
+    step = fnn.train_step(loss, optax.sgd(0.1), trainable=lambda path, x: path == "w")
+    state = step.init({"w": jnp.asarray(w), "table": jnp.asarray(table)})
+    at = lambda w: np.sum(np.square(np.tanh(np.diag(w)) - 0.5)) / 2
+
+    surface = fnn.loss_surface(loss, state, X, KEY, points=3)
+    first, second = surface.directions
+    assert not np.any(first["table"]) and not np.any(second["table"])
+    moved = w - np.asarray(first["w"]) + np.asarray(second["w"])
+    np.testing.assert_allclose(surface.losses[2, 0], at(moved), rtol=1e-5)
+
+    (part,) = fnn.activation_statistics(loss)(state, X)
+    np.testing.assert_allclose(part.mean, np.tanh(np.diag(w)).mean(), rtol=1e-5)
+
+    found = fnn.find_learning_rate(loss, state, X, optax.sgd, lowest=0.1, steps=5)
+    wanted = []
+    for rate in found.rates:
+        y = np.tanh(np.diag(w))
+        w = w - rate * np.diag((y - 0.5) * (1 - y**2))
+        wanted.append(at(w))
+    np.testing.assert_allclose(found.losses, wanted, rtol=1e-4)
+
+    whole = {"table": jnp.asarray(table)}
+    with pytest.raises(TypeError, match="loss_surface: params holds no floats to move"):
+        fnn.loss_surface(loss, whole, X, KEY, points=3)
+    with pytest.raises(TypeError, match="find_learning_rate: params holds no floats to train"):
+        fnn.find_learning_rate(loss, whole, X, optax.sgd, steps=5)
 
 
 def test_looks_want_key_and_state():

@@ -17,7 +17,7 @@ from fnn.readings import Kept
 from fnn.text import size_of_tree
 from fnn.train.conversion import as_arrays
 from fnn.train.loss import Loss, batch_losses, check_loss, check_model_state, extras
-from fnn.train.state import State, check_params, path_name
+from fnn.train.state import State, floats_among, path_name
 
 
 class LossSurface(NamedTuple):
@@ -70,7 +70,7 @@ def loss_surface(
         d[i] ← d[i] / ‖d[i]‖ · ‖W[i]‖
 
     so that surfaces can be compared between networks whose weights differ in scale. Biases, and
-    all else that has one axis or none, stay as they are, as in the paper.
+    all else that has one axis or none, stay as they are, as in the paper; so do integers.
 
     Args:
         loss: for ONE example, as for `train_step`; a `mode` that it names is EVALUATE.
@@ -110,7 +110,7 @@ def loss_surface(
         model_state = params.model_state if model_state is None else model_state
         params = params.params
     arguments.no_result(where, "params", params)
-    check_params(params)
+    floats_among(where, params, "to move")
     found = extras(loss)
     if (found.needs_key or directions is None) and key is None:
         what = "the loss takes a key" if directions is not None else "the directions are random"
@@ -156,6 +156,8 @@ class _Surface:
 
             def at(place):
                 def move(p, d, e):
+                    if not jnp.issubdtype(p.dtype, jnp.inexact):
+                        return p
                     a, b = place.astype(p.dtype)
                     return p + a * d.astype(p.dtype) + b * e.astype(p.dtype)
 
@@ -179,7 +181,7 @@ def _normalised(params: Any, key: Any, filter_axis: int) -> Any:
 
     def of(leaf, key):
         leaf = jnp.asarray(leaf)
-        if leaf.ndim < 2:
+        if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             return jnp.zeros_like(leaf)
         if not -leaf.ndim <= filter_axis < leaf.ndim:
             raise ValueError(

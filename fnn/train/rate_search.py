@@ -19,7 +19,7 @@ from fnn.meshes import beside
 from fnn.readings import Kept
 from fnn.train.data import Arrays, batches_of, fold_in
 from fnn.train.loss import Loss, check_loss, check_model_state, extras
-from fnn.train.state import State, with_extra_args
+from fnn.train.state import State, floats_among, with_extra_args
 from fnn.train.step import TrainStep, check_optimizer, train_step
 
 # From four times the loss at the start on, training is taken to diverge.
@@ -81,7 +81,7 @@ def find_learning_rate(
     Args:
         loss: for ONE example, as for `train_step`.
         params: the parameters to start from; or a training State, for them and the network's
-            state.
+            state. All floats among them are trained; integers stay as they are.
         data: as for `fit`: arrays like `(X, y)`, or an iterable of batches. Arrays are shuffled if
             there is a key, and gone over as often as the steps need. The steps' batches are on the
             device at once; short ones are left out.
@@ -125,7 +125,8 @@ def find_learning_rate(
     batches = _batches(where, data, batch_size, key, steps + 1)
     if model_state is None and found.state is not None and hasattr(loss, "init_state"):
         model_state = loss.init_state(example_types(jax.tree.map(lambda x: x[0], batches)))
-    state = beside(_step(loss, optimizer, rates).init(params, model_state), batches)
+    step = _step(loss, optimizer, rates, params)
+    state = beside(step.init(params, model_state), batches)
     with _kept.found_or(_Search, loss, optimizer) as search:
         losses = search.losses(state, batches, key, rates)
     # The loss that a step reports is that before it.
@@ -146,7 +147,7 @@ class _Search:
         @jax.jit
         def losses(state, batches, key, rates):
             traces.append("losses")
-            step = _step(loss(), optimizer(), rates)
+            step = _step(loss(), optimizer(), rates, state.params)
             own_key = key if extras(loss()).may_draw else None
 
             def one(state, numbered):
@@ -163,9 +164,13 @@ class _Search:
 _kept: Kept[_Search] = Kept()
 
 
-def _step(loss: Loss, optimizer: Callable, rates: Any) -> TrainStep:
-    growing = _growing("find_learning_rate", optimizer, rates)
-    return train_step(loss, growing, nonfinite="ignore", check=False)
+def _step(loss: Loss, optimizer: Callable, rates: Any, params: Any) -> TrainStep:
+    """The step. It trains the floats: there may be integers that `trainable=...` left out."""
+    where = "find_learning_rate"
+    growing = _growing(where, optimizer, rates)
+    is_float = lambda path, x: jnp.issubdtype(x.dtype, jnp.inexact)
+    trainable = None if all(floats_among(where, params, "to train")) else is_float
+    return train_step(loss, growing, nonfinite="ignore", check=False, trainable=trainable)
 
 
 def _read(rates: np.ndarray, losses: np.ndarray) -> LearningRates:

@@ -103,6 +103,25 @@ def check_params(params: Any, are_trained: Callable[[Any], Sequence[bool]] | Non
             )
 
 
+def floats_among(where: str, params: Any, use: str) -> list[bool]:
+    """For each leaf whether it holds floats, where integers may be among them and stay as they are.
+
+    Args:
+        where: the public function.
+        params: a tree.
+        use: what is done with the floats: "to train".
+
+    Raises:
+        TypeError: it is no tree of arrays, or none of them holds floats.
+        ValueError: it holds no arrays.
+    """
+    check_params(params, lambda params: [False] * len(jax.tree.leaves(params)))
+    found = [jnp.issubdtype(jax.typeof(x).dtype, jnp.inexact) for x in jax.tree.leaves(params)]
+    if not any(found):
+        raise TypeError(f"{where}: params holds no floats {use}: {arguments.shapes(params)}.")
+    return found
+
+
 def check_optimizer(where: str, optimizer: Any) -> None:
     """Raise a TypeError unless it is an optax transformation."""
     parts = [getattr(optimizer, name, None) for name in ("init", "update")]
