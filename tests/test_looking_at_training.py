@@ -85,13 +85,14 @@ def test_optimiser_key_and_data_as_in_fit():
     np.testing.assert_allclose(found.losses, result.steps["loss"][1:], rtol=1e-5)
     again = fnn.find_learning_rate(loss, result.state, batches, make, **options)
     assert again.losses[0] < found.losses[0]
-    (one,) = {
-        fnn.find_learning_rate(
-            loss, params, (X, Y), optax.adam, key=KEY, batch_size=10, steps=6
-        ).losses.tobytes()
-        for _ in range(2)
-    }
-    del one
+
+    def noisy(params, example, key):
+        return loss(params, example) + jax.random.normal(key)
+
+    drawn = {"key": KEY, "batch_size": 8}
+    found = fnn.find_learning_rate(noisy, params, (X, Y), make, **options, **drawn)
+    result = fnn.fit(noisy, params, (X, Y), make(1e-2), epochs=2, progress=False, **drawn)
+    np.testing.assert_allclose(found.losses, result.steps["loss"][1:], rtol=1e-5)
 
 
 @exhaustive

@@ -122,13 +122,14 @@ def find_learning_rate(
             model_state = params.model_state
         params = params.params
     rates = np.geomspace(lowest, highest, steps)
-    batches = _batches(where, data, batch_size, key, steps + 1)
+    order_key, loss_key, _ = (None,) * 3 if key is None else jax.random.split(key, 3)  # as in fit
+    batches = _batches(where, data, batch_size, order_key, steps + 1)
     if model_state is None and found.state is not None and hasattr(loss, "init_state"):
         model_state = loss.init_state(example_types(jax.tree.map(lambda x: x[0], batches)))
     step = _step(loss, optimizer, rates, params)
     state = beside(step.init(params, model_state), batches)
     with _kept.found_or(_Search, loss, optimizer) as search:
-        losses = search.losses(state, batches, key, rates)
+        losses = search.losses(state, batches, loss_key, rates)
     # The loss that a step reports is that before it.
     return _read(rates, np.asarray(losses, float)[1:])
 
@@ -200,7 +201,7 @@ def _batches(where: str, data: Any, size: int | None, key: Any, count: int) -> A
     """The batches of the steps, stacked: arrays `(count, size, ...)`."""
     source = batches_of(where, data, batch_size=size, shuffle=key is not None, epochs=1)
     taken: list[Any] = []
-    for epoch in itertools.count():
+    for epoch in itertools.count(1):
         before = len(taken)
         for batch in source.epoch(fold_in(key, epoch)):
             if not taken or size_of(batch) == size_of(taken[0]):
