@@ -80,8 +80,16 @@ def test_a_length_is_for_the_display_only():
 def test_what_never_ends():
     with pytest.raises(ValueError, match=r"never ends \(itertools.cycle\): pass steps_per_epoch"):
         fit(itertools.cycle([BATCH]))
-    with pytest.raises(ValueError, match="never ends"):
+    cut = r"never ends \(itertools.cycle\): cut it, itertools.islice\(data, n\)"
+    with pytest.raises(ValueError, match=cut):
         evaluate(squares, START, itertools.cycle([BATCH]))
+    with pytest.raises(ValueError, match=cut):
+        fnn.find_learning_rate(squares, START, itertools.cycle([BATCH]))
+    used_up = "validation is an iterator .*a function that makes a new iterator for each epoch.$"
+    with pytest.raises(ValueError, match=used_up):
+        fit([BATCH], validation=iter([BATCH]), epochs=2)
+    with pytest.raises(ValueError, match="data is an iterator .* each epoch, or steps_per_epoch.$"):
+        fit(iter([BATCH]), epochs=2)
 
 
 # ------------------------------------------------------------------------------ kinds of batches

@@ -237,13 +237,15 @@ def batches_of(
                 f"{name} is a function, {name_of(data)}({', '.join(wanted)}): it is called for "
                 "each epoch with no argument, or with a key."
             )
+    takes_steps = where == "fit" and name == "data"
     if isinstance(data, itertools.cycle) and steps is None:
-        raise ValueError(f"{name} never ends (itertools.cycle): pass steps_per_epoch.")
+        way = "pass steps_per_epoch" if takes_steps else "cut it, itertools.islice(data, n)"
+        raise ValueError(f"{name} never ends (itertools.cycle): {way}.")
     if isinstance(data, Iterator) and epochs > 1 and steps is None:
         raise ValueError(
             f"{name} is an iterator ({type(data).__name__}): it would be used up after the first "
-            f"of {epochs} epochs. Pass a list, a function that makes a new iterator for each "
-            "epoch, or steps_per_epoch."
+            f"of {epochs} epochs. Pass a list, or a function that makes a new iterator for each "
+            f"epoch{', or steps_per_epoch' if takes_steps else ''}."
         )
     if steps is not None and isinstance(data, list) and len(data) != steps:
         less = len(data) < steps
