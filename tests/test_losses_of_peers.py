@@ -169,6 +169,19 @@ def test_a_sequence_that_cannot_be_spelt():
     assert jnp.isnan(of(jnp.asarray([4, 1, 1]), 6, 1)[0])
 
 
+def test_what_does_not_count_in_a_sequence_does_not_reach_the_gradient():
+    """Padding of −1, which is no class, and nan in a frame behind the last."""
+    padded = jnp.asarray([1, 2, -1])
+    frames, labels = jnp.arange(6) < 5, jnp.arange(3) < 2
+    both = jax.jit(lambda x, frames, n: jax.value_and_grad(ops.ctc)(x, padded, frames, n))
+    value, gradient = both(X.at[5].set(jnp.nan), frames, labels)
+    wanted, of_the_first = jax.value_and_grad(lambda x: ops.ctc(x, padded[:2]))(X[:5])
+    np.testing.assert_allclose(value, wanted, rtol=1e-12)
+    np.testing.assert_allclose(gradient[:5], of_the_first, rtol=1e-9, atol=1e-12)
+    assert not np.any(gradient[5])
+    assert jnp.isnan(both(X, frames, jnp.ones(3, bool))[0])  # −1 counts
+
+
 def test_what_is_kept():
     x, y = jnp.ones((32, 16)), jnp.ones((32, 16))
     for f, entries in (

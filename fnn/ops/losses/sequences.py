@@ -70,14 +70,16 @@ def ctc(
             f"{int(jnp.argmax(is_blank))}: no label is the blank. (What only fills the row up "
             "is left out by label_mask.)"
         )
-    # No class, and none from the end.
+    # No class, and none from the end. What doesn't count may be any number: a blank is a class.
     labels = jnp.where((labels < 0) | is_blank, logits.shape[-1], labels)
+    labels = jnp.where(is_label, labels, blank)
     # What may be said, in turn: blank, first label, blank, ..., last label, blank.
     said = jnp.full(2 * labels.size + 1, blank, labels.dtype).at[1::2].set(labels)
     is_new = (said != blank) & (said != jnp.roll(said, 2))  # the blank before may be left out
     is_new = is_new & (jnp.arange(said.size) > 1)
-    each = jnp.take(log_softmax(wide(logits)), said, axis=-1, mode="fill", fill_value=jnp.nan)
     counts = _mask(op, "mask", mask, logits.shape[:1])
+    log_p = log_softmax(wide(jnp.where(counts[:, None], logits, 0)))
+    each = jnp.take(log_p, said, axis=-1, mode="fill", fill_value=jnp.nan)
     start = jnp.where(jnp.arange(said.size) == 0, 0, -jnp.inf).astype(each.dtype)
     each, is_new, counts, start = same_varying_axes([each, is_new, counts, start])
 
