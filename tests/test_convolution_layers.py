@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen
-from sweeps import exhaustive
+from sweeps import exhaustive, sweep
 
 import fnn
 from fnn import ops
@@ -63,6 +63,45 @@ def test_parameters():
     close(deviation, np.sqrt(2 / 450))
     params = ConvTranspose(6, 2, groups=2).init(KEY, jnp.zeros((5, 5, 4)))
     assert params["W"].shape == (4, 3, 2, 2) and params["b"].shape == (6,)
+
+
+TRANSPOSES = [
+    (64, 3, 4, {"stride": 2}),
+    (64, 16, 3, {"groups": 4}),
+    (256, 128, 2, {"stride": 2}),
+    (3, 64, 3, {}),
+    (64, 16, 3, {"stride": 4, "dilation": 2, "padding": "valid"}),
+]
+
+
+@pytest.mark.parametrize("which", sweep(range(5), [0, 1]))
+def test_conv_transpose_begins_with_he_s_variance(which):
+    """2 of inputs of variance 1, over the outputs that a window reaches."""
+    ins, outs, window, options = TRANSPOSES[which]
+    layer, x = ConvTranspose(outs, window, **options), jax.random.normal(KEY, (12, 12, ins))
+    inner = lambda key: layer(layer.init(key, x), x)[4:-4, 4:-4]
+    y = jax.jit(jax.vmap(inner))(jax.random.split(KEY, 16))
+    assert 1.8 < np.mean(np.square(y[y != 0])) < 2.2
+
+
+def test_conv_transpose_shows_its_initialiser_outputs_and_inputs():
+    """As a convolution's weight; of groups, too."""
+    seen = []
+
+    def init(key, shape, dtype):
+        seen.append(shape)
+        return jax.random.normal(key, shape, dtype)
+
+    x = jnp.zeros((5, 5, 4))
+    W = ConvTranspose(6, 3, groups=2, weight_init=init).init(KEY, x)["W"]
+    assert seen == [(6, 2, 3, 3)] and W.shape == (4, 3, 3, 3)
+    # One output's weights, for it alone in its group, are those of one row of init's.
+    drawn = init(jax.random.split(KEY)[0], (6, 2, 3, 3), W.dtype)
+    for f in range(6):
+        group = f // 3
+        np.testing.assert_array_equal(W[2 * group : 2 * group + 2, f % 3], drawn[f])
+    with pytest.raises(TypeError, match="ConvTranspose: weight_init must be an initialiser"):
+        ConvTranspose(6, 3, weight_init=2)
 
 
 def test_conv_transpose_adds_each_window():

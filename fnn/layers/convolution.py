@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import chex
 import jax
 
 from fnn import arguments, ops
-from fnn.initializers import Initializer, he_normal, zeros
+from fnn.initializers import Initializer, he_normal, variance_scaling, zeros
 from fnn.layers.layer import Layer, LayerError, check_params, check_parts, initial, set_count
 from fnn.layers.linear import Linear, check_options
 from fnn.ops.convolutions import Padding, Sizes, check_padding, sizes_of
@@ -67,7 +68,7 @@ class Conv(Layer):
         check_padding("Conv", self.padding, len(window_of(self)), also=("circular",))
 
     def init(self, key: chex.PRNGKey, x: Any) -> dict:
-        return initial_weights(self, key, self._shapes(x))
+        return initial_weights(self, key, self._shapes(x), self.weight_init)
 
     def __call__(self, params: Any, x: Any, **mode: Any) -> Any:
         check_params(self, params, self._shapes(x), x)
@@ -83,12 +84,7 @@ class Conv(Layer):
 
     def _shapes(self, x: Any) -> dict[str, tuple[int, ...]]:
         window = window_of(self)
-        ins = image_features(self, x, len(window))
-        if ins % self.groups:
-            raise LayerError(
-                f"{self} wants a number of features that {self.groups} groups divide, but got an "
-                f"input of shape {x.shape}."
-            )
+        ins = grouped_features(self, x, len(window))
         return shapes_of(self, (self.features, ins // self.groups, *window))
 
 
@@ -111,7 +107,10 @@ class ConvTranspose(Layer):
             see `fnn.ops.conv_transpose`.
         output_padding: how many entries more the output gets at the end of each axis.
         use_bias: whether there is a b.
-        weight_init: initialiser of W.
+        weight_init: initialiser of W, which is asked for `(features, in / groups, *window)`, so
+            that its fan_in is in / groups · window. Unless given, He's for a relu that follows,
+            with the number of inputs that an output sums over: of a stride, that is on average
+            1/stride of the window along each axis.
         bias_init: initialiser of b.
 
     Raises:
@@ -130,7 +129,7 @@ class ConvTranspose(Layer):
     dilation: Sizes = 1
     groups: int = 1
     use_bias: bool = True
-    weight_init: Initializer = he_normal
+    weight_init: Initializer | None = None
     bias_init: Initializer = zeros
 
     def __post_init__(self) -> None:
@@ -140,7 +139,24 @@ class ConvTranspose(Layer):
         check_padding("ConvTranspose", self.padding, space)
 
     def init(self, key: chex.PRNGKey, x: Any) -> dict:
-        return initial_weights(self, key, self._shapes(x))
+        shapes = self._shapes(x)
+        ins, outs, *window = shapes["W"]
+        seen = self.groups * outs, ins // self.groups, *window
+        params = initial_weights(self, key, shapes | {"W": seen}, self.weight_init or self._he)
+        W = params["W"].reshape(self.groups, outs, *seen[1:])
+        return params | {"W": W.swapaxes(1, 2).reshape(shapes["W"])}
+
+    def _he(self, key: chex.PRNGKey, shape: Any, dtype: Any) -> jax.Array:
+        """He's, where the window's places are divided among several kinds of outputs.
+
+        Along an axis of stride s and dilation d, places k of the same k·d mod s reach the same.
+        """
+        window = window_of(self)
+        options = [
+            sizes_of("ConvTranspose", "", o, len(window)) for o in (self.stride, self.dilation)
+        ]
+        kinds = (min(k, s // math.gcd(s, d)) for k, s, d in zip(window, *options, strict=True))
+        return variance_scaling(key, shape, dtype, scale=2 * math.prod(kinds))
 
     def __call__(self, params: Any, x: Any, **mode: Any) -> Any:
         check_params(self, params, self._shapes(x), x)
@@ -157,7 +173,7 @@ class ConvTranspose(Layer):
 
     def _shapes(self, x: Any) -> dict[str, tuple[int, ...]]:
         window = window_of(self)
-        ins = image_features(self, x, len(window))
+        ins = grouped_features(self, x, len(window))
         return shapes_of(self, (ins, self.features // self.groups, *window))
 
 
@@ -248,13 +264,24 @@ def image_features(layer: Layer, x: Any, space: int) -> int:
     return shape[-1]
 
 
+def grouped_features(layer: Any, x: Any, space: int) -> int:
+    """The same, which the layer's groups must divide."""
+    ins = image_features(layer, x, space)
+    if ins % layer.groups:
+        raise LayerError(
+            f"{layer} wants a number of features that {layer.groups} groups divide, but got an "
+            f"input of shape {x.shape}."
+        )
+    return ins
+
+
 def shapes_of(layer: Any, W: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     return {"W": W, "b": (layer.features,)} if layer.use_bias else {"W": W}
 
 
-def initial_weights(layer: Any, key: Any, shapes: dict[str, tuple[int, ...]]) -> dict:
+def initial_weights(layer: Any, key: Any, shapes: dict, weight_init: Initializer) -> dict:
     keys = jax.random.split(arguments.key(f"{layer}.init", "key", key))
-    made = {"W": layer.weight_init, "b": layer.bias_init}
+    made = {"W": weight_init, "b": layer.bias_init}
     return {
         name: initial(layer, made[name], own, shapes[name])
         for (name, own) in zip(made, keys, strict=True)

@@ -77,8 +77,9 @@ def check_options(layer: Any) -> None:
     name = type(layer).__name__
     arguments.flag(name, "use_bias", layer.use_bias)
     for option in ("weight_init", "bias_init"):
-        form = "an initialiser, a function (key, shape, dtype)"
-        arguments.function(name, option, getattr(layer, option), form)
+        form, value = "an initialiser, a function (key, shape, dtype)", getattr(layer, option)
+        if value is not getattr(type(layer), option):  # the default
+            arguments.function(name, option, value, form)
 
 
 def check_weights(layer: Layer, params: Any, shapes: Mapping[str, tuple[int, ...]], x: Any) -> None:
