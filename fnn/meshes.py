@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 EVERYWHERE = PartitionSpec()
 
@@ -48,6 +48,12 @@ def with_auto_axes(function: Callable, args: tuple, out_specs: Any = EVERYWHERE)
                 "Pass such an array in: with the parameters, the batch, or as a keyword argument."
             )
         raise
+
+
+def with_auto_types(mesh: Mesh) -> Mesh:
+    """The same devices, with automatic axes only."""
+    kinds = (AxisType.Auto,) * len(mesh.axis_names)
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
 
 
 def explicit_mesh(tree: Any) -> Any:

@@ -94,6 +94,34 @@ def test_of_a_batch_in_a_program_that_sends_no_more_than_it_must():
     assert sum(c.size * c.times for c in sent) == (keys + values) * ((N - 1) + 2 * (N - 1) + 1)
 
 
+@exhaustive
+@pytest.mark.parametrize("spec", sweep([None, P(), P("sequence")], [P()]), ids=str)
+def test_on_a_mesh_with_explicit_axes(spec):
+    """The default of `jax.make_mesh`. Arrays on no mesh, on all devices alike, and divided."""
+    mesh = jax.make_mesh((2, N), ("data", "sequence"))
+    ring = lambda *a: ops.ring_attention(*a, mesh=mesh, axis="sequence", causal=True)
+    plain = lambda *a: ops.attention(*a, causal=True)
+
+    def of(attend):
+        loss = lambda *a: jnp.sum(jnp.sin(attend(*a)))
+        return lambda *a: (attend(*a), jax.grad(loss, (0, 1, 2))(*a))
+
+    wanted = of(plain)(*arrays())
+    given = arrays() if spec is None else jax.device_put(arrays(), NamedSharding(mesh, spec))
+    found = [jax.jit(of(ring))(*given)]
+    with jax.set_mesh(mesh):
+        found += [of(ring)(*given)]
+    if spec is None:
+        found += [of(ring)(*given)]
+    for one in found:
+        chex.assert_trees_all_close(jax.device_get(one), wanted, rtol=2e-5, atol=2e-5)
+    batch = jax.tree.map(lambda x: jnp.stack([x, -x]), arrays())
+    wanted = jax.vmap(plain)(*batch)
+    divided = NamedSharding(mesh, P("data", *(spec or ())))
+    y = jax.jit(jax.vmap(ring))(*jax.device_put(batch, divided))
+    chex.assert_trees_all_close(jax.device_get(y), wanted, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from fnn import arguments
-from fnn.meshes import mesh_here, varies_as
+from fnn.meshes import mesh_here, varies_as, with_auto_axes, with_auto_types
 from fnn.operation import rule
 from fnn.ops.arguments import block_size
 from fnn.ops.sequences.attention import check
@@ -56,7 +56,9 @@ def ring_attention(
     Args:
         q, k, v: as of `attention`; queries and keys must be divisible by n. They are arrays of the
             whole sequence, inside or outside of jit.
-        mesh: the mesh.
+        mesh: the mesh. The kinds of its axes don't matter, automatic or explicit ones: arrays with
+            explicit axes give one with them, others one that the compiler divides. (A batch with
+            explicit axes is mapped inside of jit: outside, JAX can't.)
         axis: the name of its axis.
         causal, window, mask, slopes, scale, block: as of `attention`. With `causal`, a device
             skips keys that come after all of its queries: the first device waits for the last.
@@ -92,19 +94,17 @@ def ring_attention(
     if mask is not None:
         mask = mask.reshape((1,) * (3 - mask.ndim) + mask.shape)
     given = {"mask": mask, "slopes": slopes}
-    y, _, _ = attention_round(
-        q,
-        k,
-        v,
-        {name: x for name, x in given.items() if x is not None},
-        mesh=mesh,
-        axis=axis,
-        causal=arguments.flag(where, "causal", causal),
-        window=None if window is None else arguments.integer(where, "window", window, least=1),
-        scale=float(arguments.number(where, "scale", scale)),
-        block=block_size(where, block, on_cpu=128, elsewhere=512),
-    )
-    return y
+    arrays = q, k, v, {name: x for name, x in given.items() if x is not None}
+    static = {
+        "mesh": with_auto_types(mesh),
+        "axis": axis,
+        "causal": arguments.flag(where, "causal", causal),
+        "window": None if window is None else arguments.integer(where, "window", window, least=1),
+        "scale": float(arguments.number(where, "scale", scale)),
+        "block": block_size(where, block, on_cpu=128, elsewhere=512),
+    }
+    # Arrays of explicit axes may lie otherwise: the compiler brings them where they are wanted.
+    return with_auto_axes(lambda *args: attention_round(*args, **static)[0], arrays, P(axis))
 
 
 @rule
