@@ -8,7 +8,9 @@ the cache keeps no function and no array of the user's alive. Outside jit:
 * a conditional takes its branch now;
 * a loop is compiled by `_compiled`, one jitted function, whose static argument describes it.
   The arrays that a loop holds are arguments. What else its body may hold, a custom rule's
-  functions and fnn's operations, isn't kept: only what they compute is.
+  functions and fnn's operations, isn't kept: only what they compute is. The user's own rules are
+  traced at each call, since they may compute something else by then; what is the same program as
+  before isn't compiled again.
 
 `apply` does that for one equation, and `once` for a whole function.
 """
@@ -142,12 +144,11 @@ def _evaluated(equation: Equation, values: Sequence) -> list:
         branches = equation.params["branches"]
         chosen = branches[min(max(int(values[0]), 0), len(branches) - 1)]
         return evaluate(program(close(chosen)), values[1:])
-    arrays: list = []
     try:
-        what = (equation.name, _described(equation.params, arrays), equation.context)
+        description = _description(equation, values)
     except TypeError:  # it holds something of a kind that can't be described
         return equation.bind(values)
-    description = _Description(what, equation, arrays)
+    arrays = description.arrays
     try:
         with equation.context.manager:
             return _compiled(description, arrays, list(values))
@@ -174,17 +175,45 @@ def called(equation: Equation, values: Sequence):
     return None
 
 
-class _Description:
-    """The content of an equation, the cache key of what it was compiled to.
+def _description(equation: Equation, values: Sequence) -> _Description:
+    """What an equation computes at such inputs.
 
-    It holds the equation itself only until that is compiled.
+    Raises:
+        TypeError: it holds something of a kind that can't be described.
+    """
+    arrays: list = []
+    try:
+        what = (equation.name, _described(equation.params, arrays), equation.context)
+        run = functools.partial(_by_value, equation)
+    except _MayChangeError:
+        # Described and run is the same trace: a second one might find something else.
+        with equation.context.manager:
+            traced = jax.make_jaxpr(lambda *ins: _by_value(equation, list(ins), {}))(*values)
+        arrays = []
+        what = (equation.name, _described(traced, arrays), equation.context)
+        run = functools.partial(_evaluated_by_value, traced)
+    return _Description(what, run, arrays)
+
+
+class _MayChangeError(TypeError):
+    """A rule of the user's: what it computes may depend on what it closes over."""
+
+
+class _Description:
+    """What is computed, the cache key of what it was compiled to.
+
+    It holds the program itself only until that is compiled.
+
+    Attributes:
+        arrays: those that the program holds, until it is compiled.
     """
 
-    __slots__ = ("_arrays", "_equation", "_hash", "_what")
+    __slots__ = ("_hash", "_run", "_what", "arrays")
 
-    def __init__(self, what, equation: Equation, arrays: list):
+    def __init__(self, what, run: Callable, arrays: list):
         self._what, self._hash = what, hash(what)
-        self._equation, self._arrays = equation, arrays
+        self._run: Callable | None = run
+        self.arrays: list = arrays
 
     def __hash__(self):
         return self._hash
@@ -193,16 +222,23 @@ class _Description:
         return isinstance(other, _Description) and self._what == other._what
 
     def forget(self):
-        self._equation = self._arrays = None
+        self._run, self.arrays = None, []
 
     def run(self, arrays, values):
-        place = {id(a): new for a, new in zip(self._arrays, arrays, strict=True)}
-        return _by_value(self._equation, values, place)
+        assert self._run is not None
+        return self._run(values, {id(a): new for a, new in zip(self.arrays, arrays, strict=True)})
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _compiled(description: _Description, arrays: list, values: list) -> list:
     return description.run(arrays, values)
+
+
+def _evaluated_by_value(closed, args: Sequence, place: dict) -> list:
+    """The outputs of a jaxpr; see `_by_value`."""
+    flat = program(closed)
+    flat.constants = {i: place.get(id(c), c) for i, c in flat.constants.items()}
+    return evaluate(flat, args, lambda inner, ins: _by_value(inner, ins, place))
 
 
 def _by_value(equation: Equation, values: Sequence, place: dict) -> list:
@@ -212,9 +248,7 @@ def _by_value(equation: Equation, values: Sequence, place: dict) -> list:
     """
 
     def run(closed, args):
-        flat = program(closed)
-        flat.constants = {i: place.get(id(c), c) for i, c in flat.constants.items()}
-        return evaluate(flat, args, lambda inner, ins: _by_value(inner, ins, place))
+        return _evaluated_by_value(closed, args, place)
 
     inner, params = called(equation, values), equation.params
     if inner is not None:
@@ -278,7 +312,7 @@ def _described(x, arrays: list):
     """A hashable description, equal where the same is computed; arrays are put into the list.
 
     Raises:
-        TypeError: it is of a kind that isn't hashable.
+        TypeError: it is of a kind that isn't hashable, or holds a rule that may change.
     """
     if hasattr(x, "eqns"):
         return _described_jaxpr(close(x), arrays)
@@ -290,6 +324,8 @@ def _described(x, arrays: list):
         arrays.append(x)
         return jax.typeof(x)
     if isinstance(x, (Call, MappedCall, LinearMap, MappedLinearMap)):
+        if not x.rule.compiled:
+            raise _MayChangeError
         fields = (getattr(x, field.name) for field in dataclasses.fields(x))
         return (type(x), *(_described(v, arrays) for v in fields))
     if isinstance(x, weakref.ref):

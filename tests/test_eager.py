@@ -217,6 +217,9 @@ def _holding(kind):
     by_vjp = jax.custom_vjp(lambda x: inside(x))
     by_vjp.defvjp(lambda x: (inside(x), x), lambda x, g: (held and g * jnp.cos(x) * K,))
 
+    by_rule = fnn.rule(inside)
+    by_rule.backward(lambda residuals, g: (held and g * jnp.cos(residuals[0]) * K,))
+
     def scanned(f):
         return lambda x: lax.scan(lambda c, _: (f(c), c), x, None, length=3)[0].sum()
 
@@ -225,6 +228,7 @@ def _holding(kind):
         "custom_vjp": lambda x: by_vjp(x).sum(),
         "scan": scanned(inside),
         "scan of custom_vjp": scanned(by_vjp),
+        "scan of rule": scanned(by_rule),
         "cond": lambda x: lax.cond(x[0] > 0, inside, lambda x: x, x).sum(),
         "checkpoint": lambda x: jax.checkpoint(inside)(x).sum(),
         "jit": lambda x: jax.jit(inside)(x).sum(),
@@ -235,8 +239,17 @@ def _holding(kind):
 @pytest.mark.parametrize(
     "kind",
     sweep(
-        ["closure", "custom_vjp", "scan", "scan of custom_vjp", "cond", "checkpoint", "jit"],
-        quick=["closure", "scan of custom_vjp", "jit"],
+        [
+            "closure",
+            "custom_vjp",
+            "scan",
+            "scan of custom_vjp",
+            "scan of rule",
+            "cond",
+            "checkpoint",
+            "jit",
+        ],
+        quick=["closure", "scan of custom_vjp", "scan of rule", "jit"],
     ),
 )
 @pytest.mark.parametrize(
@@ -265,3 +278,69 @@ def test_the_value_of_a_closure_is_read_at_each_call():
     scale[0] = 3.0
     np.testing.assert_allclose(fnn.grad(f)(X), 9)
     np.testing.assert_allclose(once(functools.partial(f))(X), 9 * X.sum())
+
+
+def _loop_of_a_rule(kind):
+    """A loop, and what its body's rule reads of its closure: a number and an array."""
+    box = [2.0, jnp.ones(3)]
+
+    @fnn.rule
+    def scaled(x):
+        return x * box[0] * box[1]
+
+    @fnn.rule
+    def outer(x):
+        return scaled(x)
+
+    for operation in (scaled, outer):
+        operation.backward(lambda residuals, g: (g * box[0] * box[1],))
+
+    def three_times(f):
+        return lambda x: lax.scan(lambda c, _: (f(c), None), x, None, length=3)[0]
+
+    loops = {
+        "scan": three_times(scaled),
+        "while": lambda x: lax.while_loop(
+            lambda s: s[0] < 3, lambda s: (s[0] + 1, scaled(s[1])), (0, x)
+        )[1],
+        "fori": lambda x: lax.fori_loop(0, 3, lambda i, c: scaled(c), x),
+        "rule in a rule": three_times(outer),
+        "cond": three_times(lambda c: lax.cond(c[0] > 0, scaled, lambda c: c, c)),
+        "jit": three_times(lambda c: jax.jit(lambda c: scaled(c))(c)),
+        "scan in a scan": three_times(
+            lambda c: lax.scan(lambda c, _: (scaled(c), None), c, None, length=1)[0]
+        ),
+        "vmap": lambda x: jax.vmap(three_times(scaled))(jnp.stack([x, 2 * x]))[0],
+        "jvp": lambda x: jax.jvp(three_times(scaled), (x,), (x,))[1],
+    }
+    loop = loops[kind]
+    return lambda x: loop(x).sum(), box
+
+
+RULE_CALLS = {
+    "once": lambda f: once(lambda x: f(x))(X),
+    "value_and_grad": lambda f: fnn.value_and_grad(lambda x: f(x))(X)[0],
+    "vjp": lambda f: fnn.vjp(lambda x: f(x), X)[0],
+    "graph": lambda f: fnn.graph(lambda x: f(x))(X).value,
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    sweep(
+        ["scan", "while", "fori", "rule in a rule", "cond", "jit", "scan in a scan", "vmap", "jvp"],
+        quick=["scan", "jvp", "cond"],
+    ),
+)
+@pytest.mark.parametrize("call", sweep(RULE_CALLS, quick=["value_and_grad"]))
+def test_a_rule_in_a_loop_sees_what_its_closure_holds_at_each_call(kind, call):
+    """And a call with the same values compiles nothing."""
+    f, box = _loop_of_a_rule(kind)
+    run = RULE_CALLS[call]
+    for number, array in ((2.0, jnp.ones(3)), (5.0, jnp.ones(3)), (5.0, jnp.full(3, 3.0))):
+        box[:] = number, array
+        expected = (number * array[0]) ** 3 * X.sum()
+        np.testing.assert_allclose(run(f), expected, rtol=1e-12)
+    box[1] = jnp.full(3, 7.0)  # arrays are arguments
+    assert counted(lambda: run(f)) == 0
+    np.testing.assert_allclose(run(f), (5 * 7) ** 3 * X.sum(), rtol=1e-12)
