@@ -183,7 +183,9 @@ def _description(equation: Equation, values: Sequence) -> _Description:
     """
     arrays: list = []
     try:
-        what = (equation.name, _described(equation.params, arrays), equation.context)
+        is_jit = equation.name in ("jit", "pjit")  # one with shardings; see `called`
+        params = _described_params(equation.name, equation.params, arrays, is_jit)
+        what = (equation.name, params, equation.context)
         run = functools.partial(_by_value, equation)
     except _MayChangeError:
         # Described and run is the same trace: a second one might find something else.
@@ -336,6 +338,18 @@ def _described(x, arrays: list):
     return type(x), x
 
 
+def _described_params(name: str, params: dict, arrays: list, runs_as_it_is: bool = False):
+    """The same of an equation's parameters.
+
+    runs_as_it_is: whether `_by_value` leaves it so, although its kind holds functions.
+    """
+    before = len(arrays)
+    described = _described(params, arrays)
+    if len(arrays) > before and (runs_as_it_is or name not in _HOLDS_FUNCTIONS):
+        raise TypeError("its arrays are part of the program, and can't be arguments")
+    return described
+
+
 def _described_jaxpr(closed, arrays: list):
     number: dict = {}
 
@@ -355,10 +369,11 @@ def _described_jaxpr(closed, arrays: list):
     lines.append(tuple(_described(c, arrays) for c in closed.consts))
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
-        if name in _CALLS and (name not in ("jit", "pjit") or inlined(eqn) is not None):
+        runs_as_it_is = name in ("jit", "pjit") and inlined(eqn) is None
+        if name in _CALLS and not runs_as_it_is:
             params = {"jaxpr": params[_CALLS[name]]}  # only this is evaluated
         ins = tuple(map(read, eqn.invars))
-        params = _described(params, arrays)
+        params = _described_params(name, params, arrays, runs_as_it_is)
         lines.append(
             (weakref.ref(eqn.primitive), params, ins, tuple(map(new, eqn.outvars)), eqn.ctx)
         )

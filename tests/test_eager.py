@@ -344,3 +344,19 @@ def test_a_rule_in_a_loop_sees_what_its_closure_holds_at_each_call(kind, call):
     box[1] = jnp.full(3, 7.0)  # arrays are arguments
     assert counted(lambda: run(f)) == 0
     np.testing.assert_allclose(run(f), (5 * 7) ** 3 * X.sum(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("in_a_loop", [False, True])
+def test_a_jit_with_shardings_sees_the_arrays_of_its_closure(in_a_loop):
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def run(K):
+        inside = jax.jit(lambda x: x * K)
+        f = jax.jit(lambda x: inside(x), in_shardings=jax.NamedSharding(mesh, jax.P()))
+        loop = lambda x: lax.scan(lambda c, _: (f(c), None), x, None, length=1)[0]
+        return fnn.value_and_grad(lambda x: (loop if in_a_loop else f)(x).sum())(X)
+
+    for K in (jnp.ones(3), jnp.arange(3.0)):
+        value, gradient = run(K)
+        np.testing.assert_allclose(value, (X * K).sum(), rtol=1e-12)
+        np.testing.assert_allclose(gradient, K)
