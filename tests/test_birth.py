@@ -217,6 +217,18 @@ def test_what_stands_beside_it_is_not_blamed():
     assert (found.operation, found.kind, found.index) == ("log", "-inf", (1,))
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_two_outputs_through_one_array_the_earliest_birth(order):
+    def f(x):
+        early = jnp.log(x)
+        late = jnp.sqrt(early - 1)
+        both = early + late
+        return [both[i] for i in order]
+
+    found = born(f, jnp.array([-1.0, 1.0]))
+    assert (found.operation, found.index) == ("log", (0,))
+
+
 def test_sums_and_products_that_overflow():
     big = np.full(64, 1e308)
     found = born(jnp.sum, big)

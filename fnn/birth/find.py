@@ -43,8 +43,8 @@ def find_nonfinite(
     goes on from them, else the number was born here. So what is inf for a good reason, and goes no
     further (the −inf of a mask before a softmax, the start of a running maximum), is never blamed.
     A nan comes before an inf: reported is where it became a nan, and in `cause` the birth of the
-    inf that it was made of, if it was. Of several births that reached the outputs, the report is of
-    the earliest.
+    inf that it was made of, if it was. Of each output one entry is followed; of the births that are
+    found so, the report is of the earliest.
 
     Args:
         fun: a function of pytrees of arrays that returns a pytree of arrays.

@@ -18,6 +18,7 @@ from fnn.frames import line_of
 from fnn.jaxpr import Equation
 from fnn.operation import operation_name
 
+_MOST_ENTRIES = 8  # of one value: each costs as much as the whole way
 _DEEPEST = 8  # a nan made of an inf made of an inf ...
 
 # Whose entries are made of more than the inputs' entries at the same place.
@@ -59,17 +60,19 @@ def first_birth(starts: Iterable[Place]) -> Found:
     """The earliest birth that these entries, which are inf or nan, came from.
 
     From each entry it goes to the inputs that handed it on (see `causes`), of all equations and
-    through loops, branches and calls, until no input is to blame.
+    through loops, branches and calls, until no input is to blame; of one value it follows a few
+    entries at most.
     """
     waiting = [(start, start) for start in starts]
-    seen: set[tuple[int, int]] = set()
+    seen: dict[tuple[int, int], set[Index]] = {}
     found: list[Found] = []
     while waiting:
         place, start = waiting.pop()
         level, number, index = place
-        if (id(level), number) in seen:
+        entries = seen.setdefault((id(level), number), set())
+        if index in entries or len(entries) == _MOST_ENTRIES:
             continue
-        seen.add((id(level), number))
+        entries.add(index)
         equation = level.equation(number)
         if equation is None:
             is_input = number in level.flat.inputs and level.outside is not None
