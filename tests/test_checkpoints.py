@@ -389,8 +389,11 @@ def test_options(tmp_path):
     checkpoints = save(tmp_path, states()[0])
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 3 in .*: there are \[10\]"):
         checkpoints.load(states()[0], 3)
-    with pytest.raises(ValueError, match="step must be 'latest' or 'best'"):
-        checkpoints.load(states()[0], "first")
+    for name in ("load", "load_params"):
+        with pytest.raises(ValueError, match=f"^{name}: step must be 'latest' or 'best'"):
+            getattr(checkpoints, name)(states()[0], "first")
+        with pytest.raises(TypeError, match=f"^{name}: step must be an integer"):
+            getattr(checkpoints, name)(states()[0], 1.5)
     with pytest.raises(CheckpointError, match="so that none is the best"):
         checkpoints.load(states()[0], "best")
 

@@ -127,6 +127,8 @@ class Checkpoints:
 
         Raises:
             CheckpointError: there is none, it is damaged, or of other shapes.
+            TypeError: state is no training state, or step is neither a number nor a name.
+            ValueError: step is another name.
         """
         if not isinstance(state, State):
             raise TypeError(
@@ -134,7 +136,7 @@ class Checkpoints:
                 f"params), but got {arguments.show(state)}. (load_params wants parameters only.)"
             )
         files = Files(self.folder)
-        return self._read(files, self._chosen(files, step), state).result()
+        return self._read(files, self._chosen("load", files, step), state).result()
 
     def load_params(self, params: Any, step: int | Literal["latest", "best"] = "latest") -> Any:
         """The parameters alone.
@@ -148,10 +150,11 @@ class Checkpoints:
             A tree built as `params` is.
 
         Raises:
-            CheckpointError: as `load`.
+            CheckpointError, TypeError, ValueError: as `load`.
         """
         files = Files(self.folder)
-        return self._read(files, self._chosen(files, step), params, "state.params").state
+        step = self._chosen("load_params", files, step)
+        return self._read(files, step, params, "state.params").state
 
     def discard(self, step: int) -> Path:
         """Set a checkpoint aside, so that the one before it is the latest.
@@ -164,9 +167,11 @@ class Checkpoints:
 
         Raises:
             CheckpointError: there is none of that number.
+            TypeError: step is no integer.
         """
         files = Files(self.folder)
-        return files.discard(self._chosen(files, arguments.integer("discard", "step", step)))
+        step = arguments.integer("discard", "step", step)
+        return files.discard(self._chosen("discard", files, step))
 
     def __repr__(self) -> str:
         """The options, and the newest checkpoints, in a few lines."""
@@ -194,7 +199,7 @@ class Checkpoints:
 
     # -------------------------------------------------------------------------------- inside
 
-    def _chosen(self, files: Files, step: Any) -> int:
+    def _chosen(self, where: str, files: Files, step: Any) -> int:
         steps = files.steps()
         if not steps:
             raise CheckpointError(f"there are no checkpoints in {self.folder}.", str(self.folder))
@@ -210,8 +215,8 @@ class Checkpoints:
                 )
             return best
         if isinstance(step, str):
-            arguments.choice("load", "step", step, ("latest", "best"))
-        step = arguments.integer("load", "step", step)
+            arguments.choice(where, "step", step, ("latest", "best"))
+        step = arguments.integer(where, "step", step)
         if step not in steps:
             raise CheckpointError(
                 f"there is no checkpoint of step {step} in {self.folder}: there are {steps}.",
