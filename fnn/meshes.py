@@ -201,12 +201,12 @@ def stacked_zeros(count: int, like: jax.ShapeDtypeStruct) -> jax.Array:
 def dealt_alike(tree: Any) -> Any:
     """Arrays with the examples along their first axes, all dealt out as the first that is."""
     leaves, structure = jax.tree.flatten(tree)
-    dealt = next((s for s in map(_explicit, leaves) if s is not None and s.spec[0]), None)
+    dealt = next((s for s in map(_explicit_sharding, leaves) if s is not None and s.spec[0]), None)
     if dealt is None:
         return tree
 
     def alike(x):
-        own = _explicit(x)
+        own = _explicit_sharding(x)
         rest = own.spec[1:] if own is not None else (None,) * (x.ndim - 1)
         spec = PartitionSpec(dealt.spec[0], *rest)
         if own is not None and own.spec == spec:
@@ -221,7 +221,7 @@ def of_rows(x: jax.Array, count: int) -> NamedSharding | None:
 
     None where the compiler decides.
     """
-    sharding = _explicit(x)
+    sharding = _explicit_sharding(x)
     if sharding is None:
         return None
     first, *rest = sharding.spec
@@ -233,7 +233,7 @@ def of_rows(x: jax.Array, count: int) -> NamedSharding | None:
 
 def beside(state: Any, batch: Any) -> Any:
     """The state, copied to all devices of the batch's explicit mesh where it is on none."""
-    meshes = [_explicit_mesh(x) for x in jax.tree.leaves((state, batch))]
+    meshes = [_mesh_of_devices(x) for x in jax.tree.leaves((state, batch))]
     mesh = next((m for m in meshes if m is not None), None)
     if mesh is None:
         return state
@@ -246,14 +246,14 @@ def beside(state: Any, batch: Any) -> Any:
     return jax.tree.map(place, state)
 
 
-def _explicit(x: Any) -> NamedSharding | None:
+def _explicit_sharding(x: Any) -> NamedSharding | None:
     """How an array lies (traced, too), if it is dealt out over explicit axes."""
     sharding = getattr(jax.typeof(x), "sharding", None)
     return sharding if sharding is not None and any(sharding.spec) else None
 
 
-def _explicit_mesh(x: Any) -> Any:
-    """The devices of an array on a mesh with explicit axes."""
+def _mesh_of_devices(x: Any) -> Any:
+    """The mesh that an array lies on, not its type's, if it has explicit axes."""
     sharding = getattr(x, "sharding", None)
     if isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types:
         return sharding.mesh

@@ -140,8 +140,7 @@ def kronecker_factors(
     Returns:
         A function `(params, (inputs, targets))` to a tree like the parameters of `Kronecker`,
         `Block` or `Diagonal`; each has `times(tensor)` and `to_dense()`. Exact for a weight
-        used at one position of a batch of one example (of one with one column), and an
-        approximation beyond.
+        used at one position of a batch of one example, and an approximation beyond.
     """
     check_model("kronecker_factors", model)
     check_loss("kronecker_factors", loss)
@@ -196,12 +195,8 @@ def factors_of(own: SqrtGGN, size: int, kind: str, largest_block: int) -> Factor
     term, axes = (own.terms[0], own.axes[0]) if len(own.terms) == 1 else (None, None)
     if isinstance(term, Convolution):
         term, axes = _as_product(term, axes)
-    if isinstance(term, Product):
-        by_column = axes.g == 0
-        a, g = wide_together(term.a, term.g if by_column else term.g[:, None])
-        g = g * (1 if by_column else math.sqrt(own.count))
-        if axes.a is None:
-            return _kronecker(a, g, term.layout, own.shape, size, kind)
+    if isinstance(term, Product) and axes.a is None:  # so that g differs by column
+        return _kronecker(*wide_together(term.a, term.g), term.layout, own.shape, size, kind)
     if isinstance(term, Rows) and axes.index is None and kind == "expand":
         positions = term.index.shape[-1]
         _, rows, _ = term.layout.sizes

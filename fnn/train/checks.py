@@ -285,8 +285,7 @@ class BatchChecks:
         types = [(getattr(x, "shape", None), _dtype(x)) for x in (key, *leaves)]
         kind = (tree, type(key), *types)
         if kind not in self._known:
-            if first is not None:
-                first()
+            first()
             batch_size(batch, self._name)
             given = (params, batch, key, state, self._name)
             find = functools.partial(check_values, self._find, *given)
