@@ -133,9 +133,9 @@ def _signed(
 def ggn_gram(model: Callable, loss: Callable) -> Callable:
     """The Gram matrix of all columns JₙᵀSₙ, (N · C, N · C), divided by N; or of two batches'.
 
-    C is the number of outputs, less one for softmax, whose Hessian has that rank, and 0 for a
-    hinge, which has none. Of the Hessian it is the positive part that has a root (see
-    `fnn.curvature`).
+    C is the number of outputs, less one for softmax, whose Hessian has that rank, and 0 for
+    multiclass_hinge and pinball, which have none. Of the Hessian it is the positive part that has
+    a root (see `fnn.curvature`).
     It has the GGN's nonzero eigenvalues, and is small where there are more parameters than
     N · C (Dangel, Tatzel & Hennig, "ViViT: Curvature access through the generalized
     Gauss-Newton's low-rank structure", 2022). Arguments as for `ggn_diagonal`.

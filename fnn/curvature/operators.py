@@ -45,6 +45,12 @@ class LinearOperator:
     lineax's. Make it where it is used, inside `jit`: it holds arrays, but is no pytree.
 
     A product has the parameters' structure, shapes and dtypes, as v must have.
+
+    Fields:
+        product: v ↦ A v; unlike `operator(v)` it doesn't check v.
+        like: the parameters, or any tree like them.
+        name: the matrix's, for errors.
+        is_positive: whether it is positive semidefinite for sure.
     """
 
     product: Callable[[chex.ArrayTree], chex.ArrayTree]
@@ -169,8 +175,16 @@ def _ggn_product(model, loss, params, inputs, targets, size, part) -> Callable:
 
 def hessian_vector_product(model: Callable, loss: Callable) -> Callable:
     """The Hessian of the mean loss as an operator: the derivative of the gradient in a direction
-    (Pearlmutter, "Fast exact multiplication by the Hessian", 1994). Arguments as for
-    `ggn_vector_product`; the loss needn't be convex.
+    (Pearlmutter, "Fast exact multiplication by the Hessian", 1994).
+
+    Args:
+        model, loss: as for `ggn_vector_product`; the loss needn't be convex.
+
+    Returns:
+        A function `(params, (inputs, targets))` that makes a `LinearOperator`.
+
+    Raises:
+        TypeError: an argument is no function.
     """
     check_model("hessian_vector_product", model)
     check_loss("hessian_vector_product", loss)
@@ -206,16 +220,22 @@ def fisher_vector_product(
     """The Fisher matrix (1/N) Σₙ E[∇ log p(t|z) ∇ log p(t|z)ᵀ] as an operator.
 
     The label t is drawn from the network's own distribution, loss = −log p. For squared error
-    (a normal distribution), softmax and binary cross-entropy it is the GGN (Martens, "New
-    insights and perspectives on the natural gradient method", 2020), and that is how it is
-    found; for gaussian_nll it has a form of its own. With `samples` the expectation is over as
-    many drawn labels. For a weighted sum or mean of such losses, of a text's words for one, it
-    is the same sum of their Fisher matrices.
+    (a normal distribution), softmax and binary cross-entropy and poisson_nll it is the GGN
+    (Martens, "New insights and perspectives on the natural gradient method", 2020), and that is
+    how it is found; for gaussian_nll it has a form of its own. For a weighted sum or mean of such
+    losses, of a text's words for one, it is the same sum of their Fisher matrices.
+
+    Args:
+        model, loss: as for `ggn_vector_product`.
+        key, samples: with samples > 0 the expectation is over as many labels drawn with the key.
+
+    Returns:
+        A function `(params, (inputs, targets))` that makes a `LinearOperator`; it raises a
+        ValueError where the loss isn't the negative log-likelihood of a known distribution.
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: the loss isn't the negative log-likelihood of a known distribution, or there
-            are samples to draw without a key.
+        ValueError: there are samples to draw without a key.
     """
     where = "fisher_vector_product"
     check_model(where, model)
@@ -228,7 +248,7 @@ def fisher_vector_product(
             raise ValueError(
                 f"{where}: the Fisher matrix needs a loss that is a negative log-likelihood: one "
                 "of fnn.ops' squared_error, softmax_cross_entropy (integer labels), "
-                "sigmoid_binary_cross_entropy and gaussian_nll. For other losses use "
+                "sigmoid_binary_cross_entropy, poisson_nll and gaussian_nll. For other losses use "
                 "ggn_vector_product."
             )
         if not samples:
@@ -257,6 +277,15 @@ def empirical_fisher(model: Callable, loss: Callable) -> Callable:
     weighted sum. It isn't the Fisher matrix (Kunstner, Hennig & Balles, "Limitations of the
     empirical Fisher approximation", 2019). Its diagonal is
     `fnn.per_example.second_moment`, its trace the mean of the squared norms.
+
+    Args:
+        model, loss: as for `ggn_vector_product`; the loss needn't be convex.
+
+    Returns:
+        A function `(params, (inputs, targets))` that makes a `LinearOperator`.
+
+    Raises:
+        TypeError: an argument is no function.
     """
     check_model("empirical_fisher", model)
     check_loss("empirical_fisher", loss)

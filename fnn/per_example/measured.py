@@ -3,7 +3,8 @@
 A norm from the positions' inner products, |Gᵀ A|² = ⟨A Aᵀ, G Gᵀ⟩, is a sum of numbers that may
 be far larger than it is, where the positions' products cancel; so is that of several terms. What
 they add up to without their signs bounds the rounding error: each norm comes with its *length*,
-and where the length is more than LONGEST norms, the gradient itself is formed (see `norms.py`).
+and where the length is more than LONGEST norms, the gradient itself is formed (see
+`exact_norms.py`).
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ class Measured(NamedTuple):
     """A norm, and what tells whether it can be relied on; real numbers of at least float32.
 
     length: √Σ |products|, where `norm` is the root of a sum of products; the norm of the
-        positions' own norms, √Σₚ |gₚ|² |aₚ|², where it is that of the formed gradient. The
-        rounding error of norm² is about eps length², that of a formed gradient eps length.
+        positions' own norms, √Σₚ |gₚ|² |aₚ|², where it is that of the formed gradient; of a
+        convolution that is formed an estimate of this, which may be smaller. The rounding error of
+        norm² is about eps length², that of a formed gradient eps length.
     least: of smaller norms, squares that were lost below the smallest number may count.
     """
 

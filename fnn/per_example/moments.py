@@ -85,7 +85,10 @@ def _balanced(term: Product) -> Product:
 
 
 def sum_over_parts(function, batch, n: int, size: int, at_once: int = 2**24):
-    """Σ function(part) over parts of a batch of which each holds about 2²⁴ numbers."""
+    """Σ function(part) over parts of a batch of n, each of about `at_once` numbers.
+
+    size: how many numbers are formed for one example.
+    """
     part = max(1, min(n, at_once // max(size, 1)))
     if part >= n:
         return function(batch)

@@ -18,8 +18,8 @@ from fnn.precision import wide
 def power_of_two(m):
     """The largest power of two that is at most m, which is at least 0; 0 for 0 and nan.
 
-    Dividing by it is exact. It is held fixed in derivatives: what it divides, it multiplies
-    again.
+    It is no smaller than the smallest normal number and no larger than one over that. Dividing by
+    it is exact. It is held fixed in derivatives: what it divides, it multiplies again.
     """
     m = lax.stop_gradient(m)
     bits = {4: jnp.int32, 8: jnp.int64}[m.dtype.itemsize]

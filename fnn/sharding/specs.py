@@ -101,7 +101,7 @@ def devices_along(mesh: Mesh, axes: Any) -> int:
 
 
 def with_shapes(tree: Any) -> Any:
-    """The types of a tree's arrays, and numbers as arrays of one."""
+    """A tree whose leaves all have shapes: its arrays and types as they are, numbers as arrays."""
     of = lambda x: x if hasattr(x, "dtype") else np.asarray(x)
     return jax.tree.map(of, tree)
 

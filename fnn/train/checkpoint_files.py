@@ -214,7 +214,7 @@ class Files:
         self._written = None
 
     def remove(self, keep: Callable[[int], bool]) -> None:
-        """Delete checkpoints, of one number all but the last; and what is left of deletions."""
+        """Delete checkpoints: those not to be kept, and of one number all but the last."""
         if jax.process_index() != 0:
             return
         kept = self._paths()
