@@ -1209,7 +1209,10 @@ def test_errors_say_what_to_do():
         (lambda: pe.weighted_sum(g, [1.0] * 4), TypeError, "weights must be an array"),
         (lambda: pe.weighted_sum(g, 1j * jnp.ones(4)), TypeError, "weights must be a real number"),
         (lambda: pe.gram(g, x), TypeError, "tree of factored gradients"),
+        (lambda: g.gram(x), TypeError, "gram: a factored gradient is needed, but got an array"),
+        (lambda: g.add(x), TypeError, "add: a factored gradient is needed, but got an array"),
         (lambda: pe.dot(None, w), ValueError, "without parameters"),
+        (lambda: pe.dot(g, "w"), TypeError, "dot: tensor must be an array, but got 'w'"),
     ]:
         with pytest.raises(error, match=match):
             bad()

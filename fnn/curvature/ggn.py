@@ -84,6 +84,9 @@ def ggn_trace(
 
     Arguments as for `ggn_diagonal`. No product of factors is formed for it. It is in float32 at
     least.
+
+    Raises:
+        TypeError, ValueError: as `ggn_diagonal`.
     """
     _check("ggn_trace", model, loss, key, samples, part)
 
@@ -143,6 +146,9 @@ def ggn_gram(model: Callable, loss: Callable) -> Callable:
     Returns:
         A function `(params, batch, other_batch=None)`: with another batch of M examples the
         matrix is (N · C, M · C), divided by √(N M).
+
+    Raises:
+        TypeError: an argument is no function.
     """
     check_model("ggn_gram", model)
     check_loss("ggn_gram", loss)

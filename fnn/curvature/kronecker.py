@@ -141,6 +141,10 @@ def kronecker_factors(
         A function `(params, (inputs, targets))` to a tree like the parameters of `Kronecker`,
         `Block` or `Diagonal`; each has `times(tensor)` and `to_dense()`. Exact for a weight
         used at one position of a batch of one example, and an approximation beyond.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range, or there are
+            samples to draw without a key, or for the empirical Fisher.
     """
     check_model("kronecker_factors", model)
     check_loss("kronecker_factors", loss)

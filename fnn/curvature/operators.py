@@ -46,7 +46,7 @@ class LinearOperator:
 
     A product has the parameters' structure, shapes and dtypes, as v must have.
 
-    Fields:
+    Attributes:
         product: v ↦ A v; unlike `operator(v)` it doesn't check v.
         like: the parameters, or any tree like them.
         name: the matrix's, for errors.

@@ -45,6 +45,8 @@ def memory(fun: Callable, *, compiled: bool = True) -> Callable[..., Memory]:
 
     Raises:
         TypeError: `fun` is no function or returns no arrays.
+        ValueError: (when called) it can't be differentiated backwards, as a `while_loop` whose
+            number of steps isn't known can't.
     """
     arguments.function("memory", "fun", fun, "a function to trace")
     arguments.flag("memory", "compiled", compiled)

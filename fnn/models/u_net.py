@@ -42,6 +42,7 @@ def unet(
     Raises:
         TypeError, ValueError: an option isn't of its kind.
         LayerError: (when called) an image that is to be halved has an odd side.
+        ValueError: (when called) the image is too small for the convolutions.
 
     Ronneberger, Fischer, Brox, "U-Net: convolutional networks for biomedical image segmentation",
     MICCAI 2015, figure 1. The paper's initialisation is the layers': He's.

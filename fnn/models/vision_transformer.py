@@ -66,6 +66,7 @@ def vit(
     Raises:
         TypeError, ValueError: an option isn't of its kind; patch doesn't divide image, or heads
             features.
+        LayerError: (when called) the image isn't of shape (image, image, channels).
 
     Dosovitskiy et al., "An image is worth 16x16 words", arXiv:2010.11929.
 

@@ -100,7 +100,12 @@ class FactoredGradient:
         return as_dtype(sums.weighted_sums(self.terms, None) / self.batch_size, self.dtype)
 
     def weighted_sum(self, weights: chex.Array | None) -> jax.Array:
-        """Σₙ cₙ gₙ for weights c (batch,): one matrix product; shape and dtype the parameter's."""
+        """Σₙ cₙ gₙ for weights c (batch,): one matrix product; shape and dtype the parameter's.
+
+        Raises:
+            TypeError: weights aren't real numbers.
+            ValueError: they are of another shape than (batch,).
+        """
         if weights is not None:
             weights = self._factors("weighted_sum", "weights", weights)
             if weights.shape != (self.batch_size,):
@@ -141,6 +146,10 @@ class FactoredGradient:
 
         Multiplying the arrays of the tree (`jax.tree.map`) is something else: a gradient is a
         product of them, and would be multiplied several times.
+
+        Raises:
+            TypeError: factor isn't of real numbers.
+            ValueError: it is neither a number nor of shape (batch,).
         """
         factor = self._factors("scale", "factor", factor)
         if factor.shape not in ((), (self.batch_size,)):
@@ -174,9 +183,13 @@ class FactoredGradient:
         return FactoredGradient(terms, self.path, self.shape, self.dtype)
 
     def add(self, other: FactoredGradient) -> FactoredGradient:
-        """gₙ + hₙ, of the same parameter and as many examples: the terms of both."""
-        if not isinstance(other, FactoredGradient):
-            raise TypeError(f"add: a factored gradient is needed, but got {arguments.show(other)}.")
+        """gₙ + hₙ, of the same parameter and as many examples: the terms of both.
+
+        Raises:
+            TypeError: other is no factored gradient.
+            ValueError: it is of another shape, or of another number of examples.
+        """
+        _check_factored("add", other)
         if (self.shape, self.batch_size) != (other.shape, other.batch_size):
             raise ValueError(
                 f"add: {self.path or 'params'} has {self.batch_size} gradients of shape "
@@ -199,8 +212,14 @@ class FactoredGradient:
     __array_ufunc__ = None  # numpy's arrays leave `array * gradient` to __rmul__
 
     def gram(self, other: FactoredGradient | None = None) -> jax.Array:
-        """Re⟨gₙ, hₘ⟩ for all pairs, (batch, other batch); h = g unless given."""
+        """Re⟨gₙ, hₘ⟩ for all pairs, (batch, other batch); h = g unless given.
+
+        Raises:
+            TypeError: other is no factored gradient.
+            ValueError: it is of another shape.
+        """
         other = self if other is None else other
+        _check_factored("gram", other)
         if self.shape != other.shape:
             raise ValueError(
                 f"gram: {self.path or 'params'} has shape {self.shape} in one tree of gradients "
@@ -219,8 +238,13 @@ class FactoredGradient:
         return jnp.where(is_diagonal, self.squared_norms()[:, None], products)
 
     def dot(self, tensor: chex.Array) -> jax.Array:
-        """Re⟨gₙ, tensor⟩, (batch,), for a tensor of the parameter's shape."""
-        tensor = jnp.asarray(tensor)
+        """Re⟨gₙ, tensor⟩, (batch,), for a tensor of the parameter's shape.
+
+        Raises:
+            TypeError: it is no array.
+            ValueError: it is of another shape.
+        """
+        tensor = jnp.asarray(arguments.array("dot", "tensor", tensor))
         if tensor.shape != self.shape:
             raise ValueError(
                 f"dot: the parameter {self.path or 'params'} has shape {self.shape}, but the "
@@ -271,3 +295,8 @@ class FactoredGradient:
             }
             for t in self.terms
         ]
+
+
+def _check_factored(where: str, other: Any) -> None:
+    if not isinstance(other, FactoredGradient):
+        raise TypeError(f"{where}: a factored gradient is needed, but got {arguments.show(other)}.")

@@ -40,6 +40,10 @@ def weighted_sum(grads: Any, weights: chex.Array) -> chex.ArrayTree:
     """Σₙ cₙ gₙ for weights c (batch,): a tree like the parameters.
 
     It costs one matrix product for each weight, as a gradient does.
+
+    Raises:
+        TypeError: grads isn't a tree of factored gradients, or weights aren't real numbers.
+        ValueError: weights are of another shape than (batch,).
     """
     arguments.array("weighted_sum", "weights", weights)
     return _each(lambda g: g.weighted_sum(weights), grads)
@@ -160,6 +164,10 @@ def gram(grads: Any, others: Any = None) -> jax.Array:
     kernel of the loss (Jacot et al. 2018); h are the same gradients unless `others` is given.
 
     For complex parameters the real part; so are `dot` and `norms` those of a real space.
+
+    Raises:
+        TypeError: grads or others isn't a tree of factored gradients.
+        ValueError: they aren't of the same parameters.
     """
     others = grads if others is None else others
     leaves, others_leaves, _ = _same_parameters("gram", grads, others)
@@ -172,6 +180,10 @@ def dot(grads: Any, tree: chex.ArrayTree) -> jax.Array:
     Args:
         grads: what `fnn.per_example.grads` returned.
         tree: arrays, of the parameters' structure and shapes.
+
+    Raises:
+        TypeError: grads isn't a tree of factored gradients, or the tree not of arrays.
+        ValueError: the tree is of another structure, or one of its arrays of another shape.
     """
     leaves, expected = _leaves(grads)
     tensors, got = jax.tree.flatten(tree)
@@ -213,6 +225,10 @@ def noise(grads: Any) -> Noise:
     appendix A.1, with small batches of one):
 
         |G|² = (B |ḡ|² − mean |gₙ|²) / (B − 1),   tr Σ = (mean |gₙ|² − |ḡ|²) B / (B − 1).
+
+    Raises:
+        TypeError: grads isn't a tree of factored gradients.
+        ValueError: the batch has one example only.
     """
     found, unit = with_auto_axes(_noise, (grads,))
     return Noise(*[x * unit * unit for x in found])
@@ -246,6 +262,9 @@ def noise_scale(grads: Any) -> jax.Array:
     """The simple gradient noise scale, tr Σ / |G|², a scalar; see `noise`.
 
     It is about the batch size beyond which a larger one hardly helps (McCandlish et al. 2018).
+
+    Raises:
+        TypeError, ValueError: as `noise`.
     """
     found, _ = with_auto_axes(_noise, (grads,))
     return found.variance / found.signal
@@ -256,6 +275,10 @@ def scale(grads: Any, factor: chex.Numeric) -> Any:
 
     Not `jax.tree.map(lambda x: c * x, grads)`: the tree's arrays are factors, of which each
     gradient is a product, so that norms and sums would come out wrong.
+
+    Raises:
+        TypeError: grads isn't a tree of factored gradients, or factor isn't of real numbers.
+        ValueError: factor is neither a number nor of shape (batch,).
     """
     return _each(lambda g: g.scale(factor), grads)
 
@@ -263,6 +286,10 @@ def scale(grads: Any, factor: chex.Numeric) -> Any:
 def add(grads: Any, others: Any) -> Any:
     """gₙ + hₙ, example by example, of the same parameters; no arrays are added up, as by
     `jax.tree.map`, but the terms of both kept.
+
+    Raises:
+        TypeError: grads or others isn't a tree of factored gradients.
+        ValueError: they aren't of the same parameters, or of as many examples.
     """
     leaves, others_leaves, tree = _same_parameters("add", grads, others)
     return jax.tree.unflatten(tree, [g.add(h) for g, h in zip(leaves, others_leaves, strict=True)])
