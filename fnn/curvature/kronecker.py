@@ -200,7 +200,8 @@ def factors_of(own: SqrtGGN, size: int, kind: str, largest_block: int) -> Factor
     if isinstance(term, Convolution):
         term, axes = _as_product(term, axes)
     if isinstance(term, Product) and axes.a is None:  # so that g differs by column
-        return _kronecker(*wide_together(term.a, term.g), term.layout, own.shape, size, kind)
+        a, g = wide_together(term.a, term.g)
+        return _kronecker(a, g, term.layout, own.shape, size, kind)
     if isinstance(term, Rows) and axes.index is None and kind == "expand":
         positions = term.index.shape[-1]
         _, rows, _ = term.layout.sizes

@@ -71,9 +71,9 @@ def check_independent(flat: Program, kinds: Sequence[int]) -> None:
 def _inner_kinds(equation: Equation, role: str, ins: list[int], count: int) -> list[int]:
     """What each of a jaxpr's inputs depends on, of those of the equation that holds it."""
     if equation.name == "scan":
-        consts, carry = scan_layout(equation.params)
+        num_consts, num_carry = scan_layout(equation.params)
         # After a step, what is carried may depend on all that the loop is given.
-        return [*ins[:consts], *[EXAMPLE] * carry, *ins[consts + carry :]]
+        return [*ins[:num_consts], *[EXAMPLE] * num_carry, *ins[num_consts + num_carry :]]
     if equation.name == "while":
         num_cond, num_body = equation.params["cond_nconsts"], equation.params["body_nconsts"]
         consts = ins[:num_cond] if role == "cond_jaxpr" else ins[num_cond : num_cond + num_body]
