@@ -707,6 +707,11 @@ def test_parts_in_half_precision_are_added_up_in_single(dtype):
     assert (half == single.astype(dtype)).all()
 
 
+def test_a_parameter_that_is_a_number_of_pythons():
+    found = pe.clipped_grad(lambda w, x: jnp.sum(w * x), 1.0)(2.0, jnp.ones((3, 2)))
+    assert found.gradient == 3 and found.gradient.dtype == jnp.asarray(2.0).dtype
+
+
 def test_a_zero_gradient_is_clipped_to_zero():
     loss = lambda w, x: jnp.sum((w * x) ** 2)
     found = pe.clipped_grad(loss, 1.0)(jnp.ones(3), jnp.array([[0.0] * 3, [2.0] * 3]))

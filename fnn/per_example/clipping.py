@@ -244,7 +244,7 @@ def _clipped(
         # Measured, one sweep is faster and in less memory up to there and beyond: the second one
         # makes the first one's values wait.
         is_cheap = costs["on top"] <= 2 * costs["residuals"]
-        is_half = any(map(_is_half, [losses, *jax.tree.leaves((params, grads))]))
+        is_half = any(map(_is_half, [losses, *jax.tree.leaves(grads)]))
         sweeps = 1 if names is not None or is_cheap or is_half else 2
     if sweeps == 1:
         leaves, tree = jax.tree.flatten(grads, is_leaf=quantities._is_factored)
