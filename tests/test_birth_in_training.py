@@ -97,6 +97,22 @@ def test_an_update_is_looked_at_too():
     assert birth is not None and birth.output == "the update of params['W']"
 
 
+def test_so_is_what_the_optimiser_keeps():
+    """It holds inf from the start, too, which isn't to blame."""
+    start = {"best": jnp.full(3, jnp.inf), "moment": {"W": jnp.full(3, 1e100)}}
+
+    def update(gradient, state, params=None):
+        moment = jax.tree.map(jnp.square, state["moment"])
+        return gradient, state | {"moment": moment}
+
+    optimizer = optax.GradientTransformation(lambda params: start, update)
+    with pytest.raises(NonFiniteError, match="step 1: the update of .*opt_state") as error:
+        fit(unsafe, START, (X, Y), optax.chain(optimizer, optax.sgd(0.001)), **OPTIONS)
+    birth = error.value.birth
+    assert birth is not None and (birth.kind, birth.operation) == ("inf", "square")
+    assert birth.output == "the update of opt_state[0]['moment']['W']"
+
+
 def test_the_search_must_not_hide_the_error(monkeypatch):
     monkeypatch.setattr("fnn.train.replay.free_memory", lambda: 16)
     with pytest.raises(NonFiniteError, match="MemoryError: to look for the birth would") as error:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fnn.backprop.trace import Traced, traced
 from fnn.birth import Birth, birth_of
@@ -54,8 +55,12 @@ def birth_in_step(step: Any, state: State, batch: Any, key: Any) -> Birth | None
         before = whole(
             trained._replace(params=params, opt_state=opt_state, model_state=model_state)
         )
-        return step.traced(before, batch, key, look=False)[0].params
+        new = step.traced(before, batch, key, look=False)[0]
+        # As where the step looks: inf that the optimiser's state held before isn't to blame.
+        kept = jax.tree.map(lambda x, fine: x if fine else None, _besides_params(new), were_fine)
+        return {"params": new.params, **kept}
 
+    were_fine = jax.tree.map(_is_fine, _besides_params(state))
     args = (trained.params, trained.model_state, batch)
     parts: list[tuple[Callable, tuple]] = [(loss, args), (gradient, args)]
     parts.append((update, (args[0], trained.opt_state, *args[1:])))
@@ -64,6 +69,16 @@ def birth_in_step(step: Any, state: State, batch: Any, key: Any) -> Birth | None
         if birth is not None:
             return birth
     return None
+
+
+def _besides_params(state: State) -> dict[str, Any]:
+    """What else of a state a step must keep finite."""
+    return {"opt_state": state.opt_state, "model_state": state.model_state, "ema": state.ema}
+
+
+def _is_fine(x: Any) -> bool:
+    """Whether it is an array of floats, all of them finite."""
+    return jnp.issubdtype(x.dtype, jnp.inexact) and bool(jnp.isfinite(x).all())
 
 
 def _on_one_device(x: Any) -> Any:
@@ -91,7 +106,11 @@ def _searched(found: Traced) -> Birth | None:
     if birth is None or found.name == "loss":
         return birth and dataclasses.replace(birth, output="the loss")
     path = birth.output.removeprefix(found.name)
-    return dataclasses.replace(birth, output=f"the {found.name} of params{path}")
+    if found.name == "update":
+        part, path = path.removeprefix("['").split("']", 1)
+    else:
+        part = "params"
+    return dataclasses.replace(birth, output=f"the {found.name} of {part}{path}")
 
 
 def _size(flat: Program) -> int:
