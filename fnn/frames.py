@@ -1,11 +1,14 @@
-"""The stack that made an equation, and which of its frames are the user's."""
+"""The stack that made an equation, or a warning, and which of its frames are the user's."""
 
 from __future__ import annotations
 
 import functools
 import os
 import re
+import sys
 import sysconfig
+import traceback
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -121,6 +124,15 @@ def _kind(file_name: str) -> str:
     if file_name.startswith(_LIBRARIES):
         return "library"
     return "package" if file_name.startswith(_INSTALLED) else "user"
+
+
+def warn(message: str) -> None:
+    """A RuntimeWarning that points to the user's line, however deep in fnn it was noticed."""
+    files = [f.f_code.co_filename for f, _ in traceback.walk_stack(sys._getframe(1))]
+    ours = max(i for i, file in enumerate(files) if file.startswith(_LIBRARIES[0]))
+    # Where an installed package called, its line.
+    level = next((i for i, file in enumerate(files) if _kind(file) == "user"), ours + 1)
+    warnings.warn(message, RuntimeWarning, stacklevel=level + 2)
 
 
 def is_of_library(jaxpr) -> bool:

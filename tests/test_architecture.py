@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "initializers": "arguments",
     "layers": "arguments text precision meshes ops params initializers",
     "models": "arguments text precision ops params initializers layers",
-    "logs": "arguments bins",
+    "logs": "arguments bins frames",
     "sharding": "arguments readings",
     "train": "arguments text bins precision batch meshes frames readings jaxpr operation "
     "convolution eager ops backprop birth footprint params layers logs sharding",

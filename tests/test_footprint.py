@@ -130,8 +130,9 @@ def test_what_does_not_fit_is_told_before(monkeypatch):
     with pytest.raises(MemoryError, match=r"takes .* but cuda:0 has .*\n.*keeps 256 B") as error:
         fits(size.peak - 1, size.peak - 1)
     assert "tanh" in str(error.value) and "a smaller batch; accumulate=4." in str(error.value)
-    with pytest.warns(RuntimeWarning, match="cuda:0 has 0 B free"):
+    with pytest.warns(RuntimeWarning, match="cuda:0 has 0 B free") as caught:
         fits(10 * size.peak, 0)
+    assert caught[0].filename == __file__
 
 
 def test_the_room_that_there_is():
@@ -182,9 +183,13 @@ def test_training_that_does_not_fit_is_told_before_it_runs(monkeypatch):
         fnn.fit(squares, params, data, optax.sgd(0.1), accumulate=4, **options)
     assert "float64[8, 16]" in str(error.value)
     there = of_compiled.Room(10**9, 10, "cuda:0")
-    with pytest.warns(RuntimeWarning, match="cuda:0 has 10 B free"):
+    with pytest.warns(RuntimeWarning, match="cuda:0 has 10 B free") as caught:
         result = fnn.fit(squares, params, data, optax.sgd(0.1), **options)
-    assert result.state.step == 2
+    assert result.state.step == 2 and caught[0].filename == __file__  # the line that called
+    step = fnn.train_step(squares, optax.sgd(0.2))
+    with pytest.warns(RuntimeWarning, match="train_step: .*cuda:0 has 10 B free") as caught:
+        step(step.init(params), data)
+    assert caught[0].filename == __file__
 
 
 def test_looking_whether_it_fits_compiles_nothing_twice(caplog):

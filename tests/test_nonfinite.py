@@ -264,8 +264,9 @@ def test_a_run_that_is_given_up_warns():
     state, _ = step(step.init(ONES), BAD)
     del state
     other = step.init(ONES)
-    with pytest.warns(RuntimeWarning, match="run that was given up: step 0"):
+    with pytest.warns(RuntimeWarning, match="run that was given up: step 0") as caught:
         other, _ = step(other, GOOD)
+    assert caught[0].filename == __file__  # the line that called
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(40):

@@ -351,8 +351,11 @@ def test_a_change_that_is_meant(tmp_path):
 def test_other_versions_are_told_of(tmp_path, monkeypatch):
     train(tmp_path, 1)
     monkeypatch.setattr(jax, "__version__", "0.0.1")
-    with pytest.warns(RuntimeWarning, match=r"written with jax .* \(now 0.0.1\): what follows may"):
+    with pytest.warns(
+        RuntimeWarning, match=r"written with jax .* \(now 0.0.1\): what follows may"
+    ) as told:
         result = train(tmp_path, 2)
+    assert told[0].filename == resumed.__file__
     monkeypatch.undo()
     assert digest(result) == uninterrupted(2)
 

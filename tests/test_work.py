@@ -342,8 +342,9 @@ class Full(io.StringIO):
 )
 def test_a_dead_display(monkeypatch, error, terminal, whole):
     monkeypatch.setattr(sys, "stdout", Full(error, terminal))
-    with pytest.warns(RuntimeWarning, match="shows no more progress"):
+    with pytest.warns(RuntimeWarning, match="shows no more progress") as caught:
         result = train(progress=True)
+    assert caught[0].filename == __file__
     monkeypatch.undo()
     equal(result.params, whole.params)
 

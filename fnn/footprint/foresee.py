@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from fnn.footprint.compiled import Compiled, Room, compiled_memory, room
 from fnn.footprint.kept import Residuals
 from fnn.footprint.measure import in_bytes, table
+from fnn.frames import warn
 
 _ROWS = 6
 
@@ -20,8 +20,6 @@ def check_fits(
     kept: Callable[[], Residuals],
     advice: Sequence[str],
     device: Any = None,
-    *,
-    stacklevel: int = 2,
 ) -> None:
     """Warn, or raise, if a program is larger than the memory that is there.
 
@@ -35,7 +33,6 @@ def check_fits(
         kept: what its backward pass keeps; called only if there is something to tell.
         advice: what would help, each a phrase.
         device: where it is to run.
-        stacklevel: of the warning, counted from the caller.
 
     Raises:
         MemoryError: the program is larger than all of the device's memory.
@@ -47,11 +44,7 @@ def check_fits(
         raise MemoryError(_explained(where, size, there, kept, advice, f"has {_of(there.total)}"))
     # The arguments are there already.
     if size.peak - size.arguments > there.free:
-        warnings.warn(
-            _explained(where, size, there, kept, advice, f"has {_of(there.free)} free"),
-            RuntimeWarning,
-            stacklevel=stacklevel + 1,
-        )
+        warn(_explained(where, size, there, kept, advice, f"has {_of(there.free)} free"))
 
 
 def _of(count: int) -> str:

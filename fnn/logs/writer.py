@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
-import traceback
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,8 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from fnn import arguments
-
-_FNN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+from fnn.frames import warn
 
 
 @runtime_checkable
@@ -109,11 +105,8 @@ class Logs:
 
 
 def _warn(text: str) -> None:
-    """A warning that tells the line that called fnn."""
-    files = [frame.f_code.co_filename for frame, _ in traceback.walk_stack(sys._getframe())]
-    ours = [level for level, file in enumerate(files) if file.startswith(_FNN)]
     with contextlib.suppress(Exception):  # warnings may be errors, stderr dead
-        warnings.warn(f"fit: {text}", RuntimeWarning, stacklevel=ours[-1] + 2)
+        warn(f"fit: {text}")
 
 
 def checked_path(where: str, path: Any, wanted: str = "path must be that of a file") -> Path:

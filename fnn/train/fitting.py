@@ -42,7 +42,7 @@ def foresee(
     device = next(iter(leaf.devices())) if isinstance(leaf, jax.Array) else None
     kept = functools.partial(_kept, step, state, batch, key)
     compiled = program.lower(*args).compile()
-    check_fits(where, compiled, kept, _advice(step), device, stacklevel=6)
+    check_fits(where, compiled, kept, _advice(step), device)
 
 
 def _kept(step: Any, state: State, batch: Any, key: Any) -> Residuals:

@@ -8,13 +8,13 @@ import itertools
 import math
 import re
 import time
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
+from fnn.frames import warn
 from fnn.train.checkpoint_files import CheckpointError, Files
 from fnn.train.checkpoints import Checkpoints, Saved, write
 from fnn.train.configuration import versions
@@ -303,11 +303,9 @@ class Keeper(Listener):
                 step,
             )
         if unlike:
-            warnings.warn(
+            warn(
                 f"fit: the checkpoint of step {step} was written with {', '.join(unlike)}: what "
-                "follows may differ in the last bits from an uninterrupted run.",
-                RuntimeWarning,
-                stacklevel=4,
+                "follows may differ in the last bits from an uninterrupted run."
             )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import itertools
 import threading
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import numpy as np
 
 from fnn.birth import Birth
 from fnn.eager import apply_all
+from fnn.frames import warn
 from fnn.jaxpr import Equation, Program, program, trace
 from fnn.precision import total, widest
 from fnn.train.precision import wide
@@ -430,7 +430,7 @@ class Runs:
         try:
             run.read(wait=True)
         except NonFiniteError as error:
-            warnings.warn(f"In a run that was given up: {error}", RuntimeWarning, stacklevel=4)
+            warn(f"In a run that was given up: {error}")
 
     def of_this_thread(self) -> list[Run]:
         """The runs whose last step was in this thread: of states that are alive, and the latest."""

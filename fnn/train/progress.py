@@ -6,9 +6,10 @@ import contextlib
 import html
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
+
+from fnn.frames import warn
 
 Metrics = Callable[[], Mapping[str, Any]]
 
@@ -89,11 +90,7 @@ class Shielded:
         except Exception as error:  # whatever it is: nothing is shown from here on
             self._display = Nothing()
             with contextlib.suppress(Exception):  # warnings may be errors, stderr dead as well
-                warnings.warn(
-                    f"fit shows no more progress: {type(error).__name__}: {error}",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
+                warn(f"fit shows no more progress: {type(error).__name__}: {error}")
 
 
 class Nothing:
