@@ -121,7 +121,9 @@ def everywhere(layout: Layout, tree: Any) -> Any:
 
 
 def on_mesh(layout: Layout | None) -> contextlib.AbstractContextManager:
-    """Within it, the layout's mesh is the context's, whatever mesh was set before.
+    """Within it, the layout's mesh is the context's in the place of another that was set before.
+
+    Where none was set, none is.
 
     (No generator's context: that writes to an error on its way, which one may refuse.)
     """

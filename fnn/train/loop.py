@@ -158,6 +158,7 @@ def fit(
         TypeError, ValueError: the arguments don't fit each other; before anything is compiled
             where it can be known.
         NonFiniteError: with nonfinite="raise".
+        MemoryError: the steps' program is larger than the device's memory; before it runs.
         CheckpointError: a checkpoint can't be written or read, or is of another call.
         Exception: whatever the data, `after_epoch` or a step raises passes through.
         Once training has begun, every error has an attribute `result`: the FitResult up to the

@@ -358,7 +358,8 @@ def supervised(
 ) -> Supervised:
     """The loss of a network for `train_step`, `fit` and `evaluate`: loss(net(params, x), target).
 
-        loss = fnn.supervised(net, ops.softmax_cross_entropy, accuracy=ops_accuracy)
+        right = lambda scores, label: jnp.argmax(scores) == label
+        loss = fnn.supervised(net, ops.softmax_cross_entropy, accuracy=right)
         result = fnn.fit(loss, params, (X, y), optax.adam(1e-3), epochs=10, key=key)
 
     Args:

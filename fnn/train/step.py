@@ -114,6 +114,10 @@ def train_step(
     Returns:
         A `TrainStep`.
 
+    Raises:
+        TypeError, ValueError: an argument isn't of its kind, is out of range, or doesn't fit the
+            others. (What the parameters and batches must be is told by `init` and the step.)
+
     The metrics are scalars on the device: `loss`, `grad_norm` (the Euclidean norm of the
     whole gradient, before the optimiser) and the means of the loss's own.
     """
@@ -282,6 +286,11 @@ class TrainStep:
         Raises:
             TypeError, ValueError: the state or the batch isn't one, or doesn't fit.
             NonFiniteError: a step before this one met inf or nan (with nonfinite="raise").
+            MemoryError: its program is larger than the device's memory; before it runs.
+
+        Warns:
+            RuntimeWarning: the program is larger than what is free there now. Or a run whose states
+                are all gone had met inf or nan.
         """
         check_state(state)
         batch = as_arrays(batch, "batch")
