@@ -12,6 +12,7 @@ import numpy as np
 from fnn import arguments, text
 from fnn.sweeps.axes import Axes, described, show
 from fnn.sweeps.table import Table, best_of
+from fnn.train.result import longest
 from fnn.train.state import State, size_of_tree
 
 
@@ -32,7 +33,7 @@ class Member(NamedTuple):
 
     def __repr__(self) -> str:
         """What there is, in a few lines; the arrays stay out of it."""
-        epochs = max(map(len, self.history.values()), default=0)
+        epochs = longest(self.history)
         last = [f"{n} {show(v[-1])}" for n, v in self.history.items() if v and np.ndim(v[-1]) == 0]
         return "\n".join(
             [

@@ -22,7 +22,7 @@ from fnn.train.data import Arrays, Stream
 from fnn.train.events import Listener
 from fnn.train.interrupts import Interrupts
 from fnn.train.nonfinite import NonFiniteError
-from fnn.train.result import FitResult, Work
+from fnn.train.result import FitResult, Work, longest
 from fnn.train.state import State, own
 from fnn.train.together import in_all, in_all_or_none, processes_of
 
@@ -56,6 +56,7 @@ def kept(
     Raises:
         CheckpointError: the folder can't be written to, or is another run's; the checkpoint is
             damaged, of another tree, or of another call.
+        ValueError: some processes don't take part in the training.
     """
     _check_processes(work.latest)
     keeper = Keeper(options, configuration, last, training.steps, interrupts)
@@ -77,7 +78,7 @@ class Keeper(Listener):
 
     Attributes:
         is_over: whether the run ended before its last epoch where the checkpoint was written, as
-            `after_epoch` wanted.
+            `early_stopping` or `after_epoch` wanted.
 
     Args:
         options: the user's.
@@ -137,7 +138,7 @@ class Keeper(Listener):
 
     def begin(self, work: Work) -> None:
         self._batch, self._since = work.batch, time.monotonic()
-        self._unrecorded = work.epoch - 1 - epochs_in(work.log.history)  # by this call's history
+        self._unrecorded = work.epoch - 1 - longest(work.log.history)  # by this call's history
 
     def call_over(self, work: Work) -> None:
         self._batch = work.batch
@@ -204,7 +205,7 @@ class Keeper(Listener):
             CheckpointError: it, or the one before, can't be written.
         """
         position = _position(state)
-        if position[0] - epochs_in(work.log.history) > self._unrecorded:
+        if position[0] - longest(work.log.history) > self._unrecorded:
             # Its validation was interrupted: the epoch will be ended, and recorded, again.
             position = (position[0] - 1, self._batch, position[2])
             state = state._replace(position=np.array(position, np.int32))
@@ -322,11 +323,6 @@ def _check_processes(state: State) -> None:
             f"state lies on devices of {len(own)} of them alone: give fit a layout=... whose mesh "
             "has the devices of all, jax.make_mesh((jax.device_count(),), ('data',)), say."
         )
-
-
-def epochs_in(history: dict[str, list]) -> int:
-    """How many epochs a history tells of."""
-    return max(map(len, history.values()), default=0)
 
 
 def _position(state: State) -> tuple[int, ...]:

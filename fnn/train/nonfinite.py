@@ -107,11 +107,11 @@ def groups(state: State) -> list[Group]:
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             continue
         kind = (leaf.shape, getattr(jax.typeof(leaf), "sharding", None))
-        ends = (path[1:],) if i < number else (path[k:] for k in range(1, len(path) + 1))
-        key = next(((e, kind) for e in ends if (e, kind) in found), None)
-        if i < number:
-            key = (path[1:], kind)
-        found.setdefault(key or i, []).append(i)
+        key: Any = (path[1:], kind)
+        if i >= number:
+            ends = ((path[k:], kind) for k in range(1, len(path) + 1))
+            key = next((end for end in ends if end in found), i)
+        found.setdefault(key, []).append(i)
     return [
         Group(leaves[0] if leaves[0] < number else None, tuple(leaves)) for leaves in found.values()
     ]

@@ -232,7 +232,7 @@ class Work:
         self._now = state, self.log.count
         self._begin(epochs + 1, batch)
         copy = jax.tree.map(_to_host, state)
-        over = _longest(history)
+        over = longest(history)
         self._kept = (lambda: _to_device(copy), over, self.log.count, (epochs, batch))
 
     @property
@@ -282,7 +282,7 @@ class Work:
             return
         with contextlib.suppress(Exception):  # no memory: the older
             copy = jax.tree.map(_to_host, self.latest)
-            epochs = _longest(self.log.history)
+            epochs = longest(self.log.history)
             self._kept = (lambda: _to_device(copy), epochs, self.log.count, (self.epoch - 1, 0))
         now = time.monotonic()
         self._keep_after = now + 100 * (now - began)
@@ -316,7 +316,7 @@ class Work:
 
 def attach(error: BaseException, result: FitResult) -> None:
     """Give an error the work so far, as its attribute `result`."""
-    steps = _longest(result.steps)
+    steps = longest(result.steps)
     carry(
         error,
         result,
@@ -342,7 +342,7 @@ def annotate(error: BaseException, note: str) -> None:
         BaseException.__setattr__(error, "__notes__", notes)
 
 
-def _longest(lists: dict[str, Any]) -> int:
+def longest(lists: dict[str, Any]) -> int:
     """How many entries the longest list has: of epochs in a history, of steps in `steps`."""
     return max(map(len, lists.values()), default=0)
 
@@ -425,8 +425,8 @@ def _to_device(state: State) -> State:
 
 
 def _shown(result: FitResult, most: int = 12) -> str:
-    epochs = _longest(result.history)
-    steps = _longest(result.steps)
+    epochs = longest(result.history)
+    steps = longest(result.steps)
     last = [f"{k} {_short(v[-1])}" for k, v in result.history.items() if len(v)]
     if len(last) > most:
         last = [*last[:most], f"and {len(last) - most} more"]
