@@ -281,3 +281,27 @@ def test_a_right_answer_s_gradient_does_not_cancel(dtype):
     np.testing.assert_allclose(
         found.astype(jnp.float32), wanted, rtol=5e-3 if dtype == jnp.bfloat16 else 1e-6
     )
+
+
+COSINES = [
+    (ops.cosine_similarity, optax.cosine_similarity),
+    (ops.cosine_distance, optax.cosine_distance),
+]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_of_almost_equal_directions_cosines_keep_their_digits(dtype):
+    """In 16 bits the gradient is as good as its rounding, and so is the distance."""
+    x = normal(5, 256)
+    rounded = lambda a: a.astype(dtype).astype(jnp.float64)
+    tolerance = float(jnp.finfo(dtype).eps)
+    for noise in (0.1, 0.01):
+        pair = rounded(x), rounded(x + noise * normal(6, 256))
+        narrow = [a.astype(dtype) for a in pair]
+        for ours, plain in COSINES:
+            wanted = jax.value_and_grad(plain, (0, 1))(*pair)
+            found = jax.value_and_grad(ours, (0, 1))(*narrow)
+            np.testing.assert_allclose(float(found[0]), wanted[0], rtol=tolerance, atol=2e-7)
+            for a, b in zip(found[1], wanted[1], strict=True):
+                difference = np.linalg.norm(a.astype(jnp.float64) - b)
+                assert difference < tolerance * np.linalg.norm(b)

@@ -25,43 +25,74 @@ def cosine_similarity(x: chex.Array, y: chex.Array) -> jax.Array:
         The cosines, of shape `(...)`: a scalar for two vectors. 0 where x or y is 0.
 
     With x̂ = x / ‖x‖, ŷ = y / ‖y‖ and s the cosine, the local gradient is (ŷ − s x̂) / ‖x‖ for x, and
-    (x̂ − s ŷ) / ‖y‖ for y; 0 where x or y is 0. Kept: x̂, ŷ, s and the norms. Stable for numbers of
-    any size: each vector is divided by its largest entry first.
+    (x̂ − s ŷ) / ‖y‖ for y; 0 where x or y is 0. Kept: x, y, s, and of each vector its norm and its
+    largest entry. Stable for numbers of any size: each vector is divided by its largest entry
+    first.
 
     Raises:
         TypeError: an argument isn't real floating.
         ValueError: the shapes differ, or there is no last axis.
     """
     _check_vectors("cosine_similarity", x=x, y=y)
-    return _cosine(x, y)[0]
+    return _cosine(x, y)[0].astype(x.dtype)
 
 
 @cosine_similarity.forward
 def _(x, y):
-    _check_vectors("cosine_similarity", x=x, y=y)
-    return _cosine(x, y)
+    s, kept = _cosine(x, y)
+    return cosine_similarity(x, y), (x, y, s, *kept)
 
 
 @cosine_similarity.backward
 def _(residuals, g):
-    (x, of_x), (y, of_y), s = residuals
-    a, b, s, d = wide(x), wide(y), s[..., None], wide(g)[..., None]
-    dx = d * of_x * (b - s * a)
-    dy = d * of_y * (a - s * b)
-    return dx.astype(x.dtype), dy.astype(y.dtype)
+    return _cosine_gradients(residuals, wide(g))
+
+
+@rule
+def cosine_distance(x: chex.Array, y: chex.Array) -> jax.Array:
+    """1 − `cosine_similarity(x, y)`: from 0, for the same direction, to 2.
+
+    Args:
+        x, y: floating, of the same shape `(..., features)`.
+
+    Returns:
+        The distances, of shape `(...)`: a scalar for two vectors. 1 where x or y is 0.
+
+    The local gradient is minus that of `cosine_similarity`, and the same is kept.
+
+    Raises:
+        TypeError: an argument isn't real floating.
+        ValueError: the shapes differ, or there is no last axis.
+    """
+    _check_vectors("cosine_distance", x=x, y=y)
+    return (1 - _cosine(x, y)[0]).astype(x.dtype)
+
+
+@cosine_distance.forward
+def _(x, y):
+    s, kept = _cosine(x, y)
+    return cosine_distance(x, y), (x, y, s, *kept)
+
+
+@cosine_distance.backward
+def _(residuals, g):
+    return _cosine_gradients(residuals, -wide(g))
 
 
 def _cosine(x, y):
-    """The cosines; and unit vectors with 1 / norm, and the cosines."""
-    (_, a, of_x), (_, b, of_y) = _polar(wide(x)), _polar(y.astype(wide(x).dtype))
-    s = jnp.sum(a * b, axis=-1)
-    return s.astype(x.dtype), ((a.astype(x.dtype), of_x), (b.astype(y.dtype), of_y), s)
+    """The cosines in at least float32; and of each vector the largest entry and 1 / scaled norm."""
+    (a, *of_x), (b, *of_y) = _scaled_unit(wide(x)), _scaled_unit(y.astype(wide(x).dtype))
+    return jnp.sum(a * b, axis=-1), (of_x, of_y)
 
 
-def cosine_distance(x: chex.Array, y: chex.Array) -> jax.Array:
-    """1 − `cosine_similarity(x, y)`: from 0, for the same direction, to 2."""
-    _check_vectors("cosine_distance", x=x, y=y)
-    return 1 - cosine_similarity(x, y)
+def _cosine_gradients(residuals, g):
+    """From the vectors themselves: of unit vectors rounded to 16 bits the difference is lost."""
+    x, y, s, (x_size, x_inverse), (y_size, y_inverse) = residuals
+    s, d = s[..., None], g[..., None]
+    a, b = wide(x) / x_size * x_inverse, y.astype(s.dtype) / y_size * y_inverse
+    dx = d * (x_inverse / x_size) * (b - s * a)
+    dy = d * (y_inverse / y_size) * (a - s * b)
+    return dx.astype(x.dtype), dy.astype(y.dtype)
 
 
 @rule
@@ -175,9 +206,20 @@ def _polar(x):
     """‖x‖, x / ‖x‖ and 1 / ‖x‖ along the last axis, which stays; all are 0 where x is 0."""
     small, size = _scaled(x)
     square = jnp.sum(jnp.square(small), axis=-1, keepdims=True)
-    is_zero = square == 0
-    inverse = jnp.where(is_zero, 0, lax.rsqrt(jnp.where(is_zero, 1, square)))
+    inverse = _inverse_root(square)
     return square * inverse * size, small * inverse, inverse / size
+
+
+def _scaled_unit(x):
+    """x / ‖x‖, the scale that x is divided by, and 1 / the norm of what that gives."""
+    small, size = _scaled(x)
+    inverse = _inverse_root(jnp.sum(jnp.square(small), axis=-1, keepdims=True))
+    return small * inverse, size, inverse
+
+
+def _inverse_root(square):
+    is_zero = square == 0
+    return jnp.where(is_zero, 0, lax.rsqrt(jnp.where(is_zero, 1, square)))
 
 
 def _scaled(x):
