@@ -339,6 +339,13 @@ def test_layer_errors():
     params, state = of_batch.init(KEY, X), of_batch.init_state(X)
     with pytest.raises(TypeError, match="'x' of shape .* has dtype int64, wanted a real floating"):
         of_batch.apply(params, state, X.astype(int))
+    for mask, error, message in (
+        (jnp.ones((7, 1, 1), bool), ValueError, r"'mask' has shape \(7, 1, 1\), which doesn't"),
+        (jnp.ones(5, bool), ValueError, r"'mask' has shape \(5,\), which doesn't broadcast"),
+        (jnp.ones((3, 5, 1)), TypeError, r"'mask' of shape \(3, 5, 1\) has dtype float64, wanted"),
+    ):
+        with pytest.raises(error, match=f"batch_norm: argument {message}"):
+            of_batch.apply(params, state, X, mask)
     with pytest.raises(LayerError, match=r"GroupNorm\(4\) wants .* 4 groups divide, .*\(3, 5, 6\)"):
         GroupNorm(4).init(KEY, X)
     with pytest.raises(LayerError, match=r"InstanceNorm\(\) .* over positions, .*\(6,\)"):

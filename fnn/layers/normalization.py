@@ -25,7 +25,7 @@ from fnn.layers.layer import (
 )
 from fnn.layers.mode import EVALUATE, Mode
 from fnn.ops.arguments import must_be_real
-from fnn.ops.normalization import power_iteration, standardize
+from fnn.ops.normalization import check_mask, power_iteration, standardize
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -252,6 +252,7 @@ class BatchNorm(Layer):
         check_params(self, old, {"mean": (features,), "variance": (features,)}, x)
         must_be_real("batch_norm", x=x)
         if not mode.train:
+            check_mask("batch_norm", x, mask)
             given = x, old["mean"], old["variance"], scale, bias, mask
             return standardize(*given, epsilon=self.epsilon), state
         if x.size == features and mode.axis is None:

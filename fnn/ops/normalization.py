@@ -262,7 +262,7 @@ def batch_norm(
     if x.ndim == 0:
         raise ValueError(f"{op}: argument 'x' has shape (), wanted (..., features).")
     _check_weights(op, x, x.shape[-1:], {"scale": scale, "bias": bias})
-    _check_mask(op, x, mask)
+    check_mask(op, x, mask)
     arguments.number(op, "epsilon", epsilon, least=0)
     positions = tuple(range(x.ndim - 1))
     over = lambda total: _over(axis_name, total)
@@ -578,7 +578,7 @@ def _check(op, x, axis, epsilon, mask, **weights) -> tuple[int, ...]:
     must_be_real(op, x=x)
     axes = tuple(sorted(axes_of(op, x, axis)))
     _check_weights(op, x, tuple(x.shape[a] for a in axes), weights)
-    _check_mask(op, x, mask)
+    check_mask(op, x, mask)
     arguments.number(op, "epsilon", epsilon, least=0)
     return axes
 
@@ -593,7 +593,7 @@ def _check_groups(x, scale, bias, mask, groups, epsilon):
             f"groups={groups} divides."
         )
     _check_weights(op, x, x.shape[-1:], {"scale": scale, "bias": bias})
-    _check_mask(op, x, mask)
+    check_mask(op, x, mask)
     arguments.number(op, "epsilon", epsilon, least=0)
 
 
@@ -609,7 +609,7 @@ def _check_weights(op: str, x: chex.Array, shape: Sequence[int], weights: dict) 
             )
 
 
-def _check_mask(op: str, x: chex.Array, mask: chex.Array | None) -> None:
+def check_mask(op: str, x: chex.Array, mask: chex.Array | None) -> None:
     if mask is None:
         return
     must_be_array(op, "mask", mask)
