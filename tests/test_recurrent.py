@@ -410,6 +410,28 @@ def test_a_cell_draws_anew_in_each_step():
     params = OF_CELL.init(KEY, X)
     dropped = np.asarray(OF_CELL(params, X, mode=training(KEY))) == 0
     assert dropped.any() and not (dropped == dropped[0]).all()
+    again = np.asarray(replace(OF_CELL, remat=True)(params, X, mode=training(KEY))) == 0
+    np.testing.assert_array_equal(again, dropped)
+
+
+def test_a_key_is_used_once_and_looked_at_first():
+    drawn = {}
+
+    def note(name):
+        def init(key, shape, dtype):
+            drawn[name, len(drawn)] = jax.random.key_data(key).tolist()
+            return jnp.zeros(shape, dtype)
+
+        return init
+
+    inits = {f"{kind}_init": note(kind) for kind in ("weight", "recurrent", "bias")}
+    GRU(3, **inits).init(KEY, X)
+    split_again = jax.random.key_data(jax.random.split(KEY, 3)).tolist()
+    biases = [key for (name, _), key in drawn.items() if name == "bias"]
+    assert len(biases) == 2 and biases[0] != biases[1]
+    assert sum(key in split_again for key in drawn.values()) == 2  # W's, and b's
+    with pytest.raises(TypeError, match=r"GRU\(3\)\.init: key must be"):
+        GRU(3).init("a", X)
 
 
 @exhaustive

@@ -68,8 +68,10 @@ class Recurrent(Layer):
         """The memory to start from where none is given, of these types."""
         return jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), types)
 
-    def steps(self, params: Any, x: Any, mask: Any, carry: Any, mode: Mode) -> tuple[Any, Any]:
-        """The outputs of all steps, and what is carried in the end."""
+    def steps(
+        self, params: Any, x: Any, mask: Any, carry: Any, mode: Mode, keys: Any = None
+    ) -> tuple[Any, Any]:
+        """The outputs of all steps, and what is carried in the end; keys: one for each step."""
         raise NotImplementedError
 
     def check(self, params: Any, x: Any) -> None:
@@ -121,29 +123,28 @@ class Recurrent(Layer):
         count = len(x)
         size = math.isqrt(count - 1) + 1 if count else 0
         if not self.remat or size < 2:
-            return self.steps(params, x, mask, carry, mode)
+            return self.steps(params, x, mask, carry, mode, self._keys(mode, count))
         whole = count // size * size
-        keys = None if mode.key is None else jax.random.split(mode.key, -(-count // size))
+        keys = self._keys(mode, count)
         left: Any = None  # the dtypes of a carry after steps: the start's may be wider
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def piece(carry, given):
-            (x, mask), key = given
             nonlocal left
-            ys, last = self.steps(params, x, mask, carry, dataclasses.replace(mode, key=key))
+            x, mask, keys = given
+            ys, last = self.steps(params, x, mask, carry, mode, keys)
             left = jax.tree.map(lambda a: a.dtype, last)
             last = jax.tree.map(lambda a, t: a.astype(t.dtype), last, carry)
             return last, ys
 
         def pieces(carry):
             cut = lambda a: a[:whole].reshape(whole // size, size, *a.shape[1:])
-            given = jax.tree.map(cut, (x, mask)), keys if keys is None else keys[: whole // size]
+            given = jax.tree.map(cut, (x, mask, keys))
             last, ys = jax.lax.scan(piece, carry, given, reverse=self.reverse)
             return last, jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), ys)
 
         def rest(carry):
-            given = jax.tree.map(lambda a: a[whole:], (x, mask))
-            return piece(carry, (given, keys if keys is None else keys[-1]))
+            return piece(carry, jax.tree.map(lambda a: a[whole:], (x, mask, keys)))
 
         behind: Any = None
         if whole < count and self.reverse:
@@ -154,6 +155,10 @@ class Recurrent(Layer):
         if behind is not None:
             ys = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ys, behind)
         return ys, jax.tree.map(lambda a, dtype: a.astype(dtype), carry, left)
+
+    def _keys(self, mode: Mode, count: int) -> Any:
+        """A key for each step, the same ones however the steps are cut into pieces."""
+        return None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -178,7 +183,7 @@ class _Gated(Recurrent):
     def init(self, key: chex.PRNGKey, x: Any, *others: Any) -> dict:
         _check_steps(self, x)
         shapes = self._shapes(x)
-        w_key, u_key, b_key = jax.random.split(arguments.key(f"{self}.init", "key", key), 3)
+        w_key, u_key, b_key = self._keys_of_parts(key)
         square = self.hidden, self.hidden
         of_gates = [
             initial(self, self.recurrent_init, k, square)
@@ -189,6 +194,10 @@ class _Gated(Recurrent):
             "U": jnp.concatenate(of_gates),
             "b": initial(self, self.bias_init, b_key, shapes["b"]),
         }
+
+    def _keys_of_parts(self, key: Any) -> Any:
+        """Those of W, of U and of b."""
+        return jax.random.split(arguments.key(f"{self}.init", "key", key), 3)
 
     def start(self, x: Any) -> Any:
         return jnp.zeros(self.hidden, jnp.result_type(float))
@@ -213,7 +222,9 @@ class _Gated(Recurrent):
         rows = self.gates * self.hidden
         return {"W": (rows, x.shape[-1]), "U": (rows, self.hidden), "b": (rows,)}
 
-    def steps(self, params: Any, x: Any, mask: Any, carry: Any, mode: Mode) -> tuple[Any, Any]:
+    def steps(
+        self, params: Any, x: Any, mask: Any, carry: Any, mode: Mode, keys: Any = None
+    ) -> tuple[Any, Any]:
         z = x @ params["W"].T + params["b"]
         with in_loop(Steps(self), len(x)) as note:
             note(params, {}, (jax.ShapeDtypeStruct((1, *z.shape[1:]), z.dtype), carry), carry)
@@ -325,8 +336,9 @@ class GRU(_Gated):
     gates = 3
 
     def init(self, key: chex.PRNGKey, x: Any, *others: Any) -> dict:
+        params, key = super().init(key, x), self._keys_of_parts(key)[2]
         own = initial(self, self.bias_init, jax.random.fold_in(key, 1), (self.hidden,))
-        return super().init(key, x) | {"b_n": own}
+        return params | {"b_n": own}
 
     def _shapes(self, x: Any) -> dict[str, tuple[int, ...]]:
         return super()._shapes(x) | {"b_n": (self.hidden,)}
@@ -431,9 +443,13 @@ class OfCell(Recurrent):
     def start(self, x: Any) -> Any:
         return self.first(x)
 
-    def steps(self, params: Any, x: Any, mask: Any, carry: Any, mode: Mode) -> tuple[Any, Any]:
+    def _keys(self, mode: Mode, count: int) -> Any:
+        return None if mode.key is None else jax.random.split(mode.key, count)
+
+    def steps(
+        self, params: Any, x: Any, mask: Any, carry: Any, mode: Mode, keys: Any = None
+    ) -> tuple[Any, Any]:
         count = len(x)
-        keys = None if mode.key is None else jax.random.split(mode.key, count)
 
         def step(carry, given):
             x, here, key = given
