@@ -270,6 +270,29 @@ def test_an_output_layer_of_its_own_has_no_place_in_gpt2():
     chex.assert_trees_all_equal(models.load_torch(theirs, net)[0], params)
 
 
+class Tensor:
+    """What is asked of PyTorch's tensors, on numpy's arrays."""
+
+    def __init__(self, array):
+        self.array = array
+
+    detach = cpu = lambda self: self
+    numpy = lambda self: self.array
+    float = lambda self: Tensor(self.array.astype(np.float32))
+    element_size = lambda self: self.array.itemsize
+    is_floating_point = lambda self: np.issubdtype(self.array.dtype, np.floating)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_a_tensor_of_64_bits_keeps_them(dtype):
+    net, params, _ = drawn("gpt2")
+    theirs = {n: np.asarray(a, dtype) for n, a in models.to_torch(params, net).items()}
+    theirs = {n: a + dtype(1e-9) for n, a in theirs.items()}
+    found, _ = models.load_torch({n: Tensor(a) for n, a in theirs.items()}, net)
+    wanted = models.load_torch(theirs, net)[0]
+    chex.assert_trees_all_equal(found, wanted)
+
+
 def test_what_does_not_fit_is_named():
     net, params, _ = drawn("llama")
     theirs = models.to_torch(params, net)

@@ -269,7 +269,8 @@ def _files_of_index(path: Path) -> list[str]:
 def _as_numpy(tensor: Any) -> np.ndarray:
     if hasattr(tensor, "detach"):  # PyTorch's; numpy has none of its 16-bit floats but one
         tensor = tensor.detach().cpu()
-        return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
+        is_narrow = tensor.is_floating_point() and tensor.element_size() < 4
+        return tensor.float().numpy() if is_narrow else tensor.numpy()
     return np.asarray(tensor)
 
 
