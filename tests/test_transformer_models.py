@@ -167,9 +167,13 @@ def test_generation_draws():
         ):
             models.generate(net, params, TOKENS.at[1].set(wrong), 2, KEY)
     with pytest.raises(
-        layers.LayerError, match="has 12 positions, fewer than a cache of length 15"
+        layers.LayerError, match="has 12 positions, fewer than a cache of length 13"
     ):
-        models.generate(net, params, TOKENS, 10, KEY)
+        models.generate(net, params, TOKENS, 9, KEY)
+    # The last token is drawn, and needs no position.
+    whole = jnp.append(TOKENS, models.generate(net, params, TOKENS, 8, temperature=0))
+    assert whole.size == 13
+    np.testing.assert_array_equal(jnp.argmax(net(params, whole[:12])[4:], -1), whole[5:])
 
 
 @exhaustive

@@ -55,7 +55,7 @@ def generate(
     Raises:
         TypeError, ValueError: an option isn't of its kind, the key is missing, the prompt is
             empty, or, where it is known, holds a token that the network's `Embedding` hasn't.
-        LayerError: the network has no cache, or fewer positions than prompt and n need.
+        LayerError: the network has no cache, or fewer positions than prompt.size + n − 1.
 
     Fan, Lewis, Dauphin, "Hierarchical neural story generation", arXiv:1805.04833 (top k); Holtzman
     et al., "The curious case of neural text degeneration", arXiv:1904.09751 (top p).
@@ -144,7 +144,7 @@ def _generate(net, params, prompt, inputs, key, temperature, top_p, *, n, top_k,
         y, cache = net.extend(params, cache, *inputs, token[None])
         return (cache, y[-1]), token
 
-    cache = net.init_cache(prompt.size + n, *inputs, prompt)
+    cache = net.init_cache(prompt.size + n - 1, *inputs, prompt)  # the last token isn't read
     y, cache = net.extend(params, cache, *inputs, prompt.astype(jnp.int32))
     keys = jax.random.split(key, n)
     (_, logits), tokens = lax.scan(step, (cache, y[-1]), keys[:-1])
