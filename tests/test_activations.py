@@ -302,6 +302,15 @@ def test_the_tails_keep_their_digits(dtype):
     close(jax.grad(ops.softplus)(x) * (1 + math.exp(8)), 1, 8 * eps)
     close(ops.log_sigmoid(-x) / -math.log1p(math.exp(-8)), 1, 8 * eps)
     close(ops.mish(x) / (-8 * math.tanh(math.log1p(math.exp(-8)))), 1, 8 * eps)
+    if dtype in ("float16", "bfloat16"):
+        one = jnp.asarray([1.0, 8.0], dtype)
+        close(
+            jax.grad(lambda x: ops.glu(x)[0])(one)[1] * math.exp(8) * (1 + math.exp(-8)) ** 2,
+            1,
+            8 * eps,
+        )
+    wanted = math.sqrt(300**2 + 100) - 300
+    close(ops.squareplus(jnp.asarray(-300.0, dtype), b=100.0) * 2 / wanted, 1, 8 * eps)
     far = jnp.asarray(-1000.0, dtype)
     close(ops.squareplus(far) * (1000 + math.sqrt(1e6 + 4)) / 2, 1, 8 * eps)
 

@@ -224,6 +224,10 @@ def test_arguments():
         (lambda: ops.pinball(X, X, quantile=1.5), "pinball: quantile must be"),
         (lambda: ops.sigmoid_focal(X, Q, gamma=-1), "sigmoid_focal: gamma must be"),
         (lambda: ops.sigmoid_focal(X, 2 * Q + 1), "sigmoid_focal: labels must be from 0 to 1"),
+        (
+            lambda: ops.kl_divergence(X[:, :0], Q[:, :0]),
+            r"kl_divergence: argument 'log_predictions' has shape \(6, 0\), wanted .* one class",
+        ),
         (lambda: ops.kl_divergence(X, Q[:, :2]), r"'targets' has shape \(6, 2\), wanted \(6, 4\)"),
         (lambda: ops.ctc(X, jnp.asarray([[1]])), r"ctc: argument 'labels' has shape \(1, 1\)"),
         (
@@ -305,3 +309,32 @@ def test_of_almost_equal_directions_cosines_keep_their_digits(dtype):
             for a, b in zip(found[1], wanted[1], strict=True):
                 difference = np.linalg.norm(a.astype(jnp.float64) - b)
                 assert difference < tolerance * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("z", [0.0, 1.0])
+def test_a_right_answer_s_focal_gradient_does_not_cancel(z):
+    x = (2 * z - 1) * jnp.asarray([4.0, 16.0, 18.0, 30.0])
+    gradient = jax.grad(lambda x: ops.sigmoid_focal(x, jnp.full(4, z, x.dtype), gamma=0.5))
+    # c and m in closed form, differentiated in float64 by x towards the right answer.
+    plain = lambda x: jax.nn.sigmoid(-x) ** 0.5 * jax.nn.softplus(-x)
+    wanted = (2 * z - 1) * jax.vmap(jax.grad(plain))((2 * z - 1) * x)
+    np.testing.assert_allclose(gradient(x.astype(jnp.float32)), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("kind", ["integer", "distribution", "smoothed"])
+def test_a_right_class_s_gradient_does_not_cancel(kind, dtype):
+    """The logits' gradient is as good as the rounding of what is kept, entry by entry."""
+    options = {"label_smoothing": 1e-3} if kind == "smoothed" else {}
+    labels = jnp.eye(10)[3].astype(dtype) if kind == "distribution" else 3
+    loss = lambda x: ops.softmax_cross_entropy(x, labels, **options)
+    q = (1 - options.get("label_smoothing", 0)) * jnp.eye(10)[3]
+    q = q + options.get("label_smoothing", 0) / 10
+    for top in (4.0, 6.0, 8.0, 8.5):
+        x = jnp.zeros(10).at[3].set(top)
+        wanted = jax.nn.softmax(x) - q
+        found = jax.grad(loss)(x.astype(dtype)).astype(jnp.float64)
+        smallest = float(jnp.finfo(dtype).smallest_subnormal)
+        rounding = jnp.where(q > 0.5, jnp.sum(jax.nn.softmax(x)[:3]) * 4, jax.nn.softmax(x) + q)
+        tolerance = 2 * float(jnp.finfo(dtype).eps) * rounding + 10 * smallest
+        assert np.all(np.abs(found - wanted) <= tolerance), (top, found, wanted)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from fnn import arguments
 from fnn.operation import compiled_rule as rule
 from fnn.ops.arguments import axis_of, must_be_real
+from fnn.precision import wide
 
 
 @rule
@@ -199,9 +200,10 @@ def _(x, *, axis):
 @glu.backward
 def _(x, g, *, axis):
     a, b = jnp.split(x, 2, axis)
-    s = jax.nn.sigmoid(b)
-    da = g * s
-    return (jnp.concatenate([da, da * (a * (1 - s))], axis),)
+    s = jax.nn.sigmoid(wide(b))  # of 16 bits, 1 − σ(b) would be 0 from b = 6 on
+    da = wide(g) * s
+    db = da * (wide(a) * (1 - s))
+    return (jnp.concatenate([da.astype(g.dtype), db.astype(g.dtype)], axis),)
 
 
 @rule

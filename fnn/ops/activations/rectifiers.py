@@ -238,9 +238,10 @@ def squareplus(x: chex.Array, *, b: float = 4.0) -> jax.Array:
     must_be_real("squareplus", x=x)
     arguments.number("squareplus", "b", b, above=0)
     # Beyond the limit √(x² + b) rounds to |x|; the clip keeps x² from overflowing.
-    limit = math.sqrt(b / float(jnp.finfo(x.dtype).eps))
-    root = jnp.maximum(jnp.abs(x), jnp.sqrt(jnp.square(jnp.clip(x, -limit, limit)) + b))
-    return jnp.where(x >= 0, x, 0) + 0.5 * b / (root + jnp.abs(x))
+    z = wide(x)
+    limit = math.sqrt(b / float(jnp.finfo(z.dtype).eps))
+    root = jnp.maximum(jnp.abs(z), jnp.sqrt(jnp.square(jnp.clip(z, -limit, limit)) + b))
+    return (jnp.where(z >= 0, z, 0) + 0.5 * b / (root + jnp.abs(z))).astype(x.dtype)
 
 
 @squareplus.forward

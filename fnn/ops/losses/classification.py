@@ -43,8 +43,10 @@ def softmax_cross_entropy(
 
     Local gradient: for the logits p Σq − q with p = softmax(logits), which is p − q for a
     distribution ("probs[y] −= 1" in the lecture's code); for a distribution's labels
-    −(1 − ε) log p. Kept: p, the labels, and for distributions log p. Smooth, no kink. Where q
-    is 0, a logit of −inf (an excluded class) adds nothing. Stable for logits of any size.
+    −(1 − ε) log p. In 16 bits it is p Σq − q Σp, since Σp of a rounded p isn't 1, and p − q would
+    be the rounding where the answer is right. Kept: p, the labels, and for distributions log p.
+    Smooth, no kink. Where q is 0, a logit of −inf (an excluded class) adds nothing. Stable for
+    logits of any size.
 
     Raises:
         TypeError: the logits aren't real floating, the labels neither integer nor floating.
@@ -87,6 +89,8 @@ def _(residuals, g, *, label_smoothing):
     p, labels, *log_p = residuals
     q = _target(labels, wide(p), label_smoothing)
     total = 1 if is_integer(labels) else jnp.sum(q, axis=-1, keepdims=True)
+    if p.dtype.itemsize < 4:
+        q = q * jnp.sum(wide(p), axis=-1, keepdims=True)
     g, dtype = wide(g)[..., None], p.dtype
     if is_integer(labels):
         g = g * jnp.where(_is_class(labels, p), 1, jnp.nan)[..., None].astype(g.dtype)
@@ -264,7 +268,8 @@ def _(residuals, g, *, gamma, alpha):
     x, z, c, weight, wrong = _focal(logits, labels, gamma)
     p, q = jax.nn.sigmoid(x), jax.nn.sigmoid(-x)
     factor = wide(g) * weight * _balance(z, alpha)
-    d_logits = factor * (p - z + gamma * c * ((1 - 2 * z) * (p * q / wrong)))
+    # (1 − z) p − z q is p − z, and doesn't cancel where the answer is right.
+    d_logits = factor * ((1 - z) * p - z * q + gamma * c * ((1 - 2 * z) * (p * q / wrong)))
     if not is_floating(labels):
         return d_logits.astype(logits.dtype), None
     d_labels = factor * (gamma * c * ((q - p) / wrong) - x)
@@ -311,8 +316,11 @@ def kl_divergence(log_predictions: chex.Array, targets: chex.Array) -> jax.Array
     op = "kl_divergence"
     must_be_real(op, log_predictions=log_predictions, targets=targets)
     must_be_alike(op, log_predictions=log_predictions, targets=targets)
-    if log_predictions.ndim == 0:
-        raise ValueError(f"{op}: argument 'log_predictions' has shape (), wanted (..., classes).")
+    if log_predictions.ndim == 0 or log_predictions.shape[-1] == 0:
+        raise ValueError(
+            f"{op}: argument 'log_predictions' has shape {log_predictions.shape}, wanted "
+            "(..., classes) with at least one class."
+        )
     q, difference = _log_ratio(log_predictions, targets)
     return jnp.sum(q * difference, axis=-1).astype(log_predictions.dtype)
 
