@@ -71,6 +71,28 @@ def test_it_is_attention(name):
 
 
 @exhaustive
+def test_many_devices_round_no_more_than_one():
+    """In 16 bits, the sum over the devices' keys is in at least float32."""
+    mesh = jax.make_mesh((8,), ("sequence",), axis_types=(AxisType.Auto,))
+    q, k, v = (draw(i, 64, 2, 16) for i in range(3))
+    narrow = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    ring = lambda *a: ops.ring_attention(*a, mesh=mesh, axis="sequence")
+
+    def derivatives(attend, *args):
+        loss = lambda *a: jnp.sum(jnp.sin(3 * attend(*a).astype(jnp.float32)))
+        tangent = lambda *a: jax.jvp(attend, a, tuple(jnp.cos(x) for x in a))[1]
+        return jax.jit(lambda *a: (jax.grad(loss)(*a), tangent(*a)))(*args)
+
+    wanted = derivatives(ops.attention, *(x.astype(jnp.float64) for x in narrow))
+    for ours, plain, exact in zip(
+        derivatives(ring, *narrow), derivatives(ops.attention, *narrow), wanted, strict=True
+    ):
+        error = lambda x, exact=exact: np.linalg.norm(x.astype(jnp.float64) - exact)
+        print(error(ours) / error(plain))
+        assert error(ours) < 1.2 * error(plain)
+
+
+@exhaustive
 def test_of_a_batch_in_a_program_that_sends_no_more_than_it_must():
     """Each of 4 devices sends its keys and values 3 times, and back with their gradients."""
     q, k, v = (jnp.stack([x, x + 1, 2 * x, -x]) for x in arrays(16, 16, 2, 2))

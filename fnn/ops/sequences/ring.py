@@ -32,6 +32,7 @@ from fnn.ops.sequences.blockwise import (
     of_no_keys,
     running,
 )
+from fnn.precision import wide, wide_dtype
 
 
 def ring_attention(
@@ -145,15 +146,18 @@ def _(residuals, g, *, mesh, axis, causal, window, scale, block):
             more = ring.backward((arrays, y, m, r), (g_y, None, g_r))
             if d_slopes is not None:
                 d_slopes = d_slopes + more[3]["slopes"].astype(d_slopes.dtype)
-            return (dq + more[0], d_slopes), (k, v, dk + more[1], dv + more[2])
+            return (dq + wide(more[0]), d_slopes), (k, v, dk + more[1], dv + more[2])
 
-        zeros = lambda x: varies_as(jnp.zeros(x.shape, x.dtype), q)
+        zeros = lambda x, dtype: varies_as(jnp.zeros(x.shape, dtype), q)
         slopes = given.get("slopes")
-        total = zeros(q), None if slopes is None else zeros(slopes)
-        total, moving = ring.round(meet, total, (k, v, zeros(k), zeros(v)))
+        total = [None if x is None else zeros(x, wide_dtype(x.dtype)) for x in (q, slopes)]
+        # What moves is summed in its own dtype: of 16-bit floats, else twice as much would be sent.
+        moving = k, v, zeros(k, k.dtype), zeros(v, v.dtype)
+        (dq, d_slopes), moving = ring.round(meet, tuple(total), moving)
         dk, dv = ring.on(moving[2:])  # and home
-        d_slopes = None if total[1] is None else lax.psum(total[1], axis)
-        return total[0], dk, dv, d_slopes
+        if d_slopes is not None:
+            d_slopes = lax.psum(d_slopes, axis).astype(slopes.dtype)
+        return dq.astype(q.dtype), dk, dv, d_slopes
 
     slopes = P() if "slopes" in given else None
     specs = ring.of_queries, ring.of_keys, ring.of_keys, ring.of_given(given)
@@ -179,10 +183,11 @@ def _(residuals, dq, dk, dv, d_given, *, mesh, axis, causal, window, scale, bloc
             k, v, dk, dv = moving
             arrays = q, k, v, ring.given(given, q, k, source)
             dy, _, dr = ring.tangent((arrays, y, m, r), dq, dk, dv, d_given)
-            return (total[0] + dy, total[1] + dr), moving
+            return (total[0] + wide(dy), total[1] + wide(dr)), moving
 
-        total = tuple(varies_as(jnp.zeros(x.shape, x.dtype), q) for x in (y, r))
-        return ring.round(meet, total, (k, v, dk, dv))[0]
+        total = tuple(varies_as(jnp.zeros(x.shape, wide_dtype(x.dtype)), q) for x in (y, r))
+        total, _ = ring.round(meet, total, (k, v, dk, dv))
+        return tuple(t.astype(x.dtype) for t, x in zip(total, (y, r), strict=True))
 
     whole = jax.tree.map(lambda _: P(), d_given)
     specs = ring.of_queries, ring.of_keys, ring.of_keys, ring.of_given(given)
