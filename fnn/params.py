@@ -75,18 +75,22 @@ def flatten(params: Any) -> dict[str, Any]:
     >>> flatten({"blocks": [{"W": 1.0}, {"W": 2.0}], "bias": 3.0})
     {'bias': 3.0, 'blocks.0.W': 1.0, 'blocks.1.W': 2.0}
     """
+    return _flat("flatten", params)
+
+
+def _flat(where: str, params: Any) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = [jax.tree_util.keystr((key,), simple=True) for key in keys]
         dotted = [name for name in names if "." in name]
         if dotted:
             raise ValueError(
-                f"flatten: the key {dotted[0]!r} holds a dot, which stands between the keys of a "
+                f"{where}: the key {dotted[0]!r} holds a dot, which stands between the keys of a "
                 "path."
             )
         path = ".".join(names)
         if path in flat:
-            raise ValueError(f"flatten: two leaves have the path {path!r}.")
+            raise ValueError(f"{where}: two leaves have the path {path!r}.")
         flat[path] = leaf
     return flat
 
@@ -166,7 +170,7 @@ def unflatten(flat: Mapping[str, Any], like: Any = None, *, strict: bool = True)
             f"unflatten: flat must be a dict from paths to arrays, but got {arguments.show(flat)}."
         )
     arguments.flag("unflatten", "strict", strict)
-    return _nested(flat) if like is None else _as(like, flat, strict, "unflatten")
+    return _nested("unflatten", flat) if like is None else _as(like, flat, strict, "unflatten")
 
 
 def save(path: str | os.PathLike, params: Any, metadata: Mapping[str, str] | None = None) -> None:
@@ -184,11 +188,12 @@ def save(path: str | os.PathLike, params: Any, metadata: Mapping[str, str] | Non
         TypeError: a leaf is no array of numbers (a PRNG key: save `jax.random.key_data(key)`), or
             of a dtype that the format doesn't know; metadata isn't a dict of strings; path is no
             path.
+        ValueError: a key holds a dot, or two leaves have one path (see `flatten`).
         IsADirectoryError: path is that of a folder.
         OSError: the file can't be written.
     """
     safetensors = _safetensors("fnn.params.save")
-    flat = {name: _for_file(name, leaf) for name, leaf in flatten(params).items()}
+    flat = {name: _for_file(name, leaf) for name, leaf in _flat("save", params).items()}
     if metadata is not None:
         is_text = isinstance(metadata, Mapping) and all(
             isinstance(text, str) for item in metadata.items() for text in item
@@ -234,13 +239,14 @@ def load(path: str | os.PathLike, like: Any = None, *, strict: bool = True) -> A
         ImportError: safetensors isn't installed.
         TypeError: path is no path.
         FileNotFoundError: there is no such file.
-        ValueError: it isn't a safetensors file, or it is cut short.
+        ValueError: it isn't a safetensors file, or it is cut short; or, without `like`, one path
+            goes on where another ends.
         PathError: it doesn't hold the parameters that `like` wants.
     """
     where = f"load {os.fspath(_path_of_file('load', path))}"
     arguments.flag("load", "strict", strict)
     flat = read(path)
-    return _nested(flat) if like is None else _as(like, flat, strict, where)
+    return _nested(where, flat) if like is None else _as(like, flat, strict, where)
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -292,7 +298,7 @@ def _safetensors(what: str) -> Any:
     return safetensors
 
 
-def _nested(flat: Mapping[str, Any]) -> Any:
+def _nested(where: str, flat: Mapping[str, Any]) -> Any:
     """Nested dicts by the keys of the paths."""
     if "" in flat and len(flat) == 1:
         return flat[""]
@@ -305,7 +311,7 @@ def _nested(flat: Mapping[str, Any]) -> Any:
             if isinstance(place, _Leaf):
                 break
         if isinstance(place, _Leaf) or last in place:
-            raise ValueError(f"unflatten: one path ends where another goes on: {path!r}.")
+            raise ValueError(f"{where}: one path ends where another goes on: {path!r}.")
         place[last] = _Leaf(leaf)
     return jax.tree.map(lambda leaf: leaf.value, root)
 

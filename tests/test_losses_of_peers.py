@@ -220,7 +220,8 @@ def test_arguments():
         (lambda: ops.cosine_distance(X, Z[:3]), r"cosine_distance: .* \(3, 4\), wanted \(6, 4\)"),
         (lambda: ops.info_nce(X, Y[0], 0), r"'keys' have shapes \(6, 4\) and \(4,\), wanted"),
         (lambda: ops.info_nce(X[0], Y, 0, temperature=0), "info_nce: temperature must be"),
-        (lambda: ops.info_nce(X[0], Y, 6), "labels hold 6"),
+        (lambda: ops.info_nce(X[0], Y, 6), "info_nce: argument 'positive' holds 6, but .* 6 keys"),
+        (lambda: ops.info_nce(X, Y, 1), r"info_nce: .* 'positive' has shape \(\), wanted \(6,\)"),
         (lambda: ops.pinball(X, X, quantile=1.5), "pinball: quantile must be"),
         (lambda: ops.sigmoid_focal(X, Q, gamma=-1), "sigmoid_focal: gamma must be"),
         (lambda: ops.sigmoid_focal(X, 2 * Q + 1), "sigmoid_focal: labels must be from 0 to 1"),
@@ -244,6 +245,7 @@ def test_arguments():
             call()
     for call, message in (
         (lambda: ops.kl_divergence(X, jnp.ones((6, 4), int)), "wanted a real floating dtype"),
+        (lambda: ops.info_nce(X[0], Y, X[:, 0]), "info_nce: argument 'positive' has dtype float64"),
         (lambda: ops.ctc(X, X[:, 0]), "ctc: argument 'labels' has dtype float64, wanted integers"),
         (lambda: ops.poisson_nll(X, Y, full=1), "full must be True or False"),
         (

@@ -48,6 +48,8 @@ def test_mlp():
     assert normed.init_state(X[0])["statistics"]["norm0"]["mean"].shape == (6,)
     with pytest.raises(TypeError, match="mlp: hidden must be a sequence of widths, but got 300"):
         models.mlp(3, 300)
+    with pytest.raises(ValueError, match="mlp: hidden must be an integer of at least 1, but got 0"):
+        models.mlp(3, (5, 0))
 
 
 def test_gradients_of_examples_of_an_mlp():
@@ -134,5 +136,11 @@ def test_errors():
         MODEL(params, X[0], mode=training(None))
     with pytest.raises(TypeError, match="vae: shape must be an example's shape, but got 12"):
         models.vae(12)
+    with pytest.raises(ValueError, match="vae: latent must be"):
+        models.vae((4,), latent=0)
+    with pytest.raises(TypeError, match="vae: hidden must be"):
+        models.vae((4,), hidden="a")
+    with pytest.raises(ValueError, match=r"negative_elbo: argument 'x' has shape .*\(4, 3\)"):
+        models.negative_elbo(MODEL(params, X[0]), X)
     with pytest.raises(TypeError, match="decode: model must be made by vae"):
         models.decode(models.mlp(3), params, jnp.ones(2))

@@ -258,6 +258,8 @@ def test_arguments():
             lambda: ops.rms_norm(X, mask=MASKS["positions"][..., 0]),
             r"'mask' .*\(3, 5\).*\(3, 5, 6\)",
         ),
+        (lambda: ops.instance_norm(X, epsilon=-1), "instance_norm: epsilon must be"),
+        (lambda: ops.instance_norm(X, SCALE[:2]), "instance_norm: argument 'scale' has shape"),
         (lambda: ops.group_norm(X, groups=4), r"'x' has shape \(3, 5, 6\).* groups=4 divides"),
         (
             lambda: ops.instance_norm(X[0, 0, 0]),

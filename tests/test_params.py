@@ -59,6 +59,8 @@ def test_without_a_tree_the_result_is_made_of_dicts():
 def test_paths_that_would_be_read_otherwise():
     with pytest.raises(ValueError, match=r"'a\.b' holds a dot"):
         by_path.flatten({"a.b": 1.0})
+    with pytest.raises(ValueError, match=r"^save: the key 'a\.b' holds a dot"):
+        by_path.save("never", {"a.b": jnp.ones(2)})
     with pytest.raises(ValueError, match="two leaves have the path '1'"):
         by_path.flatten(collections.OrderedDict([(1, 1.0), ("1", 2.0)]))
     for flat in ({"a": 1.0, "a.b": 2.0}, {"a.b": 2.0, "a": 1.0}, {"a": 1.0, "a.b.c": 2.0}):

@@ -15,6 +15,7 @@ from fnn import arguments, ops, text
 from fnn.initializers import xavier_normal
 from fnn.layers import EVALUATE, Layer, LayerError, Linear, Mode, Network, chain
 from fnn.layers.net import Net
+from fnn.models.options import check_options
 from fnn.precision import wide
 
 
@@ -72,6 +73,7 @@ def vae(
     if not isinstance(shape, (tuple, list)):
         raise TypeError(f"vae: shape must be an example's shape, but got {arguments.show(shape)}.")
     sizes = tuple(arguments.integer("vae", "shape", n, least=1) for n in shape)
+    check_options("vae", latent=latent, hidden=hidden)
     linear = lambda features: Linear(features, weight_init=xavier_normal)
     parts = {
         "encode": chain(flatten=Flatten(sizes), hidden=linear(hidden), activation=activation),
@@ -119,6 +121,11 @@ def negative_elbo(output: Reconstruction, x: chex.Array, *, beta: float = 1.0) -
     mean, s = map(wide, output[1:])
     # e^s − 1 − s near s = 0, without cancelling more than is needed.
     divergence = 0.5 * jnp.sum(jnp.square(mean) + (jnp.expm1(s) - s))
+    if jnp.shape(x) != output.logits.shape:
+        raise ValueError(
+            f"negative_elbo: argument 'x' has shape {jnp.shape(x)}, wanted {output.logits.shape}, "
+            "the shape of the logits."
+        )
     error = ops.sigmoid_binary_cross_entropy(output.logits, x)
     return error + (beta * divergence).astype(error.dtype)
 

@@ -65,6 +65,9 @@ def bert(
         A Network with the parameters "embed.E", "position.P", "segment.E", "norm",
         "blocks.attend.q.W", …, "blocks.norm1", "blocks.mlp.hidden.W", …, "blocks.norm2", "pooler".
 
+    Raises:
+        TypeError, ValueError: an option isn't of its kind.
+
     Devlin et al., "BERT", arXiv:1810.04805.
 
     >>> import fnn

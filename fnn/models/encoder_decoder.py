@@ -66,6 +66,9 @@ def transformer(
         A Network with the parameters "embed.E", "encoder.attend.q.W", …, "decoder.attend.q.W",
         "decoder.cross.q.W", ….
 
+    Raises:
+        TypeError, ValueError: an option isn't of its kind.
+
     Vaswani et al., "Attention is all you need", arXiv:1706.03762.
 
     >>> import fnn

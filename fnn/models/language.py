@@ -65,6 +65,9 @@ def gpt2(
         …, "blocks.norm2", "blocks.mlp.hidden.W", …, "norm", made by
         `net.init(key, tokens)`. Those of the blocks are stacked.
 
+    Raises:
+        TypeError, ValueError: an option isn't of its kind.
+
     Radford et al., "Language models are unsupervised multitask learners", 2019; the gelu by tanh.
 
     >>> import fnn
@@ -149,6 +152,9 @@ def llama(
         A Network with the parameters "embed.E", "blocks.norm1.scale", "blocks.attend.q.W", …,
         "blocks.norm2.scale", "blocks.mlp.gate.W", "blocks.mlp.up.W", "blocks.mlp.down.W",
         "norm.scale" and "output.W", made by `net.init(key, tokens)`.
+
+    Raises:
+        TypeError, ValueError: an option isn't of its kind.
 
     Touvron et al., "Llama 2", arXiv:2307.09288; Jiang et al., "Mistral 7B", arXiv:2310.06825.
 

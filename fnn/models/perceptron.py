@@ -53,7 +53,7 @@ def mlp(
         )
     parts: dict[str, Layer | Callable] = {"flatten": jnp.ravel}
     for i, width in enumerate(hidden):
-        parts[f"hidden{i}"] = Linear(width)
+        parts[f"hidden{i}"] = Linear(arguments.integer("mlp", "hidden", width, least=1))
         if norm is not None:
             parts[f"norm{i}"] = norm
         parts[f"activation{i}"] = activation

@@ -22,7 +22,8 @@ class Routing(NamedTuple):
         places: which place among its expert's tokens each has, integers `(tokens, k)`; the capacity
             where it has none.
         capacity: how many places each expert has, an int.
-        balance_loss: 1 if all experts get as many tokens, and more otherwise, a scalar.
+        balance_loss: about 1 where all experts get as many tokens, and up to their number where
+            one gets all, a scalar.
         z_loss: how large the logits are, a scalar.
     """
 

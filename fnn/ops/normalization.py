@@ -212,12 +212,16 @@ def instance_norm(
 ) -> jax.Array:
     """`group_norm` with a group for each feature: mean and variance over the positions alone.
 
+    Arguments, results and errors are as of `group_norm`.
+
     Source: Ulyanov, Vedaldi, Lempitsky, "Instance normalization", arXiv:1607.08022.
     """
     must_be_real("instance_norm", x=x)
     if x.ndim < 1:
         raise ValueError("instance_norm: argument 'x' has shape (), wanted (..., features).")
-    return group_norm(x, scale, bias, mask, groups=max(x.shape[-1], 1), epsilon=epsilon)
+    groups = max(x.shape[-1], 1)
+    _check_groups(x, scale, bias, mask, groups, epsilon, "instance_norm")
+    return group_norm(x, scale, bias, mask, groups=groups, epsilon=epsilon)
 
 
 def batch_norm(
@@ -583,8 +587,7 @@ def _check(op, x, axis, epsilon, mask, **weights) -> tuple[int, ...]:
     return axes
 
 
-def _check_groups(x, scale, bias, mask, groups, epsilon):
-    op = "group_norm"
+def _check_groups(x, scale, bias, mask, groups, epsilon, op="group_norm"):
     must_be_real(op, x=x)
     arguments.integer(op, "groups", groups, least=1)
     if x.ndim == 0 or x.shape[-1] % groups:

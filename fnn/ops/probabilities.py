@@ -1,4 +1,8 @@
-"""From scores to probabilities: softmax, its logarithm, and the logarithm of its denominator."""
+"""From scores to probabilities: softmax, its logarithm, and the logarithm of its denominator.
+
+All raise a TypeError where x isn't real floating or axis is no integer, and a ValueError where x
+has no such axis.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ u = U h, is one matrix product after the loop, where autodiff of a loop adds a m
 in every step. (cuDNN does the same: Appleyard, Kočiský, Blunsom, "Optimizing performance of
 recurrent neural networks on GPUs", arXiv:1604.01946.)
 
-The gates stand one below the other, in PyTorch's order: i, f, g, o of an LSTM, r, z, n of a GRU.
+The gates stand one below the other, in PyTorch's order: i, f, g, o of an LSTM, r, q, n of a GRU
+(whose q is PyTorch's z).
 """
 
 from __future__ import annotations
@@ -217,6 +218,9 @@ def gru_cell(z: chex.Array, u: chex.Array, h: chex.Array) -> jax.Array:
             `(..., 3·hidden)`.
         u: what comes of the memory, U hₜ₋₁ (and a bias of its own), of the same shape.
         h: the memory, `(..., hidden)`.
+
+    Returns:
+        The new memory h′, `(..., hidden)`.
 
     Local gradient: d_n = dh′ (1 − q)(1 − n²), d_q = dh′ (h − n) q (1 − q), d_r = d_n u_n r (1 − r)
     for z; for u the same, but r d_n in the place of d_n; q dh′ for h. Kept: r, q, n, u_n and h.
@@ -502,7 +506,7 @@ def gru(
     """A GRU over a sequence: hₜ = gru_cell(zₜ, U hₜ₋₁ + (0, 0, b), hₜ₋₁).
 
     Args:
-        z: what comes of the inputs, W xₜ and a bias for all steps, `(steps, 3·hidden)`: r, z and n
+        z: what comes of the inputs, W xₜ and a bias for all steps, `(steps, 3·hidden)`: r, q and n
             one after the other.
         U: the recurrent weights, `(3·hidden, hidden)`, PyTorch's `weight_hh`.
         b: the bias of n that the reset gate r multiplies, `(hidden,)`: the last third of PyTorch's

@@ -105,7 +105,6 @@ def resize(x: chex.Array, sizes: Sizes, *, method: str = "nearest") -> jax.Array
         if m == n:
             continue
         if method == "nearest":
-            x = lax.index_in_dim(x, 0, axis) if n == 1 else x
             x = jnp.take(x, np.arange(m) * n // m, axis) if n > 1 else jnp.repeat(x, m, axis)
             continue
         at = np.clip((np.arange(m) + 0.5) * n / m - 0.5, 0, n - 1)

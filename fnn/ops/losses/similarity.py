@@ -9,7 +9,7 @@ from jax import lax
 
 from fnn import arguments
 from fnn.operation import compiled_rule as rule
-from fnn.ops.arguments import empty, must_be_alike, must_be_real
+from fnn.ops.arguments import empty, is_integer, must_be_alike, must_be_real
 from fnn.ops.losses.classification import softmax_cross_entropy
 from fnn.precision import wide
 
@@ -175,7 +175,8 @@ def info_nce(
 
     Raises:
         TypeError: query or keys aren't real floating, positive isn't integer.
-        ValueError: the shapes don't fit, or temperature isn't above 0.
+        ValueError: the shapes don't fit, temperature isn't above 0, or positive, where it is known,
+            names no key. (In compiled code that gives nan.)
 
     Source: van den Oord, Li, Vinyals, "Representation learning with contrastive predictive coding",
     arXiv:1807.03748.
@@ -190,6 +191,20 @@ def info_nce(
             f"{op}: arguments 'query' and 'keys' have shapes {query.shape} and {keys.shape}, "
             "wanted (..., features) and (n, features)."
         )
+    positive = jnp.asarray(arguments.array(op, "positive", positive))
+    if not is_integer(positive):
+        raise TypeError(f"{op}: argument 'positive' has dtype {positive.dtype}, wanted integers.")
+    if positive.shape != query.shape[:-1]:
+        raise ValueError(
+            f"{op}: argument 'positive' has shape {positive.shape}, wanted {query.shape[:-1]} for "
+            f"a query of shape {query.shape}."
+        )
+    if arguments.is_known(positive):
+        wrong = positive[(positive < 0) | (positive >= len(keys))]
+        if wrong.size:
+            raise ValueError(
+                f"{op}: argument 'positive' holds {wrong[0]}, but there are {len(keys)} keys."
+            )
     if normalize:
         query, keys = (_direction(x) for x in (query, keys))
     similarity = jnp.einsum(

@@ -64,8 +64,12 @@ def attention(
     ∂v = Pᵀ g, ∂bias = P ∘ (g vᵀ − Σ g ∘ y), ∂q = scale · ∂bias k, ∂k = scale · ∂biasᵀ q.
     Kept: q, k, v, y, and for each query and head the largest score and the logarithm of the sum;
     nothing of the size queries × keys. Where positions aren't given, blocks that `causal` or
-    `window` empties are skipped. Smooth, no kink. On an NVIDIA GPU, of 16 bits, without mask,
-    bias, slopes and positions, value and gradient are cuDNN's.
+    `window` empties are skipped. Smooth, no kink.
+
+    On an NVIDIA GPU value and gradient are cuDNN's, and q, k and v alone are kept, where it takes
+    them: of 16 bits, without mask, bias, slopes and positions; at most 128 features, a multiple of
+    8, and as many value features; at least two queries, keys and kv_heads; with `causal` as many
+    queries as keys, and a `window` only with `causal`.
 
     Raises:
         TypeError: q, k or v isn't real floating, or they differ in dtype; the mask isn't boolean,
@@ -104,8 +108,8 @@ def attention(
     return y
 
 
-def check(q, k, v, mask, bias, slopes, q_positions, k_positions) -> None:
-    op = "attention"
+def check(q, k, v, mask, bias, slopes, q_positions, k_positions, op="attention") -> None:
+    """Raise unless dtypes and shapes are those that `attention` asks for."""
     must_be_real(op, q=q, k=k, v=v)
     for name, x, wanted in (
         ("q", q, "(queries, heads, features)"),

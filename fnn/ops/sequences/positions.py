@@ -110,6 +110,9 @@ def alibi_slopes(heads: int) -> jax.Array:
     Returns:
         Shape `(heads,)`, float32 (float64 under x64).
 
+    Raises:
+        TypeError, ValueError: heads is no integer of at least 1.
+
     Press, Smith, Lewis, "Train short, test long", arXiv:2108.12409.
     """
     heads = arguments.integer("alibi_slopes", "heads", heads, least=1)

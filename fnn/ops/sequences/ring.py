@@ -78,11 +78,15 @@ def ring_attention(
     arXiv:2310.01889.
     """
     where = "ring_attention"
-    if not isinstance(mesh, Mesh) or axis not in mesh.shape:
+    if not isinstance(mesh, Mesh):
+        raise TypeError(
+            f"{where}: mesh must be a jax.sharding.Mesh, but got {arguments.show(mesh)}."
+        )
+    if axis not in mesh.shape:
         raise ValueError(
             f"{where}: axis must be one of the mesh's, but got {axis!r} and {arguments.show(mesh)}."
         )
-    check(q, k, v, mask, None, slopes, None, None)
+    check(q, k, v, mask, None, slopes, None, None, where)
     n = mesh.shape[axis]
     for name, x in (("queries", q), ("keys", k)):
         if x.shape[0] % n:
