@@ -15,6 +15,7 @@ from sweeps import exhaustive, sweep
 
 import fnn
 from fnn.check import Check, GradientError, Kink, Report, check_grads, check_rule
+from fnn.check.directions import Static, flatten
 
 
 def normal(seed, *shape):
@@ -52,6 +53,41 @@ def right_tangent(residuals, dW, dx, db):
 
 
 # ------------------------------------------------------------------------------------ right rules
+
+
+FACTOR = [3.0]
+
+
+@fnn.rule
+def tripled(x, *, to=(1,)):
+    """A module's rule that is right for a factor of 3 and a power that is an integer."""
+    return x ** to[0] * FACTOR[0]
+
+
+@tripled.backward
+def _(residuals, g, *, to):
+    (x,) = residuals
+    return (g * 3 * to[0] * x ** (to[0] - 1) * (2 if isinstance(to[0], float) else 1),)
+
+
+def test_a_rule_is_checked_anew_where_what_it_reads_has_changed():
+    x = normal(0, 3)
+    assert check_rule(tripled, x, to=(2,), **QUICK).ok
+    with pytest.raises(GradientError):
+        check_rule(tripled, x, to=(2.0,), **QUICK)
+    FACTOR[0] = 4.0
+    try:
+        with pytest.raises(GradientError):
+            check_rule(tripled, x, to=(2,), **QUICK)
+    finally:
+        FACTOR[0] = 3.0
+
+
+def test_static_values_that_compare_equal_are_checked_each():
+    """Also for an operation whose programs are kept: kinds stand in their key."""
+    kinds = [flatten("", tripled, (("to", (to,)),), ("x",), (jnp.ones(3),))[0] for to in (2, 2.0)]
+    assert kinds[0] != kinds[1]
+    assert Static((0.0,)) != Static((-0.0,)) != Static((0,))
 
 
 def test_a_right_rule_passes():

@@ -803,6 +803,31 @@ def test_static_arguments_that_compare_equal_are_kept_apart():
     x = normal(0, 3)
     same(lambda f: jax.grad(lambda x: f(x, exponent=3).sum() + f(x, exponent=2).sum()), power, x)
 
+    @fnn.rule
+    def scaled(x, *, by):  # in a tuple, or a set
+        return x * next(iter(by))
+
+    scaled.backward(lambda residuals, g, *, by: (g * next(iter(by)),))
+    for make in (lambda b: (b,), lambda b: frozenset({b})):
+        for number, dtype in ((2, "int64"), (2.0, "float64"), (2 + 0j, "complex128")):
+            by = make(number)
+            assert jax.jit(lambda x, by=by: scaled(x, by=by))(jnp.arange(3)).dtype == dtype
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_static_zero_keeps_its_sign(nested):
+    @fnn.rule
+    def over(x, *, by):
+        return x / jnp.float64(by[0] if nested else by)
+
+    over.backward(lambda residuals, g, *, by: (over(g, by=by),))
+    for zero in (0.0, -0.0):
+        by = (zero,) if nested else zero
+        expected = np.copysign(np.inf, zero)
+        f = lambda x, by=by: over(x, by=by)
+        for run in (f, jax.jit(f), fnn.grad(f), jax.grad(f), jax.jit(jax.grad(f))):
+            assert run(1.0) == expected
+
 
 @pytest.mark.parametrize(
     "x", [2.0, np.float32(2), np.float64(2), np.ones(3), np.ones((2, 2), "float32")]

@@ -122,11 +122,11 @@ def check_rule(
 
 
 def _programs(op: Operation, ours: Flat, plain: Flat) -> Programs:
-    """Compiled once, where the operation has a name in its module, and so lives for ever.
+    """Compiled once for those of `fnn.ops`, which depend on nothing that can change.
 
     They refer to the operation. One that was made in a function would never go.
     """
-    if not isinstance(op.__reduce__(), str):
+    if not op.rule.compiled or not isinstance(op.__reduce__(), str):
         return Programs(ours, plain)
     kept: dict[Any, Programs] = vars(op).setdefault("_checks", {})
     key = ours, op.rule.version

@@ -12,17 +12,18 @@ import numpy as np
 from jax import lax
 
 from fnn import arguments
+from fnn.operation.well_formed import kind
 
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """A leaf that isn't an array: equal only to one of the same type."""
+    """A leaf that isn't an array: equal only to one of the same kind."""
 
     value: Any
 
     def __eq__(self, other):
-        same_type = isinstance(other, Static) and type(self.value) is type(other.value)
-        return same_type and self.value == other.value
+        same_kind = isinstance(other, Static) and kind(self.value) == kind(other.value)
+        return same_kind and self.value == other.value
 
     def __hash__(self):
         try:
@@ -53,7 +54,7 @@ class Flat:
 
     function: Callable
     keywords: tuple[tuple[str, Any], ...]
-    keyword_types: tuple[type, ...]
+    keyword_kinds: tuple[Any, ...]
     in_tree: Any
     leaves: tuple[Leaf, ...]
 
@@ -146,8 +147,8 @@ def flatten(where, function, keywords, names, args, static_places=()) -> tuple[F
         raise ValueError(
             f"{where}: there is nothing to differentiate: no argument is a floating-point array."
         )
-    types = tuple(type(v) for _, v in keywords)
-    flat = Flat(function, keywords, types, in_tree, tuple(leaves))
+    kinds = tuple(kind(v) for _, v in keywords)
+    flat = Flat(function, keywords, kinds, in_tree, tuple(leaves))
     _refuse_lists(where, flat, arrays, names, args)
     return flat, arrays
 

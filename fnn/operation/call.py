@@ -24,8 +24,8 @@ class Call:
     handle: the operation's rule, held weakly (see `Rule.keeper`).
     in_tree: the structure of the positional arguments.
     static: the keyword arguments, by name.
-    cache_key: what else keeps two uses apart that compare equal: the rule's version, and the types
-        of the static values (2 == 2.0 == True).
+    cache_key: what else keeps two uses apart that compare equal: the rule's version, and the kinds
+        of the static values (2 == 2.0 == True, 0.0 == -0.0).
     """
 
     handle: weakref.ref[Rule]

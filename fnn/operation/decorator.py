@@ -110,7 +110,7 @@ class Operation:
         leaves, in_tree = jax.tree.flatten(bound.args)
         static = well_formed.check_static(self.rule, bound.kwargs)
         well_formed.check_arrays(self.rule, leaves, len(bound.args))
-        cache_key = self.rule.version, *(type(value) for _, value in static)
+        cache_key = self.rule.version, *(well_formed.kind(value) for _, value in static)
         call = Call(weakref.ref(self.rule), in_tree, static, cache_key)
         out_tree = well_formed.out_tree(call, [jax.typeof(x) for x in leaves])
         call.look(leaves)

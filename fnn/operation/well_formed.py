@@ -7,6 +7,7 @@ are traced then, and what they return is compared with what the plain function t
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Hashable, Sequence
 from itertools import compress
 from typing import Any
@@ -81,6 +82,22 @@ def check_static(rule: Rule, static: dict[str, Any]) -> tuple[tuple[str, Hashabl
     # A number of numpy's has a dtype of its own, which arrays would be promoted to.
     plain = lambda value: value.item() if isinstance(value, np.generic) else value
     return tuple((name, plain(value)) for name, value in static.items())
+
+
+def kind(value: Hashable) -> Hashable:
+    """What keeps apart static values that compare equal: 2, 2.0 and True, 0.0 and -0.0.
+
+    It looks into tuples and frozensets, whose members may be such numbers.
+    """
+    if isinstance(value, tuple):
+        return type(value), *map(kind, value)
+    if isinstance(value, frozenset):
+        return type(value), frozenset((member, kind(member)) for member in value)
+    if isinstance(value, float):
+        return type(value), math.copysign(1.0, value)
+    if isinstance(value, complex):
+        return type(value), kind(value.real), kind(value.imag)
+    return type(value)
 
 
 # ------------------------------------------------------------------------- the plain function
