@@ -106,3 +106,19 @@ def test_the_gradient_of_shared_weights_is_a_matrix_product(depth):
         v.aval.size for eqn in jax.make_jaxpr(jax.grad(ours))(W).eqns for v in eqn.outvars
     )
     assert largest <= max(x.size, W.size)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_matrix_products_are_summed_in_the_sums_precision(dtype):
+    """Each product fits into 16 bits; their sum, in float32, doesn't."""
+
+    def summed(x, y):
+        products = jax.lax.dot_general(x, y, (([1], [1]), ([0], [0])))
+        return jnp.sum(products.astype("float32"), 0)
+
+    x, y = jnp.full((300, 2, 3), 25, dtype), jnp.full((300, 2, 4), 25, dtype)
+    assert "reduce_sum" not in primitives(with_matrix_products(summed), x, y)
+    with jax.numpy_dtype_promotion("strict"):
+        found = with_matrix_products(summed)(x, y)
+    assert found.dtype == "float32"
+    np.testing.assert_array_equal(found, np.full((3, 4), 300 * 2 * 25.0**2))

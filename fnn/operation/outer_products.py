@@ -23,6 +23,7 @@ from jax import lax
 
 from fnn.jaxpr import Equation, Program, program
 from fnn.meshes import sharding_of
+from fnn.precision import widest
 
 
 def with_matrix_products(function: Callable) -> Callable:
@@ -86,7 +87,7 @@ class _Product(NamedTuple):
 
 
 class _Contraction(NamedTuple):
-    """A sum of matrix products as one, of the type that they have, and then of the sum's type."""
+    """A sum of matrix products as one, in the wider of their type and the sum's."""
 
     factors: tuple[int, int]
     params: dict
@@ -114,8 +115,11 @@ def _sum_of_products(equation: Equation, maker: dict, flat: Program) -> _Contrac
     left = [[a for d, a in enumerate(axes) if d not in summed] for axes in batch]
     numbers = tuple([*c, *m] for c, m in zip(contract, more, strict=True)), tuple(left)
     params = dot.params | {"dimension_numbers": numbers}
-    params["preferred_element_type"] = flat.avals[dot.outs[0]].dtype
-    return _Contraction((dot.ins[0], dot.ins[1]), params, flat.avals[equation.outs[0]].dtype)
+    dtype, total = (flat.avals[e.outs[0]].dtype for e in (dot, equation))
+    if all(jax.numpy.issubdtype(d, jax.numpy.floating) for d in (dtype, total)):
+        dtype = widest(dtype, total)  # float16 products may be summed in float32
+    params["preferred_element_type"] = dtype
+    return _Contraction((dot.ins[0], dot.ins[1]), params, total)
 
 
 def _made_by(value: int, maker: dict[int, Equation]) -> Equation | None:
