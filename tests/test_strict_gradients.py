@@ -5,9 +5,10 @@ Traced only, which is when these modes complain; types must be those of `jax.gra
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
-from sweeps import exhaustive
+from sweeps import exhaustive, sweep
 
 import fnn
 from fnn import ops
@@ -85,3 +86,43 @@ def test_a_loop_outside_jit_under_strict_modes():
         fnn.grad(loss)(jnp.ones(3, "float32"))
         with pytest.raises(FloatingPointError):
             fnn.grad(loss)(-jnp.ones(3, "float32"))
+
+
+def _positive(a):
+    return a @ a.mT.conj() + 4 * jnp.eye(a.shape[-2], dtype=a.dtype)
+
+
+DECOMPOSITIONS = {
+    "qr": jnp.linalg.qr,
+    "wide qr": lambda a: jnp.linalg.qr(a.mT),
+    "complete qr": lambda a: jnp.linalg.qr(a, mode="complete"),
+    "svd": lambda a: jnp.linalg.svd(a, full_matrices=False),
+    "wide svd": lambda a: jnp.linalg.svd(a.mT, full_matrices=False),
+    "singular values": lambda a: jnp.linalg.svd(a, compute_uv=False),
+    "eigh": lambda a: lax.linalg.eigh(_positive(a), symmetrize_input=False),
+    "eigenvalues": lambda a: lax.linalg.eigh(_positive(a))[1],
+    "eig": lambda a: jnp.linalg.eigvals(a[:3]),
+    "cholesky": lambda a: jnp.linalg.cholesky(_positive(a)),
+    "lu": lambda a: lax.linalg.lu(a)[0],
+    "solve": lambda a: jnp.linalg.solve(_positive(a), a),
+    "triangular solve": lambda a: lax.linalg.triangular_solve(_positive(a), a, left_side=True),
+    "fft": jnp.fft.fft,
+    "inverse": lambda a: jnp.linalg.inv(a[:3]),
+    "determinant": lambda a: jnp.linalg.slogdet(a[:3])[1],
+}
+
+
+@pytest.mark.parametrize("dtype", sweep(["float32", "complex64", "complex128"], ["complex64"]))
+@pytest.mark.parametrize("name", DECOMPOSITIONS)
+def test_decompositions_are_strict_about_real_and_complex_numbers(name, dtype):
+    a = np.random.default_rng(0).standard_normal((2, 4, 3))
+    a = jnp.asarray(a[0] + 1j * a[1] if "complex" in dtype else a[0], dtype)
+
+    def loss(a):
+        return sum(
+            jnp.sum(jnp.square(jnp.real(x))) for x in jax.tree.leaves(DECOMPOSITIONS[name](a))
+        )
+
+    theirs = jax.make_jaxpr(jax.grad(loss))(a).out_avals
+    with jax.numpy_dtype_promotion("strict"):
+        assert jax.make_jaxpr(fnn.grad(loss))(a).out_avals == theirs

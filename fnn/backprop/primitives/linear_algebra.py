@@ -219,7 +219,7 @@ def _thin_qr(q_bar, r_bar, q, r):
     m = None if r_bar is None else r_bar @ r.mT.conj()
     m = m if q_bar is None else _sum(m, -(q.mT.conj() @ q_bar))
     upper = _triu(m, 1)
-    m = upper + upper.mT.conj() + jnp.where(_diagonal_of(m), m.real, 0)
+    m = upper + upper.mT.conj() + jnp.where(_diagonal_of(m), m.real.astype(m.dtype), 0)
     return triangular_solve(r, _sum(q_bar, q @ m), transpose_a=True, conjugate_a=True)
 
 
@@ -255,7 +255,7 @@ def _eigh(bars, outputs, a, *, subset_by_index=None, **_):
     (v_bar, w_bar), (v, w) = bars, outputs
     if v_bar is None:
         return (v * w_bar[..., None, :].astype(v.dtype)) @ v.mT.conj()
-    middle = _inverse_differences(w) * (v.mT.conj() @ v_bar)
+    middle = _inverse_differences(w).astype(v.dtype) * (v.mT.conj() @ v_bar)
     if w_bar is not None:
         middle = middle + _diagonal_matrix(w_bar.astype(v.dtype))
     return v @ middle @ v.mT.conj()
@@ -305,7 +305,8 @@ def _svd(bars, outputs, a, *, full_matrices, compute_uv, subset_by_index=None, *
         middle = _sum(middle, apart * (share * (uh_u_bar - uh_u_bar.mT.conj())))
         if jnp.iscomplexobj(u):
             turn = lax.complex(jnp.zeros_like(s), jnp.diagonal(uh_u_bar, 0, -2, -1).imag)
-            middle = middle + _diagonal_matrix(turn / jnp.where(s == 0, jnp.inf, s))
+            sizes = jnp.where(s == 0, jnp.inf, s).astype(u.dtype)
+            middle = middle + _diagonal_matrix(turn / sizes)
         if m > n:
             surplus = ((u_bar - u @ uh_u_bar) / s_row) @ vh
     if vh_bar is not None:
