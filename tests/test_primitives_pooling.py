@@ -69,3 +69,21 @@ def test_it_costs_no_more_than_jaxs(name):
 def test_of_no_windows_at_all():
     pool = pooled(lax.max, (2, 2), (1, 1), "VALID")
     np.testing.assert_array_equal(fnn.grad(lambda x: jnp.sum(pool(x)))(jnp.ones((1, 1))), [[0]])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("reducer", ["sum", "max"])
+def test_many_windows_are_summed_in_float32(reducer, dtype):
+    """An entry in 300 windows, each of which passes a gradient of 1 (or 200) on."""
+    reduce, start = {"sum": (lax.add, 0), "max": (lax.max, -np.inf)}[reducer]
+    size = 200.0 if dtype == "float16" else 1.0
+
+    def loss(x):
+        pooled = lax.reduce_window(x, np.array(start, x.dtype), reduce, (300,), (1,), "VALID")
+        return jnp.sum(size * pooled.astype("float32"))
+
+    x = jnp.zeros(599, dtype).at[299].set(1)  # it is in each of the 300 windows
+    found = fnn.grad(loss)(x)
+    assert found.dtype == dtype
+    expected = np.convolve(np.ones(300), np.full(300, size)) if reducer == "sum" else 300 * size * x
+    np.testing.assert_array_equal(found, np.asarray(expected).astype(x.dtype))

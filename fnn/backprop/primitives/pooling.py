@@ -18,6 +18,7 @@ from jax import lax
 
 from fnn.backprop.primitives.convolution import dilated
 from fnn.backprop.rules import LocalRule, each
+from fnn.precision import wide_dtype
 
 # ------------------------------------------------------------------------ average pooling
 #
@@ -55,8 +56,9 @@ def _window_sum(
         before = window - 1 - low
         after = dilated(size, base) + window - 1 - dilated(out, stride) - before
         spread.append((before, after, stride - 1))
-    return lax.reduce_window_sum_p.bind(
-        lax.pad(g, _scalar(0, g), spread),
+    wide = wide_dtype(g.dtype)  # in bfloat16, 256 + 1 is 256
+    total = lax.reduce_window_sum_p.bind(
+        lax.pad(lax.convert_element_type(g, wide), lax.full((), 0, wide), spread),
         window_dimensions=window_dimensions,
         window_strides=base_dilation,
         padding=((0, 0),) * g.ndim,
@@ -64,6 +66,7 @@ def _window_sum(
         window_dilation=window_dilation,
         **params,
     )
+    return lax.convert_element_type(total, g.dtype)
 
 
 # ---------------------------------------------------------------------------- max pooling
@@ -106,7 +109,11 @@ def _search_and_add(g, x, select_prim, worst, base_dilation, **window):
     dilated = any(d != 1 for d in base_dilation)
     if dilated:
         x = lax.pad(x, _scalar(worst, x), [(0, 0, d - 1) for d in base_dilation])
-    gradient = lax.select_and_scatter_add_p.bind(g, x, select_prim=select_prim, **window)
+    wide = wide_dtype(g.dtype)  # an entry may be the maximum of many windows
+    wide_g, wide_x = (lax.convert_element_type(a, wide) for a in (g, x))
+    gradient = lax.convert_element_type(
+        lax.select_and_scatter_add_p.bind(wide_g, wide_x, select_prim=select_prim, **window), g.dtype
+    )
     if dilated:
         gradient = lax.slice(gradient, (0,) * x.ndim, x.shape, base_dilation)
     return gradient
