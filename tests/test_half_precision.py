@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from sweeps import sweep
 
+import fnn
 from fnn import ops, per_example
 
 MANY = 70_000  # float16's largest number is 65,504; bfloat16 doesn't count beyond 256
@@ -166,3 +168,32 @@ def test_the_mean_of_gradients_whose_sum_float16_has_not():
     exact = jax.grad(loss)(wide, (x[0][0].astype(jnp.float32), x[1][0]))
     jax.tree.map(np.testing.assert_array_equal, found, exact)
     assert all(g.dtype == jnp.float16 for g in jax.tree.leaves(found))
+
+
+WIDE = {
+    "rsqrt": lax.rsqrt,
+    "cbrt": lax.cbrt,
+    "atan": lax.atan,
+    "asinh": lax.asinh,
+    "acosh": lax.acosh,
+    "reciprocal": lambda x: x**-1,
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_local_gradients_that_float16_has_whose_squares_it_has_not(name):
+    f = WIDE[name]
+    x = np.logspace(0.01 if name == "acosh" else -7.2, 4.8, 60).astype("float16")
+    truth = jax.vmap(jax.grad(f))(x.astype("float64")).astype("float16")
+    found = jax.vmap(fnn.grad(f))(jnp.asarray(x))
+    assert found.dtype == "float16"
+    np.testing.assert_allclose(found, truth, rtol=1e-2, atol=1e-6)
+
+
+def test_atan2_of_numbers_whose_squares_float16_has_not():
+    sizes = np.array([1e-4, 1e-2, 1.0, 300.0, 6e4], "float16")
+    y, x = (a.ravel() for a in np.meshgrid(sizes, sizes))
+    for k in (0, 1):
+        truth = jax.vmap(jax.grad(lax.atan2, k))(y.astype("float64"), x.astype("float64"))
+        found = jax.vmap(fnn.grad(lax.atan2, k))(jnp.asarray(y), jnp.asarray(x))
+        np.testing.assert_allclose(found, truth.astype("float16"), rtol=1e-2, atol=1e-6)

@@ -103,6 +103,18 @@ def number(value: complex, like) -> Any:
     return np.array(value, like.dtype)
 
 
+def _squares_fit(f: Callable) -> Callable:
+    """f(g, y, ...), in float32 for float16, where 256² is infinite and (1e-4)² zero."""
+
+    def gradient(g, y, *xs):
+        if y.dtype != jnp.float16:
+            return f(g, y, *xs)
+        wide = [lax.convert_element_type(a, jnp.float32) for a in (g, y, *xs)]
+        return lax.convert_element_type(f(*wide), g.dtype)
+
+    return gradient
+
+
 def one_minus_square(x):
     """1 − x² = (1 + x)(1 − x), which doesn't cancel where |x| is almost 1."""
     one = number(1, x)
@@ -203,8 +215,12 @@ def _integer_pow(g, y_out, x, *, y):
         return None
     if y == 1:
         return g
-    power = x if y == 2 else integer_pow(x, y - 1)
-    return mul(g, mul(number(y, x), power))
+
+    def gradient(g, y_out, x):
+        power = x if y == 2 else integer_pow(x, y - 1)
+        return mul(g, mul(number(y, x), power))
+
+    return (_squares_fit(gradient) if y < 0 else gradient)(g, y_out, x)
 
 
 def _divisor(g, y, a, b):
@@ -369,8 +385,10 @@ ARITHMETIC = {
 
 POWERS_AND_LOGARITHMS = {
     "sqrt": unary(lambda g, y, x: mul(g, div(number(0.5, y), y)), "1 / 2y"),
-    "rsqrt": unary(lambda g, y, x: mul(g, mul(number(-0.5, y), div(y, x))), "−y / 2x"),
-    "cbrt": unary(lambda g, y, x: mul(g, mul(number(1 / 3, y), integer_pow(y, -2))), "1 / 3y²"),
+    "rsqrt": unary(lambda g, y, x: mul(g, div(mul(number(-0.5, y), y), x)), "−y / 2x"),
+    "cbrt": unary(
+        _squares_fit(lambda g, y, x: mul(g, mul(number(1 / 3, y), integer_pow(y, -2)))), "1 / 3y²"
+    ),
     "exp": unary(lambda g, y, x: mul(g, y), "y"),
     "exp2": unary(lambda g, y, x: mul(mul(g, y), number(math.log(2), y)), "y log(2)"),
     # Not y + 1, which cancels where y is almost −1.
@@ -397,17 +415,17 @@ ANGLES = {
     "tan": unary(lambda g, y, x: mul(g, one_plus_square(y)), "1 + y²"),
     "asin": unary(lambda g, y, x: mul(g, rsqrt(one_minus_square(x))), "1 / √(1 − x²)"),
     "acos": unary(lambda g, y, x: neg(mul(g, rsqrt(one_minus_square(x)))), "−1 / √(1 − x²)"),
-    "atan": unary(lambda g, y, x: div(g, one_plus_square(x)), "1 / (1 + x²)"),
+    "atan": unary(_squares_fit(lambda g, y, x: div(g, one_plus_square(x))), "1 / (1 + x²)"),
     "atan2": binary(
-        lambda g, y, a, b: mul(g, div(b, add(square(a), square(b)))),
-        lambda g, y, a, b: mul(g, div(neg(a), add(square(a), square(b)))),
+        _squares_fit(lambda g, y, a, b: mul(g, div(b, add(square(a), square(b))))),
+        _squares_fit(lambda g, y, a, b: mul(g, div(neg(a), add(square(a), square(b))))),
         ("b / (a² + b²)", "−a / (a² + b²)"),
     ),
     "sinh": unary(lambda g, y, x: mul(g, cosh(x)), "cosh(x)"),
     "cosh": unary(lambda g, y, x: mul(g, sinh(x)), "sinh(x)"),
     "tanh": unary(_tanh, "1 − y²"),
-    "asinh": unary(_asinh, "1 / √(1 + x²)"),
-    "acosh": unary(_acosh, "1 / √(x² − 1)"),
+    "asinh": unary(_squares_fit(_asinh), "1 / √(1 + x²)"),
+    "acosh": unary(_squares_fit(_acosh), "1 / √(x² − 1)"),
     "atanh": unary(lambda g, y, x: div(g, one_minus_square(x)), "1 / (1 − x²)"),
 }
 

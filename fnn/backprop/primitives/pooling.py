@@ -112,7 +112,8 @@ def _search_and_add(g, x, select_prim, worst, base_dilation, **window):
     wide = wide_dtype(g.dtype)  # an entry may be the maximum of many windows
     wide_g, wide_x = (lax.convert_element_type(a, wide) for a in (g, x))
     gradient = lax.convert_element_type(
-        lax.select_and_scatter_add_p.bind(wide_g, wide_x, select_prim=select_prim, **window), g.dtype
+        lax.select_and_scatter_add_p.bind(wide_g, wide_x, select_prim=select_prim, **window),
+        g.dtype,
     )
     if dilated:
         gradient = lax.slice(gradient, (0,) * x.ndim, x.shape, base_dilation)
