@@ -1290,3 +1290,21 @@ def test_a_static_number_of_numpy_s_changes_no_dtype(number):
     x = jnp.asarray([-1.0, 1.0], jnp.bfloat16)
     value, slopes = jax.value_and_grad(lambda x: fnn.ops.leaky_relu(x, slope=number).sum())(x)
     assert value.dtype == slopes.dtype == jnp.bfloat16
+
+
+def test_look_and_vmapped_are_checked_and_counted_as_the_other_roles():
+    @fnn.rule
+    def scaled(x, *, by):
+        return x * by
+
+    version = scaled.rule.version
+    scaled.look(lambda types, x, *, by: None)
+    scaled.vmapped(lambda size, axes, x, **static: None)
+    assert scaled.rule.version == version + 2
+    for register in (scaled.look, scaled.vmapped):
+        with pytest.raises(TypeError, match=rf"scaled.{register.__name__}: the rule must be"):
+            register(3)
+        with pytest.raises(
+            fnn.RuleError, match=rf"scaled.{register.__name__}: its signature must be"
+        ):
+            register(lambda x: None)

@@ -14,7 +14,7 @@ from fnn import arguments
 from fnn.meshes import same_varying_axes
 from fnn.operation import well_formed
 from fnn.operation.call import Call
-from fnn.operation.form import Rule, name_of
+from fnn.operation.form import Rule
 from fnn.operation.primitive import primitive_of_operation
 
 
@@ -33,7 +33,7 @@ class Operation:
     def __init__(self, definition: Callable, compiled: bool = False):
         arguments.function("rule", "definition", definition, "a function of arrays")
         functools.update_wrapper(self, definition)
-        self.name = name_of(definition)
+        self.name = arguments.name_of(definition)
         self.definition = definition
         self.rule = Rule(definition, primitive_of_operation(self.name), compiled)
 
@@ -82,9 +82,11 @@ class Operation:
         It is called where a call stands, and where a vmapped call is computed: with the types of
         one example's arrays, and the arrays, which under vmap have more axes. Of what is traced
         it gets None. It raises a ValueError for values that the operation can't mean.
+
+        Raises:
+            RuleError: the function doesn't take the types and the operation's own arguments.
         """
-        self.rule.look = function
-        return function
+        return self.rule.register("look", function, ("types", *self.rule.positional()))
 
     def vmapped(self, function: Callable) -> Callable:
         """Register `function(size, axes, *args, **static)`, a vmapped call as one call; optional.
@@ -93,9 +95,11 @@ class Operation:
         share the weights. `axes` has the arguments' structure, with the mapped axis of each array,
         or None where the examples share it; `size` is the number of examples. It returns the values
         of all examples, along their first axes, or None where this call is to be mapped as usual.
+
+        Raises:
+            RuleError: the function doesn't take (size, axes) and the operation's own arguments.
         """
-        self.rule.vmapped = function
-        return function
+        return self.rule.register("vmapped", function, ("size", "axes", *self.rule.positional()))
 
     def argument_names(self, count: int) -> tuple[str, ...]:
         """The names of `count` positional arguments, numbered where `*args` gathers them."""

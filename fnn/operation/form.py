@@ -39,7 +39,7 @@ class Rule:
     """
 
     def __init__(self, definition: Callable, primitive: Any, compiled: bool):
-        self.name = name_of(definition)
+        self.name = arguments.name_of(definition)
         self.definition = definition
         self.signature = _signature_of("rule: definition", definition)
         self.forward: Callable | None = None
@@ -54,7 +54,7 @@ class Rule:
         self._keeper: Callable = lambda: None
 
     def register(self, role: str, function: Callable, positional: Sequence[str]) -> Callable:
-        """Set `forward`, `backward` or `tangent` to a function that takes these arguments.
+        """Set `forward`, `backward`, ... to a function that takes these arguments.
 
         Raises:
             RuleError: it doesn't take them, and the definition's static keywords.
@@ -116,13 +116,6 @@ class Rule:
 
 
 _KEPT: weakref.WeakKeyDictionary[Any, Rule] = weakref.WeakKeyDictionary()
-
-
-def name_of(function: Callable) -> str:
-    """Its name, or that of what a `functools.partial` calls, or its class's."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__name__", type(function).__name__)
 
 
 def _signature_of(what: str, function) -> inspect.Signature:
