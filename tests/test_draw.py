@@ -493,3 +493,25 @@ def test_values_that_go_the_same_way_are_one_wire():
     # A function of many inputs that one operation reads.
     dot = fnn.graph(lambda xs: jnp.stack(xs).sum())(xs[:20]).to_dot()
     assert dot.count("shape=plain") < 20
+
+
+def test_bundles_are_named_by_the_operations_in_them():
+    """Not by how many groups they are made of."""
+
+    def f(x):
+        for i in range(12):
+            with jax.named_scope(f"part{i}"):
+                x = jnp.cos(jnp.sin(x) * 2)
+        return x
+
+    before = 0
+    bundles = [
+        g
+        for g in groups(fnn.graph(f)(1.0).nodes, 4)
+        if isinstance(g, Group) and g.label.startswith("operations")
+    ]
+    assert bundles
+    for bundle in bundles:
+        count = len(bundle.units())
+        assert bundle.label == f"operations {before + 1} to {before + count}"
+        before += count

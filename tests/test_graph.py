@@ -611,3 +611,29 @@ def test_lines_of_library_functions_are_the_users():
     for function in (first, second):
         graph = fnn.graph(function)(jnp.ones(7))
         assert all(function.__name__ in n.source for n in graph if n.equation)
+
+
+def test_gradients_from_a_seed_are_of_its_product_with_the_result():
+    graph = fnn.graph(lambda x: x * 3.0)(2.0)
+    (step,) = graph.backprop(5.0).steps()
+    assert graph.of == "L"
+    assert str(step) == f"∂L/∂x = ∂L/∂{step.node.label} · ∂{step.node.label}/∂x = 5 · 3 = 15"
+    assert graph.backprop().of == graph.outputs[0].label
+
+
+def test_a_seed_is_asked_for_where_one_helps():
+    with pytest.raises(TypeError, match=r"returned complex\d+; give its upstream gradient as"):
+        fnn.graph(lambda x: x * 1j)(2.0).backprop()
+    with pytest.raises(TypeError, match=r"returned int\d+\.$"):
+        fnn.graph(lambda x: jnp.argmax(x))(jnp.ones(3)).backprop()
+
+
+def test_coverage_knows_the_steps_that_an_input_says():
+    def f(x, n):
+        return lax.while_loop(lambda s: s[0] < n, lambda s: (s[0] + 1, s[1] * x), (0, 1.0))[1]
+
+    graph = fnn.graph(f)(2.0, 3)
+    assert graph.backprop()["x"].gradient == 12  # of x³
+    assert not graph.coverage().without
+    unknown = fnn.graph(lambda x: lax.while_loop(lambda c: c < 9, lambda c: c * x, x))(2.0)
+    assert unknown.coverage().without.total() == 1

@@ -380,3 +380,13 @@ def test_explicit_sharding():
         for a, b in zip(got, want, strict=True):
             assert jax.typeof(a).sharding == jax.typeof(b).sharding
             np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+@pytest.mark.parametrize("function", [fnn.grad, fnn.value_and_grad])
+def test_errors_name_the_function_that_was_called(function):
+    with pytest.raises(TypeError, match=rf"^{function.__name__}: fun must be"):
+        function("x")
+    with pytest.raises(TypeError, match=rf"^{function.__name__}: argnums must be"):
+        function(jnp.sin, "a")
+    with pytest.raises(ValueError, match=rf"^{function.__name__}: argnums is empty"):
+        function(jnp.sin, ())

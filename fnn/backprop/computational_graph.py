@@ -54,6 +54,7 @@ class Graph:
         self._cannot: Exception | None = None
         self._visited: list[tuple[sweep.Visit, list, list]] | None = None
         self._seeds: list = []
+        self._is_seeded = False
         if args is not None:
             self._run(args)
 
@@ -73,6 +74,13 @@ class Graph:
     # ------------------------------------------------------------------------------- to look at
 
     def __getitem__(self, key: int | str) -> Node:
+        """The node of this number, or the first of this name.
+
+        Raises:
+            IndexError: no node has this number.
+            KeyError: no node has this name.
+            TypeError: it is neither a number nor a name.
+        """
         if not isinstance(key, str):
             number = arguments.integer("graph[...]", "a node's number or name", key)
             if not -len(self.nodes) <= number < len(self.nodes):
@@ -120,7 +128,12 @@ class Graph:
 
     @property
     def value(self) -> Any:
-        """What the function returned."""
+        """What the function returned.
+
+        Raises:
+            ValueError: the graph has no values: it is a loop's or branch's body, or was made from
+                types.
+        """
         self._tape_with_values()
         return jax.tree.unflatten(self._out_tree, [n.value for n in self.outputs])
 
@@ -131,7 +144,8 @@ class Graph:
         branches too.
         """
         active = [is_inexact(self.program.avals[i]) for i in self.program.inputs]
-        return coverage(self.program, active, operation_name)
+        values = () if self._tape is None else self._tape.values
+        return coverage(self.program, active, operation_name, values)
 
     # ------------------------------------------------------------------------- backpropagation
 
@@ -148,13 +162,14 @@ class Graph:
 
         Raises:
             ValueError: the seed's structure or a shape isn't the result's, or there is none
-                and the result isn't a scalar.
+                and the result isn't a scalar; or the graph has no values.
             TypeError: no input or no output is a real or complex array, or a seed is no array, or
                 complex for a real output.
+            Exception: what differentiating the function raised when the graph was made.
         """
         tape = self._tape_with_values()
         self._must_be_differentiable()
-        self._seeds = self._checked_seeds(seed)
+        self._seeds, self._is_seeded = self._checked_seeds(seed), seed is not None
         visited: list = []
         gradients = sweep.backward(tape, self._seeds, lambda *visit: visited.append(visit))
         self._visited = visited
@@ -172,7 +187,7 @@ class Graph:
 
             ∂f/∂x = ∂f/∂q · ∂q/∂x = -4 · 1 = -4
 
-        Runs `backprop()` first if that hasn't been done.
+        Runs `backprop()` first if that hasn't been done, and raises what that raises.
         """
         if self._visited is None:
             self.backprop()
@@ -181,9 +196,12 @@ class Graph:
 
     @property
     def of(self) -> str:
-        """What the gradients are of: `f` for one scalar output, else L = Σ seed · output."""
+        """What the gradients are of: `f` for one scalar output, else L = Σ seed · output.
+
+        It is L, too, where `backprop` was given a seed.
+        """
         is_scalar = len(self.outputs) == 1 and self.outputs[0].shape == ()
-        return self.outputs[0].label if is_scalar else "L"
+        return self.outputs[0].label if is_scalar and not self._is_seeded else "L"
 
     def contributions(self) -> Iterator[tuple[Equation, int, Any]]:
         """What each operation handed to each of its inputs: (equation, which input, gradient)."""
@@ -215,9 +233,11 @@ class Graph:
             if len(outputs) == 1 and outputs[0].shape == ():
                 if jnp.issubdtype(outputs[0].dtype, jnp.floating):
                     return [jnp.ones((), outputs[0].dtype)]
+                is_complex = jnp.issubdtype(outputs[0].dtype, jnp.complexfloating)
+                hint = "; give its upstream gradient as backprop(seed)" if is_complex else ""
                 raise TypeError(
                     f"backprop starts from a real number, but {self.name} returned "
-                    f"{outputs[0].dtype}; give its upstream gradient as backprop(seed)."
+                    f"{outputs[0].dtype}{hint}."
                 )
             types = ", ".join(f"{n.label} {n.shape}" for n in outputs)
             raise ValueError(
@@ -298,6 +318,7 @@ class Graph:
         Raises:
             ImportError: pygraphviz isn't installed.
             FileNotFoundError: the folder of `path` doesn't exist.
+            IsADirectoryError: `path` is a folder.
             TypeError, ValueError: the path is none of an SVG, or see `to_dot`.
         """
         target = None if path is None else draw.checked_path(path)

@@ -66,20 +66,26 @@ def _percent(part: int, whole: int) -> str:
     return f"{min(round(100 * part / whole), 99 if part < whole else 100)}%"
 
 
-def coverage(flat: Program, active: Sequence[bool], name_of: Callable[[Equation], str]) -> Coverage:
+def coverage(
+    flat: Program,
+    active: Sequence[bool],
+    name_of: Callable[[Equation], str],
+    values: Sequence = (),
+) -> Coverage:
     """Count the equations that a gradient passes through, also inside loops and branches.
 
     Args:
         flat: the program.
         active: of which of its inputs a gradient is wanted.
         name_of: what to call an equation.
+        values: those of the program's, by number, where they are known.
     """
     found = Coverage()
     reached = flat.dependents(compress(flat.inputs, active), inexact=True)
     passed, _ = flat.needed_for(reached.intersection(flat.outputs), among=reached)
     for equation in reversed(passed):
         counter = found.ruled if is_ruled(equation) else found.fallback
-        if equation.name == "while" and not counts_its_steps(equation, flat):
+        if equation.name == "while" and not counts_its_steps(equation, flat, values):
             found.without[name_of(equation)] += 1
             continue  # what is in it passes no gradient on either
         counter[name_of(equation)] += 1

@@ -403,9 +403,11 @@ def _bundled(items: list[Unit | Group], most: int) -> list[Unit | Group]:
     """Too many operations with nothing to tell them apart: equal shares of them."""
     share = -(-len(items) // most)
     bundles: list[Unit | Group] = []
+    before = 0
     for k in range(0, len(items), share):
         part = items[k : k + share]
         count = sum(len(item.units()) for item in part)
-        bundle = Group(f"operations {k + 1} to {k + len(part)}", 0, count, items=part)
+        bundle = Group(f"operations {before + 1} to {before + count}", 0, count, items=part)
+        before += count
         bundles.append(bundle if len(part) > 1 else part[0])
     return bundles

@@ -59,8 +59,8 @@ def value_and_grad(
     >>> value_and_grad(lambda x: x**3)(2.0)
     (Array(8., dtype=float32, weak_type=True), Array(12., dtype=float32, weak_type=True))
     """
-    arguments.function("grad", "fun", fun)
-    numbers, is_one = _numbers(argnums)
+    arguments.function("value_and_grad", "fun", fun)
+    numbers, is_one = _numbers("value_and_grad", argnums)
     name = getattr(fun, "__name__", repr(fun))
 
     @functools.wraps(fun, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
@@ -112,6 +112,8 @@ def grad(
     (Array(-4., dtype=float32, weak_type=True), Array(-4., dtype=float32, weak_type=True),
      Array(3., dtype=float32, weak_type=True))
     """
+    arguments.function("grad", "fun", fun)
+    _numbers("grad", argnums)
     both = value_and_grad(fun, argnums, has_aux, holomorphic, allow_int)
 
     @functools.wraps(fun, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
@@ -139,7 +141,9 @@ def vjp(fun: Callable, *primals, has_aux: bool = False) -> Any:
         primal.
 
     Raises:
-        TypeError, ValueError: a cotangent's structure, shape or dtype isn't the value's.
+        TypeError: `fun` can't be called, or a primal holds something that isn't an array.
+        TypeError, ValueError: a cotangent's structure, shape or dtype isn't the value's; the
+            pullback raises it.
     """
     arguments.function("vjp", "fun", fun)
     for i, arg in enumerate(primals):
@@ -268,13 +272,13 @@ def _is_array(x) -> bool:
     return True
 
 
-def _numbers(argnums) -> tuple[tuple[int, ...], bool]:
+def _numbers(where, argnums) -> tuple[tuple[int, ...], bool]:
     """The argument numbers, and whether it was one and not a sequence."""
     try:
         return (operator.index(argnums),), True
     except TypeError:
         pass
-    wanted = "grad: argnums must be an integer or a sequence of integers, but "
+    wanted = f"{where}: argnums must be an integer or a sequence of integers, but "
     if isinstance(argnums, (str, bytes)) or not isinstance(argnums, Iterable):
         raise TypeError(f"{wanted}got {arguments.show(argnums)}.")
     numbers = []
@@ -284,7 +288,7 @@ def _numbers(argnums) -> tuple[tuple[int, ...], bool]:
         except TypeError:
             raise TypeError(f"{wanted}it holds {arguments.show(number)}.") from None
     if not numbers:
-        raise ValueError("grad: argnums is empty, so there is no argument to differentiate.")
+        raise ValueError(f"{where}: argnums is empty, so there is no argument to differentiate.")
     return tuple(numbers), False
 
 

@@ -80,9 +80,12 @@ def _concrete(value) -> int | None:
     return int(value) if is_integer else None
 
 
-def counts_its_steps(equation: Equation, flat: Program) -> bool:
-    """Is the number of steps of this loop of a program known before it runs?"""
+def counts_its_steps(equation: Equation, flat: Program, values: Sequence = ()) -> bool:
+    """Is the number of steps of this loop of a program known before it runs?
+
+    values: those of the program's, by number, where they are known.
+    """
     params = equation.params
     num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
-    known = [flat.constants.get(i) for i in equation.ins]
+    known = [values[i] if values else flat.constants.get(i) for i in equation.ins]
     return trip_count(params, known[:num_cond], known[num_cond + num_body :]) is not None
