@@ -4,9 +4,10 @@ One function for each kind of argument, used by every public function that takes
 each kind is checked in the same way and refused in the same words. They look at what is known
 where the call stands; of a traced value that is its shape and dtype.
 
-All of them return the value, raise a TypeError for what is of the wrong type and a ValueError
-for what is of the right type and out of range, and begin the message with `where`, the public
-function's name.
+The checks, whose first argument is `where`, the public function's name, return the value, raise a
+TypeError for what is of the wrong type and a ValueError for what is of the right type and out of
+range, and begin the message with `where`. The other functions find out what they say in, and what
+messages show.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 JAX traces a function to a list of equations, each with a primitive, parameters, inputs and
 outputs. Here this list becomes a `Program`: calls of jitted functions are inlined, and
-every value has a number, its place in the list of all values. All that depends on how a
-JAX version spells a jaxpr stands in this file (and, for primitives of our own, in
-`primitive.py` and `twins.py` of `fnn/operation`).
+every value has a number, its place in the list of all values. Most of what depends on how a JAX
+version spells a jaxpr stands in this file; for primitives of our own it stands in `primitive.py`
+and `twins.py` of `fnn/operation`. `fnn/eager.py` reads the parameters of calls and loops,
+`fnn/frames.py` and `fnn/backprop/labels.py` the names in a jaxpr's debug information.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def run_loop_back(equation, cut, active, kept, g, num_sums) -> list:
     """
     params = equation.params
     num_consts, num_carry = scan_layout(params)
-    once, per_step = kept
+    kept_once, per_step = kept
     outs_active = cotangents_of_loop(params["jaxpr"], active, num_consts, num_carry)
     joint_avals = cut.joint.avals
     full = [
@@ -130,7 +130,7 @@ def run_loop_back(equation, cut, active, kept, g, num_sums) -> list:
     def step(state, given):
         sums, ct_carry = state
         ct_ys, kept = given
-        here = once | kept
+        here = kept_once | kept
         gradients = cut.run_backward([here[i] for i in cut.residuals], [*ct_carry, *ct_ys])
         d_consts, d_carry, d_xs = _cut(gradients, len(sums), len(ct_carry))
         sums = [_plus(s, d) for s, d in zip(sums, d_consts, strict=True)]

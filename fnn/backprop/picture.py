@@ -90,6 +90,10 @@ class Picture:
     wires: the wires.
     own: for each box the parameters that are listed in it, as it alone reads them.
     levels: for each box the length of the longest path to it, in boxes, from 1 on.
+    previous: for each box the one before it on that path.
+    place: the number of each box, by its id.
+    number: the number of each node, by its id.
+    wires_of: the wires that start at each box; those of the inputs at None.
     shares: what each operation handed to each of its inputs, by the equation's id and which input.
     down: whether it runs from top to bottom, as long ones do.
     spine: what lies on the longest path: the ids of boxes and wires, and (id of a wire, box).
@@ -117,7 +121,7 @@ class Picture:
         for k, box in enumerate(self.boxes):
             maker.update({id(n): k for unit in box.units() for n in unit.results})
         self.levels = [1] * len(self.boxes)
-        self.after: list[int | None] = [None] * len(self.boxes)  # the box before, on that path
+        self.previous: list[int | None] = [None] * len(self.boxes)
         for k, box in enumerate(self.boxes):
             for node in _reads(box):
                 before = maker.get(id(node))
@@ -125,7 +129,7 @@ class Picture:
                     continue
                 users.setdefault(id(node), []).append(k)
                 if before is not None and self.levels[before] >= self.levels[k]:
-                    self.levels[k], self.after[k] = self.levels[before] + 1, before
+                    self.levels[k], self.previous[k] = self.levels[before] + 1, before
         self.own: list[list[Node]] = [[] for _ in self.boxes]
         for node in (n for n in nodes if n.equation is None):
             reads = users.get(id(node), [])
@@ -186,8 +190,8 @@ class Picture:
         found: set = set()
         while box is not None:
             found.add(id(self.boxes[box]))
-            before = self.after[box]
-            through = [w for w in self.wires_of.get(before, ()) if before is None or box in w.users]
+            before = self.previous[box]
+            through = [w for w in self.wires_of.get(before, ()) if box in w.users]
             if before is not None and through:
                 found |= {id(through[0]), (id(through[0]), box)}
             box = before

@@ -282,12 +282,8 @@ class Inspection:
             low, high = min(sides), max(sides)
             if np.isinf(low) or np.isinf(high):  # a finite number may stand for either
                 low, high = min(low, -np.finfo(float).max), max(high, np.finfo(float).max)
-                low, high = (
-                    s if np.isinf(s) and s in sides else b for s, b in ((low, low), (high, high))
-                )
             same = plain is not None and rule[i] == np.asarray(plain)[entries[i]]
-            inside = same if not np.isnan(rule[i]) else False
-            closest.append(rule[i] if inside else np.clip(rule[i], low, high))
+            closest.append(rule[i] if same else np.clip(rule[i], low, high))
             between.append((min(sides), max(sides)))
         nearest = np.array(closest)
         # What a nan should have been is shown as a number.
@@ -307,9 +303,9 @@ class Inspection:
         if not row.ok:
             place = [point.names["reverse"][i] for i in entries[kinks]].index(row.worst)
             self.rows[-1] = row.replace(between=between[place])
-        self.name_kinks(entries, d, kinks)
+        self.name_kinks(entries, kinks)
 
-    def name_kinks(self, entries, d: Differences, kinks) -> None:
+    def name_kinks(self, entries, kinks) -> None:
         """For the reader, in terms of the sum of the results instead of a random projection."""
         point = self.point
         ones = np.where(point.usable, 1.0, 0.0).astype(point.w.dtype)

@@ -301,12 +301,20 @@ def _log_of_power(x, n):
 
 
 def _igamma_x(g, y, a, x):
-    """The integrand at its upper end: xᵃ⁻¹ e⁻ˣ / Γ(a)."""
+    """The integrand at its upper end: xᵃ⁻¹ e⁻ˣ / Γ(a).
+
+    It is the exponential of a difference of large numbers, as in JAX: at a = 1e5 in float32, it is
+    2% off.
+    """
     return mul(g, exp(sub(sub(_log_of_power(x, sub(a, number(1, a))), x), lax.lgamma(a))))
 
 
 def _betainc_x(g, y, a, b, x):
-    """The integrand at its upper end: xᵃ⁻¹ (1 − x)ᵇ⁻¹ / B(a, b)."""
+    """The integrand at its upper end: xᵃ⁻¹ (1 − x)ᵇ⁻¹ / B(a, b).
+
+    It is the exponential of a difference of large numbers, as in JAX: at a = b = 1e5 in float32
+    it is 16% off.
+    """
     log_beta = sub(add(lax.lgamma(a), lax.lgamma(b)), lax.lgamma(add(a, b)))
     one = number(1, x)
     above = sub(b, one)
@@ -396,6 +404,7 @@ POWERS_AND_LOGARITHMS = {
     "log": unary(lambda g, y, x: div(g, x), "1 / x"),
     "log2": unary(lambda g, y, x: div(g, mul(x, number(math.log(2), x))), "1 / (x log(2))"),
     "log1p": unary(lambda g, y, x: div(g, add(x, number(1, x))), "1 / (1 + x)"),
+    # 1 − y cancels where y is almost 1: in float32 this is 0 from x = 17 on, as in JAX.
     "logistic": unary(lambda g, y, x: mul(g, mul(y, sub(number(1, y), y))), "y(1 − y)"),
 }
 

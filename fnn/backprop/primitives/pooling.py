@@ -106,8 +106,8 @@ def _are_apart(*, window_dimensions, window_strides, window_dilation, **_) -> bo
 def _search_and_add(g, x, select_prim, worst, base_dilation, **window):
     """JAX's way: select_and_scatter_add searches each window, and adds g at the place it finds."""
     # Where x is dilated, `worst` stands between its entries: no window selects that.
-    dilated = any(d != 1 for d in base_dilation)
-    if dilated:
+    has_gaps = any(d != 1 for d in base_dilation)
+    if has_gaps:
         x = lax.pad(x, _scalar(worst, x), [(0, 0, d - 1) for d in base_dilation])
     wide = wide_dtype(g.dtype)  # an entry may be the maximum of many windows
     wide_g, wide_x = (lax.convert_element_type(a, wide) for a in (g, x))
@@ -115,7 +115,7 @@ def _search_and_add(g, x, select_prim, worst, base_dilation, **window):
         lax.select_and_scatter_add_p.bind(wide_g, wide_x, select_prim=select_prim, **window),
         g.dtype,
     )
-    if dilated:
+    if has_gaps:
         gradient = lax.slice(gradient, (0,) * x.ndim, x.shape, base_dilation)
     return gradient
 

@@ -14,7 +14,8 @@ from fnn.ops.arguments import must_be_real, must_be_real_or_complex
 def sigmoid(x: chex.Array) -> jax.Array:
     """σ(x) = 1 / (1 + e⁻ˣ), between 0 and 1. Any shape; real or complex.
 
-    Local gradient: σ(x) (1 − σ(x)) = y (1 − y). Kept: y. Smooth, no kink.
+    Local gradient: σ(x) (1 − σ(x)) = y (1 − y). Kept: y. Smooth, no kink. As in JAX, 1 − y cancels
+    where y rounds to almost 1: in float32 the gradient is 0 from x = 17 on (it is 4e-8 there).
     Source: the lecture (a neuron's firing rate; it saturates, and then kills the gradient).
     """
     must_be_real_or_complex("sigmoid", x=x)
