@@ -9,10 +9,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fnn import arguments
-from fnn.meshes import with_auto_types
 from fnn.readings import Kept
 from fnn.sharding.placement import is_spread, put, put_own, put_rows
 from fnn.sharding.shown import as_line, as_table
@@ -84,7 +83,8 @@ class Layout:
                 "Layout: mesh must be a jax.sharding.Mesh, such as jax.make_mesh((8,), ('data',)), "
                 f"but got {arguments.show(self.mesh)}."
             )
-        mesh = with_auto_types(self.mesh)
+        kinds = (AxisType.Auto,) * len(self.mesh.axis_names)
+        mesh = Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=kinds)
         object.__setattr__(self, "mesh", mesh)
         for name in ("batch", "shard"):
             object.__setattr__(self, name, checked_axes(mesh, name, getattr(self, name)))
