@@ -867,7 +867,13 @@ def test_rows_by_an_index_of_few_bits_or_many(how, dtype):
         return jnp.sum(jnp.sin(lax.dynamic_index_in_dim(table, i, keepdims=False)))
 
     found = compiled(lambda t, i: pe.grads(loss)(t, i)[1].materialize(), table, index)
-    close(found, jax.vmap(jax.grad(loss), (None, 0))(table, index))
+    # By jax.grad a lookup of 8 bits loses the last row, where XLA's older emitter is asked for.
+    wanted = np.zeros((4, *table.shape))
+    for n, i in enumerate(np.asarray(index).tolist()):
+        if i < len(table) or how != "take":
+            row = min(i, len(table) - 1)
+            wanted[n, row] = np.cos(table[row])
+    close(found, wanted)
 
 
 @pytest.mark.parametrize("swapped", [False, True])
