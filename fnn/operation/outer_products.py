@@ -23,7 +23,6 @@ from jax import lax
 
 from fnn.jaxpr import Equation, Program, program
 from fnn.meshes import sharding_of
-from fnn.precision import widest
 
 
 def with_matrix_products(function: Callable) -> Callable:
@@ -117,7 +116,8 @@ def _sum_of_products(equation: Equation, maker: dict, flat: Program) -> _Contrac
     params = dot.params | {"dimension_numbers": numbers}
     dtype, total = (flat.avals[e.outs[0]].dtype for e in (dot, equation))
     if all(jax.numpy.issubdtype(d, jax.numpy.floating) for d in (dtype, total)):
-        dtype = widest(dtype, total)  # float16 products may be summed in float32
+        # float16 products may be summed in float32.
+        dtype = max(dtype, total, key=lambda d: jax.numpy.finfo(d).bits)
     params["preferred_element_type"] = dtype
     return _Contraction((dot.ins[0], dot.ins[1]), params, total)
 
