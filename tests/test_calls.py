@@ -178,15 +178,18 @@ def test_where_the_host_ends_loops_a_program_of_known_length_follows(kind, monke
     monkeypatch.setattr(calls, "ASKING", frozenset({"cpu"}))
     monkeypatch.setattr(calls, "SHORT", np.inf)
     there = step.programs
-    for compiled_in, lengths in ((np.inf, [None]), (0.0, [None, 4]), (0.0, [None, 4])):
+    for compiled_in, count in ((np.inf, 1), (0.0, 2), (0.0, 2)):
         there.compiled = dict.fromkeys(there.compiled, compiled_in)
         found = run()
-        assert [how.length for how in there.traces] == lengths
+        none, *lengths = [how.length for how in there.traces]
+        assert none is None and len(lengths) == count - 1
+        # A list's chunk of four goes on its way with fewer if they come slowly.
+        assert all(1 < n <= 4 if kind == "list" else n == 4 for n in lengths)
         equal(found.state, whole.state)
         equal(found.steps, whole.steps)
     other = fit(step, data=data, optimizer=None, steps_per_call=3)
     equal(other.state, whole.state)
-    assert [how.length for how in there.traces] == [None, 4]
+    assert len(there.traces) == 2
 
 
 def test_a_bad_step_in_a_program_of_known_length(monkeypatch):

@@ -184,6 +184,27 @@ def test_looking_at_the_update_costs_nothing():
         assert memory.alias_size_in_bytes == bare_memory.alias_size_in_bytes
 
 
+@pytest.mark.parametrize("shape", [(), (3,)])
+@pytest.mark.parametrize("factor", [1e30, 2.0**100])
+def test_a_number_that_overflows_by_a_constant_factor_is_noticed(factor, shape):
+    """A compiler that may turn 0 · (m · c) into m · 0 sees no inf."""
+
+    def update(gradient, m, params=None):
+        return jax.tree.map(lambda g: -0.1 * g, gradient), m * jnp.float32(factor)
+
+    grows = optax.GradientTransformation(lambda params: jnp.ones(shape, jnp.float32), update)
+    loss = lambda params, example: jnp.sum((params * example) ** 2)
+    batch = jnp.ones((4, 2))
+    step = train_step(loss, grows)
+    state = step.init(ONES)
+    with pytest.raises(NonFiniteError, match="opt_state"):
+        for _ in range(4):
+            state, _ = step(state, batch)
+        step.finish(state)
+    with pytest.raises(NonFiniteError, match="opt_state"):
+        fit(loss, ONES, batch, grows, epochs=4, batch_size=4, shuffle=False, progress=False)
+
+
 # ------------------------------------------------------------------------------ whose notices
 
 

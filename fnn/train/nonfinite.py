@@ -198,11 +198,12 @@ def square(x: jax.Array) -> jax.Array:
 
 
 def _zero_if_fine(new: jax.Array, old: jax.Array | None) -> jax.Array:
-    """0 times the new numbers; where the old ones weren't finite, 0."""
+    """0 where the new numbers are finite, else nan; where the old ones weren't finite, 0."""
     if jnp.issubdtype(new.dtype, jnp.complexfloating):
         olds = (None, None) if old is None else (old.real, old.imag)
         return _zero_if_fine(new.real, olds[0]) + _zero_if_fine(new.imag, olds[1])
-    zero = new * jnp.zeros((), new.dtype)
+    # Not 0 · new: of new = m · c, XLA makes m · 0, which is 0 though m · c overflows.
+    zero = new - new
     if old is not None:
         zero = jnp.where(jnp.isfinite(old), zero, jnp.zeros_like(zero))
     return wide(zero)
