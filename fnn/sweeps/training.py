@@ -226,7 +226,10 @@ class Book:
         for training in self._groups:
             for name in training.programs.carry_types.history:
                 if name in self._axes.names:
-                    raise ValueError(f"sweep: the metric {name!r} has the name of an axis.")
+                    raise ValueError(
+                        f"sweep: the metric {name!r} has the name of an axis: choose another for "
+                        "one of them."
+                    )
                 if name in COLUMNS:
                     raise ValueError(
                         f"sweep: the loss returns a metric {name!r}, but a SweepResult calls the "
