@@ -671,13 +671,16 @@ def test_where_a_checkpoint_computes_the_inputs_again_there_are_factors():
     assert [type(f) for f in found.values()] == [curvature.Kronecker, curvature.Block]
 
 
-def test_a_weight_used_in_two_places_has_factors_of_the_inputs_of_both():
-    """As of `LSTM(remat=True)` where √n doesn't divide the steps: the pieces, and the rest."""
+@exhaustive
+def test_a_recurrent_weight_used_in_pieces_and_in_the_rest_has_factors():
+    """Of `LSTM(remat=True)` where √n doesn't divide the steps."""
     both, args = with_and_without_checkpoint("LSTM, uneven")
     without, found = jax.eval_shape(both, *args)
     assert jax.tree.structure(found) == jax.tree.structure(without)
     assert [type(found[name]) for name in "UWb"] == [curvature.Kronecker] * 2 + [curvature.Block]
 
+
+def test_a_weight_used_in_two_places_has_factors_of_the_inputs_of_both():
     params, (xs, ys) = {"W": normal(1, 2, 3)}, (normal(2, N, 2, 3), normal(3, N, 2))
     twice = lambda p, x: jnp.sin(p["W"] @ x[0]) + p["W"] @ x[1]
     mapped = lambda p, x: (lambda z: jnp.sin(z[0]) + z[1])(x @ p["W"].T)

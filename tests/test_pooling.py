@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from sweeps import exhaustive
+from sweeps import exhaustive, sweep
 
 import fnn
 from fnn import ops
@@ -143,7 +143,7 @@ def test_upsampling():
     assert ops.upsample(jnp.ones((0, 2, 3)), 2).shape == (0, 4, 3)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", sweep(["float16", "bfloat16"], quick=["bfloat16"]))
 def test_bilinear_weights_are_not_of_16_bits(dtype):
     """Rounded once: an even surface stays even, and each number is next to that of float64."""
     even, rough = jnp.full((7, 9, 3), 0.9, dtype), X.astype(dtype)

@@ -171,6 +171,7 @@ OPERATIONS = [
     case(fnn.ops.pinball, pair, quantile=0.8),
     case(fnn.ops.poisson_nll, small_pair),
     case(fnn.ops.cosine_similarity, far_apart(2), NOT_EMPTY),
+    case(fnn.ops.cosine_distance, far_apart(2), NOT_EMPTY),
     case(fnn.ops.triplet, far_apart(3), NOT_EMPTY, margin=100.0),
 ]
 
