@@ -79,6 +79,7 @@ def test_adapted_and_merged():
     assert merge(half, lora(half, "W", 2, KEY))["W"].dtype == jnp.bfloat16
 
 
+@exhaustive
 def test_a_kernel_is_a_matrix_of_all_its_window():
     parts = {
         "image": Conv(5, 3),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from sweeps import sweep
+from sweeps import exhaustive, sweep
 
 import fnn
 from fnn import ops, per_example
@@ -151,6 +151,7 @@ def test_two_large_numbers():
     assert margins == jnp.float16(1e4)
 
 
+@exhaustive
 def test_the_mean_of_gradients_whose_sum_float16_has_not():
     """Of factors, of looked-up rows, of a kernel and of a dense bias."""
     ones = {"W": (2, 3), "E": (4, 2), "K": (2, 1, 2, 2), "b": (2,)}

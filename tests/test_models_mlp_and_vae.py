@@ -99,6 +99,7 @@ def test_vae_is_its_formula():
     )
 
 
+@exhaustive
 def test_gradients_of_examples_of_a_vae():
     params, keys = MODEL.init(KEY, X[0]), jax.random.split(KEY, 7)
 

@@ -496,6 +496,7 @@ def test_norms_of_weights_are_pytorch_s():
             np.testing.assert_allclose(gradient[name], wanted, rtol=1e-7, atol=1e-9)
 
 
+@exhaustive
 def test_gradients_of_examples_through_norms_of_weights():
     net = chain(a=WeightNorm(Linear(6)), f=jnp.tanh, b=SpectralNorm(Linear(3)))
     batch = normal(7, 4, 5)

@@ -151,6 +151,7 @@ def test_the_layer():
     np.testing.assert_allclose(half.astype(float), wanted, rtol=0.1, atol=0.1)
 
 
+@exhaustive
 def test_the_start_is_finite_where_the_ring_begins_at_nothing():
     layer, x = LRU(4, least=0, most=1e-200), R(0, 3, 2)  # its square is 0
     params = layer.init(KEY, x)
