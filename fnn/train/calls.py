@@ -235,7 +235,7 @@ class Calls:
         if not self._on_mesh:
             state, self._on_mesh = beside(state, chunk.data), True
         args = self._arguments(chunk, at, count, state, work.seen)
-        if (known := (args[0], self._kind(chunk), self._large)) not in self._programs.fitting:
+        if (known := (args[0], self._latest, self._large)) not in self._programs.fitting:
             types = jax.eval_shape(lambda x: batch_of(chunk._replace(data=x), at), chunk.data)
             foresee("fit", self._step, self._run, args, state, types, self._key)
             self._programs.fitting.add(known)
