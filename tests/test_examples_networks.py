@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 from running import is_a_picture, run
 from sweeps import exhaustive
@@ -61,7 +62,13 @@ def test_interoperation(tmp_path):
     for library in ("diffrax", "numpyro", "optimistix"):
         pytest.importorskip(library)
     printed = run("interoperation.py", folder=tmp_path)
-    assert len(re.findall(r"posterior means {'W': Array", printed)) == 2
+    means = re.findall(r"^(\w+): posterior means W (.+), b (.+)$", printed, re.MULTILINE)
+    assert [sampler for sampler, *_ in means] == ["numpyro", "Langevin"]
+    # Linear regression on x of mean zero, whose posterior is normal: Bishop, 2006, (3.53).
+    x = np.linspace(-2, 2, 20)
+    weight = np.sum(x * np.sin(2 * x)) / (np.sum(x**2) + 0.5**2)
+    for _, W, b in means:
+        np.testing.assert_allclose([float(W), float(b)], [weight, 0], atol=0.03)
 
 
 def test_multi_device(tmp_path):
