@@ -9,8 +9,10 @@ times slower. So the axes are put in this order here. What the library is slow a
 * In JAX 0.10 the library shares among the cores what is in a row of y, if that is much, but never
   rows or images. So the images are put side by side, as one wide image, and it uses all cores.
 * The gradient of a weight is a convolution whose "window" is a whole image and whose output has
-  but few places. Of many features, and of a colour image's few, it is faster as one product of the
-  images' patches (im2col) with g, made for a few images at a time, as many as fit into the cache.
+  but few places. Of many features, and of a colour image's few, it is faster as one product of g
+  with the images' patches (im2col), made for a few images at a time, as many as fit into the cache.
+  The fewer of the two, outputs or features times places, are the product's rows: of many rows and
+  few columns it takes up to twice as long.
 * Of some groups of features, each is a convolution of its own; of many small ones, all are one
   product of patches.
 * With one feature in (a grey image; a depthwise convolution) there is no product to be done:
@@ -44,9 +46,8 @@ _CACHED = 2**20
 # For a weight's gradient more: a block's product is then large enough for all cores.
 _FOR_ALL_CORES = 3 * 2**20
 
-# From so many features on, a weight's gradient is faster as a product than by the library; see
-# `_pays_as_product` for few.
-_MANY = 64
+# Of fewer features than these, patches are made row by row, not pixel by pixel.
+_MANY = 16
 
 # For so few features out, the library is slower than products of single pixels, then shifted: where
 # x has more features than this, and for the fewest whatever x has.
@@ -128,9 +129,7 @@ def _by_formula(
             return _in_order(y, y_spec)
     if is_gradient and batch_group_count > 1 and _pays_for_each(x, window, out, batch_group_count):
         y = _for_each_group(x, 0, w, window, out, batch_group_count, **how)
-    elif is_gradient and (
-        batch_group_count > 1 or out_places == 1 or _pays_as_product(x.shape[0], w)
-    ):
+    elif is_gradient and (batch_group_count > 1 or out_places == 1 or _pays_as_product(x, w, out)):
         y = _place_by_place(x, w, window, out, batch_group_count, **how)
     elif batch_group_count > 1:
         return None
@@ -383,10 +382,25 @@ def _for_each_group(x, axis: int, w, window: _Window, out, groups: int, **how) -
     return lax.concatenate(found, x.ndim - 1)
 
 
-def _pays_as_product(features: int, w) -> bool:
-    """Whether a weight's gradient is faster as a product of patches than by the library."""
-    is_of_colours = 1 < features <= 8 and w.shape[-1] >= 32 and math.prod(w.shape[:-2]) > _FEW
-    return features >= _MANY or is_of_colours
+def _pays_as_product(x, w, out) -> bool:
+    """Whether a weight's gradient is faster as a product of patches than by the library.
+
+    As measured. To 16 features out or fewer the library takes all cores; to some more it is slow,
+    the slower the more pixels there are. Patches are slow where one image's outgrow the cache.
+
+    Args:
+        x, w: as for `_place_by_place`.
+        out: how many places the weight's window has, by axis.
+    """
+    features, outs = x.shape[0], w.shape[-1]
+    size = math.prod(w.shape[:-2])
+    if features < _MANY:
+        return 1 < features <= 8 and outs >= 32 and size > _FEW
+    bytes_each = size * math.prod(out) * features * x.dtype.itemsize
+    if outs >= 48:
+        return features >= 64 or bytes_each <= 2 * _FOR_ALL_CORES
+    least, most = (2**13, 2 * _FOR_ALL_CORES) if _ROWS_ON_ONE_CORE else (2**16, _CACHED)
+    return outs > 16 and size * w.shape[-2] >= least and bytes_each <= most
 
 
 def _pays_for_each(x, window: _Window, out, groups: int) -> bool:
@@ -480,6 +494,9 @@ def _place_by_place(x, w, window: _Window, out, groups: int, **how) -> jax.Array
     ins, each = features // groups, outs // groups
     x, g = lax.optimization_barrier((x, g))
     strides, holes = window.holes, window.strides
+    pixel_by_pixel = features >= _MANY and math.prod(out) > 1
+    # A product of few rows and many columns is faster than of many and few.
+    outs_first = pixel_by_pixel and outs <= math.prod(out) * features
 
     def of_some(x, g):
         x = _padded(x, window)
@@ -493,15 +510,20 @@ def _place_by_place(x, w, window: _Window, out, groups: int, **how) -> jax.Array
             a = _patches(x, out, sizes, strides, holes, groups)
             b = lax.reshape(g, (a.shape[0], groups, each))
             return lax.dot_general(a, b, (((0,), (0,)), ((1,), (1,))), **how)
+        b = lax.reshape(g, (math.prod(g.shape[:-1]), outs))
+        if pixel_by_pixel:
+            a = _patch_rows(x, out, sizes, strides, holes, inner=1)
+            return lax.dot_general(
+                *((b, a) if outs_first else (a, b)), (((0,), (0,)), ((), ())), **how
+            )
         # (places · features, images · sizes): whole rows of x are copied.
         x = lax.transpose(x, (x.ndim - 1, *range(x.ndim - 1)))
-        rows = lax.reshape(g, (math.prod(g.shape[:-1]), outs))
         found = []
         for place in numpy.ndindex(*out):
             patch = _patch(x, place, sizes, strides, holes, first=2)
-            found.append(lax.reshape(patch, (features, rows.shape[0])))
+            found.append(lax.reshape(patch, (features, b.shape[0])))
         a = lax.concatenate(found, 0) if len(found) > 1 else found[0]
-        return lax.dot_general(a, rows, (((1,), (0,)), ((), ())), **how)
+        return lax.dot_general(a, b, (((1,), (0,)), ((), ())), **how)
 
     if math.prod(out) == 1:  # there are no patches to be made
         total = of_some(x, g)
@@ -509,6 +531,8 @@ def _place_by_place(x, w, window: _Window, out, groups: int, **how) -> jax.Array
         bytes_each = math.prod(sizes) * math.prod(out) * features * x.dtype.itemsize
         most = _FOR_ALL_CORES if groups == 1 else _CACHED
         total = _sum_of_blocks(of_some, x, g, max(1, most // bytes_each))
+    if groups == 1 and outs_first:
+        total = lax.transpose(total, (1, 0))
     # (groups, places..., ins, each) -> (ins, places..., groups, each)
     y = lax.reshape(total, (groups, *out, ins, each))
     last = y.ndim - 1
