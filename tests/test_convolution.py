@@ -62,7 +62,13 @@ def close(a, b, tolerance=2e-4):
 
 # One of each formula of fnn/convolution/cpu.py, forward and backward.
 FORMULAS = {
-    "product": ((2, 6, 5, 64), (3, 3, 64, 2), {}),
+    "product": ((2, 6, 5, 64), (3, 3, 64, 48), {}),
+    "product, many out": (
+        (2, 7, 5, 16),
+        (2, 1, 16, 48),
+        {"window_strides": (2, 1), "rhs_dilation": (2, 1)},
+    ),
+    "many to few": ((2, 6, 5, 64), (3, 3, 64, 2), {}),
     "library": ((2, 6, 5, 3), (3, 3, 3, 4), {}),
     "few features": ((2, 6, 5, 9), (3, 2, 9, 4), {"rhs_dilation": (1, 2)}),
     "one place": (
@@ -109,6 +115,7 @@ def test_formulas_agree_with_jax(name, cached, monkeypatch):
     """Also image by image, and where one is left over."""
     if cached is not None:
         monkeypatch.setattr(cpu, "_CACHED", cached)
+        monkeypatch.setattr(cpu, "_FOR_ALL_CORES", cached)
     x, w, options = FORMULAS[name]
     options = {"window_strides": (1, 1), "padding": "SAME"} | options
     x, w = R(0, 3, *x[1:], dtype="float32"), R(1, *w, dtype="float32")
@@ -226,9 +233,10 @@ def test_in_a_loop_the_library_gets_the_order_of_axes_that_it_wants(grad, loss):
     assert labels and set(labels) == {"b01f_01io->b01f"}
 
 
-def test_a_weights_gradient_takes_little_memory():
+@pytest.mark.parametrize("outs", [16, 48])
+def test_a_weights_gradient_takes_little_memory(outs):
     """However large the batch: the patches of some images at a time."""
-    x, w = jax.ShapeDtypeStruct((256, 28, 28, 16), "float32"), R(0, 16, 16, 3, 3, dtype="float32")
+    x, w = jax.ShapeDtypeStruct((256, 28, 28, 16), "float32"), R(0, outs, 16, 3, 3, dtype="float32")
     loss = lambda conv: lambda w, x: jnp.sum(conv(x, w) ** 2)
     plain = functools.partial(
         lax.conv_general_dilated,

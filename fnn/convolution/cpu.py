@@ -16,7 +16,8 @@ times slower. So the axes are put in this order here. What the library is slow a
 * Of some groups of features, each is a convolution of its own; of many small ones, all are one
   product of patches.
 * With one feature in (a grey image; a depthwise convolution) there is no product to be done:
-  shifted copies of x are multiplied and added.
+  shifted copies of x are multiplied and added. The sums of the weight's gradient are products with
+  ones, where the cache holds what is summed.
 * To few features, each pixel is multiplied with all of the window's weights in one product, whose
   parts are then shifted and added.
 * A window of one place is a product alone.
@@ -500,12 +501,15 @@ def _place_by_place(x, w, window: _Window, out, groups: int, **how) -> jax.Array
 
     def of_some(x, g):
         x = _padded(x, window)
-        if ins == 1 and groups > 1:  # one feature in: sums, and no product
+        if ins == 1 and groups > 1:  # one feature in: sums, and no patches
             found = []
             for place in numpy.ndindex(*out):
                 patch = _repeated(_patch(x, place, sizes, strides, holes), each)
-                found.append(lax.reduce_sum(lax.mul(patch, g), range(g.ndim - 1)))
-            return lax.concatenate([lax.reshape(f, (groups, 1, each)) for f in found], 1)
+                terms = lax.mul(patch, g)
+                by_product = each > 1 or terms.size * x.dtype.itemsize <= _CACHED // 4
+                total = _sum_by_feature(terms, by_product, **how)
+                found.append(lax.reshape(total, (groups, 1, each)))
+            return lax.concatenate(found, 1)
         if groups > 1:
             a = _patches(x, out, sizes, strides, holes, groups)
             b = lax.reshape(g, (a.shape[0], groups, each))
@@ -513,9 +517,8 @@ def _place_by_place(x, w, window: _Window, out, groups: int, **how) -> jax.Array
         b = lax.reshape(g, (math.prod(g.shape[:-1]), outs))
         if pixel_by_pixel:
             a = _patch_rows(x, out, sizes, strides, holes, inner=1)
-            return lax.dot_general(
-                *((b, a) if outs_first else (a, b)), (((0,), (0,)), ((), ())), **how
-            )
+            pair = (b, a) if outs_first else (a, b)
+            return lax.dot_general(*pair, (((0,), (0,)), ((), ())), **how)
         # (places · features, images · sizes): whole rows of x are copied.
         x = lax.transpose(x, (x.ndim - 1, *range(x.ndim - 1)))
         found = []
@@ -538,6 +541,18 @@ def _place_by_place(x, w, window: _Window, out, groups: int, **how) -> jax.Array
     last = y.ndim - 1
     y = lax.transpose(y, (last - 1, *range(1, last - 1), 0, last))
     return lax.reshape(y, (ins, *out, outs))
+
+
+def _sum_by_feature(terms, by_product: bool, **how) -> jax.Array:
+    """Over all axes but the last.
+
+    by_product: with ones, which is faster of what the cache holds, and of repeated features.
+    """
+    if not by_product:
+        return lax.reduce_sum(terms, range(terms.ndim - 1))
+    terms = lax.reshape(terms, (math.prod(terms.shape[:-1]), terms.shape[-1]))
+    ones = lax.full_like(terms, 1, shape=(1, terms.shape[0]))
+    return lax.dot_general(ones, terms, (((1,), (0,)), ((), ())), **how)
 
 
 def _sum_of_blocks(function, x, g, size: int):
