@@ -15,7 +15,7 @@ from test_primitives_linear_algebra import convolutions
 
 import fnn
 from fnn import ops
-from fnn.convolution import conv_general_dilated_p, cpu
+from fnn.convolution import conv_general_dilated_p, cpu, windows
 
 R = lambda seed, *shape, dtype=None: jnp.asarray(
     np.random.default_rng(seed).normal(size=shape), dtype
@@ -60,7 +60,7 @@ def close(a, b, tolerance=2e-4):
     np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * jnp.abs(b).max(initial=1))
 
 
-# One of each formula of fnn/convolution/cpu.py, forward and backward.
+# One of each formula of fnn/convolution/, forward and backward.
 FORMULAS = {
     "product": ((2, 6, 5, 64), (3, 3, 64, 48), {}),
     "product, many out": (
@@ -114,8 +114,8 @@ QUICK = [
 def test_formulas_agree_with_jax(name, cached, monkeypatch):
     """Also image by image, and where one is left over."""
     if cached is not None:
-        monkeypatch.setattr(cpu, "_CACHED", cached)
-        monkeypatch.setattr(cpu, "_FOR_ALL_CORES", cached)
+        monkeypatch.setattr(windows, "CACHED", cached)
+        monkeypatch.setattr(windows, "FOR_ALL_CORES", cached)
     x, w, options = FORMULAS[name]
     options = {"window_strides": (1, 1), "padding": "SAME"} | options
     x, w = R(0, 3, *x[1:], dtype="float32"), R(1, *w, dtype="float32")
@@ -159,8 +159,8 @@ def test_images_side_by_side_agree_with_jax(name, monkeypatch):
 @pytest.mark.parametrize("outs, many", [(64, True), (16, False)])
 def test_where_one_core_would_work_images_lie_side_by_side(on_one_core, outs, many, monkeypatch):
     """Before JAX 0.11 XLA's library shares a row's pixels among the cores, if they are many."""
-    assert (jax.__version_info__ < (0, 11)) == cpu._ROWS_ON_ONE_CORE
-    monkeypatch.setattr(cpu, "_ROWS_ON_ONE_CORE", on_one_core)
+    assert (jax.__version_info__ < (0, 11)) == windows.ROWS_ON_ONE_CORE
+    monkeypatch.setattr(windows, "ROWS_ON_ONE_CORE", on_one_core)
     x, w = R(0, 16, 8, 8, 32, dtype="float32"), R(1, outs, 32, 3, 3, dtype="float32")
     text = jax.jit(lambda x, w: ops.convolution(x, w)).lower(x, w).as_text()
     (batch,) = re.findall(r"stablehlo.convolution.*\(tensor<(\d+)x", text)
@@ -176,7 +176,7 @@ LYING = [
 
 @pytest.mark.parametrize("order, options", LYING, ids=lambda x: x if isinstance(x, str) else len(x))
 def test_of_few_pixels_weights_in_any_order_agree_with_jax(order, options, monkeypatch):
-    monkeypatch.setattr(cpu, "_LARGE", 1)
+    monkeypatch.setattr(windows, "LARGE", 1)
     sizes = {"O": 18, "I": 14, "H": 2, "W": 3}
     x = R(0, 2, 3, 3, 14, dtype="float32")
     w = R(1, *map(sizes.get, order), dtype="float32")
@@ -248,7 +248,7 @@ def test_a_weights_gradient_takes_little_memory(outs):
         jax.jit(jax.grad(loss(f))).lower(w, x).compile().memory_analysis().temp_size_in_bytes
         for f in (ops.convolution, plain)
     )
-    assert ours <= theirs + 4 * cpu._CACHED
+    assert ours <= theirs + 4 * windows.CACHED
 
 
 @pytest.mark.parametrize("sizes", sweep([(1, 6), (6, 16), (64, 3), (32, 64)], quick=[(1, 6)]))

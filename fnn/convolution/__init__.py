@@ -6,6 +6,8 @@ So here is JAX's convolution a second time: a primitive of the same name and par
 CPUs is computed by other formulas. Its gradients are such convolutions again.
 
     cpu      which convolution is computed how on a CPU
+    weights  the gradients of weights
+    windows  how a window meets its input; some images at a time
 """
 
 from __future__ import annotations

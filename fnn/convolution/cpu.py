@@ -29,51 +29,30 @@ times slower. So the axes are put in this order here. What the library is slow a
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy
 from jax import lax
 
-from fnn.meshes import as_varying, sharding_of
-
-# The patches of so many bytes at a time: they stay in a core's cache.
-_CACHED = 2**20
-
-# For a weight's gradient more: a block's product is then large enough for all cores.
-_FOR_ALL_CORES = 3 * 2**20
-
-# Of fewer features than these, patches are made row by row, not pixel by pixel.
-_MANY = 16
+from fnn.convolution import weights, windows
+from fnn.convolution.windows import (
+    Window,
+    block_by_block,
+    matrix_of,
+    out_space,
+    padded,
+    patch_at,
+    patch_rows,
+    patches_by_group,
+)
+from fnn.meshes import sharding_of
 
 # For so few features out, the library is slower than products of single pixels, then shifted: where
 # x has more features than this, and for the fewest whatever x has.
 _NARROW, _NARROWEST = 6, 3
-
-# From so many weights on, their order of axes matters.
-_LARGE = 2**18
-
-# Whether XLA's library computes each row of y on one core, unless it has many features or pixels.
-_ROWS_ON_ONE_CORE = jax.__version_info__ < (0, 11)
-
-# So many multiplications and additions of shifted copies are faster than the library.
-_FEW = 49
-
-
-class _Window(NamedTuple):
-    """How a convolution meets its input, for each axis of space.
-
-    holes: the dilation of the window. between: that of x, the zeros between its entries plus 1.
-    """
-
-    strides: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    between: tuple[int, ...]
-    holes: tuple[int, ...]
 
 
 def convolution(x, w, **params) -> jax.Array:
@@ -83,7 +62,7 @@ def convolution(x, w, **params) -> jax.Array:
 
 
 def has_formula(x: Any, w: Any, **params: Any) -> bool:
-    """Whether `convolution` computes arrays of these types by a formula of this file."""
+    """Whether `convolution` computes arrays of these types by a formula of fnn's own."""
     found: list = []
     jax.eval_shape(lambda x, w: found.append(_by_formula(x, w, **params)), x, w)
     return found[0] is not None
@@ -105,7 +84,7 @@ def _by_formula(
     out_sharding=None,
     **others,
 ) -> jax.Array | None:
-    """The convolution by a formula of this file; None where XLA's own is left to do it."""
+    """The convolution by a formula of fnn's own; None where XLA's own is left to do it."""
     is_plain = x.dtype == w.dtype and x.dtype in (jnp.float32, jnp.float64)
     if not is_plain or preferred_element_type not in (None, x.dtype) or others:
         return None
@@ -115,23 +94,32 @@ def _by_formula(
     x = lax.transpose(x, (x_spec[0], *x_spec[2:], x_spec[1]))  # (batch, space..., in)
     as_it_lies = w
     w = lax.transpose(w, (*w_spec[2:], w_spec[1], w_spec[0]))  # (window..., in, out)
-    window = _Window(*map(tuple, (window_strides, map(tuple, padding), lhs_dilation, rhs_dilation)))
-    out = _out_space(x, w, window)
+    window = Window(*map(tuple, (window_strides, map(tuple, padding), lhs_dilation, rhs_dilation)))
+    out = out_space(x, w, window)
     if min(*x.shape, *w.shape, *out, 1) == 0:
         return None
     how = {"precision": precision}
     places, out_places = math.prod(w.shape[:-2]), math.prod(out)
     is_gradient = places > out_places and feature_group_count == 1  # of a weight
     if max(feature_group_count, batch_group_count) == 1:
-        if is_gradient and (y := _weight_as_it_lies(x, w, window, out, y_spec, **how)) is not None:
-            return y
-        y = None if is_gradient else _with_w_as_it_lies(x, as_it_lies, w_spec, window, out, **how)
-        if y is not None:
-            return _in_order(y, y_spec)
-    if is_gradient and batch_group_count > 1 and _pays_for_each(x, window, out, batch_group_count):
+        if is_gradient:
+            y = weights.weight_as_it_lies(x, w, window, out, y_spec, **how)
+            if y is not None:
+                return y
+        else:
+            y = _with_w_as_it_lies(x, as_it_lies, w_spec, window, out, **how)
+            if y is not None:
+                return _in_order(y, y_spec)
+    if (
+        is_gradient
+        and batch_group_count > 1
+        and weights.pays_for_each(x, window, out, batch_group_count)
+    ):
         y = _for_each_group(x, 0, w, window, out, batch_group_count, **how)
-    elif is_gradient and (batch_group_count > 1 or out_places == 1 or _pays_as_product(x, w, out)):
-        y = _place_by_place(x, w, window, out, batch_group_count, **how)
+    elif is_gradient and (
+        batch_group_count > 1 or out_places == 1 or weights.pays_as_product(x, w, out)
+    ):
+        y = weights.place_by_place(x, w, window, out, batch_group_count, **how)
     elif batch_group_count > 1:
         return None
     elif places == 1 and feature_group_count == 1 and _moves_one_way(window):
@@ -149,7 +137,7 @@ def _in_order(y, y_spec) -> jax.Array:
     return lax.transpose(y, tuple(int(d) for d in numpy.argsort(order)))
 
 
-def _with_w_as_it_lies(x, w, w_spec, window: _Window, out, **how) -> jax.Array | None:
+def _with_w_as_it_lies(x, w, w_spec, window: Window, out, **how) -> jax.Array | None:
     """Of fewer pixels than features: w's matrix with patches of x, or with pixels and then shifted.
 
     None where that isn't faster, or w's axes lie between one another.
@@ -157,15 +145,15 @@ def _with_w_as_it_lies(x, w, w_spec, window: _Window, out, **how) -> jax.Array |
     outs, ins = w.shape[w_spec[0]], w.shape[w_spec[1]]
     kernel = tuple(w.shape[d] for d in w_spec[2:])
     pixels, count = x.shape[0] * math.prod(x.shape[1:-1]), math.prod(kernel)
-    if w.size < _LARGE or count == 1:
+    if w.size < windows.LARGE or count == 1:
         return None
-    side, inner = _matrix_of(w_spec[0], w_spec[1], w_spec[2:])
+    side, inner = matrix_of(w_spec[0], w_spec[1], w_spec[2:])
     if side is not None and x.shape[0] * math.prod(out) <= outs:
-        a = _patch_rows(_padded(x, window), kernel, out, window.strides, window.holes, inner)
+        a = patch_rows(padded(x, window), kernel, out, window.strides, window.holes, inner)
         matrix = lax.reshape(w, (outs, ins * count) if side == 0 else (ins * count, outs))
         y = lax.dot_general(a, matrix, (((1,), (1 - side,)), ((), ())), **how)
         return lax.reshape(y, (x.shape[0], *out, outs))
-    side, inner = _matrix_of(w_spec[1], w_spec[0], w_spec[2:])
+    side, inner = matrix_of(w_spec[1], w_spec[0], w_spec[2:])
     if side is None or pixels > ins:
         return None
     matrix = lax.reshape(w, (ins, outs * count) if side == 0 else (outs * count, ins))
@@ -173,12 +161,12 @@ def _with_w_as_it_lies(x, w, w_spec, window: _Window, out, **how) -> jax.Array |
 
 
 def _pixels_then_shifts(
-    x, matrix, side: int, inner: int, kernel, window: _Window, out, **how
+    x, matrix, side: int, inner: int, kernel, window: Window, out, **how
 ) -> jax.Array:
     """Σₖ (x w[k]) at o·stride + k: one product of each pixel with all of w, and then sums.
 
     Args:
-        matrix, side, inner: all of w, with the features of x on that side; see `_matrix_of`.
+        matrix, side, inner: all of w, with the features of x on that side; see `matrix_of`.
     """
     pixels = lax.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
     found = lax.dot_general(pixels, matrix, (((1,), (side,)), ((), ())), **how)
@@ -188,60 +176,13 @@ def _pixels_then_shifts(
     total: Any = None
     for k, place in enumerate(numpy.ndindex(*kernel)):
         term = lax.index_in_dim(found, k, found.ndim - (1 if inner == 0 else 2), False)
-        term = _patch(_padded(term, window), place, out, window.strides, window.holes)
+        term = patch_at(padded(term, window), place, out, window.strides, window.holes)
         total = term if total is None else lax.add(total, term)
     return total
 
 
-def _weight_as_it_lies(x, w, window: _Window, out, y_spec, **how) -> jax.Array | None:
-    """A weight's gradient of fewer pixels than features, made in the order of its axes.
-
-    As `_place_by_place`; None where that isn't faster, or the axes lie between one another.
-    """
-    features, outs, pixels = x.shape[0], w.shape[-1], math.prod(w.shape[:-1])
-    side, inner = _matrix_of(y_spec[1], y_spec[0], y_spec[2:])
-    count = math.prod(out)
-    if side is None or pixels > outs or count == 1 or features * outs * count < _LARGE:
-        return None
-    x = lax.transpose(x, (x.ndim - 1, *range(1, x.ndim - 1), 0))
-    g = lax.transpose(w, (w.ndim - 2, *range(w.ndim - 2), w.ndim - 1))
-    sizes = g.shape[1:-1]
-    a = _patch_rows(_padded(x, window), out, sizes, window.holes, window.strides, inner)
-    g = lax.reshape(g, (pixels, outs))
-    pair = (g, a) if side == 0 else (a, g)
-    y = lax.dot_general(*pair, (((0,), (0,)), ((), ())), **how)
-    rest = (features, *out) if inner == 0 else (*out, features)
-    return lax.reshape(y, (outs, *rest) if side == 0 else (*rest, outs))
-
-
-def _matrix_of(one: int, other: int, space: Sequence[int]) -> tuple[int | None, int]:
-    """How weights lie as a matrix of one axis with all others: (its side, the other's place).
-
-    Args:
-        one, other: the places of the two axes of features in memory.
-        space: those of the window's.
-
-    Returns:
-        The side of the matrix, 0 or 1, on which `one` is, None where it lies between others. And
-        whether the other axis of features lies before the window's (0) or behind (1).
-    """
-    if list(space) != list(range(space[0], space[0] + len(space))):
-        return None, 0
-    side = {0: 0, len(space) + 1: 1}.get(one)
-    return side, int(other > space[0])
-
-
-def _patch_rows(x, kernel, out, strides, holes, inner: int) -> jax.Array:
-    """What each output place sees of x, a row: its features, each with all places; or reversed."""
-    found = [_patch(x, place, out, strides, holes) for place in numpy.ndindex(*kernel)]
-    axis = x.ndim if inner == 0 else x.ndim - 1
-    rows = lax.concatenate([lax.expand_dims(patch, (axis,)) for patch in found], axis)
-    pixels = x.shape[0] * math.prod(out)
-    return lax.reshape(rows, (pixels, math.prod(kernel) * x.shape[-1]))
-
-
-def _window_by_window(x, w, window: _Window, out, groups: int, **how) -> jax.Array:
-    few = math.prod(w.shape[:-2]) <= _FEW
+def _window_by_window(x, w, window: Window, out, groups: int, **how) -> jax.Array:
+    few = math.prod(w.shape[:-2]) <= windows.FEW
     if w.shape[-2] == 1 and few:
         return _multiply_and_add(x, w, window, out, groups)
     if 1 < groups <= 16 and min(w.shape[-2], w.shape[-1] // groups) >= 8:
@@ -254,11 +195,11 @@ def _window_by_window(x, w, window: _Window, out, groups: int, **how) -> jax.Arr
     return _library(x, w, window, out, **how)
 
 
-def _stays(window: _Window) -> bool:
+def _stays(window: Window) -> bool:
     return all(n == 1 for n in (*window.strides, *window.between))
 
 
-def _to_few_features(x, w, window: _Window, out, **how) -> jax.Array:
+def _to_few_features(x, w, window: Window, out, **how) -> jax.Array:
     """Fewer features than the library's products are made for: all places' are made side by side.
 
     For some images at a time, whose products stay in the cache.
@@ -271,32 +212,32 @@ def _to_few_features(x, w, window: _Window, out, **how) -> jax.Array:
     x = lax.optimization_barrier(x)
     of_some = lambda x: _pixels_then_shifts(x, matrix, 0, 0, kernel, window, out, **how)
     bytes_each = math.prod(x.shape[1:-1]) * outs * count * x.dtype.itemsize
-    return _block_by_block(of_some, x, max(1, _CACHED // 4 // bytes_each))
+    return block_by_block(of_some, x, max(1, windows.CACHED // 4 // bytes_each))
 
 
-def _moves_one_way(window: _Window) -> bool:
+def _moves_one_way(window: Window) -> bool:
     """Is there no stride, or are there no zeros between the entries of x?"""
     return all(s == 1 for s in window.strides) or all(d == 1 for d in window.between)
 
 
-def _pixel_by_pixel(x, w, window: _Window, **how) -> jax.Array:
+def _pixel_by_pixel(x, w, window: Window, **how) -> jax.Array:
     """A window of one place: the product of some pixels with w, or of all, and zeros between."""
     w = lax.reshape(w, w.shape[-2:])
     product = lambda x: lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), **how)
     if any(s > 1 for s in window.strides):
-        x = _padded(x, window)
+        x = padded(x, window)
         return product(lax.slice(x, (0,) * x.ndim, x.shape, (1, *window.strides, 1)))
-    return _padded(product(x), window)
+    return padded(product(x), window)
 
 
-def _library(x, w, window: _Window, out, **how) -> jax.Array:
+def _library(x, w, window: Window, out, **how) -> jax.Array:
     """XLA's library, the axes in the order that it wants."""
     if out and _is_on_one_core(x, w, out[-1]):
         return _side_by_side(x, w, window, out[-1], **how)
     return _plain(x, w, window, **how)
 
 
-def _plain(x, w, window: _Window, **how) -> jax.Array:
+def _plain(x, w, window: Window, **how) -> jax.Array:
     """The batch as it is."""
     n = x.ndim
     numbers = lax.ConvDimensionNumbers(
@@ -314,16 +255,16 @@ def _is_on_one_core(x, w, places: int) -> bool:
     count, outs, weights = x.shape[0], w.shape[-1], math.prod(w.shape[:-1])
     shares_features = outs >= 128 and (weights >= 1152 or places * outs > 4096)
     return (
-        _ROWS_ON_ONE_CORE
+        windows.ROWS_ON_ONE_CORE
         and x.dtype == jnp.float32
         and count >= 8
         and outs > 16  # to fewer, other functions of the library use all cores
-        and math.prod(w.shape[:-2]) <= _FEW
+        and math.prod(w.shape[:-2]) <= windows.FEW
         and not shares_features
     )
 
 
-def _side_by_side(x, w, window: _Window, places: int, **how) -> jax.Array:
+def _side_by_side(x, w, window: Window, places: int, **how) -> jax.Array:
     """The images side by side, as one with long rows; the zeros between two are those of both.
 
     places: how many entries a row of one output has.
@@ -348,7 +289,7 @@ def _side_by_side(x, w, window: _Window, places: int, **how) -> jax.Array:
     return lax.transpose(y, (last - 1, *range(last - 1), last, last + 1))
 
 
-def _multiply_and_add(x, w, window: _Window, out, groups: int) -> jax.Array:
+def _multiply_and_add(x, w, window: Window, out, groups: int) -> jax.Array:
     """Σₖ x[o·stride + k] ∘ w[k], where each output feature comes of one input feature.
 
     For some images at a time, in a loop: what uses y can't be fused into it, which would compute
@@ -358,10 +299,12 @@ def _multiply_and_add(x, w, window: _Window, out, groups: int) -> jax.Array:
     each = outs // groups  # the output features of each input feature
 
     def of_some(x):
-        x = _padded(x, window)
+        x = padded(x, window)
         total: Any = None
         for place in numpy.ndindex(*w.shape[:-2]):
-            patch = lax.expand_dims(_patch(x, place, out, window.strides, window.holes), (x.ndim,))
+            patch = lax.expand_dims(
+                patch_at(x, place, out, window.strides, window.holes), (x.ndim,)
+            )
             weight = lax.broadcast_in_dim(
                 lax.reshape(w[place], (groups, each)),
                 (*patch.shape[:-1], each),
@@ -372,10 +315,10 @@ def _multiply_and_add(x, w, window: _Window, out, groups: int) -> jax.Array:
         return lax.reshape(total, (x.shape[0], *out, outs))
 
     bytes_each = math.prod(out) * outs * x.dtype.itemsize
-    return _block_by_block(of_some, x, max(1, _CACHED // 8 // bytes_each))
+    return block_by_block(of_some, x, max(1, windows.CACHED // 8 // bytes_each))
 
 
-def _for_each_group(x, axis: int, w, window: _Window, out, groups: int, **how) -> jax.Array:
+def _for_each_group(x, axis: int, w, window: Window, out, groups: int, **how) -> jax.Array:
     """A convolution for each group: of a part of this axis of x, and of w's output features."""
     xs = lax.split(x, (x.shape[axis] // groups,) * groups, axis)
     ws = lax.split(w, (w.shape[-1] // groups,) * groups, w.ndim - 1)
@@ -383,35 +326,7 @@ def _for_each_group(x, axis: int, w, window: _Window, out, groups: int, **how) -
     return lax.concatenate(found, x.ndim - 1)
 
 
-def _pays_as_product(x, w, out) -> bool:
-    """Whether a weight's gradient is faster as a product of patches than by the library.
-
-    As measured. To 16 features out or fewer the library takes all cores; to some more it is slow,
-    the slower the more pixels there are. Patches are slow where one image's outgrow the cache.
-
-    Args:
-        x, w: as for `_place_by_place`.
-        out: how many places the weight's window has, by axis.
-    """
-    features, outs = x.shape[0], w.shape[-1]
-    size = math.prod(w.shape[:-2])
-    if features < _MANY:
-        return 1 < features <= 8 and outs >= 32 and size > _FEW
-    bytes_each = size * math.prod(out) * features * x.dtype.itemsize
-    if outs >= 48:
-        return features >= 64 or bytes_each <= 2 * _FOR_ALL_CORES
-    least, most = (2**13, 2 * _FOR_ALL_CORES) if _ROWS_ON_ONE_CORE else (2**16, _CACHED)
-    return outs > 16 and size * w.shape[-2] >= least and bytes_each <= most
-
-
-def _pays_for_each(x, window: _Window, out, groups: int) -> bool:
-    """Whether a weight's gradient is faster as a convolution for each group of features."""
-    features = x.shape[0] // groups
-    is_plain = math.prod(out) > 1 and all(d == 1 for d in window.between)
-    return is_plain and groups <= 32 and 1 < features <= 16
-
-
-def _in_groups(x, w, window: _Window, out, groups: int, **how) -> jax.Array:
+def _in_groups(x, w, window: Window, out, groups: int, **how) -> jax.Array:
     """A product of patches for each group of features, for some images at a time."""
     *kernel, ins, outs = w.shape
     count, rows = math.prod(kernel), math.prod(out)
@@ -422,22 +337,15 @@ def _in_groups(x, w, window: _Window, out, groups: int, **how) -> jax.Array:
     x = lax.optimization_barrier(x)
 
     def of_some(x):
-        a = _patches(_padded(x, window), kernel, out, window.strides, window.holes, groups)
+        a = patches_by_group(padded(x, window), kernel, out, window.strides, window.holes, groups)
         y = lax.dot_general(a, w, (((2,), (1,)), ((1,), (0,))), **how)
         return lax.reshape(lax.transpose(y, (1, 0, 2)), (x.shape[0], *out, outs))
 
-    size = max(1, _CACHED // (rows * count * x.shape[-1] * x.dtype.itemsize))
-    return _block_by_block(of_some, x, size)
+    size = max(1, windows.CACHED // (rows * count * x.shape[-1] * x.dtype.itemsize))
+    return block_by_block(of_some, x, size)
 
 
-def _patches(x, kernel, out, strides, holes, groups: int) -> jax.Array:
-    """(images · out, groups, kernel · features of a group): what each output place sees of x."""
-    rows = (x.shape[0] * math.prod(out), groups, x.shape[-1] // groups)
-    found = [_patch(x, place, out, strides, holes) for place in numpy.ndindex(*kernel)]
-    return lax.concatenate([lax.reshape(patch, rows) for patch in found], 2)
-
-
-def _phase_by_phase(x, w, window: _Window, out, groups: int, **how) -> jax.Array:
+def _phase_by_phase(x, w, window: Window, out, groups: int, **how) -> jax.Array:
     """With `between − 1` zeros between the entries of x: y's phases, and then interleaved.
 
     y[o] = Σₖ x̂[o·stride + k·hole − low], where x̂[i·between] = x[i] and else 0. Of a phase
@@ -469,7 +377,7 @@ def _phase_by_phase(x, w, window: _Window, out, groups: int, **how) -> jax.Array
             reach = (sizes[axis] - 1) * moves[axis] + at[-1] + 1
             inner.append(((-at[0], reach - x.shape[axis + 1]), hole))
         pads, inner_holes = zip(*inner, strict=True)
-        part = _Window(tuple(moves), pads, (1,) * len(steps), inner_holes)
+        part = Window(tuple(moves), pads, (1,) * len(steps), inner_holes)
         phases.append(_window_by_window(x, taken, part, sizes, groups, **how))
     # (phases..., batch, sizes..., features) -> (batch, size, phase, size, phase, ..., features)
     count = len(steps)
@@ -481,155 +389,3 @@ def _phase_by_phase(x, w, window: _Window, out, groups: int, **how) -> jax.Array
     whole = [n * step for n, step in zip(sizes, steps, strict=True)]
     y = lax.reshape(y, (x.shape[0], *whole, w.shape[-1]))
     return lax.slice(y, (0,) * y.ndim, (x.shape[0], *out, w.shape[-1]))
-
-
-def _place_by_place(x, w, window: _Window, out, groups: int, **how) -> jax.Array:
-    """A weight's gradient: (features, space..., images) with (space..., images, outs).
-
-    As a product of patches of some images with the images of w, summed over the images.
-    """
-    # As arrays of images: (images, space..., features), and (images, space..., outs).
-    x = lax.transpose(x, (x.ndim - 1, *range(1, x.ndim - 1), 0))
-    g = lax.transpose(w, (w.ndim - 2, *range(w.ndim - 2), w.ndim - 1))
-    sizes, outs, features = g.shape[1:-1], g.shape[-1], x.shape[-1]
-    ins, each = features // groups, outs // groups
-    x, g = lax.optimization_barrier((x, g))
-    strides, holes = window.holes, window.strides
-    pixel_by_pixel = features >= _MANY and math.prod(out) > 1
-    # A product of few rows and many columns is faster than of many and few.
-    outs_first = pixel_by_pixel and outs <= math.prod(out) * features
-
-    def of_some(x, g):
-        x = _padded(x, window)
-        if ins == 1 and groups > 1:  # one feature in: sums, and no patches
-            found = []
-            for place in numpy.ndindex(*out):
-                patch = _repeated(_patch(x, place, sizes, strides, holes), each)
-                terms = lax.mul(patch, g)
-                by_product = each > 1 or terms.size * x.dtype.itemsize <= _CACHED // 4
-                total = _sum_by_feature(terms, by_product, **how)
-                found.append(lax.reshape(total, (groups, 1, each)))
-            return lax.concatenate(found, 1)
-        if groups > 1:
-            a = _patches(x, out, sizes, strides, holes, groups)
-            b = lax.reshape(g, (a.shape[0], groups, each))
-            return lax.dot_general(a, b, (((0,), (0,)), ((1,), (1,))), **how)
-        b = lax.reshape(g, (math.prod(g.shape[:-1]), outs))
-        if pixel_by_pixel:
-            a = _patch_rows(x, out, sizes, strides, holes, inner=1)
-            pair = (b, a) if outs_first else (a, b)
-            return lax.dot_general(*pair, (((0,), (0,)), ((), ())), **how)
-        # (places · features, images · sizes): whole rows of x are copied.
-        x = lax.transpose(x, (x.ndim - 1, *range(x.ndim - 1)))
-        found = []
-        for place in numpy.ndindex(*out):
-            patch = _patch(x, place, sizes, strides, holes, first=2)
-            found.append(lax.reshape(patch, (features, b.shape[0])))
-        a = lax.concatenate(found, 0) if len(found) > 1 else found[0]
-        return lax.dot_general(a, b, (((1,), (0,)), ((), ())), **how)
-
-    if math.prod(out) == 1:  # there are no patches to be made
-        total = of_some(x, g)
-    else:
-        bytes_each = math.prod(sizes) * math.prod(out) * features * x.dtype.itemsize
-        most = _FOR_ALL_CORES if groups == 1 else _CACHED
-        total = _sum_of_blocks(of_some, x, g, max(1, most // bytes_each))
-    if groups == 1 and outs_first:
-        total = lax.transpose(total, (1, 0))
-    # (groups, places..., ins, each) -> (ins, places..., groups, each)
-    y = lax.reshape(total, (groups, *out, ins, each))
-    last = y.ndim - 1
-    y = lax.transpose(y, (last - 1, *range(1, last - 1), 0, last))
-    return lax.reshape(y, (ins, *out, outs))
-
-
-def _sum_by_feature(terms, by_product: bool, **how) -> jax.Array:
-    """Over all axes but the last.
-
-    by_product: with ones, which is faster of what the cache holds, and of repeated features.
-    """
-    if not by_product:
-        return lax.reduce_sum(terms, range(terms.ndim - 1))
-    terms = lax.reshape(terms, (math.prod(terms.shape[:-1]), terms.shape[-1]))
-    ones = lax.full_like(terms, 1, shape=(1, terms.shape[0]))
-    return lax.dot_general(ones, terms, (((1,), (0,)), ((), ())), **how)
-
-
-def _sum_of_blocks(function, x, g, size: int):
-    """Σ function(x, g) over blocks of so many images, one after the other."""
-    xs, blocks, x_rest = _blocks(x, size)
-    gs, _, g_rest = _blocks(g, size)
-    if not blocks:
-        return function(x, g)
-    one = jax.eval_shape(function, x[:size], g[:size])
-    start = jnp.zeros(one.shape, one.dtype)
-    for a in (x, g):  # under shard_map, what the loop carries varies over devices as they do
-        start = as_varying(start, jax.typeof(a))
-    add = lambda total, pair: (lax.add(total, function(*pair)), None)
-    total, _ = lax.scan(add, start, (xs, gs))
-    return total if x_rest is None else lax.add(total, function(x_rest, g_rest))
-
-
-def _block_by_block(function, x, size: int) -> jax.Array:
-    """function(x), of so many images at a time."""
-    whole, blocks, rest = _blocks(x, size)
-    if not blocks:
-        return function(x)
-    y = lax.map(function, whole)
-    y = lax.reshape(y, (blocks * size, *y.shape[2:]))
-    return y if rest is None else lax.concatenate([y, function(rest)], 0)
-
-
-def _blocks(x, size: int) -> tuple:
-    """x as (blocks, size, ...), how many blocks there are, and what is left over.
-
-    No blocks where all of it is one.
-    """
-    blocks, rest = divmod(x.shape[0], size)
-    if x.shape[0] <= size:
-        return x, 0, None
-    whole = lax.reshape(lax.slice_in_dim(x, 0, blocks * size), (blocks, size, *x.shape[1:]))
-    return whole, blocks, lax.slice_in_dim(x, blocks * size, x.shape[0]) if rest else None
-
-
-def _repeated(x, times: int) -> jax.Array:
-    """Each feature so many times, one beside the other."""
-    if times == 1:
-        return x
-    wide = lax.broadcast_in_dim(x, (*x.shape, times), range(x.ndim))
-    return lax.reshape(wide, (*x.shape[:-1], x.shape[-1] * times))
-
-
-def _out_space(x, w, window: _Window) -> list[int]:
-    found = []
-    for n, k, stride, (low, high), between, hole in zip(
-        x.shape[1:-1], w.shape[:-2], *window, strict=True
-    ):
-        size = (1 + between * (n - 1) if n else 0) + low + high
-        reach = 1 + hole * (k - 1) if k else 0
-        found.append(max(0, (size - reach) // stride + 1))
-    return found
-
-
-def _padded(x, window: _Window):
-    """x with its zeros around and between."""
-    pads = [
-        (low, high, d - 1) for (low, high), d in zip(window.padding, window.between, strict=True)
-    ]
-    if not any(itertools.chain(*pads)):
-        return x
-    return lax.pad(x, lax.full_like(x, 0, shape=()), [(0, 0, 0), *pads, (0, 0, 0)])
-
-
-def _patch(x, place: Sequence[int], out: Sequence[int], strides, holes, first: int = 1) -> Any:
-    """What one place of the window meets: x[:, o·stride + place·hole, :] for all o.
-
-    first: the number of x's first axis of space.
-    """
-    start, stop, step = [0] * x.ndim, list(x.shape), [1] * x.ndim
-    for axis, (k, n, stride, hole) in enumerate(
-        zip(place, out, strides, holes, strict=True), first
-    ):
-        start[axis], step[axis] = k * hole, stride
-        stop[axis] = start[axis] + (n - 1) * stride + 1
-    return lax.slice(x, start, stop, step)

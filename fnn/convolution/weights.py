@@ -1,0 +1,152 @@
+"""The gradient of a convolution's weight on CPUs.
+
+It is a convolution whose "window" is a whole image, and whose output has but few places: `w` has
+more places here than `out`. Elsewhere x is (batch, space..., features); here the batch is what the
+weight has for features in, and the features are the images, over which it sums.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import numpy
+from jax import lax
+
+from fnn.convolution import windows
+from fnn.convolution.windows import (
+    Window,
+    matrix_of,
+    padded,
+    patch_at,
+    patch_rows,
+    patches_by_group,
+    repeated,
+    sum_of_blocks,
+)
+
+# Of fewer features than these, patches are made row by row, not pixel by pixel.
+_MANY = 16
+
+
+def weight_as_it_lies(x, w, window: Window, out, y_spec, **how) -> jax.Array | None:
+    """A weight's gradient of fewer pixels than features, made in the order of its axes.
+
+    As `place_by_place`; None where that isn't faster, or the axes lie between one another.
+    """
+    features, outs, pixels = x.shape[0], w.shape[-1], math.prod(w.shape[:-1])
+    side, inner = matrix_of(y_spec[1], y_spec[0], y_spec[2:])
+    count = math.prod(out)
+    if side is None or pixels > outs or count == 1 or features * outs * count < windows.LARGE:
+        return None
+    x = lax.transpose(x, (x.ndim - 1, *range(1, x.ndim - 1), 0))
+    g = lax.transpose(w, (w.ndim - 2, *range(w.ndim - 2), w.ndim - 1))
+    sizes = g.shape[1:-1]
+    a = patch_rows(padded(x, window), out, sizes, window.holes, window.strides, inner)
+    g = lax.reshape(g, (pixels, outs))
+    pair = (g, a) if side == 0 else (a, g)
+    y = lax.dot_general(*pair, (((0,), (0,)), ((), ())), **how)
+    rest = (features, *out) if inner == 0 else (*out, features)
+    return lax.reshape(y, (outs, *rest) if side == 0 else (*rest, outs))
+
+
+def pays_as_product(x, w, out) -> bool:
+    """Whether a weight's gradient is faster as a product of patches than by the library.
+
+    As measured. To 16 features out or fewer the library takes all cores; to some more it is slow,
+    the slower the more pixels there are. Patches are slow where one image's outgrow the cache.
+
+    Args:
+        x, w: as for `place_by_place`.
+        out: how many places the weight's window has, by axis.
+    """
+    features, outs = x.shape[0], w.shape[-1]
+    size = math.prod(w.shape[:-2])
+    if features < _MANY:
+        return 1 < features <= 8 and outs >= 32 and size > windows.FEW
+    bytes_each = size * math.prod(out) * features * x.dtype.itemsize
+    if outs >= 48:
+        return features >= 64 or bytes_each <= 2 * windows.FOR_ALL_CORES
+    least, most = 2**16, windows.CACHED
+    if windows.ROWS_ON_ONE_CORE:
+        least, most = 2**13, 2 * windows.FOR_ALL_CORES
+    return outs > 16 and size * w.shape[-2] >= least and bytes_each <= most
+
+
+def pays_for_each(x, window: Window, out, groups: int) -> bool:
+    """Whether a weight's gradient is faster as a convolution for each group of features."""
+    features = x.shape[0] // groups
+    is_plain = math.prod(out) > 1 and all(d == 1 for d in window.between)
+    return is_plain and groups <= 32 and 1 < features <= 16
+
+
+def place_by_place(x, w, window: Window, out, groups: int, **how) -> jax.Array:
+    """A weight's gradient: (features, space..., images) with (space..., images, outs).
+
+    As a product of patches of some images with the images of w, summed over the images.
+    """
+    # As arrays of images: (images, space..., features), and (images, space..., outs).
+    x = lax.transpose(x, (x.ndim - 1, *range(1, x.ndim - 1), 0))
+    g = lax.transpose(w, (w.ndim - 2, *range(w.ndim - 2), w.ndim - 1))
+    sizes, outs, features = g.shape[1:-1], g.shape[-1], x.shape[-1]
+    ins, each = features // groups, outs // groups
+    x, g = lax.optimization_barrier((x, g))
+    strides, holes = window.holes, window.strides
+    pixel_by_pixel = features >= _MANY and math.prod(out) > 1
+    # A product of few rows and many columns is faster than of many and few.
+    outs_first = pixel_by_pixel and outs <= math.prod(out) * features
+
+    def of_some(x, g):
+        x = padded(x, window)
+        if ins == 1 and groups > 1:  # one feature in: sums, and no patches
+            found = []
+            for place in numpy.ndindex(*out):
+                patch = repeated(patch_at(x, place, sizes, strides, holes), each)
+                terms = lax.mul(patch, g)
+                by_product = each > 1 or terms.size * x.dtype.itemsize <= windows.CACHED // 4
+                total = _sum_by_feature(terms, by_product, **how)
+                found.append(lax.reshape(total, (groups, 1, each)))
+            return lax.concatenate(found, 1)
+        if groups > 1:
+            a = patches_by_group(x, out, sizes, strides, holes, groups)
+            b = lax.reshape(g, (a.shape[0], groups, each))
+            return lax.dot_general(a, b, (((0,), (0,)), ((1,), (1,))), **how)
+        b = lax.reshape(g, (math.prod(g.shape[:-1]), outs))
+        if pixel_by_pixel:
+            a = patch_rows(x, out, sizes, strides, holes, inner=1)
+            pair = (b, a) if outs_first else (a, b)
+            return lax.dot_general(*pair, (((0,), (0,)), ((), ())), **how)
+        # (places · features, images · sizes): whole rows of x are copied.
+        x = lax.transpose(x, (x.ndim - 1, *range(x.ndim - 1)))
+        found = []
+        for place in numpy.ndindex(*out):
+            patch = patch_at(x, place, sizes, strides, holes, first=2)
+            found.append(lax.reshape(patch, (features, b.shape[0])))
+        a = lax.concatenate(found, 0) if len(found) > 1 else found[0]
+        return lax.dot_general(a, b, (((1,), (0,)), ((), ())), **how)
+
+    if math.prod(out) == 1:  # there are no patches to be made
+        total = of_some(x, g)
+    else:
+        bytes_each = math.prod(sizes) * math.prod(out) * features * x.dtype.itemsize
+        most = windows.FOR_ALL_CORES if groups == 1 else windows.CACHED
+        total = sum_of_blocks(of_some, x, g, max(1, most // bytes_each))
+    if groups == 1 and outs_first:
+        total = lax.transpose(total, (1, 0))
+    # (groups, places..., ins, each) -> (ins, places..., groups, each)
+    y = lax.reshape(total, (groups, *out, ins, each))
+    last = y.ndim - 1
+    y = lax.transpose(y, (last - 1, *range(1, last - 1), 0, last))
+    return lax.reshape(y, (ins, *out, outs))
+
+
+def _sum_by_feature(terms, by_product: bool, **how) -> jax.Array:
+    """Over all axes but the last.
+
+    by_product: with ones, which is faster of what the cache holds, and of repeated features.
+    """
+    if not by_product:
+        return lax.reduce_sum(terms, range(terms.ndim - 1))
+    terms = lax.reshape(terms, (math.prod(terms.shape[:-1]), terms.shape[-1]))
+    ones = lax.full_like(terms, 1, shape=(1, terms.shape[0]))
+    return lax.dot_general(ones, terms, (((1,), (0,)), ((), ())), **how)

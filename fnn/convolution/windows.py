@@ -1,0 +1,159 @@
+"""How the window of a convolution meets its input, and some images at a time.
+
+Arrays of images are (images, space..., features). A patch is what one place of the window meets.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy
+from jax import lax
+
+from fnn.meshes import as_varying
+
+# The patches of so many bytes at a time: they stay in a core's cache.
+CACHED = 2**20
+
+# For a weight's gradient more: a block's product is then large enough for all cores.
+FOR_ALL_CORES = 3 * 2**20
+
+# From so many weights on, their order of axes matters.
+LARGE = 2**18
+
+# Whether XLA's library computes each row of y on one core, unless it has many features or pixels.
+ROWS_ON_ONE_CORE = jax.__version_info__ < (0, 11)
+
+# So many multiplications and additions of shifted copies are faster than the library.
+FEW = 49
+
+
+class Window(NamedTuple):
+    """How a convolution meets its input, for each axis of space.
+
+    holes: the dilation of the window. between: that of x, the zeros between its entries plus 1.
+    """
+
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    between: tuple[int, ...]
+    holes: tuple[int, ...]
+
+
+def out_space(x, w, window: Window) -> list[int]:
+    """The output's size along each axis of space."""
+    found = []
+    for n, k, stride, (low, high), between, hole in zip(
+        x.shape[1:-1], w.shape[:-2], *window, strict=True
+    ):
+        size = (1 + between * (n - 1) if n else 0) + low + high
+        reach = 1 + hole * (k - 1) if k else 0
+        found.append(max(0, (size - reach) // stride + 1))
+    return found
+
+
+def padded(x, window: Window):
+    """x with its zeros around and between."""
+    pads = [
+        (low, high, d - 1) for (low, high), d in zip(window.padding, window.between, strict=True)
+    ]
+    if not any(itertools.chain(*pads)):
+        return x
+    return lax.pad(x, lax.full_like(x, 0, shape=()), [(0, 0, 0), *pads, (0, 0, 0)])
+
+
+def patch_at(x, place: Sequence[int], out: Sequence[int], strides, holes, first: int = 1) -> Any:
+    """What one place of the window meets: x[:, o·stride + place·hole, :] for all o.
+
+    first: the number of x's first axis of space.
+    """
+    start, stop, step = [0] * x.ndim, list(x.shape), [1] * x.ndim
+    for axis, (k, n, stride, hole) in enumerate(
+        zip(place, out, strides, holes, strict=True), first
+    ):
+        start[axis], step[axis] = k * hole, stride
+        stop[axis] = start[axis] + (n - 1) * stride + 1
+    return lax.slice(x, start, stop, step)
+
+
+def patches_by_group(x, kernel, out, strides, holes, groups: int) -> jax.Array:
+    """(images · out, groups, kernel · features of a group): what each output place sees of x."""
+    rows = (x.shape[0] * math.prod(out), groups, x.shape[-1] // groups)
+    found = [patch_at(x, place, out, strides, holes) for place in numpy.ndindex(*kernel)]
+    return lax.concatenate([lax.reshape(patch, rows) for patch in found], 2)
+
+
+def patch_rows(x, kernel, out, strides, holes, inner: int) -> jax.Array:
+    """What each output place sees of x, a row: its features, each with all places; or reversed."""
+    found = [patch_at(x, place, out, strides, holes) for place in numpy.ndindex(*kernel)]
+    axis = x.ndim if inner == 0 else x.ndim - 1
+    rows = lax.concatenate([lax.expand_dims(patch, (axis,)) for patch in found], axis)
+    pixels = x.shape[0] * math.prod(out)
+    return lax.reshape(rows, (pixels, math.prod(kernel) * x.shape[-1]))
+
+
+def repeated(x, times: int) -> jax.Array:
+    """Each feature so many times, one beside the other."""
+    if times == 1:
+        return x
+    wide = lax.broadcast_in_dim(x, (*x.shape, times), range(x.ndim))
+    return lax.reshape(wide, (*x.shape[:-1], x.shape[-1] * times))
+
+
+def matrix_of(one: int, other: int, space: Sequence[int]) -> tuple[int | None, int]:
+    """How weights lie as a matrix of one axis with all others: (its side, the other's place).
+
+    Args:
+        one, other: the places of the two axes of features in memory.
+        space: those of the window's.
+
+    Returns:
+        The side of the matrix, 0 or 1, on which `one` is, None where it lies between others. And
+        whether the other axis of features lies before the window's (0) or behind (1).
+    """
+    if list(space) != list(range(space[0], space[0] + len(space))):
+        return None, 0
+    side = {0: 0, len(space) + 1: 1}.get(one)
+    return side, int(other > space[0])
+
+
+def blocks_of(x, size: int) -> tuple:
+    """x as (blocks, size, ...), how many blocks there are, and what is left over.
+
+    No blocks where all of it is one.
+    """
+    blocks, rest = divmod(x.shape[0], size)
+    if x.shape[0] <= size:
+        return x, 0, None
+    whole = lax.reshape(lax.slice_in_dim(x, 0, blocks * size), (blocks, size, *x.shape[1:]))
+    return whole, blocks, lax.slice_in_dim(x, blocks * size, x.shape[0]) if rest else None
+
+
+def block_by_block(function, x, size: int) -> jax.Array:
+    """function(x), of so many images at a time."""
+    whole, blocks, rest = blocks_of(x, size)
+    if not blocks:
+        return function(x)
+    y = lax.map(function, whole)
+    y = lax.reshape(y, (blocks * size, *y.shape[2:]))
+    return y if rest is None else lax.concatenate([y, function(rest)], 0)
+
+
+def sum_of_blocks(function, x, g, size: int):
+    """Σ function(x, g) over blocks of so many images, one after the other."""
+    xs, blocks, x_rest = blocks_of(x, size)
+    gs, _, g_rest = blocks_of(g, size)
+    if not blocks:
+        return function(x, g)
+    one = jax.eval_shape(function, x[:size], g[:size])
+    start = jnp.zeros(one.shape, one.dtype)
+    for a in (x, g):  # under shard_map, what the loop carries varies over devices as they do
+        start = as_varying(start, jax.typeof(a))
+    add = lambda total, pair: (lax.add(total, function(*pair)), None)
+    total, _ = lax.scan(add, start, (xs, gs))
+    return total if x_rest is None else lax.add(total, function(x_rest, g_rest))
