@@ -50,9 +50,8 @@ from fnn.convolution.windows import (
 )
 from fnn.meshes import sharding_of
 
-# For so few features out, the library is slower than products of single pixels, then shifted: where
-# x has more features than this, and for the fewest whatever x has.
-_NARROW, _NARROWEST = 6, 3
+# For so few features out, the library is slower than products of single pixels, then shifted.
+_NARROW = 3
 
 
 def convolution(x, w, **params) -> jax.Array:
@@ -189,8 +188,7 @@ def _window_by_window(x, w, window: Window, out, groups: int, **how) -> jax.Arra
         return _for_each_group(x, x.ndim - 1, w, window, out, groups, **how)
     if groups > 1:
         return _in_groups(x, w, window, out, groups, **how)
-    is_narrow = w.shape[-1] <= _NARROWEST or w.shape[-1] <= _NARROW < w.shape[-2]
-    if is_narrow and few and _stays(window):
+    if w.shape[-1] <= _NARROW and few and _stays(window):
         return _to_few_features(x, w, window, out, **how)
     return _library(x, w, window, out, **how)
 
