@@ -1,6 +1,6 @@
 """What it costs that XLA takes a step's memory from Linux anew each time: pages, processor time.
 
-    python benchmarks/pages.py [--model resnet vit gpt lstm] [--rounds 5] [--markdown]
+    python benchmarks/pages.py [--model lenet resnet vit gpt lstm] [--rounds 5] [--markdown]
 
 XLA's CPU client allocates what a program needs besides arguments and results at each call, and
 frees it behind. What is larger than 32 MB the C library (glibc) gives back to the kernel, which at
@@ -21,26 +21,25 @@ import sys
 import time
 
 from measure import machine, table
+from models import BATCH, loop, prepare
+from peers import MODELS, data
 
 KEEP = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
 }
-MODELS = ("resnet", "vit", "gpt", "lstm")
+SECONDS = 4
 
 
-def measure(model: str, seconds: float) -> dict[str, float]:
+def measure(model: str) -> dict[str, float]:
     """Of a step in this process: milliseconds, page faults, and processor time in ms."""
-    from models import BATCH, loop, prepare
-    from peers import data
-
     body = loop(prepare("fnn", model), *data(model, BATCH[model]))
     for _ in range(3):
         body()
     body.wait()
     before, start, steps = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
+    while time.perf_counter() - start < SECONDS:
         body()
         body.wait()
         steps += 1
@@ -79,7 +78,7 @@ def main() -> None:
     parser.add_argument("--inside", choices=MODELS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
-        print(json.dumps(measure(options.inside, 4.0)))
+        print(json.dumps(measure(options.inside)))
         return
     rows = []
     for model in options.model:

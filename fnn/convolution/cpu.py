@@ -9,8 +9,8 @@ times slower. So the axes are put in this order here. What the library is slow a
 * In JAX 0.10 the library shares among the cores what is in a row of y, if that is much, but never
   rows or images. So the images are put side by side, as one wide image, and it uses all cores.
 * The gradient of a weight is a convolution whose "window" is a whole image and whose output has
-  but few places. Of many features, and of a colour image's few, it is faster as one product of g
-  with the images' patches (im2col), made for a few images at a time, as many as fit into the cache.
+  but few places. Of many features in and out, and of a colour image's few, it is faster as one
+  product of g with the images' patches (im2col), made for a few images at a time.
   The fewer of the two, outputs or features times places, are the product's rows: of many rows and
   few columns it takes up to twice as long.
 * Of some groups of features, each is a convolution of its own; of many small ones, all are one

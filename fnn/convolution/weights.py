@@ -25,7 +25,8 @@ from fnn.convolution.windows import (
     sum_of_blocks,
 )
 
-# Of fewer features than these, patches are made row by row, not pixel by pixel.
+# Of fewer features than these, patches are made row by row, not pixel by pixel; and products pay
+# for colour images only.
 _MANY = 16
 
 
@@ -39,8 +40,7 @@ def weight_as_it_lies(x, w, window: Window, out, y_spec, **how) -> jax.Array | N
     count = math.prod(out)
     if side is None or pixels > outs or count == 1 or features * outs * count < windows.LARGE:
         return None
-    x = lax.transpose(x, (x.ndim - 1, *range(1, x.ndim - 1), 0))
-    g = lax.transpose(w, (w.ndim - 2, *range(w.ndim - 2), w.ndim - 1))
+    x, g = _as_images(x, w)
     sizes = g.shape[1:-1]
     a = patch_rows(padded(x, window), out, sizes, window.holes, window.strides, inner)
     g = lax.reshape(g, (pixels, outs))
@@ -85,14 +85,12 @@ def place_by_place(x, w, window: Window, out, groups: int, **how) -> jax.Array:
 
     As a product of patches of some images with the images of w, summed over the images.
     """
-    # As arrays of images: (images, space..., features), and (images, space..., outs).
-    x = lax.transpose(x, (x.ndim - 1, *range(1, x.ndim - 1), 0))
-    g = lax.transpose(w, (w.ndim - 2, *range(w.ndim - 2), w.ndim - 1))
+    x, g = _as_images(x, w)
     sizes, outs, features = g.shape[1:-1], g.shape[-1], x.shape[-1]
     ins, each = features // groups, outs // groups
     x, g = lax.optimization_barrier((x, g))
     strides, holes = window.holes, window.strides
-    pixel_by_pixel = features >= _MANY and math.prod(out) > 1
+    pixel_by_pixel = groups == 1 and features >= _MANY and math.prod(out) > 1
     # A product of few rows and many columns is faster than of many and few.
     outs_first = pixel_by_pixel and outs <= math.prod(out) * features
 
@@ -131,13 +129,19 @@ def place_by_place(x, w, window: Window, out, groups: int, **how) -> jax.Array:
         bytes_each = math.prod(sizes) * math.prod(out) * features * x.dtype.itemsize
         most = windows.FOR_ALL_CORES if groups == 1 else windows.CACHED
         total = sum_of_blocks(of_some, x, g, max(1, most // bytes_each))
-    if groups == 1 and outs_first:
+    if outs_first:
         total = lax.transpose(total, (1, 0))
     # (groups, places..., ins, each) -> (ins, places..., groups, each)
     y = lax.reshape(total, (groups, *out, ins, each))
     last = y.ndim - 1
     y = lax.transpose(y, (last - 1, *range(1, last - 1), 0, last))
     return lax.reshape(y, (ins, *out, outs))
+
+
+def _as_images(x, w) -> tuple[jax.Array, jax.Array]:
+    """What is multiplied: (images, space..., features) and (images, space..., outs)."""
+    x = lax.transpose(x, (x.ndim - 1, *range(1, x.ndim - 1), 0))
+    return x, lax.transpose(w, (w.ndim - 2, *range(w.ndim - 2), w.ndim - 1))
 
 
 def _sum_by_feature(terms, by_product: bool, **how) -> jax.Array:
