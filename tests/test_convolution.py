@@ -69,7 +69,10 @@ FORMULAS = {
         {"window_strides": (2, 1), "rhs_dilation": (2, 1)},
     ),
     "many to few": ((2, 6, 5, 64), (3, 3, 64, 2), {}),
-    "library": ((2, 6, 5, 3), (3, 3, 3, 4), {}),
+    "library": ((2, 6, 5, 9), (3, 3, 9, 4), {}),
+    "bands": ((2, 6, 5, 3), (3, 2, 3, 4), {"rhs_dilation": (1, 2), "padding": ((1, 0), (-1, 4))}),
+    "filled": ((2, 6, 5, 7), (3, 2, 7, 9), {}),
+    "filled, many out": ((2, 6, 5, 3), (3, 2, 3, 20), {"window_strides": (2, 1)}),
     "few features": ((2, 6, 5, 9), (3, 2, 9, 3), {"rhs_dilation": (1, 2)}),
     "one place": (
         (2, 6, 5, 3),
@@ -104,11 +107,13 @@ TWO_IMAGES = {
     "groups": 4_400,
     "depthwise": 6_500,
     "few features": 17_400,
+    "bands": 4_400,
 }
 BOTH = [(name, cached) for name in FORMULAS for cached in (None, 1, TWO_IMAGES.get(name, 2))]
 QUICK = [
     ("product", TWO_IMAGES["product"]),
     ("strided", None),
+    ("bands", 4_400),
     ("grey", None),
     ("each group", None),
 ]
@@ -150,6 +155,7 @@ SIDE_BY_SIDE = {
 @pytest.mark.parametrize("name", sweep(SIDE_BY_SIDE, quick=["strided"]))
 def test_images_side_by_side_agree_with_jax(name, monkeypatch):
     monkeypatch.setattr(cpu, "_is_on_one_core", lambda *_: True)
+    monkeypatch.setattr(cpu, "_FEW_IN", 0)  # no bands
     x, w, options = SIDE_BY_SIDE[name]
     space = "DHW"[-(len(x) - 2) :]
     numbers = (f"N{space}C", f"{space}IO", f"N{space}C")
@@ -171,6 +177,25 @@ def test_where_one_core_would_work_images_lie_side_by_side(on_one_core, outs, ma
     text = jax.jit(lambda x, w: ops.convolution(x, w)).lower(x, w).as_text()
     (batch,) = re.findall(r"stablehlo.convolution.*\(tensor<(\d+)x", text)
     assert int(batch) == (1 if on_one_core and many else 16)
+
+
+@pytest.mark.parametrize("sizes, wanted", [((3, 16), []), ((6, 16), [8]), ((8, 16), [8])])
+def test_what_the_library_gets_of_few_features(sizes, wanted):
+    """Of four or fewer nothing, of five to seven eight: it is slow at both."""
+    ins, outs = sizes
+    x, w = R(0, 2, 8, 8, ins, dtype="float32"), R(1, outs, ins, 3, 3, dtype="float32")
+    text = jax.jit(lambda x, w: ops.convolution(x, w)).lower(x, w).as_text()
+    found = re.findall(r"stablehlo.convolution.*\(tensor<(?:\d+x){3}(\d+)x", text)
+    assert [int(n) for n in found] == wanted
+
+
+@pytest.mark.parametrize("on_one_core", [True, False])
+def test_an_odd_number_of_features_is_filled_up_before_jax_0_11(on_one_core, monkeypatch):
+    monkeypatch.setattr(windows, "ROWS_ON_ONE_CORE", on_one_core)
+    x, w = R(0, 2, 8, 8, 3, dtype="float32"), R(1, 32, 3, 3, 3, dtype="float32")
+    text = jax.jit(lambda x, w: ops.convolution(x, w)).lower(x, w).as_text()
+    (found,) = re.findall(r"stablehlo.convolution.*\(tensor<(?:\d+x){3}(\d+)x", text)
+    assert int(found) == (4 if on_one_core else 3)
 
 
 LYING = [
@@ -257,7 +282,9 @@ def test_a_weights_gradient_takes_little_memory(outs):
     assert ours <= theirs + 4 * windows.CACHED
 
 
-@pytest.mark.parametrize("sizes", sweep([(1, 6), (6, 16), (64, 3), (32, 64)], quick=[(1, 6)]))
+@pytest.mark.parametrize(
+    "sizes", sweep([(1, 6), (3, 16), (6, 16), (64, 3), (32, 64)], quick=[(1, 6)])
+)
 def test_no_formula_does_more_than_it_must(sizes):
     """Multiplications and additions of LeNet's convolutions, and of wider ones."""
     ins, outs = sizes

@@ -20,6 +20,9 @@ times slower. So the axes are put in this order here. What the library is slow a
   ones, where the cache holds what is summed.
 * To few features, each pixel is multiplied with all of the window's weights in one product, whose
   parts are then shifted and added.
+* From few features to not many, some neighbouring places of y are found at once: the product of all
+  that they see, side by side, with a banded matrix, in which w stands once for each of them.
+* From some odd numbers of features the library is slow: they are filled up with zeros.
 * A window of one place is a product alone.
 * Where there are fewer pixels than features, most of the time would go to bringing the weights into
   another order of axes: they are multiplied as they lie, with patches or with single pixels.
@@ -52,6 +55,12 @@ from fnn.meshes import sharding_of
 
 # For so few features out, the library is slower than products of single pixels, then shifted.
 _NARROW = 3
+
+# To so many features or fewer, XLA's library takes other functions than to more.
+_SMALL = 16
+
+# From so many features to `_SMALL`, bands of so many places of y are faster than the library.
+_FEW_IN, _BAND = 4, 4
 
 
 def convolution(x, w, **params) -> jax.Array:
@@ -188,8 +197,13 @@ def _window_by_window(x, w, window: Window, out, groups: int, **how) -> jax.Arra
         return _for_each_group(x, x.ndim - 1, w, window, out, groups, **how)
     if groups > 1:
         return _in_groups(x, w, window, out, groups, **how)
-    if w.shape[-1] <= _NARROW and few and _stays(window):
-        return _to_few_features(x, w, window, out, **how)
+    if few and _stays(window):
+        if w.shape[-1] <= _NARROW:
+            return _to_few_features(x, w, window, out, **how)
+        if w.shape[-2] <= _FEW_IN and w.shape[-1] <= _SMALL and out:
+            return _in_bands(x, w, window, out, **how)
+    ins = _filled(w.shape[-2], w.shape[-1], window)
+    x, w = _with_features(x, x.ndim - 1, ins), _with_features(w, w.ndim - 2, ins)
     return _library(x, w, window, out, **how)
 
 
@@ -211,6 +225,73 @@ def _to_few_features(x, w, window: Window, out, **how) -> jax.Array:
     of_some = lambda x: _pixels_then_shifts(x, matrix, 0, 0, kernel, window, out, **how)
     bytes_each = math.prod(x.shape[1:-1]) * outs * count * x.dtype.itemsize
     return block_by_block(of_some, x, max(1, windows.CACHED // 4 // bytes_each))
+
+
+def _in_bands(x, w, window: Window, out, **how) -> jax.Array:
+    """`_BAND` neighbouring places of a row of y at a time, by one product with a banded matrix.
+
+    A row of the product is all that they see: (places of the window but its last axis, a strip of
+    x's row, features). The columns are (place of the band, features out): w, further on by one
+    stride for each place, with zeros around.
+    """
+    *kernel, ins, outs = w.shape
+    *front, width = kernel
+    stride, hole = window.strides[-1], window.holes[-1]
+    bands = -(-out[-1] // _BAND)
+    reach = hole * (width - 1) + 1
+    strip = stride * (_BAND - 1) + reach
+    last = len(front)  # of w's axes that of rows; of x's it is the next
+    zero = lax.full_like(w, 0, shape=())
+    shifted = []
+    for place in range(_BAND):
+        start = place * stride
+        pads = [(0, 0, 0)] * w.ndim
+        pads[last] = (start, strip - reach - start, hole - 1)
+        shifted.append(lax.expand_dims(lax.pad(w, zero, pads), (w.ndim - 1,)))
+    inner = math.prod(front) * strip * ins
+    matrix = lax.reshape(lax.concatenate(shifted, w.ndim - 1), (inner, _BAND * outs))
+
+    # As many columns of x as all bands see.
+    low, _ = window.padding[-1]
+    high = stride * _BAND * (bands - 1) + strip - low - x.shape[last + 1]
+    window = window._replace(padding=(*window.padding[:-1], (low, high)))
+    starts = range(0, stride * _BAND * bands, stride * _BAND)
+    # Behind a barrier: else what makes x may be computed anew for each place.
+    x = lax.optimization_barrier(x)
+
+    def of_some(x):
+        x = padded(x, window)
+        found = []
+        for place in numpy.ndindex(*front):
+            rows = patch_at(x, place, out[:-1], window.strides[:-1], window.holes[:-1])
+            strips = [lax.slice_in_dim(rows, k, k + strip, axis=last + 1) for k in starts]
+            strips = [lax.reshape(s, (*s.shape[:-2], 1, strip * ins)) for s in strips]
+            found.append(lax.concatenate(strips, last + 1))
+        a = lax.concatenate(found, last + 2)
+        y = lax.dot_general(a, matrix, (((last + 2,), (0,)), ((), ())), **how)
+        y = lax.reshape(y, (*y.shape[: last + 1], bands * _BAND, outs))
+        return lax.slice_in_dim(y, 0, out[-1], axis=last + 1)
+
+    bytes_each = math.prod(out[:-1]) * bands * inner * x.dtype.itemsize
+    return block_by_block(of_some, x, max(1, windows.FOR_ALL_CORES // bytes_each))
+
+
+def _filled(ins: int, outs: int, window: Window) -> int:
+    """With how many features, some of them zeros, the library is fastest."""
+    if _FEW_IN < ins < 8 and outs <= _SMALL and _stays(window):
+        return 8
+    if windows.ROWS_ON_ONE_CORE and ins > 1 and ins % 2 and _SMALL < outs <= 32:
+        return -(-ins // 4) * 4
+    return ins
+
+
+def _with_features(x, axis: int, count: int) -> jax.Array:
+    """Zeros after what there is along this axis, so that there are so many."""
+    if x.shape[axis] == count:
+        return x
+    pads = [(0, 0, 0)] * x.ndim
+    pads[axis] = (0, count - x.shape[axis], 0)
+    return lax.pad(x, lax.full_like(x, 0, shape=()), pads)
 
 
 def _moves_one_way(window: Window) -> bool:
@@ -256,7 +337,7 @@ def _is_on_one_core(x, w, places: int) -> bool:
         windows.ROWS_ON_ONE_CORE
         and x.dtype == jnp.float32
         and count >= 8
-        and outs > 16  # to fewer, other functions of the library use all cores
+        and outs > _SMALL  # to fewer, the library's other functions use all cores
         and math.prod(w.shape[:-2]) <= windows.FEW
         and not shares_features
     )
