@@ -12,6 +12,8 @@ of installed packages, which are taken to stay as they are.
 
 from __future__ import annotations
 
+import array
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -35,8 +37,24 @@ _INSTALLED = (
     *(sysconfig.get_paths()[p] + os.sep for p in ("stdlib", "purelib", "platlib")),
     "<frozen",
 )
-# Whatever is called may define the one, and wrap what defines the other.
-_ALWAYS_READ = frozenset({"__call__", "__wrapped__"})
+_BINARY = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+_OTHERS = ("getitem", "getattr", "contains", "iter", "len", "bool", "neg", "pos", "abs", "invert")
+# What code calls without its name: objects that are called, and operators. What is called may
+# also wrap what is run.
+_ALWAYS_READ = frozenset(
+    {"__call__", "__wrapped__", "__jax_array__"}
+    | {f"__{name}__" for name in (*_OTHERS, *_BINARY)}
+    | {f"__r{name}__" for name in _BINARY}
+)
+# What a class has for a field of its objects, whose value stands in the object; methods of C.
+_DESCRIPTORS = (
+    types.MemberDescriptorType,
+    types.GetSetDescriptorType,
+    types.WrapperDescriptorType,
+    types.MethodDescriptorType,
+    types.ClassMethodDescriptorType,
+    type(collections.namedtuple("_", "field").field),
+)
 
 
 def readings(function: Any) -> list:
@@ -72,6 +90,7 @@ class _Walk:
     def visit(self, x: Any) -> None:
         if isinstance(x, _PLAIN):
             self.entries += (type(x), x)
+            self._subclass(x)
             return
         if isinstance(x, (float, complex, np.generic)):
             self.entries += (type(x), repr(x))  # nan is itself, and -0.0 isn't 0.0
@@ -84,8 +103,16 @@ class _Walk:
         for kind, visit in _VISITS:
             if isinstance(x, kind):
                 visit(self, x)
+                self._subclass(x)
                 return
         self._object(x)
+
+    def _subclass(self, x: Any) -> None:
+        """What the user's class adds to the one of Python's that it derives from."""
+        kind = type(x)
+        if kind.__module__ != "builtins" and not _is_installed(sys.modules.get(kind.__module__)):
+            self._named(getattr(x, "__dict__", {}))
+            self.visit(kind)
 
     def _all(self, *parts: Any) -> None:
         self.entries.append(len(parts))
@@ -162,8 +189,10 @@ _VISITS: tuple[tuple[Any, Any], ...] = (
     ((staticmethod, classmethod), lambda walk, x: walk._all(x.__func__)),
     (type, _Walk._class),
     ((dict, types.MappingProxyType), lambda walk, x: walk._all(*x.keys(), *x.values())),
-    ((tuple, list, set, frozenset), lambda walk, x: walk._all(*x)),
+    ((tuple, list, set, frozenset, collections.deque), lambda walk, x: walk._all(*x)),
+    ((bytearray, array.array), lambda walk, x: walk.entries.append(bytes(x))),
     (slice, lambda walk, x: walk._all(x.start, x.stop, x.step)),
+    (_DESCRIPTORS, lambda walk, x: None),
 )
 
 

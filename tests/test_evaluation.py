@@ -1,9 +1,13 @@
 """`evaluate`: compiled once, never stale, and holding no loss; memory of all that takes a loss."""
 
+import array
+import collections
+import dataclasses
 import functools
 import gc
 import types
 import weakref
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +47,32 @@ class Model:
 
     def __call__(self, params, x):
         return self.loss(params, x)
+
+
+class Pair(NamedTuple):
+    """A tuple with a method."""
+
+    weight: float
+    other: float
+
+    def __call__(self, params, x):
+        return GLOBAL * self.weight * params["w"] @ x
+
+
+class Table(dict):
+    """A dictionary with an attribute."""
+
+
+class Times:
+    """What is called by an operator."""
+
+    def __mul__(self, x):
+        return GLOBAL * x
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    weight: float
 
 
 GLOBAL = 3.0
@@ -93,6 +123,8 @@ def losses_that_change():
         model.scale = new / 2
 
     network = chain(lambda y: in_dict["a"]["b"] * y)
+    pair, table, times = Pair(1.0, 0.0), Table(), Times()
+    table.scale, in_deque, in_bytes = 3.0, collections.deque([3.0]), array.array("d", [3.0])
     return {
         "cell": (of_cell, set_cell),
         "global": (of_global, change_global),
@@ -118,6 +150,20 @@ def losses_that_change():
         "module": (
             lambda p, x: MODULE.scale * p["w"] @ x,
             lambda new: setattr(MODULE, "scale", new),
+        ),
+        "tuple's method": (lambda p, x: pair(p, x), change_global),
+        "dictionary's attribute": (
+            lambda p, x: table.scale * p["w"] @ x,
+            lambda new: setattr(table, "scale", new),
+        ),
+        "operator": (lambda p, x: (times * p["w"]) @ x, change_global),
+        "deque": (
+            lambda p, x: in_deque[0] * p["w"] @ x,
+            lambda new: in_deque.__setitem__(0, new),
+        ),
+        "array of Python's": (
+            lambda p, x: in_bytes[0] * p["w"] @ x,
+            lambda new: in_bytes.__setitem__(0, new),
         ),
         "function's attribute": (
             with_attribute,
@@ -161,6 +207,20 @@ def test_compiled_once_for_each_loss_and_shape():
     assert len(traced) == once + 1
     evaluate(loss, PARAMS, X)
     assert len(traced) == once + 1
+
+
+@pytest.mark.parametrize("kind", [Pair, Slotted])
+def test_compiled_once_though_it_reads_a_field_by_name(kind):
+    traced = []
+
+    def loss(params, x):
+        made = kind(*[1.0 for _ in kind.__annotations__])
+        traced.append(made)
+        return made.weight * params["w"] @ x
+
+    assert value(loss) == pytest.approx(2)
+    once = len(traced)
+    assert value(loss) == pytest.approx(2) and len(traced) == once
 
 
 def test_a_method_is_compiled_once_though_python_makes_it_anew():
