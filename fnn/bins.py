@@ -1,4 +1,4 @@
-"""The bins of a histogram, where rounding leaves no room for many."""
+"""The bins of a histogram, where rounding leaves no room for many, or the range overflows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ _LARGEST = np.finfo(float).max
 
 
 def bins_of(values: np.ndarray, most: int) -> int | np.ndarray:
-    """What to give `np.histogram` as `bins`: it raises where a bin would be no wider than rounding.
+    """What to give `np.histogram` as `bins`: it raises where a bin would be no wider than rounding,
+    or the range is above the largest float.
 
     Args:
         values: finite float64 numbers, at least one.
@@ -20,7 +21,7 @@ def bins_of(values: np.ndarray, most: int) -> int | np.ndarray:
     low, high = float(values.min()), float(values.max())
     rounding = float(np.spacing(max(abs(low), abs(high))))
     room = high - low or 1.0  # around equal numbers, as numpy has it
-    if room > 2 * most * rounding:
+    if 2 * most * rounding < room < np.inf:
         return most
     margin = max(0.5, rounding)
     return np.clip([low - margin, high + margin], -_LARGEST, _LARGEST)

@@ -89,7 +89,7 @@ def euclidean(arrays: Sequence) -> float:
         numpy.abs(numpy.asarray(a, complex if numpy.iscomplexobj(a) else float)).ravel()
         for a in arrays
     ]
-    largest = max((float(s.max()) for s in sizes if s.size), default=0.0)
+    largest = float(numpy.max([s.max() for s in sizes if s.size], initial=0.0))  # or nan
     if largest == 0 or not numpy.isfinite(largest):
         return largest
     return largest * float(sum(numpy.square(s / largest).sum() for s in sizes)) ** 0.5

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import fnn
+from fnn.bins import bins_of
 from fnn.logs import CSV, JSONL, Logs, TensorBoard, Writer
 
 KEY = jax.random.key(0)
@@ -452,6 +453,12 @@ def test_tensorboard_of_arrays(tmp_path):
         # Each bucket counts what lies above the limit before, up to its own.
         below = [np.sum(numbers.ravel() < limit) for limit in found.bucket_limit[1:-1]]
         np.testing.assert_array_equal(np.cumsum(found.bucket)[1:-1], below)
+
+
+@pytest.mark.parametrize("numbers", [[-1.7e308, 0.0, 1.7e308], [-1e300, 1e300], [2.0, 2.0]])
+def test_bins_of_any_range_hold_all(numbers):
+    counts, edges = np.histogram(numbers, bins_of(np.asarray(numbers), 30))
+    assert counts.sum() == len(numbers) and np.isfinite(edges).all()
 
 
 def test_tensorboard_goes_on_and_begins_anew(tmp_path):

@@ -247,3 +247,11 @@ def test_a_step_in_words():
             return updates, state
 
     assert shown(Own(), Own()) == "TrainStep(Own, Own)"
+
+
+@pytest.mark.parametrize("first", [[0.0, 0.0], [1.0], []])
+@pytest.mark.parametrize("second", [[np.nan], [3.0, np.nan], [np.inf, 0.0], [1e300, 0.0], [0.0]])
+def test_the_norm_of_several_arrays(first, second):
+    wanted = np.hypot.reduce(np.asarray([*first, *second]))
+    for arrays in ([first, second], [second, first]):
+        np.testing.assert_allclose(text.euclidean([np.asarray(a) for a in arrays]), wanted)
