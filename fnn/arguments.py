@@ -69,6 +69,14 @@ def number(
     return value
 
 
+def fixed_number(where: str, name: str, value: Any, **bounds: Any) -> float:
+    """The same as a Python float, of which the program is made: not traced."""
+    number(where, name, value, **bounds)
+    if _is_traced(value):
+        raise TypeError(_wrong(where, name, "a number that is known, under jit too", value))
+    return float(value)
+
+
 def integer(
     where: str, name: str, value: Any, *, least: int | None = None, most: int | None = None
 ) -> int:

@@ -69,6 +69,44 @@ def test_numbers(option):
         f(**{name: jnp.asarray(right)})
 
 
+HEADS = jnp.ones((2, 1, 4))
+
+
+@pytest.mark.parametrize(
+    "op, option, right",
+    [
+        (functools.partial(ops.attention, HEADS, HEADS, HEADS), "scale", 0.5),
+        (functools.partial(ops.batch_norm, X), "epsilon", 0.1),
+        (functools.partial(ops.linear_softmax_cross_entropy, X, X, LABEL * 0), "z_loss", 0.1),
+        (
+            functools.partial(ops.linear_softmax_cross_entropy, X, X, LABEL * 0),
+            "label_smoothing",
+            0.1,
+        ),
+    ],
+)
+def test_numbers_that_a_program_is_made_of(op, option, right):
+    name = op.func.__name__
+    wanted = jax.tree.leaves(op(**{option: right}))
+    for given in (np.float32(right), np.array(right), jnp.float32(right)):
+        for a, b in zip(jax.tree.leaves(op(**{option: given})), wanted, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+    with pytest.raises(TypeError, match=f"^{name}: {option} must be .* but got a traced array"):
+        jax.jit(lambda number: op(**{option: number}))(right)
+
+
+def test_numbers_of_any_dtype():
+    query, keys = jnp.asarray([1.0, 2.0]), jnp.eye(3, 2)
+    wanted = ops.info_nce(query, keys, jnp.int32(1), temperature=2)
+    frames, labels = jnp.ones((5, 3)), jnp.asarray([1, 2], jnp.int32)
+    loss = ops.ctc(frames, labels)
+    with jax.numpy_dtype_promotion("strict"):
+        for number in (np.int8(2), jnp.int32(2), np.float64(2), jnp.bfloat16(2)):
+            found = ops.info_nce(query, keys, jnp.int32(1), temperature=number)
+            np.testing.assert_allclose(found, wanted, rtol=1e-6)
+        np.testing.assert_allclose(ops.ctc(frames, labels, blank=np.int8(0)), loss, rtol=1e-6)
+
+
 @pytest.mark.parametrize("option", FLAGS)
 def test_flags(option):
     op, name = option.split()

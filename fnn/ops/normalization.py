@@ -267,7 +267,7 @@ def batch_norm(
         raise ValueError(f"{op}: argument 'x' has shape (), wanted (..., features).")
     _check_weights(op, x, x.shape[-1:], {"scale": scale, "bias": bias})
     check_mask(op, x, mask)
-    arguments.number(op, "epsilon", epsilon, least=0)
+    epsilon = arguments.fixed_number(op, "epsilon", epsilon, least=0)
     positions = tuple(range(x.ndim - 1))
     over = lambda total: _over(axis_name, total)
     if mask is None:

@@ -73,8 +73,8 @@ def linear_softmax_cross_entropy(
     h, W = jnp.asarray(h), jnp.asarray(W)
     _check(where, h, W, labels, bias)
     labels = jnp.asarray(labels)
-    arguments.number(where, "label_smoothing", label_smoothing, least=0, below=1)
-    arguments.number(where, "z_loss", z_loss, least=0)
+    smoothing = arguments.fixed_number(where, "label_smoothing", label_smoothing, least=0, below=1)
+    z_loss = arguments.fixed_number(where, "z_loss", z_loss, least=0)
     if ignore is not None:
         ignore = arguments.integer(where, "ignore", ignore)
     loss, m, r = linear_cross_entropy(
@@ -82,7 +82,7 @@ def linear_softmax_cross_entropy(
         W,
         labels,
         {} if bias is None else {"bias": bias},
-        label_smoothing=float(label_smoothing),
+        label_smoothing=smoothing,
         ignore=ignore,
         block=block_size(where, block, on_cpu=256, elsewhere=4096),
     )

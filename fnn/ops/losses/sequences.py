@@ -60,7 +60,7 @@ def ctc(
         raise TypeError(f"{op}: argument 'labels' has dtype {labels.dtype}, wanted integers.")
     if labels.ndim != 1:
         raise ValueError(f"{op}: argument 'labels' has shape {labels.shape}, wanted (length,).")
-    arguments.integer(op, "blank", blank, least=0, most=logits.shape[-1] - 1)
+    blank = arguments.integer(op, "blank", blank, least=0, most=logits.shape[-1] - 1)
     labels = signed(labels)
     is_label = _mask(op, "label_mask", label_mask, labels.shape)
     is_blank = is_label & (labels == blank)

@@ -210,7 +210,8 @@ def info_nce(
     similarity = jnp.einsum(
         "...f,nf->...n", query, keys.astype(query.dtype), preferred_element_type=wide(query).dtype
     )
-    return softmax_cross_entropy(similarity / temperature, positive).astype(query.dtype)
+    logits = similarity / jnp.asarray(temperature, similarity.dtype)
+    return softmax_cross_entropy(logits, positive).astype(query.dtype)
 
 
 def _direction(x):

@@ -52,7 +52,7 @@ def attention(
         q_positions: integers of shape `(queries,)`; 0, 1, 2, ... unless given. For a step of
             decoding, the position of the one query.
         k_positions: integers of shape `(keys,)`; 0, 1, 2, ... unless given.
-        scale: 1/√features unless given.
+        scale: a number, 1/√features unless given. (One that is learned: multiply q with it.)
         block: how many queries and keys a block has, at most; unless given 128 on a CPU and 512
             elsewhere.
 
@@ -99,7 +99,7 @@ def attention(
     static = {
         "causal": causal,
         "window": window,
-        "scale": float(arguments.number(where, "scale", scale)),
+        "scale": arguments.fixed_number(where, "scale", scale),
         "block": block_size(where, block, on_cpu=128, elsewhere=512),
     }
     if is_for_cudnn(q, k, v, given, causal, window):

@@ -105,7 +105,7 @@ def ring_attention(
         "axis": axis,
         "causal": arguments.flag(where, "causal", causal),
         "window": None if window is None else arguments.integer(where, "window", window, least=1),
-        "scale": float(arguments.number(where, "scale", scale)),
+        "scale": arguments.fixed_number(where, "scale", scale),
         "block": block_size(where, block, on_cpu=128, elsewhere=512),
     }
     # Arrays of explicit axes may lie otherwise: the compiler brings them where they are wanted.
