@@ -282,6 +282,17 @@ def test_the_lectures_examples():
 # ----------------------------------------------------------------------- positions, parameters
 
 
+@pytest.mark.parametrize("size, margin", [(1e12, 1.0), (-3e8, 1.0), (1.0, 1e-12)])
+def test_a_margin_is_not_lost_beside_large_scores(size, margin):
+    scores = jnp.asarray([size, size, 2 * size], jnp.float32)
+    label = 0 if size < 0 else 2
+    wanted = margin if size < 0 else 0.0
+    loss = functools.partial(ops.multiclass_hinge, margin=margin)
+    np.testing.assert_allclose(loss(scores, label), wanted, rtol=1e-6)
+    np.testing.assert_allclose(loss(scores[:2], 1), margin, rtol=1e-6)
+    np.testing.assert_array_equal(jax.grad(loss)(scores[:2], 1), [1, -1])
+
+
 @pytest.mark.parametrize("op", [ops.softmax_cross_entropy, ops.multiclass_hinge])
 def test_one_loss_for_each_position(op):
     logits = jnp.stack([LOGITS, jnp.flip(LOGITS), 2 * LOGITS]).reshape(3, 1, 5)

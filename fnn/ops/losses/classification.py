@@ -163,7 +163,7 @@ def _hinges(scores, labels, margin):
     """max(0, sⱼ − s_y + Δ) for the wrong classes, 0 for the right one."""
     scores = wide(scores)
     right = _pick(scores, labels)[..., None]
-    margins = jnp.where(_one_hot(labels, scores), 0, scores - (right - margin))
+    margins = jnp.where(_one_hot(labels, scores), 0, (scores - right) + margin)
     return jnp.maximum(margins, 0)
 
 
