@@ -56,6 +56,16 @@ OPTAX = {
 }
 
 
+@pytest.mark.parametrize("angle", [0.0, 1e-4, 1e-2, 1.0, 3.0])
+def test_a_small_cosine_distance_does_not_cancel(angle):
+    x = jnp.asarray([1.0, 0.0], jnp.float32)
+    y = 3 * jnp.asarray([np.cos(angle), np.sin(angle)], jnp.float32)
+    wanted = 2 * np.sin(angle / 2) ** 2
+    np.testing.assert_allclose(ops.cosine_distance(x, y), wanted, rtol=1e-5)
+    np.testing.assert_allclose(ops.cosine_distance(0 * x, y), 1)
+    np.testing.assert_allclose(ops.cosine_distance(x, 0 * y), 1)
+
+
 @exhaustive
 def test_optax_s():
     """Values and gradients."""

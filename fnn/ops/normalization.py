@@ -13,7 +13,8 @@ normalised is computed again in the backward pass. In a network x is often kept 
 of another operation, and in 16-bit floats it takes half the memory of a normalised x in float32.
 Statistics and sums are in at least float32. The variance is that of x − μ: of large numbers that
 hardly vary, E[x²] − μ² would be rounding error. It overflows, as any square, beyond the root of
-the dtype's largest; there y is the bias.
+the dtype's largest; there y is the bias. (Where a sum of x itself overflows, y is nan, but for
+`rms_norm`, which has none.)
 
 `mask`, booleans that broadcast to x's shape (for positions: `mask[..., None]`), says which entries
 count. The others may hold anything: they are 0 in y, and have no gradient.

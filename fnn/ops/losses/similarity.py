@@ -58,6 +58,7 @@ def cosine_distance(x: chex.Array, y: chex.Array) -> jax.Array:
     Returns:
         The distances, of shape `(...)`: a scalar for two vectors. 1 where x or y is 0.
 
+    Computed as ½ ‖x̂ − ŷ‖² of the unit vectors, which doesn't cancel where they are almost the same.
     The local gradient is minus that of `cosine_similarity`, and the same is kept.
 
     Raises:
@@ -65,7 +66,10 @@ def cosine_distance(x: chex.Array, y: chex.Array) -> jax.Array:
         ValueError: the shapes differ, or there is no last axis.
     """
     _check_vectors("cosine_distance", x=x, y=y)
-    return (1 - _cosine(x, y)[0]).astype(x.dtype)
+    (a, _, x_inverse), (b, _, y_inverse) = _scaled_unit(wide(x)), _scaled_unit(_as_wide(y, x))
+    is_zero = ((x_inverse == 0) | (y_inverse == 0))[..., 0]
+    distance = 0.5 * jnp.sum(jnp.square(a - b), axis=-1)
+    return jnp.where(is_zero, 1, distance).astype(x.dtype)
 
 
 @cosine_distance.forward
@@ -81,8 +85,12 @@ def _(residuals, g):
 
 def _cosine(x, y):
     """The cosines in at least float32; and of each vector the largest entry and 1 / scaled norm."""
-    (a, *of_x), (b, *of_y) = _scaled_unit(wide(x)), _scaled_unit(y.astype(wide(x).dtype))
+    (a, *of_x), (b, *of_y) = _scaled_unit(wide(x)), _scaled_unit(_as_wide(y, x))
     return jnp.sum(a * b, axis=-1), (of_x, of_y)
+
+
+def _as_wide(y, x):
+    return y.astype(wide(x).dtype)
 
 
 def _cosine_gradients(residuals, g):
