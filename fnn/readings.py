@@ -53,7 +53,7 @@ _DESCRIPTORS = (
     types.WrapperDescriptorType,
     types.MethodDescriptorType,
     types.ClassMethodDescriptorType,
-    type(collections.namedtuple("_", "field").field),
+    type(vars(collections.namedtuple("_", "field"))["field"]),
 )
 
 

@@ -244,6 +244,10 @@ def test_numpy_s_arrays_of_64_bits_are_jax_s_of_32():
             ops.average_pool(image, 2),
             ops.adaptive_average_pool(image, 2),
             ops.resize(image, 3, method="bilinear"),
+            ops.upsample(image, 2),
+            ops.upsample(image, 2, method="bilinear"),
+            ops.lstm(n(3, 8), n(8, 2), n(2), n(2), np.ones(3, bool))[0],
+            ops.ctc(n(5, 4), np.array([1, 2])),
         ]
     assert {a.dtype for a in made} == {jnp.dtype(jnp.float32)}
 

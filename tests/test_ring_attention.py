@@ -150,6 +150,7 @@ def test_on_a_mesh_with_explicit_axes(spec):
         ({"mesh": 3}, "ring_attention: mesh must be a jax.sharding.Mesh, but got 3"),
         ({"q": draw(0, 8, 5)}, "ring_attention: argument 'q' has shape"),
         ({"axis": "model"}, "axis must be one of the mesh's, but got 'model'"),
+        ({"axis": ["model"]}, r"axis must be one of the mesh's, but got \['model'\]"),
         ({"q": draw(0, 6, 4, 5)}, "the 6 queries can't be divided evenly over the 4 devices"),
         ({"window": 0}, "window"),
         ({"mask": jnp.ones((3, 3))}, "wanted booleans"),

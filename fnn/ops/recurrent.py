@@ -594,4 +594,5 @@ def _checked(op, z, U, carried, mask, gates, b=None):
             f"{op}: argument 'mask' has shape {mask.shape}, wanted {z.shape[:1]}, one boolean for "
             "each step."
         )
+    z = jnp.asarray(z)
     return jnp.where(mask[:, None], z, jnp.zeros((), z.dtype)), b

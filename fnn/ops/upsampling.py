@@ -46,6 +46,7 @@ def upsample(x: chex.Array, scale: Sizes, *, method: str = "nearest") -> jax.Arr
     op = "upsample"
     must_be_real(op, x=x)
     arguments.choice(op, "method", method, ("nearest", "bilinear"))
+    x = jnp.asarray(x)
     scales, dtype = _axes_of(op, x, "scale", scale), x.dtype
     x = wide(x) if method == "bilinear" else x
     for axis, s in enumerate(scales, x.ndim - 1 - len(scales)):

@@ -61,7 +61,7 @@ def ctc(
     if labels.ndim != 1:
         raise ValueError(f"{op}: argument 'labels' has shape {labels.shape}, wanted (length,).")
     blank = arguments.integer(op, "blank", blank, least=0, most=logits.shape[-1] - 1)
-    labels = signed(labels)
+    labels = signed(jnp.asarray(labels))
     is_label = _mask(op, "label_mask", label_mask, labels.shape)
     is_blank = is_label & (labels == blank)
     if arguments.is_known(is_blank) and bool(jnp.any(is_blank)):

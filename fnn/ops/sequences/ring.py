@@ -82,7 +82,7 @@ def ring_attention(
         raise TypeError(
             f"{where}: mesh must be a jax.sharding.Mesh, but got {arguments.show(mesh)}."
         )
-    if axis not in mesh.shape:
+    if axis not in mesh.axis_names:
         raise ValueError(
             f"{where}: axis must be one of the mesh's, but got {axis!r} and {arguments.show(mesh)}."
         )
