@@ -263,6 +263,13 @@ def test_odd_argnums_do_what_they_do_in_jax(argnums):
     assert both == (want if isinstance(want, type) else (6.0, want))
 
 
+def test_argnums_that_can_be_gone_through_once():
+    f = lambda x, y: jnp.sum(x * y)
+    for differentiate in (jax.grad, fnn.grad, lambda *a: lambda *x: fnn.value_and_grad(*a)(*x)[1]):
+        found = differentiate(f, (i for i in (1, 0)))(jnp.arange(3.0), jnp.full(3, 2.0))
+        same(found, (jnp.arange(3.0), jnp.full(3, 2.0)))
+
+
 @pytest.mark.parametrize("argnums", [(0, 0), (0, -2), (-1, 1), [1, 1]], ids=repr)
 def test_an_argument_named_twice(argnums):
     """JAX fails within the function, on a None."""

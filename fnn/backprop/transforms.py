@@ -113,8 +113,8 @@ def grad(
      Array(3., dtype=float32, weak_type=True))
     """
     arguments.function("grad", "fun", fun)
-    _numbers("grad", argnums)
-    both = value_and_grad(fun, argnums, has_aux, holomorphic, allow_int)
+    numbers, is_one = _numbers("grad", argnums)
+    both = value_and_grad(fun, numbers[0] if is_one else numbers, has_aux, holomorphic, allow_int)
 
     @functools.wraps(fun, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
     def gradient(*args, **kwargs):
