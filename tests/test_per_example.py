@@ -797,6 +797,31 @@ def test_multiples_and_sums_of_gradients():
     close(*compiled(both, p, batch, others))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dense_gradients_of_two_dtypes_are_added_up(dtype):
+    """Scaled gradients are in float32; with strict promotion, too, they join those that aren't."""
+    p = {"n": R(0, 5).astype(dtype)}
+    batch = R(1, 4, 5).astype(dtype)
+    with jax.numpy_dtype_promotion("strict"):
+        _, g = gradients(lambda p, x: jnp.sum(jnp.sin(p["n"] * x)), p, batch)
+        total = pe.materialize(pe.add(g, pe.scale(g, 2)))["n"]
+    plain = np.float32(batch) * np.cos(np.float32(p["n"] * batch))
+    assert total.dtype == dtype
+    close(np.float32(total), 3 * plain, 5e-2)
+
+
+@pytest.mark.parametrize("promotion", ["standard", "strict"])
+def test_a_noise_multiplier_in_float32(promotion):
+    """The norm that it multiplies is in float64."""
+    loss = lambda w, x: jnp.sum(w * x)
+    given = jnp.zeros(3, jnp.float32), jnp.ones((2, 3), jnp.float32)
+    key = {"noise_key": jax.random.key(0)}
+    with jax.numpy_dtype_promotion(promotion):
+        found = pe.clipped_grad(loss, 1.0, noise_multiplier=jnp.float32(0.5))(*given, **key)
+    wanted = pe.clipped_grad(loss, 1.0, noise_multiplier=0.5)(*given, **key)
+    close(found.gradient, wanted.gradient)
+
+
 @exhaustive
 def test_noise_has_the_norm_that_was_asked_for():
     """Of every coordinate σ C; with groups σ √ΣC²; complex ones have two coordinates."""

@@ -171,7 +171,8 @@ def clipped_grad(
             gradient = found.gradient
             if is_noisy:
                 norm = quantities.together([jnp.asarray(c, float) for c in limits.values()])
-                gradient = _with_noise(gradient, noise_multiplier * norm, noise_key)
+                sigma = jnp.asarray(noise_multiplier).astype(norm.dtype)
+                gradient = _with_noise(gradient, sigma * norm, noise_key)
             # In the parameters' dtypes at last: parts and noise are added in at least float32.
             gradient = jax.tree.map(lambda g, p: g.astype(jax.typeof(p).dtype), gradient, params)
             return found._replace(gradient=gradient)

@@ -30,7 +30,7 @@ from fnn.per_example.measured import Measured
 from fnn.per_example.precision import norm_of, unit, vdot
 from fnn.per_example.product import Product
 from fnn.per_example.rows import Rows
-from fnn.precision import wide, wide_together
+from fnn.precision import total, wide, wide_together
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +71,8 @@ class Dense:
         if not isinstance(other, Dense):
             return None
         same = self.why == other.why or not other.why
-        return Dense(self.value + other.value, self.why if same else f"{self.why}; {other.why}")
+        value = total([self.value, other.value])
+        return Dense(value, self.why if same else f"{self.why}; {other.why}")
 
     def kept(self) -> str:
         """What is kept of one example, in words."""
