@@ -145,6 +145,15 @@ def test_eigenvalues_and_natural_gradients_in_any_units(scale):
     close(natural, gradient @ np.linalg.inv(G + 0.5 * np.eye(3)), 1e-3, 1e-5)
 
 
+def test_eigenpairs_of_a_matrix_of_zeros():
+    model, p, batch = network()
+    operator = curvature.ggn_vector_product(model, ops.multiclass_hinge)(p, batch)
+    values, vectors = curvature.eigenpairs(operator, 3, KEY)
+    assert values.tolist() == [0, 0, 0]
+    rows = jnp.concatenate([x.reshape(3, -1) for x in jax.tree.leaves(vectors)], axis=1)
+    close(rows @ rows.T, jnp.eye(3, dtype=rows.dtype), atol=1e-5)
+
+
 # -------------------------------------------------------------------------------------- everything
 
 

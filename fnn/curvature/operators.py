@@ -368,8 +368,10 @@ def eigenpairs(
         w = orthogonal(w, basis)
         beta = _norm(w)
         scale = jnp.maximum(scale, jnp.maximum(jnp.abs(alpha), beta))
-        # An invariant subspace is used up: go on from any vector that is orthogonal to it.
-        used_up = beta <= 10 * jnp.finfo(v.dtype).eps * math.sqrt(size) * scale
+        # An invariant subspace is used up: go on from any vector that is orthogonal to it. (|0| is
+        # tiny here, and all that there is where the matrix is zero.)
+        info = jnp.finfo(v.dtype)
+        used_up = beta <= jnp.maximum(10 * info.eps * math.sqrt(size) * scale, info.tiny)
         fresh = orthogonal(jax.random.normal(key, v.shape, v.dtype), basis)
         after = unit(orthogonal(unit(jnp.where(used_up, fresh, w)), basis))
         return (basis, after, scale), (alpha, jnp.where(used_up, 0, beta))
