@@ -247,6 +247,37 @@ def test_jaxs_strict_modes(name):
         jax.config.update(name, before)
 
 
+KFAC_OPTIONS = {  # it adapts its damping and takes new factors at its second step
+    "learning_rate": 0.1, "momentum": 0.5, "trust_region": 1.0, "l2": 0.1, "damping": 0.2,
+    "damping_decay": 0.9, "min_damping": 1e-3, "max_damping": 1e3, "average": 0.9,
+    "adapt_damping_every": 2, "factors_every": 2, "inverses_every": 2,
+}  # fmt: skip
+
+
+def test_options_as_numpys_numbers():
+    """Of 64 bits, beside parameters in float32: they change no dtype, and no number."""
+    model, p, batch = network()
+    of_numpy = lambda x: np.int64(x) if isinstance(x, int) else np.float64(x)
+    damping = {"damping": 0.1, "tolerance": 1e-3}
+
+    def found(convert):
+        options = {name: convert(x) for name, x in KFAC_OPTIONS.items()}
+        optimizer = curvature.kfac(model, ops.softmax_cross_entropy, batch, **options)
+        options = {name: convert(x) for name, x in damping.items()}
+        of = curvature.natural_gradient(model, ops.softmax_cross_entropy, **options)
+        state, update = optimizer.init(p), jax.jit(optimizer.update)
+        for _ in range(2):
+            change, state = update(p, state, p, batch=batch)
+        return change, state._replace(key=None), jax.jit(of)(p, batch)
+
+    wanted = found(lambda x: x)
+    for promotion in ("standard", "strict"):
+        with jax.numpy_dtype_promotion(promotion):
+            own = found(of_numpy)
+        chex.assert_trees_all_equal_shapes_and_dtypes(own, wanted)
+        close(own, wanted)
+
+
 # ------------------------------------------------------------------------------------ bad arguments
 
 

@@ -138,23 +138,23 @@ def kfac(
     check_model("kfac", model)
     check_loss("kfac", loss)
     pair("kfac", example_batch, "example_batch")
-    number = functools.partial(arguments.number, "kfac")
+    number = functools.partial(_number, "kfac")
     integer = functools.partial(arguments.integer, "kfac")
-    number("damping", damping, above=0)
-    integer("adapt_damping_every", adapt_damping_every, least=0)
-    number("damping_decay", damping_decay, above=0, most=1)
-    number("min_damping", min_damping, least=0)
-    number("max_damping", max_damping, least=min_damping, infinite=True)
-    integer("factors_every", factors_every, least=1)
-    integer("inverses_every", inverses_every, least=1)
-    number("average", average, least=0, below=1)
-    number("l2", l2, least=0)
-    integer("samples", samples, least=0)
+    damping = number("damping", damping, above=0)
+    adapt_damping_every = integer("adapt_damping_every", adapt_damping_every, least=0)
+    damping_decay = number("damping_decay", damping_decay, above=0, most=1)
+    min_damping = number("min_damping", min_damping, least=0)
+    max_damping = number("max_damping", max_damping, least=min_damping, infinite=True)
+    factors_every = integer("factors_every", factors_every, least=1)
+    inverses_every = integer("inverses_every", inverses_every, least=1)
+    average = number("average", average, least=0, below=1)
+    l2 = number("l2", l2, least=0)
+    samples = integer("samples", samples, least=0)
     arguments.choice("kfac", "kind", kind, ("expand", "reduce"))
     if momentum is not None:
-        number("momentum", momentum, least=0, below=1)
+        momentum = number("momentum", momentum, least=0, below=1)
     if trust_region is not None:
-        number("trust_region", trust_region, above=0, infinite=True)
+        trust_region = number("trust_region", trust_region, above=0, infinite=True)
     if learning_rate is not None and not callable(learning_rate):
         number("learning_rate", learning_rate, least=0)
     key = jax.random.key(0) if key is None else arguments.key("kfac", "key", key)
@@ -309,6 +309,15 @@ def kfac(
         return delta, new
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _number(where: str, name: str, value: Any, **bounds: Any) -> Any:
+    """A number, checked, as one of Python's, unless it is traced.
+
+    Those give way to the dtype of what they meet; numpy's float64 makes float64 of float32.
+    """
+    arguments.number(where, name, value, **bounds)
+    return float(value) if arguments.is_known(value) else value
 
 
 # ------------------------------------------------------------------------------- the curvature

@@ -434,12 +434,14 @@ def natural_gradient(
         value, gradient = value_and_grad(mean_loss(model, loss, inputs, targets))(params)
         curved = _ggn_product(model, loss, params, inputs, targets, size, "fisher")
         flat = _Flat(params, wide=True)
-        product = lambda v: flat.vector(curved(flat.tree(v))) + damping * v
+        # In the vectors' dtype: numpy's float64 would make float64 of float32.
+        shift, share = (jnp.asarray(x).astype(flat.dtype) for x in (damping, tolerance))
+        product = lambda v: flat.vector(curved(flat.tree(v))) + shift * v
         # A gradient of length one: its square neither overflows nor vanishes.
         whole = flat.vector(gradient)
         length = _norm(whole)
         solve = functools.partial(
-            jax.scipy.sparse.linalg.cg, product, tol=tolerance, maxiter=max_iterations
+            jax.scipy.sparse.linalg.cg, product, tol=share, maxiter=max_iterations
         )
         found, _ = once(solve)(whole / length)
         return value, flat.tree(length * found)
