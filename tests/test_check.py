@@ -605,6 +605,29 @@ def test_nan_where_there_are_slopes():
 
 
 @exhaustive
+@pytest.mark.parametrize(
+    ("op", "x"),
+    [
+        (fnn.ops.softmax, [-np.inf, 0.0, 1.0]),
+        (fnn.ops.tanh, [np.inf, 1.0]),
+        (fnn.ops.relu, [-np.inf, 1.0]),
+    ],
+    ids=["softmax", "tanh", "relu"],
+)
+def test_an_infinite_argument_is_not_moved(op, x):
+    """A mask before a softmax. The others are checked, and what is wrong there is found."""
+    for report in (check_rule(op, np.array(x), **QUICK), check_grads(op, np.array(x), **QUICK)):
+        assert report.ok and "x[0] is infinite and can't be moved" in str(report)
+
+    @jax.custom_vjp
+    def wrong(x):
+        return op(x)
+
+    wrong.defvjp(lambda x: (op(x), x), lambda x, g: (jax.vjp(op, x)[1](g)[0] * 1.01,))
+    with pytest.raises(GradientError, match=r"gradient \(reverse, order 1, float64\) is wrong"):
+        check_grads(wrong, np.array(x), **QUICK)
+
+
 def test_nan_beside_an_infinite_result():
     def f(x):
         return jnp.where(x > 2, jnp.inf, x**2)

@@ -344,7 +344,9 @@ class Inspection:
             absolute=32 * np.maximum(point.noise[what], point.noise[against])
             + 64 * point.precision.eps * noise,
         )
-        self.compare("reverse", "zero", found["b(0)"], 0 * point.x, what="b(0)", skip=skip)
+        self.compare(
+            "reverse", "zero", found["b(0)"], np.zeros_like(point.x), what="b(0)", skip=skip
+        )
 
     def op_by_op(self, modes) -> None:
         """Without jit around."""

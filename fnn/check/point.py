@@ -109,7 +109,8 @@ class Point:
         # The size of the function: of its values here and nearer to 0, and of its changes.
         size = np.abs(self.value.astype("float64"))
         for shrink in (0.5, 0.0):
-            nearby = np.abs(np.asarray(self.programs.value(x * shrink * self.moves, self.fixed)))
+            nearer = np.multiply(x, shrink, out=x.copy(), where=self.moves)
+            nearby = np.abs(np.asarray(self.programs.value(nearer, self.fixed)))
             size = np.fmax(size, np.where(np.isfinite(nearby), nearby, 0.0))
         self.size = np.where(self.usable, size, 0.0)
         self.w = self.u  # a direction of the results, until their rates of change are known
