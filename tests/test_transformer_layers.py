@@ -318,6 +318,8 @@ def test_summary_and_errors():
         (lambda: Attention(2)({"q": {}}, x), LayerError, r"keys \['k', 'out', 'q', 'v'\]"),
         (lambda: Embedding(5, 0), ValueError, "features must be"),
         (lambda: PositionEmbedding(4)({}, x[0]), LayerError, r"\(positions, features\)"),
+        (lambda: PositionEmbedding(4)({}, x[None]), LayerError, r"\(positions, features\)"),
+        (lambda: SinusoidalPositions()({}, x[None]), LayerError, r"\(positions, features\)"),
         (lambda: GatedMLP(3, 4), TypeError, "activation must be"),
         (lambda: GatedMLP(3)({}, x), LayerError, r"keys \['down', 'gate', 'up'\]"),
         (lambda: SinusoidalPositions(-1), ValueError, "base must be"),

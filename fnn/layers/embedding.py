@@ -68,7 +68,7 @@ class _Positions(Layer):
         return {"cache": {"position": jnp.zeros((), jnp.int32)}}
 
     def apply(self, params: Any, state: Any, x: Any, mode: Mode = EVALUATE) -> tuple[Any, dict]:
-        if getattr(x, "ndim", 0) < 2:
+        if getattr(x, "ndim", 0) != 2:
             raise LayerError(
                 f"{self} wants an input of shape (positions, features), but got "
                 f"{arguments.show(x)}."
