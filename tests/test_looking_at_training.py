@@ -71,6 +71,26 @@ def test_what_falls_again_after_it_has_risen_is_not_suggested():
     assert found.suggestion is not None and found.suggestion < 1.5 < found.rates[steepest]
 
 
+@pytest.mark.parametrize("far", [jnp.inf, jnp.nan])
+def test_training_that_diverges_at_once(far):
+    """Of the quadratic whose steps of a rate above 2 grow, the fourth loss and all after it."""
+
+    def loss(p, x):
+        size = jnp.sum(jnp.square(p))
+        return jnp.where(size < 10.0, size / 2, far) + 0 * x[0]
+
+    found = fnn.find_learning_rate(
+        loss, jnp.array([1.0]), X, optax.sgd, lowest=2.4, highest=2.5, steps=60
+    )
+    p, sizes = 1.0, []
+    for rate in found.rates:
+        p = (1 - rate) * p
+        sizes.append(p**2)
+    first = int(np.argmax(np.array(sizes) >= 10))
+    assert first == 3 and found.diverged == found.rates[first]
+    assert len(found.smoothed) == first and np.isfinite(found.smoothed).all()
+
+
 @exhaustive
 def test_optimiser_key_and_data_as_in_fit():
     """With rates that hardly differ, the losses are those of `fit`."""
@@ -151,6 +171,9 @@ def test_picture_of_learning_rates():
     assert axes.get_xscale() == "log"
     with pytest.raises(TypeError, match="what fnn.find_learning_rate returned"):
         plot.learning_rates([1, 2])
+    losses = np.where(np.arange(found.losses.size) == 2, np.nan, found.losses)
+    (axes,) = plot.learning_rates(found._replace(losses=losses)).axes
+    assert np.isfinite(axes.get_ylim()).all()
 
 
 # -------------------------------------------------------------------------------- loss surface

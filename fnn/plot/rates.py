@@ -51,6 +51,7 @@ def learning_rates(found: Any) -> Figure:
         label = f"diverges: {found.diverged:.2g}"
         axes.axvline(found.diverged, color="C3", ls=":", label=label)
     shown = losses[: len(smoothed)]
+    shown = shown[np.isfinite(shown)]
     if shown.size:  # what diverges is beyond the picture
         low, high = shown.min(), shown.max()
         margin = 0.08 * (high - low) or 1.0

@@ -177,9 +177,11 @@ def _step(loss: Loss, optimizer: Callable, rates: Any, params: Any) -> TrainStep
 def _read(rates: np.ndarray, losses: np.ndarray) -> LearningRates:
     """What the losses say."""
     around = max(2, len(rates) // 20)
-    start = float(np.mean(losses[: around + 1]))
+    finite = np.isfinite(losses)
+    before = int(np.argmin(np.append(finite, False)))  # how many are, before the first that isn't
+    start = float(np.mean(losses[: min(around + 1, before)])) if before else 0.0
     limit = start + (_DIVERGED - 1) * abs(start)
-    bad = np.flatnonzero(~(losses <= limit))  # nan too
+    bad = np.flatnonzero(~(finite & (losses <= limit)))
     end = int(bad[0]) if bad.size else len(losses)
     diverged = float(rates[end]) if bad.size else None
     smoothed, slopes = np.full(end, np.nan), np.full(end, np.nan)
