@@ -283,7 +283,9 @@ def identity(key, shape, dtype=jnp.float32, *, gain: float = 1.0) -> jax.Array:
     shape = _checked("identity", shape)
     fans(shape)
     out, in_, *window = shape
-    return _in_the_middle((gain * jnp.eye(out, in_, dtype=dtype)).astype(dtype), window)
+    here = jnp.eye(out, in_, dtype=bool)
+    W = jnp.where(here, jnp.asarray(gain, dtype), jnp.zeros((), dtype))
+    return _in_the_middle(W, window)
 
 
 def delta_orthogonal(key, shape, dtype=jnp.float32, *, gain: float = 1.0) -> jax.Array:

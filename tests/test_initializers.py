@@ -167,8 +167,10 @@ def test_jax_initialisers_fit_in():
 
 @pytest.mark.parametrize("gain", [2.0, np.float32(2), np.float64(2)])
 def test_the_identity_is_of_the_dtype_that_is_asked_for(gain):
-    made = init.identity(jax.random.key(0), (3, 3), jnp.bfloat16, gain=gain)
+    with jax.numpy_dtype_promotion("strict"):
+        made = init.identity(jax.random.key(0), (3, 3), jnp.bfloat16, gain=gain)
     assert made.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(made, 2 * np.eye(3))
 
 
 @pytest.mark.parametrize("shape", ["ab", None, (3.0, 2), (True, 2), (3, None)])
