@@ -145,3 +145,6 @@ def test_errors():
         models.negative_elbo(MODEL(params, X[0]), X)
     with pytest.raises(TypeError, match="decode: model must be made by vae"):
         models.decode(models.mlp(3), params, jnp.ones(2))
+    for other, got in ((params["decode"], r"\['hidden', 'output'\]"), (None, "None")):
+        with pytest.raises(LayerError, match=f"decode wants .* key 'decode', but got {got}"):
+            models.decode(MODEL, other, jnp.ones(2))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from fnn import arguments, ops, text
 from fnn.initializers import xavier_normal
 from fnn.layers import EVALUATE, Layer, LayerError, Linear, Mode, Network, chain
+from fnn.layers.layer import keys_of
 from fnn.layers.net import Net
 from fnn.models.options import check_options
 from fnn.precision import wide
@@ -145,6 +146,11 @@ def decode(model: Network, params: dict, z: chex.Array) -> jax.Array:
     decoder = dict(model.parts).get("decode") if isinstance(model, Network) else None
     if decoder is None:
         raise TypeError(f"decode: model must be made by vae, but got {arguments.show(model)}.")
+    if not isinstance(params, dict) or "decode" not in params:
+        raise LayerError(
+            "decode wants the model's parameters, with the key 'decode', but got "
+            f"{keys_of(params)}."
+        )
     return ops.sigmoid(decoder(params["decode"], z))
 
 
