@@ -34,9 +34,10 @@ class Attention(Layer):
 
     With a cache (`init_cache(length, x)`) self-attention goes on from the positions before: it adds
     its keys and values to the cache's, and looks at all of them. It must be causal for that; else
-    there is no cache. Beyond the cache's length the output is NaN. Cross-attention's cache
-    (`init_cache(length, x, memory)`) keeps the memory's keys and values: the first call makes them,
-    all further ones make q alone, and look at no more of the memory than its shape.
+    there is no cache. Positions beyond the cache's length raise a LayerError, in compiled code the
+    output is NaN. Cross-attention's cache (`init_cache(length, x, memory)`) keeps the memory's keys
+    and values: the first call makes them, all further ones make q alone, and look at no more of the
+    memory than its shape.
 
     Where the mode says that positions are divided over devices (`fnn.sharding.sequence_parallel`),
     it is computed by `fnn.ops.ring_attention`.
@@ -65,7 +66,8 @@ class Attention(Layer):
 
     Raises:
         TypeError, ValueError: an option isn't of its kind.
-        LayerError: (when called) x or memory isn't `(positions, in)`, or the parameters don't fit.
+        LayerError: (when called) x or memory isn't `(positions, in)`, the parameters don't fit, or
+            the cache has no room.
 
     Vaswani et al., "Attention is all you need", arXiv:1706.03762, section 3.2; Ainslie et al.,
     arXiv:2305.13245 (grouped-query); Su et al., arXiv:2104.09864 (rotary); Press et al.,
