@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "per_example",
     "params": "arguments",
     "initializers": "arguments",
-    "layers": "arguments text precision meshes ops params initializers",
+    "layers": "arguments text precision meshes eager ops params initializers",
     "models": "arguments text precision ops params initializers layers",
     "logs": "arguments bins frames",
     "sharding": "arguments readings",

@@ -15,6 +15,7 @@ from sweeps import exhaustive, sweep
 import fnn
 from fnn import curvature, ops, per_example
 from fnn.eager import once
+from fnn.layers import LSTM, Linear, chain, recurrent, repeat
 
 compilations = 0
 
@@ -115,6 +116,28 @@ def test_a_second_call_compiles_nothing(name, make):
     """Even if the function, and all functions in it, are made anew for each call."""
     call = lambda: CALLS[name](make(jnp.arange(1.0, 4.0)))
     call()
+    assert counted(call) == 0
+
+
+def _mapped(net):
+    return lambda p, x: jax.vmap(net, (None, 0))(p, jnp.stack([x, 2 * x]))
+
+
+LOOPS = {
+    "repeat": repeat(chain(Linear(8), ops.tanh), 3),
+    "repeat remat": repeat(chain(Linear(8), ops.tanh), 3, remat=True),
+    "recurrent": recurrent(chain(lambda h, x: (jnp.tanh(h + x), h)), lambda x: jnp.zeros(8)),
+    "LSTM remat": LSTM(8, remat=True),
+}
+
+
+@pytest.mark.parametrize("of", [lambda net: net, _mapped], ids=["one", "vmap"])
+@pytest.mark.parametrize("name", sweep(LOOPS, ["repeat", "recurrent"]))
+def test_a_second_call_of_a_network_with_a_loop_compiles_nothing(name, of):
+    net, x = LOOPS[name], jnp.linspace(-1, 1, 48).reshape(6, 8)
+    params = net.init(jax.random.key(0), x)
+    call = lambda: of(net)(params, x)
+    np.testing.assert_allclose(call(), jax.jit(of(net))(params, x), rtol=1e-5, atol=1e-6)
     assert counted(call) == 0
 
 

@@ -11,6 +11,7 @@ A part without parameters leaves no trace in the tree.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn import arguments
+from fnn.eager import once
 from fnn.layers.layer import Layer, LayerError, as_layer, run
 from fnn.layers.mode import EVALUATE, Mode
 from fnn.layers.net import Net, Network, in_loop
@@ -200,8 +202,9 @@ class Repeat(Layer):
             step = jax.checkpoint(step, policy=policy, prevent_cse=False)
         stacked = jax.tree.leaves((params, state, keys))
         length = len(stacked[0]) if stacked else self.n
-        xs = params, state, keys
-        return jax.lax.scan(step, x, xs, length=length, unroll=self.unroll)
+        loop = functools.partial(jax.lax.scan, step, length=length, unroll=self.unroll)
+        # Of `others` what is known stays so: the number of steps that a mask is, for one.
+        return once(loop)(x, (params, state, keys))
 
     def _in_stages(self, params: Any, state: Any, x: Any, others: tuple, mode: Mode) -> Any:
         """The same, with the blocks divided over devices, which microbatches pass through."""

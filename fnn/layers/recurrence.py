@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn import arguments, ops
+from fnn.eager import once
 from fnn.initializers import Initializer, lecun_normal, orthogonal, zeros
 from fnn.layers.layer import (
     Layer,
@@ -129,7 +130,7 @@ class Recurrent(Layer):
         left: Any = None  # the dtypes of a carry after steps: the start's may be wider
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
-        def piece(carry, given):
+        def piece(params, carry, given):
             nonlocal left
             x, mask, keys = given
             ys, last = self.steps(params, x, mask, carry, mode, keys)
@@ -137,14 +138,18 @@ class Recurrent(Layer):
             last = jax.tree.map(lambda a, t: a.astype(t.dtype), last, carry)
             return last, ys
 
+        def loop(params, carry, given):
+            own = functools.partial(piece, params)
+            return jax.lax.scan(own, carry, given, reverse=self.reverse)
+
         def pieces(carry):
             cut = lambda a: a[:whole].reshape(whole // size, size, *a.shape[1:])
             given = jax.tree.map(cut, (x, mask, keys))
-            last, ys = jax.lax.scan(piece, carry, given, reverse=self.reverse)
+            last, ys = once(loop)(params, carry, given)
             return last, jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), ys)
 
         def rest(carry):
-            return piece(carry, jax.tree.map(lambda a: a[whole:], (x, mask, keys)))
+            return piece(params, carry, jax.tree.map(lambda a: a[whole:], (x, mask, keys)))
 
         behind: Any = None
         if whole < count and self.reverse:
@@ -451,7 +456,7 @@ class OfCell(Recurrent):
     ) -> tuple[Any, Any]:
         count = len(x)
 
-        def step(carry, given):
+        def step(params, carry, given):
             x, here, key = given
             own = dataclasses.replace(mode, key=key)
             with in_loop(self.cell, count) as note:
@@ -463,7 +468,10 @@ class OfCell(Recurrent):
                 new = jax.tree.map(lambda n, o: jnp.where(here, n, o), new, carry)
             return new, y
 
-        last, ys = jax.lax.scan(step, carry, (x, mask, keys), reverse=self.reverse)
+        def loop(params, carry, given):
+            return jax.lax.scan(functools.partial(step, params), carry, given, reverse=self.reverse)
+
+        last, ys = once(loop)(params, carry, (x, mask, keys))
         return ys, last
 
     def __repr__(self) -> str:
