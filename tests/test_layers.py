@@ -15,6 +15,7 @@ import fnn
 from fnn import ops
 from fnn.layers import (
     EVALUATE,
+    LSTM,
     BatchNorm,
     Dropout,
     Layer,
@@ -22,6 +23,7 @@ from fnn.layers import (
     LayerNorm,
     Linear,
     Maxout,
+    MixtureOfExperts,
     Mode,
     Network,
     chain,
@@ -843,6 +845,24 @@ def test_summary_of_shared_and_repeated_parts():
     by_path = {row.path: row.flops for row in table.rows}
     assert by_path["blocks", "0"] == 5 * (2 * 9 + 3)
     assert 5 * (2 * 9 + 6) <= by_path["blocks",] <= 5 * (2 * 9 + 6) + 25  # XLA counts its counter
+
+
+def test_summary_counts_all_turns_of_loops():
+    """As if they were written out: unrolled in part, loops in loops, side by side, in pieces."""
+    x = jnp.zeros((3, 8))
+    flops = lambda net, x=x: summary(net, x).flops
+    wanted = lambda count: pytest.approx(count * flops(Linear(8)), abs=60)  # and XLA's counters
+    for n, unroll in ((4, 2), (5, 2), (4, 4), (2, 5)):
+        assert flops(repeat(Linear(8), n, unroll=unroll)) == wanted(n)
+    assert flops(repeat(repeat(Linear(8), 5, unroll=2), 3)) == wanted(15)
+    experts = MixtureOfExperts(repeat(Linear(8), 5), 4)
+    assert flops(experts) == pytest.approx(
+        flops(MixtureOfExperts(chain(*[Linear(8)] * 5), 4)), abs=60
+    )
+    sequence = jnp.zeros((10, 8))
+    once = flops(LSTM(8), sequence)
+    assert flops(repeat(LSTM(8), 3), sequence) == pytest.approx(3 * once, abs=60)
+    assert flops(LSTM(8, remat=True), sequence) == pytest.approx(once, abs=60)
 
 
 def test_summary_of_a_network_with_state_and_several_inputs():

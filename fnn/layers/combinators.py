@@ -191,7 +191,7 @@ class Repeat(Layer):
             here = dataclasses.replace(mode, key=key)
             if mode.across is not None:
                 x = jax.tree.map(mode.across.pin, x)
-            with in_loop(self.block, self.n) as note:
+            with in_loop(self.block, self.n, self._written) as note:
                 y, new = run(self.block, params, state, (x, *others), here)
                 note(params, state, (x, *others), y)
             self._must_keep_type(x, y)
@@ -236,6 +236,12 @@ class Repeat(Layer):
         y = jax.tree.map(lambda y: y[0], ys)
         self._must_keep_type(xs[0], y)
         return params, self._stacked(state), y
+
+    @property
+    def _written(self) -> int:
+        """How many blocks the program holds: those of one turn, and those left over."""
+        turns, left = divmod(self.n, self.unroll)
+        return (self.unroll if turns else 0) + left
 
     def _keys(self, key: Any) -> Any:
         """Each block's: of the first n the same for any number of blocks."""

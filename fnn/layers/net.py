@@ -257,15 +257,26 @@ class _MadeSoFar(dict):
 # ------------------------------------------------------------------------- paths of the parts
 
 Note = Callable[[Any, dict, tuple, Any], None]
-Watch = Callable[[tuple[str, ...], Layer, int], Note]
+Watch = Callable[[tuple[str, ...], Layer, int, int], Note]
 
 
 class _Watched(NamedTuple):
-    """Who watches, where in the network it is, and how often the loops around it run."""
+    """Who watches, and where in the network it is.
+
+    Fields:
+        times: how often the loops around it run.
+        written: how often the program holds what stands there: a loop's body once, or as often as
+            it is unrolled.
+    """
 
     watch: Watch
     path: tuple[str, ...] = ()
     times: int = 1
+    written: int = 1
+
+    def tell(self, layer: Layer) -> Note:
+        """Tell of the layer that stands there."""
+        return self.watch(self.path, layer, self.times, self.written)
 
 
 _watched: contextvars.ContextVar[_Watched | None] = contextvars.ContextVar("watched", default=None)
@@ -276,29 +287,36 @@ def watching(watch: Watch) -> Iterator[None]:
     """Within it, each call of a part is told of.
 
     Args:
-        watch: called with the part's path, the layer, and how often it is run; what it returns
-            is called after the part, with its parameters, its state, its inputs and its output.
+        watch: called with the part's path, the layer, how often it is run, and how often the
+            program holds it; what it returns is called after the part, with its parameters, its
+            state, its inputs and its output.
     """
     with _watched_as(_Watched(watch)):
         yield
 
 
 @contextlib.contextmanager
-def in_loop(block: Layer, times: int) -> Iterator[Note]:
+def in_loop(block: Layer, times: int, written: int = 1) -> Iterator[Note]:
     """Tell who watches of a block that a loop runs; in paths it is called ""."""
-    now = _watched.get()
-    inner = now and now._replace(path=(*now.path, ""), times=now.times * times)
-    with _watched_as(inner):
-        yield inner.watch(inner.path, block, inner.times) if inner else _unwatched
+    with _repeated("", block, times, written) as note:
+        yield note
 
 
 @contextlib.contextmanager
 def in_copies(block: Layer, count: int) -> Iterator[Note]:
     """Tell who watches of a block of which copies run side by side; in paths it is called "*"."""
+    with _repeated("*", block, count, count) as note:
+        yield note
+
+
+@contextlib.contextmanager
+def _repeated(name: str, block: Layer, times: int, written: int) -> Iterator[Note]:
     now = _watched.get()
-    inner = now and now._replace(path=(*now.path, "*"), times=now.times * count)
+    inner = now and now._replace(
+        path=(*now.path, name), times=now.times * times, written=now.written * written
+    )
     with _watched_as(inner):
-        yield inner.watch(inner.path, block, inner.times) if inner else _unwatched
+        yield inner.tell(block) if inner else _unwatched
 
 
 @contextlib.contextmanager
@@ -317,7 +335,7 @@ def _in_part(name: str, layer: Layer) -> Iterator[Note]:
     inner = now and now._replace(path=(*now.path, name))
     try:
         with jax.named_scope(_title(name, layer)), _watched_as(inner):
-            yield inner.watch(inner.path, layer, inner.times) if inner else _unwatched
+            yield inner.tell(layer) if inner else _unwatched
     except Exception as error:
         _add_path(error, name, layer)
         raise

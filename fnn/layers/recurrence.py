@@ -139,7 +139,12 @@ class Recurrent(Layer):
             return last, ys
 
         def loop(params, carry, given):
-            own = functools.partial(piece, params)
+            def own(carry, given):
+                with in_loop(dataclasses.replace(self, remat=False), whole // size) as note:
+                    last, ys = piece(params, carry, given)
+                    note(params, {}, (*given[:2], carry), ys)
+                return last, ys
+
             return jax.lax.scan(own, carry, given, reverse=self.reverse)
 
         def pieces(carry):

@@ -123,11 +123,18 @@ def summary(net: Layer | Callable, *xs: Any) -> Summary:
 
 
 class _Call(NamedTuple):
-    """A call of a part; `types` are those of its parameters, state, inputs, and of its output."""
+    """A call of a part.
+
+    Fields:
+        times: how often it is run.
+        written: how often the program holds it.
+        types: those of its parameters, state, inputs, and of its output.
+    """
 
     path: tuple[str, ...]
     layer: Layer
     times: int
+    written: int
     types: list
 
 
@@ -138,13 +145,13 @@ def _calls(layer: Layer, params: Any, state: Any, xs: tuple) -> list[_Call]:
     """
     seen: list[_Call] = []
 
-    def watch(path: tuple[str, ...], layer: Layer, times: int) -> Callable:
-        call = _Call(path, layer, times, [])
+    def watch(path: tuple[str, ...], layer: Layer, times: int, written: int) -> Callable:
+        call = _Call(path, layer, times, written, [])
         seen.append(call)
         return lambda *trees: call.types.extend(jax.tree.map(type_of, trees))
 
     def call(params, state, *xs):
-        note = watch((), layer, 1)
+        note = watch((), layer, 1, 1)
         with watching(watch):
             y = run(layer, params, state, xs, EVALUATE)[0]
         note(params, state, xs, y)
@@ -160,9 +167,10 @@ def _rows(net: Layer, xs: tuple) -> list[Row]:
     params, state = jax.eval_shape(net.init, key, *xs), jax.eval_shape(net.init_state, *xs)
     calls = [c for c in _calls(net, params, state, xs) if c.path[-1:] not in (("",), ("*",))]
     rows: list[Row] = []
-    for path, layer, times, (params, state, xs, y) in calls:
+    for path, layer, times, _, (params, state, xs, y) in calls:
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
-        flops = _flops(layer, params, state, xs)
+        counted = _flops(layer, params, state, xs)
+        flops = None if counted is None else times * counted[1]
         place = tuple(name for name in path if name not in ("", "*"))
         rows.append(
             Row(
@@ -170,7 +178,7 @@ def _rows(net: Layer, xs: tuple) -> list[Row]:
                 repr(layer),
                 y,
                 0 if any(row.path == place for row in rows) else times * count,
-                flops if flops is None else times * flops,
+                flops,
                 times * _kept(layer, params, state, xs),
                 any(c.path[: len(path)] == path != c.path for c in calls),
             )
@@ -178,18 +186,21 @@ def _rows(net: Layer, xs: tuple) -> list[Row]:
     return rows
 
 
-def _flops(layer: Layer, params: Any, state: Any, xs: tuple) -> int | None:
-    """As XLA counts them, but for loops, of which it counts one round."""
+def _flops(layer: Layer, params: Any, state: Any, xs: tuple) -> tuple[int, int] | None:
+    """As XLA counts them, which counts one turn of a loop; and with all turns of loops."""
 
     def call(params, state, xs):
         return run(layer, params, state, xs, EVALUATE)[0]
 
     cost = jax.jit(call).lower(params, state, xs).compile().cost_analysis()
-    total = None if cost is None else int(cost.get("flops", 0))
-    for path, block, times, types in _calls(layer, params, state, xs):
-        if path.count("") == 1 and path[-1] == "" and total is not None:
-            total += (times - 1) * (_flops(block, *types[:3]) or 0)
-    return total
+    if cost is None:
+        return None
+    counted = total = int(cost.get("flops", 0))
+    for path, block, times, written, types in _calls(layer, params, state, xs):
+        if path.count("") == 1 and path[-1] == "":
+            once, all_turns = _flops(block, *types[:3]) or (0, 0)
+            total += times * all_turns - written * once
+    return counted, total
 
 
 def _kept(layer: Layer, params: Any, state: Any, xs: tuple) -> int:

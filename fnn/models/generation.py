@@ -107,7 +107,7 @@ def _vocabulary(net: Layer, tree: Any, types: tuple) -> float:
     sizes = [math.inf]
 
     def body(*xs):
-        def watch(path, layer, times):
+        def watch(path, layer, times, written):
             def note(params, state, given, y):
                 if isinstance(layer, Embedding) and any(x is xs[-1] for x in given):
                     sizes.append(layer.vocabulary)
