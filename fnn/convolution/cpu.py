@@ -59,8 +59,8 @@ _NARROW = 3
 # To so many features or fewer, XLA's library takes other functions than to more.
 _SMALL = 16
 
-# From so many features to `_SMALL`, bands of so many places of y are faster than the library.
-_FEW_IN, _BAND = 4, 4
+# From so many features or fewer to `_SMALL`, bands of places of y are faster than the library.
+_FEW_IN = 4
 
 
 def convolution(x, w, **params) -> jax.Array:
@@ -228,34 +228,36 @@ def _to_few_features(x, w, window: Window, out, **how) -> jax.Array:
 
 
 def _in_bands(x, w, window: Window, out, **how) -> jax.Array:
-    """`_BAND` neighbouring places of a row of y at a time, by one product with a banded matrix.
+    """Some neighbouring places of a row of y at a time, by one product with a banded matrix.
 
     A row of the product is all that they see: (places of the window but its last axis, a strip of
     x's row, features). The columns are (place of the band, features out): w, further on by one
-    stride for each place, with zeros around.
+    stride for each place, with zeros around. A band has about half as many places as the window is
+    wide: of more, most products would be with zeros.
     """
     *kernel, ins, outs = w.shape
     *front, width = kernel
     stride, hole = window.strides[-1], window.holes[-1]
-    bands = -(-out[-1] // _BAND)
+    band = 1 + width // 2
+    bands = -(-out[-1] // band)
     reach = hole * (width - 1) + 1
-    strip = stride * (_BAND - 1) + reach
+    strip = stride * (band - 1) + reach
     last = len(front)  # of w's axes that of rows; of x's it is the next
     zero = lax.full_like(w, 0, shape=())
     shifted = []
-    for place in range(_BAND):
+    for place in range(band):
         start = place * stride
         pads = [(0, 0, 0)] * w.ndim
         pads[last] = (start, strip - reach - start, hole - 1)
         shifted.append(lax.expand_dims(lax.pad(w, zero, pads), (w.ndim - 1,)))
     inner = math.prod(front) * strip * ins
-    matrix = lax.reshape(lax.concatenate(shifted, w.ndim - 1), (inner, _BAND * outs))
+    matrix = lax.reshape(lax.concatenate(shifted, w.ndim - 1), (inner, band * outs))
 
     # As many columns of x as all bands see.
     low, _ = window.padding[-1]
-    high = stride * _BAND * (bands - 1) + strip - low - x.shape[last + 1]
+    high = stride * band * (bands - 1) + strip - low - x.shape[last + 1]
     window = window._replace(padding=(*window.padding[:-1], (low, high)))
-    starts = range(0, stride * _BAND * bands, stride * _BAND)
+    starts = range(0, stride * band * bands, stride * band)
     # Behind a barrier: else what makes x may be computed anew for each place.
     x = lax.optimization_barrier(x)
 
@@ -269,7 +271,7 @@ def _in_bands(x, w, window: Window, out, **how) -> jax.Array:
             found.append(lax.concatenate(strips, last + 1))
         a = lax.concatenate(found, last + 2)
         y = lax.dot_general(a, matrix, (((last + 2,), (0,)), ((), ())), **how)
-        y = lax.reshape(y, (*y.shape[: last + 1], bands * _BAND, outs))
+        y = lax.reshape(y, (*y.shape[: last + 1], bands * band, outs))
         return lax.slice_in_dim(y, 0, out[-1], axis=last + 1)
 
     bytes_each = math.prod(out[:-1]) * bands * inner * x.dtype.itemsize
