@@ -500,6 +500,25 @@ def test_labels_of_later_batches():
         step.finish()
 
 
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_labels_in_a_column_of_an_array_of_other_integers(kind):
+    """As in a table. It is transposed, to have come through more than a slice."""
+
+    def loss(params, example):
+        columns = example[None].T[:, 0]
+        return ops.softmax_cross_entropy(NET(params, columns[:2] / 255), columns[-1:][::-1][0])
+
+    table = np.array([[200, 7, 0], [255, 0, 2], [-3, 90, 1]], np.int32)
+    step_on(kind(table), loss, NET_PARAMS)
+    table[1, 2] = 3
+    with pytest.raises(ValueError, match=r"batch holds the label 3 at index \(1, 2\).*3 classes"):
+        step_on(kind(table), loss, NET_PARAMS)
+    step = train_step(loss, optax.sgd(0.1))
+    state, _ = step(step.init(NET_PARAMS), table % 3)
+    with pytest.raises(ValueError, match=r"batch holds the label 3 at index \(1, 2\)"):
+        step(state, table)
+
+
 def test_labels_at_each_position_and_after_a_change_of_shape():
     def loss(params, example):
         logits = jax.vmap(lambda x: NET(params, x))(example["x"])

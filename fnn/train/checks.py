@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -72,19 +73,23 @@ def _any_nan(leaf: Any) -> bool:
 # the example are labels, and how many classes there are. The labels of
 # `fnn.ops.sigmoid_binary_cross_entropy` are probabilities, from 0 to 1.
 
-# What leaves the numbers of an array as they are.
-_UNCHANGING = {
-    "broadcast_in_dim",
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "expand_dims",
-    "reshape",
-    "rev",
-    "slice",
-    "squeeze",
-    "stop_gradient",
-    "transpose",
+# What leaves the numbers of an array as they are, and what it does to a numpy array.
+_UNCHANGING: dict[str, Callable[..., np.ndarray]] = {
+    "broadcast_in_dim": lambda x, shape, broadcast_dimensions, **_: np.broadcast_to(
+        np.expand_dims(x, sorted({*range(len(shape))} - {*broadcast_dimensions})), shape
+    ),
+    "convert_element_type": lambda x, **_: x,
+    "copy": lambda x, **_: x,
+    "copy_p": lambda x, **_: x,
+    "expand_dims": lambda x, dimensions, **_: np.expand_dims(x, dimensions),
+    "reshape": lambda x, new_sizes, **_: x.reshape(new_sizes),
+    "rev": lambda x, dimensions, **_: np.flip(x, dimensions),
+    "slice": lambda x, start_indices, limit_indices, strides, **_: x[
+        tuple(map(slice, start_indices, limit_indices, strides or [None] * x.ndim))
+    ],
+    "squeeze": lambda x, dimensions, **_: np.squeeze(x, tuple(dimensions)),
+    "stop_gradient": lambda x, **_: x,
+    "transpose": lambda x, permutation, **_: np.transpose(x, permutation),
 }
 
 
@@ -96,11 +101,20 @@ class Labels(NamedTuple):
         classes: how many classes there are: labels are 0, ..., classes - 1. None for
             probabilities.
         operation: the name of the operation that reads them.
+        read: which entries of the array (of one example's) are labels, as the bytes of a boolean
+            array of its shape; None for all.
     """
 
     leaf: int
     classes: int | None
     operation: str
+    read: bytes | None = None
+
+    def among(self, values: np.ndarray) -> np.ndarray:
+        """Which entries of a batch's array are labels, to be broadcast over the examples."""
+        if self.read is None:
+            return np.True_
+        return np.frombuffer(self.read, bool).reshape(values.shape[1:])
 
     def are_wrong(self, values: Any) -> Any:
         """Which of these values can't be such labels, nan included."""
@@ -164,9 +178,10 @@ def find_labels(
         classes_and_labels = _classes_and_labels(equation, flat)
         if classes_and_labels:
             classes, labels, operation = classes_and_labels
-            origin = came_from.get(labels, labels)
+            origin, way = came_from.get(labels, (labels, ()))
             if origin in inputs:
-                found.append(Labels(inputs[origin], classes, operation))
+                read = _entries_read(flat.avals[origin].shape, way)
+                found.append(Labels(inputs[origin], classes, operation, read))
     return tuple(dict.fromkeys(found))
 
 
@@ -188,7 +203,10 @@ def describe_bad_labels(data: Any, labels: tuple[Labels, ...], name: str = "batc
         path, values = leaves[kind.leaf]
         if values.size and kind.are_wrong(_extremes(values)).any():
             values = np.asarray(values)
-            where = tuple(int(i) for i in np.argwhere(kind.are_wrong(values))[0])
+            wrong = np.argwhere(kind.are_wrong(values) & kind.among(values))
+            if not len(wrong):
+                continue
+            where = tuple(int(i) for i in wrong[0])
             index = where[0] if len(where) == 1 else where
             return (
                 f"{path_name(name, path)} holds the label {values[where]} at index {index}, but "
@@ -202,14 +220,27 @@ def _extremes(values: Any) -> np.ndarray:
     return np.array([values.min(), values.max()])
 
 
-def _origins(flat: Program) -> dict[int, int]:
-    """For values that are another value in another shape or dtype: that other value."""
-    origins: dict[int, int] = {}
+def _origins(flat: Program) -> dict[int, tuple[int, tuple[Equation, ...]]]:
+    """For values that are another value, or a part of it, in another shape or dtype: that other
+    value, and the equations on the way from it."""
+    origins: dict[int, tuple[int, tuple[Equation, ...]]] = {}
     for equation in flat.equations:
-        if equation.name in _UNCHANGING and len(equation.outs) == 1:
-            source = equation.ins[0]
-            origins[equation.outs[0]] = origins.get(source, source)
+        if equation.name in _UNCHANGING and len(equation.ins) == len(equation.outs) == 1:
+            source, way = origins.get(equation.ins[0], (equation.ins[0], ()))
+            origins[equation.outs[0]] = source, (*way, equation)
     return origins
+
+
+def _entries_read(shape: tuple[int, ...], way: tuple[Equation, ...]) -> bytes | None:
+    """Which entries of an array are left after these equations: see `Labels.read`."""
+    if all(equation.name != "slice" for equation in way):
+        return None
+    places = np.arange(math.prod(shape)).reshape(shape)
+    for equation in way:
+        places = _UNCHANGING[equation.name](places, **equation.params)
+    read = np.zeros(math.prod(shape), bool)
+    read[places] = True
+    return None if read.all() else read.tobytes()
 
 
 def _has_gradient(flat: Program, params: list[int]) -> bool:
