@@ -2,6 +2,7 @@
 
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +50,23 @@ def short(count):
 def test_fewer_batches_than_were_promised(data, message):
     with pytest.raises(ValueError, match=message):
         fit(data, epochs=2, steps_per_epoch=5)
+
+
+class OfUnknownLength:
+    """A `tf.data.Dataset` made by a generator is such, and a torch `DataLoader` of an
+    `IterableDataset`: they have a `__len__`, which raises."""
+
+    def __iter__(self):
+        return iter([BATCH] * 3)
+
+    def __len__(self):
+        raise TypeError("The dataset length is unknown.")
+
+
+def test_a_length_that_is_not_known():
+    result = fit(OfUnknownLength(), epochs=2, validation=OfUnknownLength())
+    chex.assert_trees_all_equal(result.params, fit([BATCH] * 3, epochs=2).params)
+    assert len(result.steps["loss"]) == 6 and len(result.history["validation_loss"]) == 2
 
 
 def test_the_error_carries_what_was_trained():

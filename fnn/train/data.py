@@ -122,7 +122,10 @@ class Stream:
     def steps(self) -> int | None:
         """The number of batches in an epoch, if it is known."""
         if self.limit is None and isinstance(self.source, Sized):
-            return len(self.source)
+            try:
+                return len(self.source)
+            except (TypeError, NotImplementedError):  # of what has a length only at times
+                return None
         return self.limit
 
     def epoch(self, key: Any, start: int = 0) -> Iterator[Any]:
