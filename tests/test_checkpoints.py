@@ -456,6 +456,13 @@ def test_settings_of_an_optimiser_are_read_by_name():
         assert not any("0x" in text for text in (*settings, *settings.values()))
 
 
+def test_types_among_the_settings():
+    settings = {"compute": np.float16, "like": jax.ShapeDtypeStruct((3,), jnp.float32)}
+    found = of_function(settings, "step")
+    assert found["step['compute']"] == "float16"
+    assert "(3,)" in found["step['like']"] and "float32" in found["step['like']"]
+
+
 def test_digests_of_keys():
     one, other = (of_arrays({"k": jax.random.key(i)}, "state") for i in range(2))
     assert one != other and "state['k']" in one

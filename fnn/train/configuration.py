@@ -124,8 +124,12 @@ def of_function(value: Any, name: str) -> dict[str, str]:
 
 
 def _follow(value: Any, name: str, found: dict[str, str], seen: set[int], depth: int) -> None:
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.generic)):
+    plain = (bool, int, float, complex, str, bytes, np.generic, jax.ShapeDtypeStruct)
+    if value is None or isinstance(value, plain):
         found[name] = repr(value)
+        return
+    if isinstance(value, type) and issubclass(value, np.generic):  # np.float16
+        found[name] = value.__qualname__
         return
     if _is_array(value):
         found[name] = of_key(value) or "" if is_key(value) else _of_array(value, MOST_BYTES)
