@@ -394,8 +394,12 @@ def test_options(tmp_path):
             getattr(checkpoints, name)(states()[0], "first")
         with pytest.raises(TypeError, match=f"^{name}: step must be an integer"):
             getattr(checkpoints, name)(states()[0], 1.5)
-    with pytest.raises(CheckpointError, match="so that none is the best"):
+    with pytest.raises(CheckpointError, match="aren't told what is best, so that none is the best"):
         checkpoints.load(states()[0], "best")
+    with pytest.raises(CheckpointError, match="has a number 'f1' in its record, so that none is"):
+        Checkpoints(tmp_path, best="f1").load(states()[0], "best")
+    with pytest.raises(TypeError, match="^load_params: params is a training State: pass its"):
+        checkpoints.load_params(states()[0])
 
 
 def test_the_error_is_pickled():

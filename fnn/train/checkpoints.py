@@ -154,6 +154,7 @@ class Checkpoints:
         """
         files = Files(self.folder)
         step = self._chosen("load_params", files, step)
+        arguments.no_result("load_params", "params", params)
         return self._read(files, step, params, "state.params").state
 
     def discard(self, step: int) -> Path:
@@ -206,6 +207,12 @@ class Checkpoints:
         if step == "latest":
             return steps[-1]
         if step == "best":
+            if self.best is None:
+                raise CheckpointError(
+                    f"these checkpoints in {self.folder} aren't told what is best, so that none "
+                    "is the best: Checkpoints(folder, best='validation_loss'), say.",
+                    str(self.folder),
+                )
             best = self._best(self._scores(files))
             if best is None:
                 raise CheckpointError(
