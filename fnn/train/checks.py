@@ -113,7 +113,7 @@ class Labels(NamedTuple):
     def among(self, values: np.ndarray) -> np.ndarray:
         """Which entries of a batch's array are labels, to be broadcast over the examples."""
         if self.read is None:
-            return np.True_
+            return np.array(True)
         return np.frombuffer(self.read, bool).reshape(values.shape[1:])
 
     def are_wrong(self, values: Any) -> Any:
