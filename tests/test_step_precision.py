@@ -353,6 +353,20 @@ def test_a_loss_scale_that_float32_has_not(bad):
         train_step(linear, optax.sgd(0.1), loss_scale=bad)
 
 
+@pytest.mark.parametrize("scale", [1000.0, DynamicLossScale(initial=1000.0)])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_scaled_gradient_in_float64_is_rounded_as_float64(scale, accumulate):
+    with jax.enable_x64(True):
+        xs = jnp.linspace(0.1, 1.7, 7)
+        loss = lambda params, x: jnp.sum(jnp.sin(params["w"] * x))
+        params = {"w": jnp.array([0.3, -1.1])}
+        step = train_step(loss, optax.sgd(1.0), loss_scale=scale, accumulate=accumulate)
+        state, _ = step(step.init(params), xs)
+        moved = np.asarray(params["w"] - state.params["w"])
+        wanted = np.mean(xs * np.cos(np.outer(params["w"], xs)), axis=1)
+        np.testing.assert_allclose(moved, wanted, rtol=1e-14)
+
+
 def test_what_loss_scale_refuses():
     for bad in ("static", 0, -1.0, np.nan, True, [1]):
         with pytest.raises((TypeError, ValueError), match="train_step: loss_scale must be"):

@@ -116,9 +116,9 @@ def check_loss_scale(where: str, loss_scale: Any, compute: Any) -> float | Dynam
 
 def unscaled(gradient: Any, scale: Any, like: Any) -> Any:
     """The gradient divided by the scale, in float32 at least; then in the dtypes of `like`."""
-    inverse = 1 / jnp.asarray(scale, jnp.float32)
 
     def of(g, p):
+        inverse = 1 / jnp.asarray(scale, g.real.dtype)
         return (g * inverse.astype(g.dtype)).astype(p.dtype)
 
     return jax.tree.map(of, wide(gradient), like)
