@@ -367,6 +367,17 @@ def test_a_scaled_gradient_in_float64_is_rounded_as_float64(scale, accumulate):
         np.testing.assert_allclose(moved, wanted, rtol=1e-14)
 
 
+@pytest.mark.parametrize("x64", [False, True])
+def test_numbers_of_numpy_make_the_same_rule_of_a_scale(x64):
+    of_numpy = {"initial": np.float16(8), "least": np.float64(1), "most": jnp.float32(64)}
+    rule = DynamicLossScale(**of_numpy, period=np.int64(1), factor=np.float64(2.0))
+    assert rule == DynamicLossScale(8.0, 1.0, 64.0, 1, 2.0)
+    assert all(type(value) in (int, float) for value in vars(rule).values())
+    with jax.enable_x64(x64), jax.numpy_dtype_promotion("strict"):
+        assert rule.after(rule.first(), jnp.array(True)).scale == 16
+        assert rule.after(rule.first(), jnp.array(False)).scale == 4
+
+
 def test_what_loss_scale_refuses():
     for bad in ("static", 0, -1.0, np.nan, True, [1]):
         with pytest.raises((TypeError, ValueError), match="train_step: loss_scale must be"):

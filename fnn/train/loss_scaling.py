@@ -53,14 +53,18 @@ class DynamicLossScale:
 
     def __post_init__(self):
         where = "DynamicLossScale"
-        arguments.number(where, "least", self.least, least=SMALLEST)
-        arguments.number(where, "most", self.most, least=float(self.least), most=LARGEST)
-        arguments.number(
-            where, "initial", self.initial, least=float(self.least), most=float(self.most)
-        )
-        arguments.integer(where, "period", self.period, least=1, most=2**31 - 1)
+        least = arguments.fixed_number(where, "least", self.least, least=SMALLEST)
+        most = arguments.fixed_number(where, "most", self.most, least=least, most=LARGEST)
+        initial = arguments.fixed_number(where, "initial", self.initial, least=least, most=most)
+        period = arguments.integer(where, "period", self.period, least=1, most=2**31 - 1)
         # The next number after 1 in float32 is 1 + 2⁻²³.
-        arguments.number(where, "factor", self.factor, least=1 + 2.0**-23, most=LARGEST)
+        factor = arguments.fixed_number(
+            where, "factor", self.factor, least=1 + 2.0**-23, most=LARGEST
+        )
+        # Python's numbers: those of numpy have dtypes, which promote.
+        numbers = {"initial": initial, "least": least, "most": most}
+        for name, value in {**numbers, "period": period, "factor": factor}.items():
+            object.__setattr__(self, name, value)
 
     def first(self) -> LossScale:
         """The scale before the first step."""
