@@ -563,6 +563,8 @@ def test_float_labels_and_wrong_shapes_come_from_the_loss():
         (lambda x: (x.sum(), {"step": 1.0}), ValueError, "metric 'step', a name that training"),
         (lambda x: (x.sum(), {"": 1.0}), ValueError, "a metric whose name is empty"),
         (lambda x: (x.sum(), {"m": "text"}), TypeError, "metric 'm' that is no array but a str"),
+        (lambda x: (x.sum(), {"m": None}), TypeError, "metric 'm' that is no array but a NoneType"),
+        (lambda x: (x.sum(), {"m": jax.random.key(0)}), TypeError, "'m' of dtype key.*are numbers"),
     ],
 )
 def test_bad_loss(out, error, message):

@@ -334,12 +334,19 @@ def scalar_and_metrics(loss: Loss, out: Any) -> tuple[jax.Array, dict[str, jax.A
                 f"(as it does {', '.join(RESERVED)} and {RESERVED_PREFIX}...): choose another."
             )
         try:
+            if entry is None:  # whose dtype would be float's
+                raise TypeError
             dtype = jnp.result_type(entry)
         except TypeError:
             raise TypeError(
                 f"the loss {name} returns a metric {metric!r} that is no array but a "
                 f"{type(entry).__name__}."
             ) from None
+        if jnp.issubdtype(dtype, jax.dtypes.extended):
+            raise TypeError(
+                f"the loss {name} returns a metric {metric!r} of dtype {dtype}, but metrics are "
+                "numbers."
+            )
         if jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(
                 f"the loss {name} returns a metric {metric!r} of dtype {dtype}, but metrics are "
