@@ -66,7 +66,11 @@ _FEW_IN = 4
 def convolution(x, w, **params) -> jax.Array:
     """`conv_general_dilated` with JAX's parameters."""
     found = _by_formula(x, w, **params)
-    return lax.conv_general_dilated_p.bind(x, w, **params) if found is None else found
+    if found is not None:
+        return found
+    axes = params["dimension_numbers"].lhs_spec[2:]
+    x, padding = _cropped(x, axes, params["padding"], params["lhs_dilation"])
+    return lax.conv_general_dilated_p.bind(x, w, **params | {"padding": padding})
 
 
 def has_formula(x: Any, w: Any, **params: Any) -> bool:
@@ -325,7 +329,22 @@ def _plain(x, w, window: Window, **how) -> jax.Array:
         (0, n - 1, *range(1, n - 1)), (n - 1, n - 2, *range(n - 2)), (0, n - 1, *range(1, n - 1))
     )
     strides, padding, between, holes = window
+    x, padding = _cropped(x, range(1, n - 1), padding, between)
     return lax.conv_general_dilated(x, w, strides, padding, between, holes, numbers, **how)
+
+
+def _cropped(x, axes, padding, between) -> tuple[jax.Array, tuple]:
+    """x padded where its first entries are left out and zeros follow the last, and what remains.
+
+    There XLA's library reads beyond x instead (https://github.com/openxla/xla/issues/48713).
+    """
+    pads, remaining = [(0, 0, 0)] * x.ndim, list(map(tuple, padding))
+    for i, (axis, (low, high), d) in enumerate(zip(axes, padding, between, strict=True)):
+        if low < 0 < high and d == 1:
+            pads[axis], remaining[i] = (low, high, 0), (0, 0)
+    if any(map(any, pads)):
+        x = lax.pad(x, lax.full_like(x, 0, shape=()), pads)
+    return x, tuple(remaining)
 
 
 def _is_on_one_core(x, w, places: int) -> bool:
