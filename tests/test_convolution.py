@@ -184,12 +184,14 @@ def test_images_side_by_side_agree_with_jax(name, monkeypatch):
 
 
 @pytest.mark.parametrize("on_one_core", [True, False])
-@pytest.mark.parametrize("outs, many", [(64, True), (16, False)])
-def test_where_one_core_would_work_images_lie_side_by_side(on_one_core, outs, many, monkeypatch):
+@pytest.mark.parametrize("ins, outs, many", [(32, 64, True), (32, 16, False), (8, 64, False)])
+def test_where_one_core_would_work_images_lie_side_by_side(
+    on_one_core, ins, outs, many, monkeypatch
+):
     """Before JAX 0.11 XLA's library shares a row's pixels among the cores, if they are many."""
     assert (jax.__version_info__ < (0, 11)) == windows.ROWS_ON_ONE_CORE
     monkeypatch.setattr(windows, "ROWS_ON_ONE_CORE", on_one_core)
-    x, w = R(0, 16, 8, 8, 32, dtype="float32"), R(1, outs, 32, 3, 3, dtype="float32")
+    x, w = R(0, 16, 8, 8, ins, dtype="float32"), R(1, outs, ins, 3, 3, dtype="float32")
     text = jax.jit(lambda x, w: ops.convolution(x, w)).lower(x, w).as_text()
     (batch,) = re.findall(r"stablehlo.convolution.*\(tensor<(\d+)x", text)
     assert int(batch) == (1 if on_one_core and many else 16)

@@ -317,7 +317,7 @@ def _pixel_by_pixel(x, w, window: Window, **how) -> jax.Array:
 
 def _library(x, w, window: Window, out, **how) -> jax.Array:
     """XLA's library, the axes in the order that it wants."""
-    if out and _is_on_one_core(x, w, out[-1]):
+    if out and _is_on_one_core(x, w, window, out[-1]):
         return _side_by_side(x, w, window, out[-1], **how)
     return _plain(x, w, window, **how)
 
@@ -347,19 +347,24 @@ def _cropped(x, axes, padding, between) -> tuple[jax.Array, tuple]:
     return x, tuple(remaining)
 
 
-def _is_on_one_core(x, w, places: int) -> bool:
+def _is_on_one_core(x, w, window: Window, places: int) -> bool:
     """Whether the library would leave all cores but one idle, and others have enough to do.
+
+    Of few weights, to bring the images side by side takes longer than the other cores save.
 
     places: how many entries an output row has. The bounds were found by measuring.
     """
     count, outs, weights = x.shape[0], w.shape[-1], math.prod(w.shape[:-1])
+    size = math.prod(w.shape[:-2])
     shares_features = outs >= 128 and (weights >= 1152 or places * outs > 4096)
+    is_small = weights < (112 if size >= 9 and max(window.strides) == 1 else 240)
     return (
         windows.ROWS_ON_ONE_CORE
         and x.dtype == jnp.float32
         and count >= 8
         and outs > _SMALL  # to fewer, the library's other functions use all cores
-        and math.prod(w.shape[:-2]) <= windows.FEW
+        and size <= windows.FEW
+        and not is_small
         and not shares_features
     )
 
