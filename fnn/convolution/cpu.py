@@ -22,6 +22,7 @@ times slower. So the axes are put in this order here. What the library is slow a
   parts are then shifted and added.
 * From few features to not many, some neighbouring places of y are found at once: the product of all
   that they see, side by side, with a banded matrix, in which w stands once for each of them.
+  What is inf or nan makes nan of the band's other places, too.
 * From some odd numbers of features the library is slow: they are filled up with zeros.
 * A window of one place is a product alone.
 * Where there are fewer pixels than features, most of the time would go to bringing the weights into
@@ -235,33 +236,34 @@ def _in_bands(x, w, window: Window, out, **how) -> jax.Array:
     """Some neighbouring places of a row of y at a time, by one product with a banded matrix.
 
     A row of the product is all that they see: (places of the window but its last axis, a strip of
-    x's row, features). The columns are (place of the band, features out): w, further on by one
-    stride for each place, with zeros around. A band has about half as many places as the window is
-    wide: of more, most products would be with zeros.
+    x's row, features). The columns are (place of the band, features out): w, one entry further on
+    for each place, with zeros around. A band has about half as many places as the window is wide:
+    of more, most products would be with zeros.
+
+    The window has no stride, and x no zeros between its entries.
     """
     *kernel, ins, outs = w.shape
     *front, width = kernel
-    stride, hole = window.strides[-1], window.holes[-1]
+    hole = window.holes[-1]
     band = 1 + width // 2
     bands = -(-out[-1] // band)
     reach = hole * (width - 1) + 1
-    strip = stride * (band - 1) + reach
+    strip = band - 1 + reach
     last = len(front)  # of w's axes that of rows; of x's it is the next
     zero = lax.full_like(w, 0, shape=())
     shifted = []
     for place in range(band):
-        start = place * stride
         pads = [(0, 0, 0)] * w.ndim
-        pads[last] = (start, strip - reach - start, hole - 1)
+        pads[last] = (place, band - 1 - place, hole - 1)
         shifted.append(lax.expand_dims(lax.pad(w, zero, pads), (w.ndim - 1,)))
     inner = math.prod(front) * strip * ins
     matrix = lax.reshape(lax.concatenate(shifted, w.ndim - 1), (inner, band * outs))
 
     # As many columns of x as all bands see.
     low, _ = window.padding[-1]
-    high = stride * band * (bands - 1) + strip - low - x.shape[last + 1]
+    high = band * (bands - 1) + strip - low - x.shape[last + 1]
     window = window._replace(padding=(*window.padding[:-1], (low, high)))
-    starts = range(0, stride * band * bands, stride * band)
+    starts = range(0, band * bands, band)
     # Behind a barrier: else what makes x may be computed anew for each place.
     x = lax.optimization_barrier(x)
 
