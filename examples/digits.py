@@ -1,6 +1,6 @@
 """Handwritten digits: a linear classifier, two and three layers, the lecture's activations.
 
-    python examples/digits.py            about a minute on two cores
+    python examples/digits.py            one to two minutes on two cores
     python examples/digits.py --quick    a few seconds, to see that it runs
 
 The data are scikit-learn's 1797 digits of 8x8 pixels, which come with the package. A fifth of
