@@ -20,10 +20,7 @@ times slower. So the axes are put in this order here. What the library is slow a
   ones, where the cache holds what is summed.
 * To few features, each pixel is multiplied with all of the window's weights in one product, whose
   parts are then shifted and added.
-* From few features to not many, some neighbouring places of y are found at once: the product of all
-  that they see, side by side, with a banded matrix, in which w stands once for each of them.
-  What is inf or nan makes nan of the band's other places, too.
-* From some odd numbers of features the library is slow: they are filled up with zeros.
+* From some numbers of features the library is slow: they are filled up with zeros.
 * A window of one place is a product alone.
 * Where there are fewer pixels than features, most of the time would go to bringing the weights into
   another order of axes: they are multiplied as they lie, with patches or with single pixels.
@@ -59,9 +56,6 @@ _NARROW = 3
 
 # To so many features or fewer, XLA's library takes other functions than to more.
 _SMALL = 16
-
-# From so many features or fewer to `_SMALL`, bands of places of y are faster than the library.
-_FEW_IN = 4
 
 
 def convolution(x, w, **params) -> jax.Array:
@@ -202,11 +196,8 @@ def _window_by_window(x, w, window: Window, out, groups: int, **how) -> jax.Arra
         return _for_each_group(x, x.ndim - 1, w, window, out, groups, **how)
     if groups > 1:
         return _in_groups(x, w, window, out, groups, **how)
-    if few and _stays(window):
-        if w.shape[-1] <= _NARROW:
-            return _to_few_features(x, w, window, out, **how)
-        if w.shape[-2] <= _FEW_IN and w.shape[-1] <= _SMALL and out:
-            return _in_bands(x, w, window, out, **how)
+    if w.shape[-1] <= _NARROW and few and _stays(window):
+        return _to_few_features(x, w, window, out, **how)
     ins = _filled(w.shape[-2], w.shape[-1], window)
     x, w = _with_features(x, x.ndim - 1, ins), _with_features(w, w.ndim - 2, ins)
     return _library(x, w, window, out, **how)
@@ -232,61 +223,9 @@ def _to_few_features(x, w, window: Window, out, **how) -> jax.Array:
     return block_by_block(of_some, x, max(1, windows.CACHED // 4 // bytes_each))
 
 
-def _in_bands(x, w, window: Window, out, **how) -> jax.Array:
-    """Some neighbouring places of a row of y at a time, by one product with a banded matrix.
-
-    A row of the product is all that they see: (places of the window but its last axis, a strip of
-    x's row, features). The columns are (place of the band, features out): w, one entry further on
-    for each place, with zeros around. A band has about half as many places as the window is wide:
-    of more, most products would be with zeros.
-
-    The window has no stride, and x no zeros between its entries.
-    """
-    *kernel, ins, outs = w.shape
-    *front, width = kernel
-    hole = window.holes[-1]
-    band = 1 + width // 2
-    bands = -(-out[-1] // band)
-    reach = hole * (width - 1) + 1
-    strip = band - 1 + reach
-    last = len(front)  # of w's axes that of rows; of x's it is the next
-    zero = lax.full_like(w, 0, shape=())
-    shifted = []
-    for place in range(band):
-        pads = [(0, 0, 0)] * w.ndim
-        pads[last] = (place, band - 1 - place, hole - 1)
-        shifted.append(lax.expand_dims(lax.pad(w, zero, pads), (w.ndim - 1,)))
-    inner = math.prod(front) * strip * ins
-    matrix = lax.reshape(lax.concatenate(shifted, w.ndim - 1), (inner, band * outs))
-
-    # As many columns of x as all bands see.
-    low, _ = window.padding[-1]
-    high = band * (bands - 1) + strip - low - x.shape[last + 1]
-    window = window._replace(padding=(*window.padding[:-1], (low, high)))
-    starts = range(0, band * bands, band)
-    # Behind a barrier: else what makes x may be computed anew for each place.
-    x = lax.optimization_barrier(x)
-
-    def of_some(x):
-        x = padded(x, window)
-        found = []
-        for place in numpy.ndindex(*front):
-            rows = patch_at(x, place, out[:-1], window.strides[:-1], window.holes[:-1])
-            strips = [lax.slice_in_dim(rows, k, k + strip, axis=last + 1) for k in starts]
-            strips = [lax.reshape(s, (*s.shape[:-2], 1, strip * ins)) for s in strips]
-            found.append(lax.concatenate(strips, last + 1))
-        a = lax.concatenate(found, last + 2)
-        y = lax.dot_general(a, matrix, (((last + 2,), (0,)), ((), ())), **how)
-        y = lax.reshape(y, (*y.shape[: last + 1], bands * band, outs))
-        return lax.slice_in_dim(y, 0, out[-1], axis=last + 1)
-
-    bytes_each = math.prod(out[:-1]) * bands * inner * x.dtype.itemsize
-    return block_by_block(of_some, x, max(1, windows.FOR_ALL_CORES // bytes_each))
-
-
 def _filled(ins: int, outs: int, window: Window) -> int:
     """With how many features, some of them zeros, the library is fastest."""
-    if _FEW_IN < ins < 8 and outs <= _SMALL and _stays(window):
+    if 4 < ins < 8 and outs <= _SMALL and _stays(window):
         return 8
     if windows.ROWS_ON_ONE_CORE and ins > 1 and ins % 2 and _SMALL < outs <= 32:
         return -(-ins // 4) * 4

@@ -54,9 +54,8 @@ def convolution(
 
     Local gradient: for x, g convolved with the flipped w; for w, x convolved with g. Both are
     convolutions. Kept: x and w. On a CPU, value and gradients are computed by the formulas of
-    `fnn/convolution/cpu.py`, elsewhere by XLA's convolution (on a GPU cuDNN's). Some of those
-    formulas multiply with zeros too: an inf or nan in x may make nan of places beside the ones that
-    see it. Linear in x and in w: no kink.
+    `fnn/convolution/cpu.py`, elsewhere by XLA's convolution (on a GPU cuDNN's). Linear in x and in
+    w: no kink.
 
     Raises:
         TypeError: x or w isn't floating or complex, or an option isn't of its kind.
