@@ -69,7 +69,22 @@ FORMULAS = {
         {"window_strides": (2, 1), "rhs_dilation": (2, 1)},
     ),
     "many to few": ((2, 6, 5, 64), (3, 3, 64, 2), {}),
-    "library": ((2, 6, 5, 9), (3, 3, 9, 4), {}),
+    "library": ((2, 6, 5, 9), (3, 3, 9, 14), {}),
+    "one pixel": ((2, 1, 1, 5), (2, 3, 5, 4), {"padding": ((1, 2), (3, 2))}),
+    "of an image no larger": ((2, 3, 4, 9), (3, 4, 9, 5), {"padding": "VALID"}),
+    "few pixels": (
+        (2, 3, 2, 9),
+        (3, 2, 9, 5),
+        {"padding": ((3, 2), (1, 2)), "rhs_dilation": (2, 1)},
+    ),
+    "rows in": ((2, 6, 5, 3), (3, 2, 3, 4), {"rhs_dilation": (2, 1), "padding": ((-1, 2), (1, 1))}),
+    "rows in, filled": ((2, 6, 5, 2), (3, 2, 2, 5), {}),
+    "rows of the window": (
+        (2, 6, 5, 6),
+        (3, 2, 6, 4),
+        {"rhs_dilation": (2, 1), "padding": ((3, 2), (0, 1))},
+    ),
+    "rows of the window, high": ((2, 6, 5, 16), (5, 3, 16, 12), {}),
     "filled": ((2, 6, 5, 7), (3, 2, 7, 9), {}),
     "filled, many out": ((2, 6, 5, 3), (3, 2, 3, 20), {"window_strides": (2, 1)}),
     "few features": ((2, 6, 5, 9), (3, 2, 9, 3), {"rhs_dilation": (1, 2)}),
@@ -106,6 +121,7 @@ TWO_IMAGES = {
     "groups": 4_400,
     "depthwise": 6_500,
     "few features": 17_400,
+    "few pixels": 1_440,
 }
 BOTH = [(name, cached) for name in FORMULAS for cached in (None, 1, TWO_IMAGES.get(name, 2))]
 QUICK = [
@@ -124,6 +140,7 @@ def test_formulas_agree_with_jax(name, cached, monkeypatch):
     if cached is not None:
         monkeypatch.setattr(windows, "CACHED", cached)
         monkeypatch.setattr(windows, "FOR_ALL_CORES", cached)
+        monkeypatch.setattr(windows, "FOR_PIXELS", cached)
     x, w, options = FORMULAS[name]
     options = {"window_strides": (1, 1), "padding": "SAME"} | options
     x, w = R(0, 3, *x[1:], dtype="float32"), R(1, *w, dtype="float32")
@@ -193,14 +210,37 @@ def test_where_one_core_would_work_images_lie_side_by_side(
     assert int(batch) == (1 if on_one_core and many else 16)
 
 
-@pytest.mark.parametrize("sizes, wanted", [((3, 16), [3]), ((6, 16), [8]), ((8, 16), [8])])
-def test_what_the_library_gets_of_few_features(sizes, wanted):
-    """Of five to seven it gets eight: it is slow at them."""
+@pytest.mark.parametrize(
+    "sizes, wanted",
+    [
+        ((3, 18), "3x3x3x18"),
+        ((8, 16), "3x3x8x16"),
+        ((6, 16), "3x3x8x16"),  # filled up
+        ((2, 16), "1x3x8x16"),  # three rows of x side by side, and filled up
+        ((3, 16), "1x3x9x16"),
+        ((16, 7), "1x3x16x21"),  # three rows of the window side by side
+    ],
+)
+def test_what_the_library_gets_of_few_features(sizes, wanted, monkeypatch):
+    """It is slow at few."""
+    monkeypatch.setattr(windows, "ROWS_ON_ONE_CORE", False)
     ins, outs = sizes
     x, w = R(0, 2, 8, 8, ins, dtype="float32"), R(1, outs, ins, 3, 3, dtype="float32")
     text = jax.jit(lambda x, w: ops.convolution(x, w)).lower(x, w).as_text()
-    found = re.findall(r"stablehlo.convolution.*\(tensor<(?:\d+x){3}(\d+)x", text)
-    assert [int(n) for n in found] == wanted
+    found = re.findall(r"stablehlo.convolution.*tensor<((?:\d+x){3}\d+)xf32>\) ->", text)
+    assert found == [wanted]
+
+
+def test_zeros_around_few_pixels_are_not_multiplied():
+    """y is larger than x: a fourth of the multiplications, and of one pixel a ninth."""
+    for size, padding, part in ((2, 2, 4), (1, 2, 9)):
+        x, w = R(0, 4, size, size, 16, dtype="float32"), R(1, 3, 3, 16, 16, dtype="float32")
+        options = {"window_strides": (1, 1), "padding": [(padding, padding)] * 2}
+        params = parameters_of(x, w, dimension_numbers=NUMBERS, **options)
+        f = jax.jit(lambda x, w, p=params: conv_general_dilated_p.bind(x, w, **p))
+        flops = f.lower(x, w).compile().cost_analysis()["flops"]
+        plain = 2 * 4 * (size + 2) ** 2 * 9 * 16 * 16
+        assert plain / part <= flops < 1.2 * plain / part
 
 
 @pytest.mark.parametrize("on_one_core", [True, False])

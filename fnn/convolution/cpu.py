@@ -19,7 +19,12 @@ times slower. So the axes are put in this order here. What the library is slow a
   shifted copies of x are multiplied and added. The sums of the weight's gradient are products with
   ones, where the cache holds what is summed.
 * To few features, each pixel is multiplied with all of the window's weights in one product, whose
-  parts are then shifted and added.
+  parts are then shifted and added. So it is where y is larger than x, as the gradient of the input
+  is if that had no padding: the library would multiply the zeros around x. Of one pixel alone
+  nothing is left to be added.
+* From few features, the rows of the input that a row of the window meets stand side by side, as
+  more features. To few, the rows of the window do; what each gives is then shifted and added. The
+  library has a window of one row then, and more features, of which it is faster.
 * From some numbers of features the library is slow: they are filled up with zeros.
 * A window of one place is a product alone.
 * Where there are fewer pixels than features, most of the time would go to bringing the weights into
@@ -109,6 +114,8 @@ def _by_formula(
     places, out_places = math.prod(w.shape[:-2]), math.prod(out)
     is_gradient = places > out_places and feature_group_count == 1  # of a weight
     if max(feature_group_count, batch_group_count) == 1:
+        if _is_of_one_pixel(x, window):
+            return _in_order(_of_one_pixel(x, as_it_lies, w_spec, window, out, **how), y_spec)
         if is_gradient:
             y = weights.weight_as_it_lies(x, w, window, out, y_spec, **how)
             if y is not None:
@@ -142,6 +149,30 @@ def _in_order(y, y_spec) -> jax.Array:
     """(batch, space..., features) with each axis where it belongs."""
     order = (y_spec[0], *y_spec[2:], y_spec[1])
     return lax.transpose(y, tuple(int(d) for d in numpy.argsort(order)))
+
+
+def _is_of_one_pixel(x, window: Window) -> bool:
+    moves = (*window.strides, *window.holes)
+    return (
+        math.prod(x.shape[1:-1]) == 1 and set(moves) == {1} and min(map(min, window.padding)) >= 0
+    )
+
+
+def _of_one_pixel(x, w, w_spec, window: Window, out, **how) -> jax.Array:
+    """y[o] = x w[low - o]: the product with as much of w, read backwards, as meets the pixel."""
+    space = w_spec[2:]
+    crops, pads = [(0, 0, 0)] * w.ndim, []
+    for axis, (low, _), n in zip(space, window.padding, out, strict=True):
+        before = low - w.shape[axis] + 1  # y's places before the first of w, or those of w before y
+        after = n - w.shape[axis] - before
+        crops[axis] = (min(before, 0), min(after, 0), 0)
+        pads.append((max(before, 0), max(after, 0), 0))
+    zero = lax.full_like(x, 0, shape=())
+    w = lax.pad(lax.rev(w, space), zero, crops)
+    pixels = lax.reshape(x, (x.shape[0], x.shape[-1]))
+    y = lax.dot_general(pixels, w, (((1,), (w_spec[1],)), ((), ())), **how)
+    places = [axis + (axis < w_spec[1]) for axis in (*space, w_spec[0])]
+    return lax.pad(lax.transpose(y, (0, *places)), zero, [(0, 0, 0), *pads, (0, 0, 0)])
 
 
 def _with_w_as_it_lies(x, w, w_spec, window: Window, out, **how) -> jax.Array | None:
@@ -196,8 +227,15 @@ def _window_by_window(x, w, window: Window, out, groups: int, **how) -> jax.Arra
         return _for_each_group(x, x.ndim - 1, w, window, out, groups, **how)
     if groups > 1:
         return _in_groups(x, w, window, out, groups, **how)
-    if w.shape[-1] <= _NARROW and few and _stays(window):
-        return _to_few_features(x, w, window, out, **how)
+    if _stays(window) and few:
+        if _grows(x, w, out):
+            return _pixel_products(x, w, window, out, windows.FOR_PIXELS, **how)
+        if _few_in(w):
+            return _rows_as_features(x, w, window, out, **how)
+        if _few_out(x, w, out):
+            return _rows_of_window(x, w, window, out, **how)
+        if w.shape[-1] <= _NARROW:
+            return _pixel_products(x, w, window, out, windows.CACHED // 4, **how)
     ins = _filled(w.shape[-2], w.shape[-1], window)
     x, w = _with_features(x, x.ndim - 1, ins), _with_features(w, w.ndim - 2, ins)
     return _library(x, w, window, out, **how)
@@ -207,20 +245,82 @@ def _stays(window: Window) -> bool:
     return all(n == 1 for n in (*window.strides, *window.between))
 
 
-def _to_few_features(x, w, window: Window, out, **how) -> jax.Array:
-    """Fewer features than the library's products are made for: all places' are made side by side.
+def _grows(x, w, out) -> bool:
+    """Whether y has so many more pixels than x that products of x's alone are less work."""
+    ins, outs = w.shape[-2:]
+    return ins >= 8 and 2 * ins >= outs and math.prod(out) >= 1.6 * math.prod(x.shape[1:-1])
 
-    For some images at a time, whose products stay in the cache.
+
+def _pixel_products(x, w, window: Window, out, most: int, **how) -> jax.Array:
+    """All places' products with a pixel side by side, and then sums.
+
+    Args:
+        most: for so many images at a time that their products have as many bytes as this.
     """
     *kernel, ins, outs = w.shape
-    count = math.prod(kernel)
-    matrix = lax.reshape(
-        lax.transpose(w, (w.ndim - 2, w.ndim - 1, *range(len(kernel)))), (ins, outs * count)
-    )
+    count, inner = math.prod(kernel), int(outs > _NARROW)
+    order = (*range(len(kernel)), w.ndim - 1) if inner else (w.ndim - 1, *range(len(kernel)))
+    matrix = lax.reshape(lax.transpose(w, (w.ndim - 2, *order)), (ins, outs * count))
     x = lax.optimization_barrier(x)
-    of_some = lambda x: _pixels_then_shifts(x, matrix, 0, 0, kernel, window, out, **how)
+    of_some = lambda x: _pixels_then_shifts(x, matrix, 0, inner, kernel, window, out, **how)
     bytes_each = math.prod(x.shape[1:-1]) * outs * count * x.dtype.itemsize
-    return block_by_block(of_some, x, max(1, windows.CACHED // 4 // bytes_each))
+    return block_by_block(of_some, x, max(1, most // bytes_each))
+
+
+def _few_in(w) -> bool:
+    """Whether rows side by side, as features, are faster than these few features."""
+    return w.ndim > 3 and w.shape[0] > 1 and 1 < w.shape[-2] <= 4 <= w.shape[-1] <= _SMALL
+
+
+def _rows_as_features(x, w, window: Window, out, **how) -> jax.Array:
+    """What each row of the window meets of x, side by side, for a window of one row."""
+    rows, *rest, ins, outs = w.shape
+    (low, high), hole = window.padding[0], window.holes[0]
+    x = lax.pad(
+        x, lax.full_like(x, 0, shape=()), [(0, 0, 0), (low, high, 0), *[(0, 0, 0)] * (x.ndim - 2)]
+    )
+    parts = [lax.slice_in_dim(x, i * hole, i * hole + out[0], axis=1) for i in range(rows)]
+    x = lax.concatenate(parts, x.ndim - 1)
+    w = lax.transpose(w, (*range(1, w.ndim - 2), 0, w.ndim - 2, w.ndim - 1))
+    w = lax.reshape(w, (1, *rest, rows * ins, outs))
+    count = rows * ins
+    count += -count % 8 if count % 8 in (6, 7) else 0
+    x, w = _with_features(x, x.ndim - 1, count), _with_features(w, w.ndim - 2, count)
+    return _library(x, w, _of_one_row(window), out, **how)
+
+
+def _few_out(x, w, out) -> bool:
+    """Whether a window's rows side by side, as features, are faster than these few features.
+
+    Each is multiplied with all rows of x: these must not be many more than those of y.
+    """
+    if w.ndim <= 3 or w.shape[0] == 1 or 5 * x.shape[1] > 6 * out[0]:
+        return False
+    rows, ins, outs = w.shape[0], *w.shape[-2:]
+    return ins > 4 and (_NARROW if rows < 5 else 2) < outs <= (12 if rows >= 5 and ins >= 16 else 7)
+
+
+def _rows_of_window(x, w, window: Window, out, **how) -> jax.Array:
+    """x with each row of the window, side by side as features; then shifted and added."""
+    rows, *rest, ins, outs = w.shape
+    (low, high), hole = window.padding[0], window.holes[0]
+    w = lax.transpose(w, (*range(1, w.ndim - 1), 0, w.ndim - 1))
+    w = lax.reshape(w, (1, *rest, ins, rows * outs))
+    y = _library(x, w, _of_one_row(window), [x.shape[1], *out[1:]], **how)
+    pads = [(0, 0, 0), (low, high, 0), *[(0, 0, 0)] * (y.ndim - 2)]
+    y = lax.pad(y, lax.full_like(y, 0, shape=()), pads)
+    y = lax.reshape(y, (*y.shape[:-1], rows, outs))
+    total: Any = None
+    for i in range(rows):
+        term = lax.slice_in_dim(y, i * hole, i * hole + out[0], axis=1)
+        term = lax.index_in_dim(term, i, term.ndim - 2, False)
+        total = term if total is None else lax.add(total, term)
+    return total
+
+
+def _of_one_row(window: Window) -> Window:
+    """The window when its rows and their zeros are taken care of."""
+    return window._replace(padding=((0, 0), *window.padding[1:]), holes=(1, *window.holes[1:]))
 
 
 def _filled(ins: int, outs: int, window: Window) -> int:

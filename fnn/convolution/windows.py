@@ -23,6 +23,9 @@ CACHED = 2**20
 # For a weight's gradient more: a block's product is then large enough for all cores.
 FOR_ALL_CORES = 3 * 2**20
 
+# The products of single pixels with a window of so many bytes at a time.
+FOR_PIXELS = 8 * 2**20
+
 # From so many weights on, their order of axes matters.
 LARGE = 2**18
 
