@@ -73,9 +73,9 @@ FORMULAS = {
     "one pixel": ((2, 1, 1, 5), (2, 3, 5, 4), {"padding": ((1, 2), (3, 2))}),
     "of an image no larger": ((2, 3, 4, 9), (3, 4, 9, 5), {"padding": "VALID"}),
     "few pixels": (
-        (2, 3, 2, 9),
-        (3, 2, 9, 5),
-        {"padding": ((3, 2), (1, 2)), "rhs_dilation": (2, 1)},
+        (2, 3, 2, 12),
+        (3, 2, 12, 5),
+        {"padding": ((6, 2), (1, 2)), "rhs_dilation": (2, 1)},
     ),
     "rows in": ((2, 6, 5, 3), (3, 2, 3, 4), {"rhs_dilation": (2, 1), "padding": ((-1, 2), (1, 1))}),
     "rows in, filled": ((2, 6, 5, 2), (3, 2, 2, 5), {}),
@@ -84,7 +84,7 @@ FORMULAS = {
         (3, 2, 6, 4),
         {"rhs_dilation": (2, 1), "padding": ((3, 2), (0, 1))},
     ),
-    "rows of the window, high": ((2, 6, 5, 16), (5, 3, 16, 12), {}),
+    "rows of the window, high": ((2, 6, 5, 16), (5, 3, 16, 8), {"padding": ((4, 3), (1, 1))}),
     "filled": ((2, 6, 5, 7), (3, 2, 7, 9), {}),
     "filled, many out": ((2, 6, 5, 3), (3, 2, 3, 20), {"window_strides": (2, 1)}),
     "few features": ((2, 6, 5, 9), (3, 2, 9, 3), {"rhs_dilation": (1, 2)}),
@@ -122,6 +122,8 @@ TWO_IMAGES = {
     "depthwise": 6_500,
     "few features": 17_400,
     "few pixels": 1_440,
+    "rows in": 1_400,
+    "rows of the window": 1_000,
 }
 BOTH = [(name, cached) for name in FORMULAS for cached in (None, 1, TWO_IMAGES.get(name, 2))]
 QUICK = [

@@ -228,11 +228,11 @@ def _window_by_window(x, w, window: Window, out, groups: int, **how) -> jax.Arra
     if groups > 1:
         return _in_groups(x, w, window, out, groups, **how)
     if _stays(window) and few:
+        if _few_in(x, w):
+            return _rows_as_features(x, w, window, out, **how)
         if _grows(x, w, out):
             return _pixel_products(x, w, window, out, windows.FOR_PIXELS, **how)
-        if _few_in(w):
-            return _rows_as_features(x, w, window, out, **how)
-        if _few_out(x, w, out):
+        if _pays_by_rows(x, w, out):
             return _rows_of_window(x, w, window, out, **how)
         if w.shape[-1] <= _NARROW:
             return _pixel_products(x, w, window, out, windows.CACHED // 4, **how)
@@ -248,7 +248,21 @@ def _stays(window: Window) -> bool:
 def _grows(x, w, out) -> bool:
     """Whether y has so many more pixels than x that products of x's alone are less work."""
     ins, outs = w.shape[-2:]
-    return ins >= 8 and 2 * ins >= outs and math.prod(out) >= 1.6 * math.prod(x.shape[1:-1])
+    before, after = math.prod(x.shape[1:-1]), math.prod(out)
+    if ins < 12 or 2 * ins < outs or after < 1.6 * before or _grows_by_rows(x, w, out):
+        return False
+    whole = x.shape[0] * before * math.prod(w.shape[:-2]) * outs * x.dtype.itemsize
+    if after < 3 * before and whole > windows.FOR_PIXELS:  # in a loop the sums take one core
+        return False
+    # What is saved of products must be worth the sums.
+    return math.prod(w.shape[:-2]) <= 9 or outs <= _SMALL or ins * (1 - before / after) >= 26
+
+
+def _grows_by_rows(x, w, out) -> bool:
+    """Whether y has so many more rows than x that products of x's alone are less work."""
+    rows, ins, outs = w.shape[0], *w.shape[-2:]
+    is_wide = 12 <= ins < 128 and 4 <= outs <= 64
+    return w.ndim > 3 and rows >= 4 and 4 * out[0] >= 5 * x.shape[1] and is_wide
 
 
 def _pixel_products(x, w, window: Window, out, most: int, **how) -> jax.Array:
@@ -267,37 +281,53 @@ def _pixel_products(x, w, window: Window, out, most: int, **how) -> jax.Array:
     return block_by_block(of_some, x, max(1, most // bytes_each))
 
 
-def _few_in(w) -> bool:
+def _few_in(x, w) -> bool:
     """Whether rows side by side, as features, are faster than these few features."""
-    return w.ndim > 3 and w.shape[0] > 1 and 1 < w.shape[-2] <= 4 <= w.shape[-1] <= _SMALL
+    return (
+        w.ndim > 3
+        and 1 < w.shape[0] <= x.shape[1]
+        and 1 < w.shape[-2] <= 4 <= w.shape[-1] <= _SMALL
+    )
 
 
 def _rows_as_features(x, w, window: Window, out, **how) -> jax.Array:
     """What each row of the window meets of x, side by side, for a window of one row."""
     rows, *rest, ins, outs = w.shape
     (low, high), hole = window.padding[0], window.holes[0]
-    x = lax.pad(
-        x, lax.full_like(x, 0, shape=()), [(0, 0, 0), (low, high, 0), *[(0, 0, 0)] * (x.ndim - 2)]
-    )
-    parts = [lax.slice_in_dim(x, i * hole, i * hole + out[0], axis=1) for i in range(rows)]
-    x = lax.concatenate(parts, x.ndim - 1)
     w = lax.transpose(w, (*range(1, w.ndim - 2), 0, w.ndim - 2, w.ndim - 1))
     w = lax.reshape(w, (1, *rest, rows * ins, outs))
     count = rows * ins
     count += -count % 8 if count % 8 in (6, 7) else 0
-    x, w = _with_features(x, x.ndim - 1, count), _with_features(w, w.ndim - 2, count)
-    return _library(x, w, _of_one_row(window), out, **how)
+    w = _with_features(w, w.ndim - 2, count)
+
+    def of_some(x):
+        x = _with_rows(x, low, high)
+        parts = [lax.slice_in_dim(x, i * hole, i * hole + out[0], axis=1) for i in range(rows)]
+        x = _with_features(lax.concatenate(parts, x.ndim - 1), x.ndim - 1, count)
+        return _library(x, w, _of_one_row(window), out, **how)
+
+    bytes_each = out[0] * math.prod(x.shape[2:-1]) * count * x.dtype.itemsize
+    return block_by_block(of_some, x, max(1, windows.FOR_PIXELS // bytes_each))
 
 
-def _few_out(x, w, out) -> bool:
-    """Whether a window's rows side by side, as features, are faster than these few features.
+def _pays_by_rows(x, w, out) -> bool:
+    """Whether a window's rows side by side, as features, are faster than one by one.
 
-    Each is multiplied with all rows of x: these must not be many more than those of y.
+    Each is multiplied with all rows of x: these must not be many more than those of y. The other
+    bounds were found by measuring.
     """
-    if w.ndim <= 3 or w.shape[0] == 1 or 5 * x.shape[1] > 6 * out[0]:
+    if _grows_by_rows(x, w, out):
+        return True
+    if w.ndim <= 3 or not 1 < w.shape[0] <= x.shape[1] or 5 * x.shape[1] > 6 * out[0]:
         return False
     rows, ins, outs = w.shape[0], *w.shape[-2:]
-    return ins > 4 and (_NARROW if rows < 5 else 2) < outs <= (12 if rows >= 5 and ins >= 16 else 7)
+    if ins <= 4 or (rows == 2 and ins <= 8):
+        return False
+    if out[0] > x.shape[1]:
+        return (_NARROW if rows < 5 else 2) < outs <= (8 if rows >= 5 else 7)
+    if rows >= 5 and ins <= 24:
+        return _NARROW <= outs <= (8 if rows >= 7 else 7)
+    return 5 <= outs <= (7 if rows >= 5 else 6) or (4 <= outs <= 7 and ins <= 16)
 
 
 def _rows_of_window(x, w, window: Window, out, **how) -> jax.Array:
@@ -306,16 +336,26 @@ def _rows_of_window(x, w, window: Window, out, **how) -> jax.Array:
     (low, high), hole = window.padding[0], window.holes[0]
     w = lax.transpose(w, (*range(1, w.ndim - 1), 0, w.ndim - 1))
     w = lax.reshape(w, (1, *rest, ins, rows * outs))
-    y = _library(x, w, _of_one_row(window), [x.shape[1], *out[1:]], **how)
-    pads = [(0, 0, 0), (low, high, 0), *[(0, 0, 0)] * (y.ndim - 2)]
-    y = lax.pad(y, lax.full_like(y, 0, shape=()), pads)
-    y = lax.reshape(y, (*y.shape[:-1], rows, outs))
-    total: Any = None
-    for i in range(rows):
-        term = lax.slice_in_dim(y, i * hole, i * hole + out[0], axis=1)
-        term = lax.index_in_dim(term, i, term.ndim - 2, False)
-        total = term if total is None else lax.add(total, term)
-    return total
+    places = [x.shape[1], *out[1:]]
+
+    def of_some(x):
+        y = _with_rows(_library(x, w, _of_one_row(window), places, **how), low, high)
+        y = lax.reshape(y, (*y.shape[:-1], rows, outs))
+        total: Any = None
+        for i in range(rows):
+            term = lax.slice_in_dim(y, i * hole, i * hole + out[0], axis=1)
+            term = lax.index_in_dim(term, i, term.ndim - 2, False)
+            total = term if total is None else lax.add(total, term)
+        return total
+
+    bytes_each = math.prod(places) * rows * outs * x.dtype.itemsize
+    return block_by_block(of_some, x, max(1, windows.FOR_PIXELS // bytes_each))
+
+
+def _with_rows(x, low: int, high: int) -> jax.Array:
+    """Rows of zeros before and behind x's, or so many less of them."""
+    pads = [(0, 0, 0), (low, high, 0), *[(0, 0, 0)] * (x.ndim - 2)]
+    return lax.pad(x, lax.full_like(x, 0, shape=()), pads)
 
 
 def _of_one_row(window: Window) -> Window:
