@@ -320,6 +320,29 @@ def test_in_a_loop_the_library_gets_the_order_of_axes_that_it_wants(grad, loss):
     assert labels and set(labels) == {"b01f_01io->b01f"}
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    sweep(
+        [
+            ((1024, 28, 28, 3), (5, 5, 3, 16), 2),
+            ((1024, 28, 28, 16), (5, 5, 16, 6), 2),
+            ((2048, 10, 10, 16), (5, 5, 16, 6), 4),
+            ((4096, 4, 4, 16), (3, 3, 16, 16), 2),
+        ],
+        quick=[((1024, 28, 28, 16), (5, 5, 16, 6), 2)],
+    ),
+)
+def test_rows_and_pixels_take_little_memory(sizes):
+    """However large the batch: those of some images at a time."""
+    *shapes, padding = sizes
+    x, w = (jax.ShapeDtypeStruct(shape, "float32") for shape in shapes)
+    options = {"window_strides": (1, 1), "padding": [(padding, padding)] * 2}
+    params = parameters_of(x, w, dimension_numbers=NUMBERS, **options)
+    f = jax.jit(lambda x, w: conv_general_dilated_p.bind(x, w, **params))
+    memory = f.lower(x, w).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= 3 * windows.FOR_PIXELS
+
+
 @pytest.mark.parametrize("outs", [16, 48])
 def test_a_weights_gradient_takes_little_memory(outs):
     """However large the batch: the patches of some images at a time."""

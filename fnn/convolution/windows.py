@@ -138,7 +138,10 @@ def blocks_of(x, size: int) -> tuple:
 
 
 def block_by_block(function, x, size: int) -> jax.Array:
-    """function(x), of so many images at a time."""
+    """function(x), of so many images at a time, or of some fewer, so that none are left over."""
+    if x.shape[0] > size:
+        even = (n for n in range(size, size // 2, -1) if x.shape[0] % n == 0)
+        size = next(even, size)
     whole, blocks, rest = blocks_of(x, size)
     if not blocks:
         return function(x)
