@@ -9,6 +9,7 @@ import optax
 import pytest
 from sweeps import sweep
 
+import fnn
 from fnn import ops
 from fnn.layers import Linear, Mode, chain
 from fnn.train import NonFiniteError, State, train_step
@@ -209,6 +210,31 @@ def test_init_copies_and_the_step_donates():
     with pytest.raises(ValueError, match="was given to a step already"):
         step(first, PROBLEM)
     step(second, PROBLEM)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda state: fnn.fit(squares, state, PROBLEM, optax.adam(0.1), epochs=1, shuffle=False),
+        lambda state: fnn.evaluate(squares, state, PROBLEM),
+        lambda state: fnn.find_learning_rate(squares, state, PROBLEM, steps=5, batch_size=2),
+        lambda state: fnn.loss_surface(squares, state, PROBLEM, key=jax.random.key(0)),
+        lambda state: fnn.activation_statistics(squares)(state, PROBLEM),
+    ],
+    ids=["fit", "evaluate", "find_learning_rate", "loss_surface", "activation_statistics"],
+)
+def test_a_state_that_was_donated_is_refused(call):
+    step = train_step(squares, optax.adam(0.1))
+    first = step.init({"W": jnp.ones(3), "b": jnp.zeros(())})
+    step(first, PROBLEM)
+    with pytest.raises(ValueError, match="was given to a step already"):
+        call(first)
+
+
+@pytest.mark.parametrize("state", [3, {"W": jnp.ones(3)}])
+def test_finish_takes_a_state(state):
+    with pytest.raises(TypeError, match="step.finish: state is the State of step.init"):
+        train_step(squares, optax.adam(0.1)).finish(state)
 
 
 def test_optimisers_that_keep_the_parameters_themselves_get_a_copy():

@@ -260,7 +260,7 @@ def _grows(x, w, out) -> bool:
 
 def _grows_by_rows(x, w, out) -> bool:
     """Whether y has so many more rows than x that products of x's alone are less work."""
-    rows, ins, outs = w.shape[0], *w.shape[-2:]
+    rows, (ins, outs) = w.shape[0], w.shape[-2:]
     is_wide = 12 <= ins < 128 and 4 <= outs <= 64
     return w.ndim > 3 and rows >= 4 and 4 * out[0] >= 5 * x.shape[1] and is_wide
 
@@ -320,7 +320,7 @@ def _pays_by_rows(x, w, out) -> bool:
         return True
     if w.ndim <= 3 or not 1 < w.shape[0] <= x.shape[1] or 5 * x.shape[1] > 6 * out[0]:
         return False
-    rows, ins, outs = w.shape[0], *w.shape[-2:]
+    rows, (ins, outs) = w.shape[0], w.shape[-2:]
     if ins <= 4 or (rows == 2 and ins <= 8):
         return False
     if out[0] > x.shape[1]:

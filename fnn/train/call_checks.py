@@ -13,7 +13,7 @@ from fnn.train.learning_rate import scheduled
 from fnn.train.loss import Loss, check_loss, check_model_state, extras
 from fnn.train.outcome import NONFINITE
 from fnn.train.result import annotate
-from fnn.train.state import State, check_optimizer
+from fnn.train.state import State, check_not_donated, check_optimizer
 from fnn.train.step import TrainStep
 
 
@@ -65,7 +65,9 @@ def check_call(
         validates: whether there are data for validation.
         (The others are `fit`'s.)
     """
-    if not isinstance(params, State):
+    if isinstance(params, State):
+        check_not_donated(params)
+    else:
         arguments.no_result("fit", "params", params)
     for name, value in flags.items():
         arguments.flag("fit", name, value)

@@ -17,7 +17,7 @@ from fnn.readings import Kept
 from fnn.text import size_of_tree
 from fnn.train.conversion import as_arrays
 from fnn.train.loss import Loss, batch_losses, check_loss, check_model_state, extras
-from fnn.train.state import State, floats_among, path_name
+from fnn.train.state import State, check_not_donated, floats_among, path_name
 
 
 class LossSurface(NamedTuple):
@@ -107,6 +107,7 @@ def loss_surface(
         arguments.key(where, "key", key)
     check_model_state(where, loss, model_state)
     if isinstance(params, State):
+        check_not_donated(params)
         model_state = params.model_state if model_state is None else model_state
         params = params.params
     arguments.no_result(where, "params", params)

@@ -25,7 +25,7 @@ from fnn.layers.mode import EVALUATE
 from fnn.operation import operation_name
 from fnn.train.conversion import as_arrays
 from fnn.train.loss import Loss, call, check_loss, check_model_state, extras
-from fnn.train.state import State, floats_among
+from fnn.train.state import State, check_not_donated, floats_among
 from fnn.train.written_out import written_out
 
 # A value of a sigmoid or tanh counts as saturated where the local gradient is less than this
@@ -215,6 +215,7 @@ def activation_statistics(loss: Loss) -> Callable[..., ActivationStatistics]:
     ) -> ActivationStatistics:
         check_model_state("activation_statistics", loss, model_state)
         if isinstance(params, State):
+            check_not_donated(params)
             model_state = params.model_state if model_state is None else model_state
             params = params.params
         arguments.no_result("activation_statistics", "params", params)

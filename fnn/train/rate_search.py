@@ -19,7 +19,7 @@ from fnn.meshes import beside
 from fnn.readings import Kept
 from fnn.train.data import Arrays, batches_of, fold_in
 from fnn.train.loss import Loss, check_loss, check_model_state, extras
-from fnn.train.state import State, floats_among, with_extra_args
+from fnn.train.state import State, check_not_donated, floats_among, with_extra_args
 from fnn.train.step import TrainStep, check_optimizer, train_step
 
 # From four times the loss at the start on, training is taken to diverge.
@@ -118,6 +118,7 @@ def find_learning_rate(
         raise TypeError(f"{where}: the loss takes a key: pass key=...")
     check_model_state(where, loss, model_state)
     if isinstance(params, State):
+        check_not_donated(params)
         if model_state is None and found.state is not None:
             model_state = params.model_state
         params = params.params

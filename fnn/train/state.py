@@ -54,14 +54,21 @@ def own(state: Any) -> Any:
     return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.asarray(x).dtype, copy=True), state)
 
 
-def check_state(state: Any) -> None:
-    """Raise unless it is a State whose buffers are still there."""
+def check_state(state: Any, what: str = "the first argument of a step") -> None:
+    """Raise unless it is a State.
+
+    Args:
+        what: the argument.
+    """
     if not isinstance(state, State):
         hint = " Of a FitResult that is its `.state`." if hasattr(state, "state") else ""
         raise TypeError(
-            f"the first argument of a step is the State of step.init(params), but got a "
-            f"{type(state).__name__}.{hint}"
+            f"{what} is the State of step.init(params), but got a {type(state).__name__}.{hint}"
         )
+
+
+def check_not_donated(state: State) -> None:
+    """Raise if a step took the state's buffers."""
     step = state.step
     if isinstance(step, jax.Array) and not isinstance(step, jax.core.Tracer) and step.is_deleted():
         raise ValueError(

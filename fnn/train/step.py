@@ -31,7 +31,14 @@ from fnn.train.objective import Objective
 from fnn.train.outcome import NONFINITE, NonFinite
 from fnn.train.precision import check_compute
 from fnn.train.replay import birth_in_step
-from fnn.train.state import State, check_optimizer, check_params, check_state, with_extra_args
+from fnn.train.state import (
+    State,
+    check_not_donated,
+    check_optimizer,
+    check_params,
+    check_state,
+    with_extra_args,
+)
 
 
 def train_step(
@@ -293,6 +300,7 @@ class TrainStep:
                 are all gone had met inf or nan.
         """
         check_state(state)
+        check_not_donated(state)
         batch = as_arrays(batch, "batch")
         if any(isinstance(x, Tracer) for x in jax.tree.leaves((state, batch, key))):
             self._look_at(state, batch, key)
@@ -307,8 +315,11 @@ class TrainStep:
                 state is still held by somebody, and the one whose step came last.
 
         Raises:
+            TypeError: state isn't one.
             NonFiniteError: one of them met inf or nan (with nonfinite="raise").
         """
+        if state is not None:
+            check_state(state, "step.finish: state")
         for run in self._runs.of_this_thread() if state is None else [self._run_of(state)]:
             run.read(state, wait=True)
 
