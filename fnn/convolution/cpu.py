@@ -162,13 +162,14 @@ def _of_one_pixel(x, w, w_spec, window: Window, out, **how) -> jax.Array:
     """y[o] = x w[low - o]: the product with as much of w, read backwards, as meets the pixel."""
     space = w_spec[2:]
     crops, pads = [(0, 0, 0)] * w.ndim, []
+    # `before` and `after` are of w read backwards.
     for axis, (low, _), n in zip(space, window.padding, out, strict=True):
         before = low - w.shape[axis] + 1  # y's places before the first of w, or those of w before y
         after = n - w.shape[axis] - before
-        crops[axis] = (min(before, 0), min(after, 0), 0)
+        crops[axis] = (min(after, 0), min(before, 0), 0)
         pads.append((max(before, 0), max(after, 0), 0))
     zero = lax.full_like(x, 0, shape=())
-    w = lax.pad(lax.rev(w, space), zero, crops)
+    w = lax.rev(lax.pad(w, zero, crops), space)
     pixels = lax.reshape(x, (x.shape[0], x.shape[-1]))
     y = lax.dot_general(pixels, w, (((1,), (w_spec[1],)), ((), ())), **how)
     places = [axis + (axis < w_spec[1]) for axis in (*space, w_spec[0])]
@@ -194,17 +195,22 @@ def _with_w_as_it_lies(x, w, w_spec, window: Window, out, **how) -> jax.Array | 
     side, inner = matrix_of(w_spec[1], w_spec[0], w_spec[2:])
     if side is None or pixels > ins:
         return None
+    # Of usual orders of axes only an input's gradient comes here. Its w was read backwards, which
+    # took longer than all else that is done with it, and is undone.
+    w = lax.rev(w, w_spec[2:])
     matrix = lax.reshape(w, (ins, outs * count) if side == 0 else (outs * count, ins))
+    how["backwards"] = True
     return _pixels_then_shifts(x, matrix, side, inner, kernel, window, out, **how)
 
 
 def _pixels_then_shifts(
-    x, matrix, side: int, inner: int, kernel, window: Window, out, **how
+    x, matrix, side: int, inner: int, kernel, window: Window, out, backwards: bool = False, **how
 ) -> jax.Array:
     """Σₖ (x w[k]) at o·stride + k: one product of each pixel with all of w, and then sums.
 
     Args:
         matrix, side, inner: all of w, with the features of x on that side; see `matrix_of`.
+        backwards: whether w's last place comes first.
     """
     pixels = lax.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
     found = lax.dot_general(pixels, matrix, (((1,), (side,)), ((), ())), **how)
@@ -213,6 +219,7 @@ def _pixels_then_shifts(
     found = lax.reshape(found, (*x.shape[:-1], *((outs, count) if inner == 0 else (count, outs))))
     total: Any = None
     for k, place in enumerate(numpy.ndindex(*kernel)):
+        k = count - 1 - k if backwards else k
         term = lax.index_in_dim(found, k, found.ndim - (1 if inner == 0 else 2), False)
         term = patch_at(padded(term, window), place, out, window.strides, window.holes)
         total = term if total is None else lax.add(total, term)
