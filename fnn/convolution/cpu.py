@@ -35,6 +35,7 @@ times slower. So the axes are put in this order here. What the library is slow a
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -199,8 +200,7 @@ def _with_w_as_it_lies(x, w, w_spec, window: Window, out, **how) -> jax.Array | 
     # took longer than all else that is done with it, and is undone.
     w = lax.rev(w, w_spec[2:])
     matrix = lax.reshape(w, (ins, outs * count) if side == 0 else (outs * count, ins))
-    how["backwards"] = True
-    return _pixels_then_shifts(x, matrix, side, inner, kernel, window, out, **how)
+    return _pixels_then_shifts(x, matrix, side, inner, kernel, window, out, backwards=True, **how)
 
 
 def _pixels_then_shifts(
@@ -237,6 +237,8 @@ def _window_by_window(x, w, window: Window, out, groups: int, **how) -> jax.Arra
     if _stays(window) and few:
         if _few_in(x, w):
             return _rows_as_features(x, w, window, out, **how)
+        if _grows_by_rows(x, w, out):
+            return _rows_of_window(x, w, window, out, **how)
         if _grows(x, w, out):
             return _pixel_products(x, w, window, out, windows.FOR_PIXELS, **how)
         if _pays_by_rows(x, w, out):
@@ -256,7 +258,7 @@ def _grows(x, w, out) -> bool:
     """Whether y has so many more pixels than x that products of x's alone are less work."""
     ins, outs = w.shape[-2:]
     before, after = math.prod(x.shape[1:-1]), math.prod(out)
-    if ins < 12 or 2 * ins < outs or after < 1.6 * before or _grows_by_rows(x, w, out):
+    if ins < 12 or 2 * ins < outs or after < 1.6 * before:
         return False
     whole = x.shape[0] * before * math.prod(w.shape[:-2]) * outs * x.dtype.itemsize
     if after < 3 * before and whole > windows.FOR_PIXELS:  # in a loop the sums take one core
@@ -300,7 +302,6 @@ def _few_in(x, w) -> bool:
 def _rows_as_features(x, w, window: Window, out, **how) -> jax.Array:
     """What each row of the window meets of x, side by side, for a window of one row."""
     rows, *rest, ins, outs = w.shape
-    (low, high), hole = window.padding[0], window.holes[0]
     w = lax.transpose(w, (*range(1, w.ndim - 2), 0, w.ndim - 2, w.ndim - 1))
     w = lax.reshape(w, (1, *rest, rows * ins, outs))
     count = rows * ins
@@ -308,9 +309,8 @@ def _rows_as_features(x, w, window: Window, out, **how) -> jax.Array:
     w = _with_features(w, w.ndim - 2, count)
 
     def of_some(x):
-        x = _with_rows(x, low, high)
-        parts = [lax.slice_in_dim(x, i * hole, i * hole + out[0], axis=1) for i in range(rows)]
-        x = _with_features(lax.concatenate(parts, x.ndim - 1), x.ndim - 1, count)
+        met = lax.concatenate(_met_by_rows(x, rows, window, out[0]), x.ndim - 1)
+        x = _with_features(met, x.ndim - 1, count)
         return _library(x, w, _of_one_row(window), out, **how)
 
     bytes_each = out[0] * math.prod(x.shape[2:-1]) * count * x.dtype.itemsize
@@ -323,8 +323,6 @@ def _pays_by_rows(x, w, out) -> bool:
     Each is multiplied with all rows of x: these must not be many more than those of y. The other
     bounds were found by measuring.
     """
-    if _grows_by_rows(x, w, out):
-        return True
     if w.ndim <= 3 or not 1 < w.shape[0] <= x.shape[1] or 5 * x.shape[1] > 6 * out[0]:
         return False
     rows, (ins, outs) = w.shape[0], w.shape[-2:]
@@ -340,29 +338,25 @@ def _pays_by_rows(x, w, out) -> bool:
 def _rows_of_window(x, w, window: Window, out, **how) -> jax.Array:
     """x with each row of the window, side by side as features; then shifted and added."""
     rows, *rest, ins, outs = w.shape
-    (low, high), hole = window.padding[0], window.holes[0]
     w = lax.transpose(w, (*range(1, w.ndim - 1), 0, w.ndim - 1))
     w = lax.reshape(w, (1, *rest, ins, rows * outs))
     places = [x.shape[1], *out[1:]]
 
     def of_some(x):
-        y = _with_rows(_library(x, w, _of_one_row(window), places, **how), low, high)
+        y = _library(x, w, _of_one_row(window), places, **how)
         y = lax.reshape(y, (*y.shape[:-1], rows, outs))
-        total: Any = None
-        for i in range(rows):
-            term = lax.slice_in_dim(y, i * hole, i * hole + out[0], axis=1)
-            term = lax.index_in_dim(term, i, term.ndim - 2, False)
-            total = term if total is None else lax.add(total, term)
-        return total
+        met = _met_by_rows(y, rows, window, out[0])
+        terms = [lax.index_in_dim(m, i, m.ndim - 2, False) for i, m in enumerate(met)]
+        return functools.reduce(lax.add, terms)
 
     bytes_each = math.prod(places) * rows * outs * x.dtype.itemsize
     return block_by_block(of_some, x, max(1, windows.FOR_PIXELS // bytes_each))
 
 
-def _with_rows(x, low: int, high: int) -> jax.Array:
-    """Rows of zeros before and behind x's, or so many less of them."""
-    pads = [(0, 0, 0), (low, high, 0), *[(0, 0, 0)] * (x.ndim - 2)]
-    return lax.pad(x, lax.full_like(x, 0, shape=()), pads)
+def _met_by_rows(x, rows: int, window: Window, count: int) -> list[jax.Array]:
+    """What each of the window's rows meets of x: so many rows, zeros around included."""
+    x, hole = _with_zeros(x, 1, *window.padding[0]), window.holes[0]
+    return [lax.slice_in_dim(x, i * hole, i * hole + count, axis=1) for i in range(rows)]
 
 
 def _of_one_row(window: Window) -> Window:
@@ -381,10 +375,15 @@ def _filled(ins: int, outs: int, window: Window) -> int:
 
 def _with_features(x, axis: int, count: int) -> jax.Array:
     """Zeros after what there is along this axis, so that there are so many."""
-    if x.shape[axis] == count:
+    return _with_zeros(x, axis, 0, count - x.shape[axis])
+
+
+def _with_zeros(x, axis: int, low: int, high: int) -> jax.Array:
+    """Zeros before and behind what there is along this axis, or so many less of it."""
+    if low == high == 0:
         return x
     pads = [(0, 0, 0)] * x.ndim
-    pads[axis] = (0, count - x.shape[axis], 0)
+    pads[axis] = (low, high, 0)
     return lax.pad(x, lax.full_like(x, 0, shape=()), pads)
 
 

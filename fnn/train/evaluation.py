@@ -26,7 +26,7 @@ from fnn.train.data import Arrays, Stream, batches_of, filled, fold_in
 from fnn.train.devices import Placed, check_layout, everywhere, on_its_mesh, settled
 from fnn.train.loss import Loss, batch_means, check_loss, check_model_state, extras
 from fnn.train.result import stacked, weighted_mean
-from fnn.train.state import State, check_not_donated, path_name
+from fnn.train.state import State, params_and_model_state, path_name
 
 
 @on_its_mesh
@@ -71,10 +71,7 @@ def evaluate(
     if key is not None:
         arguments.key("evaluate", "key", key)
     check_model_state("evaluate", loss, model_state)
-    if isinstance(params, State):
-        check_not_donated(params)
-        model_state = params.model_state if model_state is None else model_state
-        params = params.params
+    params, model_state = params_and_model_state(params, model_state)
     params = _checked(params)
     found = extras(loss)
     if found.needs_key and key is None:

@@ -17,7 +17,7 @@ from fnn.readings import Kept
 from fnn.text import size_of_tree
 from fnn.train.conversion import as_arrays
 from fnn.train.loss import Loss, batch_losses, check_loss, check_model_state, extras
-from fnn.train.state import State, check_not_donated, floats_among, path_name
+from fnn.train.state import State, floats_among, params_and_model_state, path_name
 
 
 class LossSurface(NamedTuple):
@@ -106,10 +106,7 @@ def loss_surface(
     if key is not None:
         arguments.key(where, "key", key)
     check_model_state(where, loss, model_state)
-    if isinstance(params, State):
-        check_not_donated(params)
-        model_state = params.model_state if model_state is None else model_state
-        params = params.params
+    params, model_state = params_and_model_state(params, model_state)
     arguments.no_result(where, "params", params)
     floats_among(where, params, "to move")
     found = extras(loss)

@@ -25,7 +25,7 @@ from fnn.layers.mode import EVALUATE
 from fnn.operation import operation_name
 from fnn.train.conversion import as_arrays
 from fnn.train.loss import Loss, call, check_loss, check_model_state, extras
-from fnn.train.state import State, check_not_donated, floats_among
+from fnn.train.state import State, floats_among, params_and_model_state
 from fnn.train.written_out import written_out
 
 # A value of a sigmoid or tanh counts as saturated where the local gradient is less than this
@@ -214,10 +214,7 @@ def activation_statistics(loss: Loss) -> Callable[..., ActivationStatistics]:
         model_state: chex.ArrayTree | None = None,
     ) -> ActivationStatistics:
         check_model_state("activation_statistics", loss, model_state)
-        if isinstance(params, State):
-            check_not_donated(params)
-            model_state = params.model_state if model_state is None else model_state
-            params = params.params
+        params, model_state = params_and_model_state(params, model_state)
         arguments.no_result("activation_statistics", "params", params)
         floats_among("activation_statistics", params, "with a gradient")
         _check_extras(loss, key, model_state)

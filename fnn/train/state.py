@@ -78,6 +78,18 @@ def check_not_donated(state: State) -> None:
         )
 
 
+def params_and_model_state(params: Any, model_state: Any) -> tuple[Any, Any]:
+    """Both, where params may be a State, which has them; a model_state that is given is taken.
+
+    Raises:
+        ValueError: a step took the State's buffers.
+    """
+    if not isinstance(params, State):
+        return params, model_state
+    check_not_donated(params)
+    return params.params, params.model_state if model_state is None else model_state
+
+
 def check_params(params: Any, are_trained: Callable[[Any], Sequence[bool]] | None = None) -> None:
     """Raise unless `params` is a tree of arrays that can be trained.
 
