@@ -132,6 +132,72 @@ def test_each_network_is_trained_as_if_alone(layout_and_number):
     assert found.epochs.tolist() == [[3] * 3] * 2 and not found.diverged
 
 
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Sweeps choose their programs as on a GPU."""
+    for module in ("choice", "compiled", "layout", "loop"):
+        monkeypatch.setattr(f"fnn.sweeps.{module}.platform", lambda: "gpu")
+
+
+@pytest.mark.parametrize("layout, most", [("vmap", 64), ("scan", 4), ("devices", 64), ("vmap", 4)])
+def test_loops_of_known_length_train_the_same(layout, most, on_a_gpu, monkeypatch):
+    """Of an epoch's six steps, the last of two examples. Calls begin and end in its middle."""
+    monkeypatch.setattr("fnn.sweeps.program.MOST_KNOWN", most)
+    own = lambda params, example: squares(params, example)
+    found = sweep(own, validation=VALIDATION, layout=layout)
+    for seed, rate in EVERY:
+        as_alone(found.member(seed=seed, learning_rate=rate), seed, rate)
+
+
+def test_on_a_gpu_no_step_is_asked_for(on_a_gpu, monkeypatch):
+    """A loop whose length isn't known is left for the epochs alone; unless steps are long."""
+
+    def whiles():
+        programs, lower = [], Programs._lowered
+        note = lambda *args: programs.append(lower(*args)) or programs[-1]
+        monkeypatch.setattr(Programs, "_lowered", note)
+        sweep(lambda params, example: squares(params, example), layout="vmap")
+        text = next(p.compile().as_text() for p in programs if "advance" in p.as_text()[:200])
+        loops = [line for line in text.splitlines() if " while(" in line]
+        return sum("known_trip_count" not in line for line in loops)
+
+    assert whiles() == 1
+    monkeypatch.setattr("fnn.sweeps.program.FEW", 10)
+    assert whiles() == 2
+
+
+def test_on_a_gpu_what_a_step_does_besides_is_done_once_a_step(on_a_gpu):
+    told = []
+
+    def loss(params, example):
+        jax.debug.callback(lambda x: told.append(float(x)), params["b"])
+        return squares(params, example)
+
+    sweep(loss, axes={"seed": range(2)}, optimizer=optax.sgd(0.1), layout="vmap", epochs=2)
+    jax.effects_barrier()
+    assert len(told) == 2 * 2 * 6
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_on_a_gpu_each_begins_as_alone(impl, on_a_gpu):
+    def init(seed):
+        return {"W": jax.random.normal(jax.random.key(seed, impl=impl), (3,)), "b": jnp.zeros(())}
+
+    axes = {"seed": range(3), "learning_rate": [0.0]}
+    found = sweep(lambda params, example: squares(params, example), axes, init=init, layout="vmap")
+    for seed in range(3):
+        close(found.member(seed=seed).params, init(seed))
+
+
+def test_on_a_gpu_static_hyperparameters_alone(on_a_gpu):
+    axes = {"power": [1, 2]}
+    loss = lambda params, example, power: squares(params, example)[0] ** power
+    given = {"init": start(0), "shuffle": False, "optimizer": optax.sgd(0.01)}
+    found = sweep(loss, axes, static="power", layout="vmap", **given)
+    given["layout"] = "threads"
+    close(found["loss"].values, sweep(loss, axes, static="power", **given)["loss"].values)
+
+
 def test_fit_gives_the_same_and_goes_on_from_a_member():
     given = {"epochs": 2, "batch_size": 4, "progress": False, "key": jax.random.key(1)}
     result = fnn.fit(squares, start(1), DATA, sgd(0.05), validation=VALIDATION, **given)

@@ -12,7 +12,7 @@ import jax
 from fnn.footprint import free_memory
 from fnn.sweeps.compiled import Programs
 from fnn.sweeps.layout import Layout, Plan, padded, plan_of
-from fnn.sweeps.machine import cores
+from fnn.sweeps.machine import cores, platform
 
 # The part of the free memory that a sweep takes.
 SHARE = 0.8
@@ -60,14 +60,13 @@ _measured: dict[tuple, dict[Layout, float]] = {}
 
 def _candidates(members: int, programs: Programs) -> list[Layout]:
     """The layouts that may be the fastest here, the likeliest first."""
-    devices = jax.local_devices()
-    on_cpu = devices[0].platform == "cpu"
+    on_cpu = platform() == "cpu"
     if members == 1:
         return ["threads" if on_cpu else "vmap"]
     if on_cpu:
         # A batch of kernels makes a convolution of groups: slower, and minutes to compile.
         return ["threads"] if programs.convolves else ["threads", "vmap"]
-    return ["devices"] if len(devices) > 1 else ["vmap", "scan"]
+    return ["devices"] if len(jax.local_devices()) > 1 else ["vmap", "scan"]
 
 
 def _fitted(programs: Programs, plan: Plan, at_once: int | None) -> Plan:

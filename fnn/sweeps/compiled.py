@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from fnn.readings import Kept, readings
 from fnn.sweeps.layout import (
@@ -25,6 +26,7 @@ from fnn.sweeps.layout import (
     over_places,
     sharding_of,
 )
+from fnn.sweeps.machine import platform
 from fnn.sweeps.program import Carry, Program, Shared
 from fnn.train.orders import sorted_orders
 
@@ -63,6 +65,8 @@ class Programs:
         """The first carries of a plan's members: stacked, or of the one alone."""
         with self._set():
             begin = self._get("begin", plan)
+            if _begin_together(plan):
+                return begin(numeric, self._shared)
             return over_places(lambda own: begin(own, self._shared), plan, numeric)
 
     @contextlib.contextmanager
@@ -162,7 +166,20 @@ class Programs:
             )
 
         if what == "begin":
-            return self._traced["begin"].lower(self._one, self._shared)
+            begin = self._traced["begin"]
+            if not _begin_together(plan):
+                return begin.lower(self._one, self._shared)
+            places = {n: x.update(shape=(plan.width,)) for n, x in self._one.items()}
+            # By rbg keys, what is drawn under vmap depends on the keys that are drawn from beside.
+            by_rbg = "rbg" in str(jax.make_jaxpr(begin)(self._one, self._shared))
+
+            def together(numeric, shared):
+                if not by_rbg:
+                    return jax.vmap(begin, (0, None), axis_size=plan.width)(numeric, shared)
+                one = lambda _, own: (None, begin(own, shared))
+                return lax.scan(one, None, numeric, plan.width)[1]
+
+            return jax.jit(together).lower(places, self._shared)
         count = jax.ShapeDtypeStruct((), np.int32)
         most = self._epochs_a_call
         if what == "bits":
@@ -189,7 +206,10 @@ class Programs:
 
     def bytes(self, plan: Plan) -> int:
         """How much memory a plan takes besides the data, by its compiled program."""
-        found = self._get("advance", plan).memory_analysis()
+        compiled, known = self._get("advance", plan), self._store.memory
+        if (kind := kind_of(plan)) not in known:
+            known[kind] = compiled.memory_analysis()
+        found = known[kind]
         if found is None:
             return 0
         shared = sum(x.nbytes for x in jax.tree.leaves(self._shared))
@@ -223,13 +243,22 @@ class Programs:
         return self._store.name
 
 
+def _begin_together(plan: Plan) -> bool:
+    """Whether one program makes the first carries of all members.
+
+    To fetch one member's from an accelerator takes longer than to make all.
+    """
+    return plan.layout != "threads" and platform() != "cpu"
+
+
 def _name(what: str, plan: Plan) -> tuple:
     """A program's name: that of steps is of a plan; the others are of one member.
 
     Drawing random numbers takes longer to compile than a small network's steps, over members twice
     as long again, and is done once, or once in many epochs.
     """
-    return (what, *kind_of(plan)) if what == "advance" else (what,)
+    of_plan = what == "advance" or (what == "begin" and _begin_together(plan))
+    return (what, *kind_of(plan)) if of_plan else (what,)
 
 
 @dataclasses.dataclass
@@ -238,10 +267,12 @@ class Store:
 
     Fields:
         compiled: the programs, or their compilation on its way.
+        memory: what the compiler says that they take, by kind of plan.
         carry_types, name, seconds: see `Programs`.
     """
 
     compiled: dict[Any, Future] = dataclasses.field(default_factory=dict)
+    memory: dict[tuple, Any] = dataclasses.field(default_factory=dict)
     carry_types: Any = None
     name: str | None = None
     seconds: float = 0.0

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from fnn.sweeps.machine import cores
+from fnn.sweeps.machine import cores, platform
 
 Layout = Literal["vmap", "scan", "threads", "devices"]
 LAYOUTS = ("vmap", "scan", "threads", "devices")
@@ -59,7 +59,10 @@ def padded(numeric: Mapping[str, Any], count: int) -> dict[str, Any]:
 
 
 def over_places(function: Callable, plan: Plan, numeric: Mapping[str, Any]) -> Any:
-    """What a function makes of each place's hyperparameters, stacked; of the one's alone."""
+    """What a function makes of each place's hyperparameters, stacked; of the one's alone.
+
+    The function is called for one place after the other, and what it makes is stacked by the host.
+    """
     if plan.layout == "threads":
         return function(numeric)
     made = [function({n: x[i] for n, x in numeric.items()}) for i in range(plan.width)]
@@ -100,7 +103,7 @@ def over_members(advance: Callable, layout: Layout) -> Callable:
     if layout == "scan":
         return one_by_one
     return jax.shard_map(
-        one_by_one if jax.local_devices()[0].platform == "cpu" else over,
+        one_by_one if platform() == "cpu" else over,
         mesh=_mesh(),
         in_specs=(DEALT, DEALT, ALIKE, ALIKE, DEALT, ALIKE),
         out_specs=DEALT,

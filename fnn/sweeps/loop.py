@@ -17,10 +17,12 @@ from fnn.batch import example_types
 from fnn.sweeps.axes import Axes, Group, told
 from fnn.sweeps.halving import Halving, checked
 from fnn.sweeps.layout import LAYOUTS, Layout
+from fnn.sweeps.machine import platform
 from fnn.sweeps.program import Program, Shared
 from fnn.sweeps.recipe import WHERE, Recipe
 from fnn.sweeps.result import SweepResult
 from fnn.sweeps.training import Book, Training
+from fnn.train.calls import ASKING
 from fnn.train.checks import check_values, find_labels
 from fnn.train.coupling import is_coupled
 from fnn.train.data import Arrays, as_arrays, batches_of, is_tree_of_arrays
@@ -186,7 +188,8 @@ def sweep(
             validation_batch_size=_smaller(size, validation),
             epochs=epochs,
             shuffle=shuffle,
-            draws=jax.local_devices()[0].platform != "cpu",
+            draws=platform() != "cpu",
+            asks=platform() in ASKING,
             pads=uneven and not _is_coupled(recipe, first, state, example),
         )
         return Training(program, shared, group, layout, at_once)

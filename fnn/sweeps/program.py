@@ -17,6 +17,10 @@ from fnn.train.loss import batch_means, extras
 from fnn.train.orders import sort_bits_of_epochs
 from fnn.train.state import State
 
+# Loops of known length have so many steps at most, where a member's state and a batch have so few
+# numbers each.
+MOST_KNOWN, FEW = 64, 2**18
+
 
 class Shared(NamedTuple):
     """What all members use: arrays, of which there is one copy.
@@ -63,6 +67,8 @@ class Program:
             examples know of each other, it is a step of its own shape.
         draws: whether the program draws the orders of the examples itself. On a CPU it is given
             them: see `fnn.train.orders`.
+        asks: whether the device asks the host, at each turn of a loop whose number of turns isn't
+            known when it is compiled, if there is another.
     """
 
     recipe: Recipe
@@ -73,13 +79,15 @@ class Program:
     epochs: int
     shuffle: bool
     draws: bool
+    asks: bool
     pads: bool = False
 
     @property
     def sizes(self) -> tuple:
         """All that decides what is computed besides the recipe and the static hyperparameters."""
         parts = self.batch_size, self.size, self.validation_batch_size, self.epochs
-        return (*parts, self.shuffle, self.draws, self.pads, self.recipe.injected)
+        flags = self.shuffle, self.draws, self.asks, self.pads
+        return (*parts, *flags, self.recipe.injected)
 
     @property
     def whole(self) -> int:
@@ -164,11 +172,15 @@ class Program:
                 start = (i - first) * self.batch_size
                 count = None
                 if self.pads:
-                    count = jnp.minimum(self.batch_size, self.size - start)
+                    count = jnp.minimum(self.batch_size, jnp.maximum(1, self.size - start))
                 rows = lax.dynamic_slice(order, (start,), (self.batch_size,))
                 return advanced(carry, rows, i, count)
 
-            carry = lax.fori_loop(i, jnp.minimum(stop, first + in_loop), body, carry)
+            last = jnp.minimum(stop, first + in_loop)
+            if self.asks and self._is_small(carry.state, shared):
+                carry = _in_known_loops(body, carry, i, last, first, in_loop)
+            else:
+                carry = lax.fori_loop(i, last, body, carry)
             is_over = stop == first + self.steps
 
             def close(carry):
@@ -179,6 +191,12 @@ class Program:
             return stop, lax.cond(is_over, close, lambda carry: carry, carry)
 
         return lax.while_loop(lambda at: at[0] < end, rest_of_epoch, (begin, carry))[1]
+
+    def _is_small(self, state: State, shared: Shared) -> bool:
+        """Whether a step takes so little that the host's answer would be felt."""
+        numbers = sum(x.size for x in jax.tree.leaves(state))
+        of_example = sum(x.size // x.shape[0] for x in jax.tree.leaves(shared.data))
+        return max(numbers, self.batch_size * of_example) <= FEW
 
     def _order(self, key: Any, epoch: Any) -> jax.Array:
         """The order of the examples in an epoch, counted from 1: that of `fit`."""
@@ -269,6 +287,34 @@ class Program:
 
         parts = lax.map(sums, jnp.arange(-(-total // size), dtype=jnp.int32))
         return {name: jnp.sum(x, axis=0) / total for name, x in parts.items()}
+
+
+def _in_known_loops(
+    body: Callable, carry: Carry, begin: Any, end: Any, first: Any, count: int
+) -> Carry:
+    """`lax.fori_loop(begin, end, body, carry)` in loops whose lengths are known.
+
+    They are cut from the epoch's `count` steps, from number `first` on. What they do before `begin`
+    and from `end` on counts for nothing.
+    """
+    run = jax.jit(body)
+    if jax.make_jaxpr(run)(first, carry).effects:  # what it prints would tell of such steps
+        return lax.fori_loop(begin, end, body, carry)
+    parts = -(-count // MOST_KNOWN)
+    length = -(-count // parts)
+
+    def part(number: Any, carry: Carry) -> Carry:
+        def one(carry: Carry, i: Any) -> tuple[Carry, None]:
+            counts = (begin <= i) & (i < end)
+            choose = lambda new, old: jnp.where(counts, new, old)
+            return jax.tree.map(choose, run(i, carry), carry), None
+
+        start = first + number * length
+        return lax.scan(one, carry, start + jnp.arange(length, dtype=jnp.int32))[0]
+
+    if parts == 1:
+        return part(0, carry)
+    return lax.fori_loop((begin - first) // length, -(-(end - first) // length), part, carry)
 
 
 # The place of the weights among the sums: no metric has an empty name.

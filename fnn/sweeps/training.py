@@ -153,7 +153,7 @@ class Training:
         is_alone = runs[0].plan.layout == "threads"
         for run in runs:
             if not is_alone or run.members[0] not in kept:  # else it stays as it is
-                run.carry = jax.tree.map(_to_host, run.carry)
+                run.carry = _to_host(run.carry)
         left = []
         for run in runs:
             rest = [(m, p) for m, p in zip(run.members, run.places, strict=True) if m not in kept]
@@ -290,7 +290,7 @@ class Book:
         def advance(run: Run) -> None:
             group.advance(run, end * group.program.steps, stop, self._metric)
             if len(runs) > runs[0].plan.lanes:  # it waits for others: not in the device's memory
-                run.carry = jax.tree.map(_to_host, run.carry)
+                run.carry = _to_host(run.carry)
 
         with ThreadPoolExecutor(runs[0].plan.lanes) as pool:
             futures = [pool.submit(advance, run) for run in runs]
@@ -361,7 +361,7 @@ class Book:
             for run in (*left, *now):
                 if run.carry is None or _is_lost(run.carry):
                     continue
-                run.carry = jax.tree.map(_to_host, run.carry)
+                run.carry = _to_host(run.carry)
                 over, steps = divmod(run.done, group.program.steps)
                 for member in run.members:
                     own = run.of(member)
@@ -408,6 +408,9 @@ def _is_lost(carry: Any) -> bool:
     return any(x.is_deleted() for x in jax.tree.leaves(carry) if isinstance(x, jax.Array))
 
 
-def _to_host(x: Any) -> Any:
-    """A copy in the host's memory, that doesn't hold on to x's; keys stay as they are."""
-    return x if is_key(x) else np.array(x)
+def _to_host(tree: Any) -> Any:
+    """Copies in the host's memory, that don't hold on to the arrays'; keys stay as they are."""
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not is_key(x)]
+    for x in arrays:  # all on their way before the first is waited for
+        x.copy_to_host_async()
+    return jax.tree.map(lambda x: x if is_key(x) else np.array(x), tree)
