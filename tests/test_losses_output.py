@@ -85,6 +85,19 @@ def test_a_batch_shares_the_weights():
     assert "vmapped" not in str(jaxpr)
 
 
+def test_large_blocks_are_whole_tiles():
+    """As on accelerators. The last of them has many classes of the one before."""
+    random = np.random.default_rng(0)
+    h, W = (jnp.asarray(random.normal(size=(n, 3)) / 9) for n in (5, 3300))
+    labels = jnp.asarray([0, 3299, 2303, 2304, 1151])
+    logits = lambda h, W: optax.softmax_cross_entropy_with_integer_labels(h @ W.T, labels)
+    f = lambda h, W: ops.linear_softmax_cross_entropy(h, W, labels, block=1200)
+    chex.assert_trees_all_close(f(h, W), logits(h, W), rtol=1e-12)
+    found, wanted = (jax.jacobian(g, (0, 1))(h, W) for g in (f, logits))
+    chex.assert_trees_all_close(found, wanted, rtol=1e-9, atol=1e-12)
+    assert "tensor<1152x3xf64>" in jax.jit(f).lower(h, W).as_text()
+
+
 def test_memory():
     """At most 1/64 of the logits' way, for a batch too."""
     h, W, y = (

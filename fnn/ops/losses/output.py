@@ -201,6 +201,10 @@ def _(residuals, dh, dW, d_labels, d_given, *, label_smoothing, ignore, block):
     return d_loss.reshape(shape), None, dr.reshape(shape)
 
 
+# On accelerators blocks are large, and products are fastest where rows begin at whole tiles.
+LARGE, TILE = 1024, 128
+
+
 class _Blocks(NamedTuple):
     """How the classes are cut into `number` blocks of `size`; the last begins where it fits."""
 
@@ -210,8 +214,12 @@ class _Blocks(NamedTuple):
 
     @staticmethod
     def of(W, block: int) -> _Blocks:
-        number = math.ceil(W.shape[0] / block)
-        return _Blocks(W.shape[0], number, math.ceil(W.shape[0] / number))
+        classes = W.shape[0]
+        number = math.ceil(classes / block)
+        size = math.ceil(classes / number)
+        if size >= LARGE:
+            size = min(TILE * math.ceil(size / TILE), block, classes)
+        return _Blocks(classes, number, size)
 
     def run(self, step: Callable, start: Any):
         """step(total, i) over all blocks, in a loop unless there is only one."""
