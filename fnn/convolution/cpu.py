@@ -131,6 +131,12 @@ def _by_formula(
         and weights.pays_for_each(x, window, out, batch_group_count)
     ):
         y = _for_each_group(x, 0, w, window, out, batch_group_count, **how)
+    elif (
+        is_gradient
+        and batch_group_count == 1
+        and (number := weights.neighbours(x, w, window, out)) > 1
+    ):
+        y = weights.by_neighbours(x, w, window, out, number, **how)
     elif is_gradient and (
         batch_group_count > 1 or out_places == 1 or weights.pays_as_product(x, w, out)
     ):

@@ -8,6 +8,7 @@ weight has for features in, and the features are the images, over which it sums.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import numpy
@@ -29,6 +30,9 @@ from fnn.convolution.windows import (
 # for colour images only.
 _MANY = 16
 
+# Neighbours stand side by side of so many features in or fewer, up to so many features out.
+_FEW_IN, _SIDE_BY_SIDE = 4, 128
+
 
 def weight_as_it_lies(x, w, window: Window, out, y_spec, **how) -> jax.Array | None:
     """A weight's gradient of fewer pixels than features, made in the order of its axes.
@@ -48,6 +52,86 @@ def weight_as_it_lies(x, w, window: Window, out, y_spec, **how) -> jax.Array | N
     y = lax.dot_general(*pair, (((0,), (0,)), ((), ())), **how)
     rest = (features, *out) if inner == 0 else (*out, features)
     return lax.reshape(y, (outs, *rest) if side == 0 else (*rest, outs))
+
+
+def neighbours(x, w, window: Window, out) -> int:
+    """How many places of g, side by side, are features of one place; 1 where that isn't faster.
+
+    As measured, of few features in. Of three axes of space the library is slow at all of them.
+    """
+    features, outs, length, wide = x.shape[0], w.shape[-1], w.shape[-3], out[-1]
+    stride, hole = window.holes[-1], window.strides[-1]
+    if features > _FEW_IN or math.prod(out) == 1 or (len(out) < 3 and hole > 1):
+        return 1
+    most = min(4 if outs > 6 else 8, _SIDE_BY_SIDE // outs)
+    fits = lambda n: length % n == 0 and _span(n, window, out) <= 2 * wide
+    number = next(filter(fits, range(most, 1, -1)), 1)
+    pays = (
+        len(out) > 2
+        or outs > 24
+        or (outs > 16 and wide <= 5 and stride == 1)
+        or (features <= 2 and number * outs >= 24 and wide <= 5)
+        or (features <= 2 and wide <= 3 and stride == 1)
+        or (features <= 3 and number * outs >= 24 and wide <= 3 and stride == 1)
+    )
+    return number if pays else 1
+
+
+def _span(number: int, window: Window, out) -> int:
+    """How many places of x so many neighbours' windows meet, along the last axis of space."""
+    return (number - 1) * window.holes[-1] + (out[-1] - 1) * window.strides[-1] + 1
+
+
+def by_neighbours(x, w, window: Window, out, number: int, **how) -> jax.Array:
+    """A weight's gradient, as `place_by_place`: of so many neighbours in g, as more features.
+
+    What all their windows meet together is multiplied with all of them, in one product of more
+    columns and fewer rows. Of its entries those are summed in which the window's place is the same.
+    """
+    x, g = _as_images(x, w)
+    sizes, outs, features = g.shape[1:-1], g.shape[-1], x.shape[-1]
+    span, stride, hole = _span(number, window, out), window.holes[-1], window.strides[-1]
+    count, rows = sizes[-1] // number, out[:-1]
+    step = number * stride
+    pieces = -(-span // step)
+    x, g = lax.optimization_barrier((x, g))
+
+    def of_some(x, g):
+        x = padded(x, window)
+        length = (count + pieces - 1) * step
+        more = [(0, 0, 0)] * x.ndim
+        more[-2] = (0, length - x.shape[-2], 0)
+        x = lax.pad(x, lax.full_like(x, 0, shape=()), more)
+        x = lax.reshape(x, (*x.shape[:-2], length // step, step * features))
+        met, axis = [], x.ndim - 1
+        for piece in range(pieces):
+            part = lax.slice_in_dim(x, piece, piece + count, axis=axis - 1)
+            most = min(step, span - piece * step) * features
+            met.append(lax.slice_in_dim(part, 0, most, axis=axis))
+        x = lax.concatenate(met, axis)
+        found = []
+        for place in numpy.ndindex(*rows):
+            one = (*sizes[:-1], count), (*window.holes[:-1], 1), (*window.strides[:-1], 1)
+            found.append(patch_at(x, (*place, 0), *one))
+        a = lax.concatenate(found, axis)
+        pixels = a.size // a.shape[-1]
+        pair = lax.reshape(a, (pixels, a.shape[-1])), lax.reshape(g, (pixels, number * outs))
+        return lax.dot_general(*pair, (((0,), (0,)), ((), ())), **how)
+
+    places = math.prod(rows) * span * features
+    bytes_each = math.prod(sizes[:-1]) * count * places * x.dtype.itemsize
+    most = max(1, windows.FOR_PIXELS // bytes_each)
+    total = sum_of_blocks(of_some, x, g, windows.even(most, x.shape[0]))
+    total = lax.reshape(total, (*rows, span, features, number, outs))
+    y: Any = None
+    for i in range(number):
+        own = lax.index_in_dim(total, i, total.ndim - 2, keepdims=False)
+        own = lax.slice_in_dim(
+            own, i * stride, i * stride + (out[-1] - 1) * hole + 1, hole, len(rows)
+        )
+        y = own if y is None else lax.add(y, own)
+    last = y.ndim - 2
+    return lax.transpose(y, (last, *range(last), last + 1))
 
 
 def pays_as_product(x, w, out) -> bool:

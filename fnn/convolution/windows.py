@@ -137,11 +137,18 @@ def blocks_of(x, size: int) -> tuple:
     return whole, blocks, lax.slice_in_dim(x, blocks * size, x.shape[0]) if rest else None
 
 
+def even(size: int, count: int) -> int:
+    """So many at a time, or some fewer, so that none of `count` are left over."""
+    return (
+        size
+        if count <= size
+        else next((n for n in range(size, size // 2, -1) if count % n == 0), size)
+    )
+
+
 def block_by_block(function, x, size: int) -> jax.Array:
-    """function(x), of so many images at a time, or of some fewer, so that none are left over."""
-    if x.shape[0] > size:
-        even = (n for n in range(size, size // 2, -1) if x.shape[0] % n == 0)
-        size = next(even, size)
+    """function(x), of so many images at a time, or of some fewer; see `even`."""
+    size = even(size, x.shape[0])
     whole, blocks, rest = blocks_of(x, size)
     if not blocks:
         return function(x)

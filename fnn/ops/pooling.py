@@ -108,6 +108,8 @@ def _(x, *, space, windows, strides, pads, dilations):
 @window_max.backward
 def _(where, g, *, space, windows, strides, pads, dilations):
     """g, at the place of each window that was largest; summed where windows overlap."""
+    if windows == strides and set(dilations) == {1}:  # each entry of x is in one window at most
+        return (_in_tiles(where, g, space, windows, pads),)
     total = None
     for k, place in enumerate(np.ndindex(*windows)):
         share = jnp.where(where == jnp.asarray(k, where.dtype), g, jnp.zeros((), g.dtype))
@@ -120,6 +122,30 @@ def _(where, g, *, space, windows, strides, pads, dilations):
         share = lax.pad(share, jnp.zeros((), g.dtype), [*around, (0, 0, 0)])
         total = share if total is None else total + share
     return (total,)
+
+
+def _in_tiles(where, g, space, windows, pads):
+    """g at the place `where` of each window, which lie side by side, and zeros elsewhere."""
+    first, kept, shape = g.ndim - len(windows) - 1, [], list(g.shape)
+    for axis, size in enumerate(windows):  # (..., out, window, out, window, features)
+        kept.append(first + 2 * axis)
+        shape.insert(kept[-1] + 1, size)
+    kept = [*range(first), *kept, len(shape) - 1]
+    place = jnp.zeros((), where.dtype)
+    for axis, size in enumerate(windows):
+        place = place * jnp.asarray(size, where.dtype)
+        place += lax.broadcasted_iota(where.dtype, shape, first + 2 * axis + 1)
+    where, g = (lax.broadcast_in_dim(a, shape, kept) for a in (where, g))
+    tiles = jnp.where(where == place, g, jnp.zeros((), g.dtype))
+    sizes = [shape[axis] * size for axis, size in zip(kept[first:-1], windows, strict=True)]
+    tiles = tiles.reshape(*shape[:first], *sizes, shape[-1])
+    around = [
+        (-low, n + low - size, 0) for n, size, (low, _) in zip(space, sizes, pads, strict=True)
+    ]
+    if not any(map(any, around)):
+        return tiles
+    around = [*[(0, 0, 0)] * first, *around, (0, 0, 0)]
+    return lax.pad(tiles, jnp.zeros((), g.dtype), around)
 
 
 def average_pool(
