@@ -15,7 +15,7 @@ from test_primitives_linear_algebra import convolutions
 
 import fnn
 from fnn import ops
-from fnn.convolution import conv_general_dilated_p, cpu, windows
+from fnn.convolution import conv_general_dilated_p, cpu, weights, windows
 
 R = lambda seed, *shape, dtype=None: jnp.asarray(
     np.random.default_rng(seed).normal(size=shape), dtype
@@ -341,6 +341,59 @@ def test_rows_and_pixels_take_little_memory(sizes):
     f = jax.jit(lambda x, w: conv_general_dilated_p.bind(x, w, **params))
     memory = f.lower(x, w).compile().memory_analysis()
     assert memory.temp_size_in_bytes <= 3 * windows.FOR_PIXELS
+
+
+# images, space, features in and out, and options of the convolution
+NEIGHBOURS = {
+    "grey": (6, (12, 8), 1, 6, {}),
+    "an odd number of images": (5, (7, 12), 1, 32, {"padding": "same"}),
+    "one image": (1, (9, 11), 1, 24, {"padding": [(2, 1), (3, 0)]}),
+    "colour": (4, (8, 8), 3, 32, {"padding": "same"}),
+    "strided": (4, (9, 16), 4, 48, {"stride": (3, 2), "padding": [(1, 1), (0, 2)]}),
+    "sequences": (7, (20,), 1, 16, {"padding": "same"}),
+    "volumes": (3, (4, 5, 6), 2, 5, {"padding": "same", "dilation": (2, 1, 1)}),
+    "holes": (3, (5, 5, 10), 1, 4, {"padding": "same", "dilation": 2}),
+}
+
+
+@pytest.mark.parametrize("name", sweep(NEIGHBOURS, ["an odd number of images", "strided"]))
+def test_weights_gradients_by_neighbours_agree_with_jax(name, monkeypatch):
+    images, space, ins, outs, options = NEIGHBOURS[name]
+    monkeypatch.setattr(weights, "_WORTH", 1)
+    taken, real = [], weights.by_neighbours
+    note = lambda *args, **how: taken.append(args[-1]) or real(*args, **how)
+    monkeypatch.setattr(weights, "by_neighbours", note)
+    x, w = R(0, images, *space, ins), R(1, outs, ins, *(3 for _ in space))
+
+    def gradient(w):
+        f = lambda w: jax.vmap(lambda x: ops.convolution(x, w, **options))(x)
+        return jax.vjp(f, w)[1](jnp.cos(f(w)))[0]
+
+    ours = jax.jit(gradient)(w)
+    assert taken and min(taken) > 1
+    monkeypatch.setattr(weights, "_WORTH", np.inf)
+    close(ours, jax.jit(lambda w: gradient(w))(w), 1e-12)
+    f = lambda w: jnp.sum(jnp.sin(jax.vmap(lambda x: ops.convolution(x, w, **options))(x)))
+    for place in [(0, 0, *[0] * len(space)), (outs - 1, ins - 1, *[2] * len(space))]:
+        step = jnp.zeros(w.shape).at[place].set(1e-6)
+        close(ours[place], (f(w + step) - f(w - step)) / 2e-6, 1e-6)
+
+
+def test_weights_gradients_by_neighbours_take_little_memory():
+    x, w = jax.ShapeDtypeStruct((1024, 28, 28, 1), "float32"), R(0, 32, 1, 5, 5, dtype="float32")
+    f = lambda x, g: jax.linear_transpose(lambda w: ops.convolution(x, w), w)(g)[0]
+    g = jax.eval_shape(ops.convolution, x, w)
+    memory = jax.jit(f).lower(x, g).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= 3 * windows.FOR_PIXELS
+
+
+def test_what_computes_g_is_not_compiled_for_another_shape():
+    """Of neighbours' features side by side: XLA would make g by it slowly, entry by entry."""
+    x, w = R(0, 64, 16, 16, 1, dtype=jnp.float32), R(1, 32, 1, 3, 3, dtype=jnp.float32)
+    f = lambda w: jnp.sum(ops.max_pool(ops.convolution(x, w, padding="same"), 2) ** 2)
+    text = jax.jit(jax.grad(f)).lower(w).compile().as_text()
+    within = re.findall(r"\n%fused[^\n]* -> f32\[4096,128\] \{.*?\n\}", text, re.S)
+    assert all("compare" not in fused for fused in within)
 
 
 @pytest.mark.parametrize("outs", [16, 48])

@@ -30,8 +30,9 @@ from fnn.convolution.windows import (
 # for colour images only.
 _MANY = 16
 
-# Neighbours stand side by side of so many features in or fewer, up to so many features out.
-_FEW_IN, _SIDE_BY_SIDE = 4, 128
+# Neighbours stand side by side of so many features in or fewer, up to so many features out, where
+# there are so many multiplications.
+_FEW_IN, _SIDE_BY_SIDE, _WORTH = 4, 128, 2**22
 
 
 def weight_as_it_lies(x, w, window: Window, out, y_spec, **how) -> jax.Array | None:
@@ -61,19 +62,22 @@ def neighbours(x, w, window: Window, out) -> int:
     """
     features, outs, length, wide = x.shape[0], w.shape[-1], w.shape[-3], out[-1]
     stride, hole = window.holes[-1], window.strides[-1]
-    if features > _FEW_IN or math.prod(out) == 1 or (len(out) < 3 and hole > 1):
+    work = features * math.prod(out) * math.prod(w.shape[:-1]) * outs
+    if features > _FEW_IN or math.prod(out) == 1 or work < _WORTH:
         return 1
     most = min(4 if outs > 6 else 8, _SIDE_BY_SIDE // outs)
     fits = lambda n: length % n == 0 and _span(n, window, out) <= 2 * wide
     number = next(filter(fits, range(most, 1, -1)), 1)
-    pays = (
-        len(out) > 2
-        or outs > 24
-        or (outs > 16 and wide <= 5 and stride == 1)
-        or (features <= 2 and number * outs >= 24 and wide <= 5)
-        or (features <= 2 and wide <= 3 and stride == 1)
-        or (features <= 3 and number * outs >= 24 and wide <= 3 and stride == 1)
-    )
+    columns, is_even = number * outs, stride == 1
+    if len(out) > 2:
+        pays = outs <= 24 or (is_even and hole == 1)
+    elif hole > 1:
+        pays = False
+    elif features == 1:
+        pays = is_even and columns >= 24
+    else:
+        pays = outs > 24 or (outs > 16 and is_even and wide <= 5)
+        pays = pays and work >= 2 * _WORTH and columns >= 64
     return number if pays else 1
 
 
@@ -118,9 +122,10 @@ def by_neighbours(x, w, window: Window, out, number: int, **how) -> jax.Array:
         pair = lax.reshape(a, (pixels, a.shape[-1])), lax.reshape(g, (pixels, number * outs))
         return lax.dot_general(*pair, (((0,), (0,)), ((), ())), **how)
 
-    places = math.prod(rows) * span * features
-    bytes_each = math.prod(sizes[:-1]) * count * places * x.dtype.itemsize
-    most = max(1, windows.FOR_PIXELS // bytes_each)
+    entries = max(math.prod(rows) * span * features, number * outs)
+    bytes_each = math.prod(sizes[:-1]) * count * entries * x.dtype.itemsize
+    # In a loop g lies in memory. Else what computes g is compiled for its new shape, and is slow.
+    most = max(1, min(windows.FOR_PIXELS // bytes_each, x.shape[0] // 2))
     total = sum_of_blocks(of_some, x, g, windows.even(most, x.shape[0]))
     total = lax.reshape(total, (*rows, span, features, number, outs))
     y: Any = None
