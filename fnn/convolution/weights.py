@@ -126,7 +126,7 @@ def by_neighbours(x, w, window: Window, out, number: int, **how) -> jax.Array:
     bytes_each = math.prod(sizes[:-1]) * count * entries * x.dtype.itemsize
     # In a loop g lies in memory. Else what computes g is compiled for its new shape, and is slow.
     most = max(1, min(windows.FOR_PIXELS // bytes_each, x.shape[0] // 2))
-    total = sum_of_blocks(of_some, x, g, windows.even(most, x.shape[0]))
+    total = sum_of_blocks(of_some, x, g, most)
     total = lax.reshape(total, (*rows, span, features, number, outs))
     y: Any = None
     for i in range(number):

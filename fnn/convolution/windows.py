@@ -158,7 +158,8 @@ def block_by_block(function, x, size: int) -> jax.Array:
 
 
 def sum_of_blocks(function, x, g, size: int):
-    """Σ function(x, g) over blocks of so many images, one after the other."""
+    """Σ function(x, g) over blocks of so many images, or of some fewer, one after the other."""
+    size = even(size, x.shape[0])
     xs, blocks, x_rest = blocks_of(x, size)
     gs, _, g_rest = blocks_of(g, size)
     if not blocks:
