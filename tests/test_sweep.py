@@ -189,6 +189,23 @@ def test_on_a_gpu_each_begins_as_alone(impl, on_a_gpu):
         close(found.member(seed=seed).params, init(seed))
 
 
+@pytest.mark.parametrize("size", [3, 6])
+def test_on_a_gpu_a_batch_that_is_no_other_size(size, on_a_gpu):
+    """Examples that know of each other: a smaller batch is a step of its own, or the only one."""
+
+    def centred(params, example, mode):
+        error = squares(params, example)[0]
+        return error if mode.axis is None else error * jax.lax.pmean(error, mode.axis)
+
+    data = X[:size], Y[:size]
+    axes = {"seed": range(2), "learning_rate": [0.01]}
+    found = sweep(centred, data=data, axes=axes, layout="vmap")
+    for seed in range(2):
+        own = {"epochs": 3, "batch_size": 4, "progress": False, "key": jax.random.key(seed)}
+        wanted = fnn.fit(centred, start(seed), data, sgd(0.01), **own)
+        close(found.member(seed=seed).params, wanted.params)
+
+
 def test_on_a_gpu_static_hyperparameters_alone(on_a_gpu):
     axes = {"power": [1, 2]}
     loss = lambda params, example, power: squares(params, example)[0] ** power

@@ -139,11 +139,9 @@ def blocks_of(x, size: int) -> tuple:
 
 def even(size: int, count: int) -> int:
     """So many at a time, or some fewer, so that none of `count` are left over."""
-    return (
-        size
-        if count <= size
-        else next((n for n in range(size, size // 2, -1) if count % n == 0), size)
-    )
+    if count <= size:
+        return size
+    return next((n for n in range(size, size // 2, -1) if count % n == 0), size)
 
 
 def block_by_block(function, x, size: int) -> jax.Array:
