@@ -100,7 +100,9 @@ FORMULAS = {
     ),
     "grey": ((2, 6, 5, 1), (3, 3, 1, 4), {"rhs_dilation": (1, 2)}),
     "depthwise": ((2, 6, 5, 3), (3, 3, 1, 6), {"feature_group_count": 3}),
+    "depthwise, of a small image": ((2, 3, 2, 4), (3, 3, 1, 8), {"feature_group_count": 4}),
     "groups": ((2, 6, 5, 4), (3, 3, 2, 6), {"feature_group_count": 2, "window_strides": (2, 1)}),
+    "groups, of a small image": ((2, 2, 3, 6), (3, 3, 2, 6), {"feature_group_count": 3}),
     "one feature out": ((2, 6, 5, 3), (3, 2, 3, 1), {"rhs_dilation": (2, 1)}),
     "colours": ((2, 9, 12, 3), (3, 2, 3, 32), {"window_strides": (1, 2)}),
     "each group": ((2, 6, 5, 16), (3, 3, 8, 16), {"feature_group_count": 2}),
@@ -151,6 +153,30 @@ def test_formulas_agree_with_jax(name, cached, monkeypatch):
     ours = lambda x, w: conv_general_dilated_p.bind(x, w, **params)
     plain = lambda x, w: lax.conv_general_dilated_p.bind(x, w, **params)
     must_agree(ours, plain, x, w)
+
+
+@pytest.mark.parametrize("each", sweep([1, 2], [1]))
+def test_a_large_window_of_single_features_is_a_loop_over_rows(each, monkeypatch):
+    monkeypatch.setattr(windows, "MANY", 5)
+    x, w = R(0, 2, 7, 8, 3, dtype="float32"), R(1, 4, 3, 1, 3 * each, dtype="float32")
+    options = {"window_strides": (2, 1), "rhs_dilation": (1, 2), "padding": ((2, 1), (0, 3))}
+    options |= {"feature_group_count": 3, "dimension_numbers": NUMBERS}
+    params = parameters_of(x, w, **options)
+    ours = lambda x, w: conv_general_dilated_p.bind(x, w, **params)
+    must_agree(ours, lambda x, w: lax.conv_general_dilated_p.bind(x, w, **params), x, w)
+    assert "while" in jax.jit(ours).lower(x, w).as_text()
+    of_w = lambda x, g: jax.linear_transpose(lambda w: ours(x, w), w)(g)[0]
+    assert "while" in jax.jit(of_w).lower(x, ours(x, w)).as_text()
+
+
+@pytest.mark.parametrize("side", [1, 4, 7])
+def test_features_of_groups_are_not_multiplied_with_all(side):
+    """Also where the weight is as large as the image or larger, as in ConvNeXt's last stage."""
+    x, w = R(0, 4, side, side, 64, dtype="float32"), R(1, 64, 1, 7, 7, dtype="float32")
+    f = lambda x, w: ops.convolution(x, w, padding="same", groups=64)
+    gradients = lambda x, w, g: jax.vjp(f, x, w)[1](g)
+    found = jax.jit(gradients).lower(x, w, x).compile().cost_analysis()["flops"]
+    assert found <= 6 * x.size * 49
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -13,6 +13,8 @@ times slower. So the axes are put in this order here. What the library is slow a
   product of g with the images' patches (im2col), made for a few images at a time.
   The fewer of the two, outputs or features times places, are the product's rows: of many rows and
   few columns it takes up to twice as long.
+* XLA computes the gradient of a weight of groups as one of all features, of which it keeps the
+  groups' own: as many times the work as there are groups. It is made place by place of the window.
 * Of some groups of features, each is a convolution of its own; of many small ones, all are one
   product of patches.
 * With one feature in (a grey image; a depthwise convolution) there is no product to be done:
@@ -128,24 +130,17 @@ def _by_formula(
             y = _with_w_as_it_lies(x, as_it_lies, w_spec, window, out, **how)
             if y is not None:
                 return _in_order(y, y_spec)
-    if (
-        is_gradient
-        and batch_group_count > 1
-        and weights.pays_for_each(x, window, out, batch_group_count)
-    ):
-        y = _for_each_group(x, 0, w, window, out, batch_group_count, **how)
-    elif (
-        is_gradient
-        and batch_group_count == 1
-        and (number := weights.neighbours(x, w, window, out)) > 1
-    ):
+    if batch_group_count > 1:
+        if is_gradient and weights.pays_for_each(x, window, out, batch_group_count):
+            y = _for_each_group(x, 0, w, window, out, batch_group_count, **how)
+        elif is_gradient or out_places <= windows.MANY or x.shape[0] == batch_group_count:
+            y = weights.place_by_place(x, w, window, out, batch_group_count, **how)
+        else:
+            return None
+    elif is_gradient and (number := weights.neighbours(x, w, window, out)) > 1:
         y = weights.by_neighbours(x, w, window, out, number, **how)
-    elif is_gradient and (
-        batch_group_count > 1 or out_places == 1 or weights.pays_as_product(x, w, out)
-    ):
+    elif is_gradient and (out_places == 1 or weights.pays_as_product(x, w, out)):
         y = weights.place_by_place(x, w, window, out, batch_group_count, **how)
-    elif batch_group_count > 1:
-        return None
     elif places == 1 and feature_group_count == 1 and _moves_one_way(window):
         y = _pixel_by_pixel(x, w, window, **how)
     elif any(d > 1 for d in window.between):
@@ -237,7 +232,7 @@ def _pixels_then_shifts(
 
 def _window_by_window(x, w, window: Window, out, groups: int, **how) -> jax.Array:
     few = math.prod(w.shape[:-2]) <= windows.FEW
-    if w.shape[-2] == 1 and few:
+    if w.shape[-2] == 1 and (few or groups > 1):
         return _multiply_and_add(x, w, window, out, groups)
     if 1 < groups <= 16 and min(w.shape[-2], w.shape[-1] // groups) >= 8:
         return _for_each_group(x, x.ndim - 1, w, window, out, groups, **how)
@@ -494,13 +489,14 @@ def _multiply_and_add(x, w, window: Window, out, groups: int) -> jax.Array:
     """Σₖ x[o·stride + k] ∘ w[k], where each output feature comes of one input feature.
 
     For some images at a time, in a loop: what uses y can't be fused into it, which would compute
-    it again for each use.
+    it again for each use. The rows of a large window are a loop, too: XLA compiles sums of many
+    terms to slow programs.
     """
     outs = w.shape[-1]
     each = outs // groups  # the output features of each input feature
+    places = math.prod(w.shape[:-2])
 
-    def of_some(x):
-        x = padded(x, window)
+    def summed(x, w):
         total: Any = None
         for place in numpy.ndindex(*w.shape[:-2]):
             patch = lax.expand_dims(
@@ -514,6 +510,19 @@ def _multiply_and_add(x, w, window: Window, out, groups: int) -> jax.Array:
             term = lax.mul(lax.broadcast_in_dim(patch, weight.shape, range(weight.ndim)), weight)
             total = term if total is None else lax.add(total, term)
         return lax.reshape(total, (x.shape[0], *out, outs))
+
+    def of_some(x):
+        x = padded(x, window)
+        if places <= windows.MANY:
+            return summed(x, w)
+        length = (out[0] - 1) * window.strides[0] + 1
+
+        def with_row(total, i):
+            met = lax.dynamic_slice_in_dim(x, i * window.holes[0], length, axis=1)
+            return lax.add(total, summed(met, lax.dynamic_index_in_dim(w, i, 0))), None
+
+        start = windows.zeros_to_sum_in((x.shape[0], *out, outs), x, w)
+        return lax.scan(with_row, start, jnp.arange(w.shape[0], dtype=jnp.int32))[0]
 
     bytes_each = math.prod(out) * outs * x.dtype.itemsize
     return block_by_block(of_some, x, max(1, windows.CACHED // 8 // bytes_each))

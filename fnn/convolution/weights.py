@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy
 from jax import lax
 
@@ -182,17 +183,30 @@ def place_by_place(x, w, window: Window, out, groups: int, **how) -> jax.Array:
     # A product of few rows and many columns is faster than of many and few.
     outs_first = pixel_by_pixel and outs <= math.prod(out) * features
 
+    def sums_of(x, g, places):
+        found = []
+        for place in numpy.ndindex(*places):
+            patch = repeated(patch_at(x, place, sizes, strides, holes), each)
+            terms = lax.mul(patch, g)
+            by_product = each > 1 or terms.size * x.dtype.itemsize <= windows.CACHED // 4
+            total = _sum_by_feature(terms, by_product, **how)
+            found.append(lax.reshape(total, (groups, 1, each)))
+        return lax.concatenate(found, 1)
+
     def of_some(x, g):
         x = padded(x, window)
         if ins == 1 and groups > 1:  # one feature in: sums, and no patches
-            found = []
-            for place in numpy.ndindex(*out):
-                patch = repeated(patch_at(x, place, sizes, strides, holes), each)
-                terms = lax.mul(patch, g)
-                by_product = each > 1 or terms.size * x.dtype.itemsize <= windows.CACHED // 4
-                total = _sum_by_feature(terms, by_product, **how)
-                found.append(lax.reshape(total, (groups, 1, each)))
-            return lax.concatenate(found, 1)
+            if math.prod(out) <= windows.MANY:
+                return sums_of(x, g, out)
+            length = (sizes[0] - 1) * strides[0] + 1
+
+            def row(_, i):
+                met = lax.dynamic_slice_in_dim(x, i * holes[0], length, axis=1)
+                return None, sums_of(met, g, (1, *out[1:]))
+
+            rows = lax.scan(row, None, jnp.arange(out[0], dtype=jnp.int32))[1]
+            rows = lax.transpose(rows, (1, 0, 2, 3))
+            return lax.reshape(rows, (groups, math.prod(out), each))
         if groups > 1:
             a = patches_by_group(x, out, sizes, strides, holes, groups)
             b = lax.reshape(g, (a.shape[0], groups, each))

@@ -35,6 +35,9 @@ ROWS_ON_ONE_CORE = jax.__version_info__ < (0, 11)
 # So many multiplications and additions of shifted copies are faster than the library.
 FEW = 49
 
+# So many terms or fewer are compiled one by one.
+MANY = 128
+
 
 class Window(NamedTuple):
     """How a convolution meets its input, for each axis of space.
@@ -155,6 +158,14 @@ def block_by_block(function, x, size: int) -> jax.Array:
     return y if rest is None else lax.concatenate([y, function(rest)], 0)
 
 
+def zeros_to_sum_in(shape: Sequence[int], x, w) -> jax.Array:
+    """Zeros that a loop may carry. Under shard_map they vary over devices as x and w do."""
+    zeros = jnp.zeros(shape, x.dtype)
+    for a in (x, w):
+        zeros = as_varying(zeros, jax.typeof(a))
+    return zeros
+
+
 def sum_of_blocks(function, x, g, size: int):
     """Σ function(x, g) over blocks of so many images, or of some fewer, one after the other."""
     size = even(size, x.shape[0])
@@ -162,10 +173,7 @@ def sum_of_blocks(function, x, g, size: int):
     gs, _, g_rest = blocks_of(g, size)
     if not blocks:
         return function(x, g)
-    one = jax.eval_shape(function, x[:size], g[:size])
-    start = jnp.zeros(one.shape, one.dtype)
-    for a in (x, g):  # under shard_map, what the loop carries varies over devices as they do
-        start = as_varying(start, jax.typeof(a))
+    start = zeros_to_sum_in(jax.eval_shape(function, x[:size], g[:size]).shape, x, g)
     add = lambda total, pair: (lax.add(total, function(*pair)), None)
     total, _ = lax.scan(add, start, (xs, gs))
     return total if x_rest is None else lax.add(total, function(x_rest, g_rest))
