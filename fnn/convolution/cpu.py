@@ -234,7 +234,7 @@ def _window_by_window(x, w, window: Window, out, groups: int, **how) -> jax.Arra
     few = math.prod(w.shape[:-2]) <= windows.FEW
     if w.shape[-2] == 1 and (few or groups > 1):
         return _multiply_and_add(x, w, window, out, groups)
-    if 1 < groups <= 16 and min(w.shape[-2], w.shape[-1] // groups) >= 8:
+    if 1 < groups <= 16 and _pays_for_each(w, groups):
         return _for_each_group(x, x.ndim - 1, w, window, out, groups, **how)
     if groups > 1:
         return _in_groups(x, w, window, out, groups, **how)
@@ -252,6 +252,14 @@ def _window_by_window(x, w, window: Window, out, groups: int, **how) -> jax.Arra
     ins = _filled(w.shape[-2], w.shape[-1], window)
     x, w = _with_features(x, x.ndim - 1, ins), _with_features(w, w.ndim - 2, ins)
     return _library(x, w, window, out, **how)
+
+
+def _pays_for_each(w, groups: int) -> bool:
+    """Whether a convolution for each group is faster than one product, as measured."""
+    ins, outs = w.shape[-2], w.shape[-1] // groups
+    is_flat = w.ndim <= 4 and math.prod(w.shape[:-2]) > 1  # of three axes the library is slow
+    to_few = is_flat and (ins >= 8 or (ins >= 4 and outs == 1))
+    return to_few or min(ins, outs) >= 8
 
 
 def _stays(window: Window) -> bool:
