@@ -59,6 +59,7 @@ from fnn.convolution.windows import (
     patch_at,
     patch_rows,
     patches_by_group,
+    with_zeros,
 )
 from fnn.meshes import sharding_of
 
@@ -134,6 +135,7 @@ def _by_formula(
         if is_gradient and weights.pays_for_each(x, window, out, batch_group_count):
             y = _for_each_group(x, 0, w, window, out, batch_group_count, **how)
         elif is_gradient or out_places <= windows.MANY or x.shape[0] == batch_group_count:
+            # Many places are no matter where each group has one feature: their rows are a loop.
             y = weights.place_by_place(x, w, window, out, batch_group_count, **how)
         else:
             return None
@@ -367,7 +369,7 @@ def _rows_of_window(x, w, window: Window, out, **how) -> jax.Array:
 
 def _met_by_rows(x, rows: int, window: Window, count: int) -> list[jax.Array]:
     """What each of the window's rows meets of x: so many rows, zeros around included."""
-    x, hole = _with_zeros(x, 1, *window.padding[0]), window.holes[0]
+    x, hole = with_zeros(x, 1, *window.padding[0]), window.holes[0]
     return [lax.slice_in_dim(x, i * hole, i * hole + count, axis=1) for i in range(rows)]
 
 
@@ -387,16 +389,7 @@ def _filled(ins: int, outs: int, window: Window) -> int:
 
 def _with_features(x, axis: int, count: int) -> jax.Array:
     """Zeros after what there is along this axis, so that there are so many."""
-    return _with_zeros(x, axis, 0, count - x.shape[axis])
-
-
-def _with_zeros(x, axis: int, low: int, high: int) -> jax.Array:
-    """Zeros before and behind what there is along this axis, or so many less of it."""
-    if low == high == 0:
-        return x
-    pads = [(0, 0, 0)] * x.ndim
-    pads[axis] = (low, high, 0)
-    return lax.pad(x, lax.full_like(x, 0, shape=()), pads)
+    return with_zeros(x, axis, 0, count - x.shape[axis])
 
 
 def _moves_one_way(window: Window) -> bool:

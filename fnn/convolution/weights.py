@@ -7,8 +7,8 @@ weight has for features in, and the features are the images, over which it sums.
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from fnn.convolution.windows import (
     patches_by_group,
     repeated,
     sum_of_blocks,
+    with_zeros,
 )
 
 # Of fewer features than these, patches are made row by row, not pixel by pixel; and products pay
@@ -103,9 +104,7 @@ def by_neighbours(x, w, window: Window, out, number: int, **how) -> jax.Array:
     def of_some(x, g):
         x = padded(x, window)
         length = (count + pieces - 1) * step
-        more = [(0, 0, 0)] * x.ndim
-        more[-2] = (0, length - x.shape[-2], 0)
-        x = lax.pad(x, lax.full_like(x, 0, shape=()), more)
+        x = with_zeros(x, x.ndim - 2, 0, length - x.shape[-2])
         x = lax.reshape(x, (*x.shape[:-2], length // step, step * features))
         met, axis = [], x.ndim - 1
         for piece in range(pieces):
@@ -128,13 +127,14 @@ def by_neighbours(x, w, window: Window, out, number: int, **how) -> jax.Array:
     most = max(1, min(windows.FOR_PIXELS // bytes_each, x.shape[0] // 2))
     total = sum_of_blocks(of_some, x, g, most)
     total = lax.reshape(total, (*rows, span, features, number, outs))
-    y: Any = None
+    terms = []
     for i in range(number):
         own = lax.index_in_dim(total, i, total.ndim - 2, keepdims=False)
         own = lax.slice_in_dim(
             own, i * stride, i * stride + (out[-1] - 1) * hole + 1, hole, len(rows)
         )
-        y = own if y is None else lax.add(y, own)
+        terms.append(own)
+    y = functools.reduce(lax.add, terms)
     last = y.ndim - 2
     return lax.transpose(y, (last, *range(last), last + 1))
 

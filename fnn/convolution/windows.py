@@ -73,6 +73,15 @@ def padded(x, window: Window):
     return lax.pad(x, lax.full_like(x, 0, shape=()), [(0, 0, 0), *pads, (0, 0, 0)])
 
 
+def with_zeros(x, axis: int, low: int, high: int) -> jax.Array:
+    """Zeros before and behind what there is along this axis, or so many less of it."""
+    if low == high == 0:
+        return x
+    pads = [(0, 0, 0)] * x.ndim
+    pads[axis] = (low, high, 0)
+    return lax.pad(x, lax.full_like(x, 0, shape=()), pads)
+
+
 def patch_at(x, place: Sequence[int], out: Sequence[int], strides, holes, first: int = 1) -> Any:
     """What one place of the window meets: x[:, o·stride + place·hole, :] for all o.
 

@@ -171,7 +171,7 @@ class Program:
             def body(i, carry):
                 start = (i - first) * self.batch_size
                 count = None
-                if self.pads:
+                if self.pads:  # at least 1: a step behind the last counts for nothing, but is made
                     count = jnp.minimum(self.batch_size, jnp.maximum(1, self.size - start))
                 rows = lax.dynamic_slice(order, (start,), (self.batch_size,))
                 return advanced(carry, rows, i, count)
