@@ -1,13 +1,14 @@
 """A step of training of five models: fnn against Flax, Equinox, Haiku and PyTorch.
 
     python benchmarks/models.py [--model lenet resnet vit gpt lstm] [--rounds 15]
-                                [--only PEER ...] [--torch-compile] [--markdown]
+                                [--only PEER ...] [--keep-memory] [--torch-compile] [--markdown]
 
 The models are in `peers/`: each as a user of its library writes it, float32, Adam, the mean
 cross-entropy of a batch. All run in one process and take turns. `ms` is the median time of a
 step with its quartiles; `/ fnn` the median, round by round, of its ratio to fnn's: above 1 the peer
 is slower. `temporaries` is what the compiled step needs beside its arguments and results.
-"fnn, unrolled" is fnn's GPT without a loop over its blocks (`unroll=`).
+"fnn, unrolled" is fnn's GPT without a loop over its blocks (`unroll=`). `--keep-memory` calls
+`fnn.keep_memory` first, which serves all libraries in the process.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 import jax
 from measure import installed, interleaved, machine, quartiles, ratios, table
 from peers import MODELS, Training, data
+
+import fnn
 
 LIBRARIES = {
     "fnn": ("fnn", "of_fnn"),
@@ -87,9 +90,12 @@ def main() -> None:
     parser.add_argument("--model", nargs="*", default=MODELS, choices=MODELS)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", nargs="*", choices=LIBRARIES, metavar="PEER")
+    parser.add_argument("--keep-memory", action="store_true")
     parser.add_argument("--torch-compile", action="store_true", help="takes minutes to prepare")
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
+    if options.keep_memory:
+        fnn.keep_memory()
     names = [
         name
         for name in options.only or LIBRARIES

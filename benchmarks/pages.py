@@ -4,16 +4,14 @@
 
 XLA's CPU client allocates what a program needs besides arguments and results at each call, and
 frees it behind. What is larger than 32 MB the C library (glibc) gives back to the kernel, which at
-the next call brings in page by page. With the variables of `KEEP` set before Python starts, glibc
-keeps it. Each round runs a step of `models.py` in fnn in two new processes, one without and one
-with them, in turns.
+the next call brings in page by page. After `fnn.keep_memory()` glibc keeps it. Each round runs a
+step of `models.py` in fnn in two new processes, one without and one with it, in turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -24,11 +22,8 @@ from measure import machine, table
 from models import BATCH, loop, prepare
 from peers import MODELS, data
 
-KEEP = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "8000000000",
-}
+import fnn
+
 SECONDS = 4
 
 
@@ -53,10 +48,9 @@ def measure(model: str) -> dict[str, float]:
     }
 
 
-def in_a_process(model: str, variables: dict[str, str]) -> dict[str, float]:
-    environment = {k: v for k, v in os.environ.items() if k not in KEEP} | variables
-    command = [sys.executable, __file__, "--inside", model]
-    printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+def in_a_process(model: str, keep: bool) -> dict[str, float]:
+    command = [sys.executable, __file__, "--inside", model, *(["--keep"] if keep else [])]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(printed.stdout.splitlines()[-1])
 
 
@@ -76,17 +70,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--inside", choices=MODELS, help=argparse.SUPPRESS)
+    parser.add_argument("--keep", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
+        if options.keep:
+            fnn.keep_memory()
         print(json.dumps(measure(options.inside)))
         return
     rows = []
     for model in options.model:
         without, kept = [], []
         for i in range(options.rounds):
-            pair = [(without, {}), (kept, KEEP)]
-            for found, variables in pair if i % 2 == 0 else pair[::-1]:
-                found.append(in_a_process(model, variables))
+            pair = [(without, False), (kept, True)]
+            for found, keep in pair if i % 2 == 0 else pair[::-1]:
+                found.append(in_a_process(model, keep))
         rows.append(row(model, without, kept))
     heads = ["pages", "kept", "system ms", "kept", "ms", "kept", "ratio", "processor time"]
     print(f"{machine()}\n{table(['a step', *heads], rows, options.markdown)}")

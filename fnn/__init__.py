@@ -6,6 +6,7 @@ grad, value_and_grad, vjp   backpropagation by the hand-written rules
 check_rule, check_grads     rules against autodiff against finite differences
 find_nonfinite              where a nan or inf was born: operation, part, line, step of a loop
 memory                      what the backward pass keeps, part by part; what a program takes
+keep_memory                 programs on a CPU take the same memory at each call
 ops                         activations and losses
 layers, initializers        networks, as pure functions of their parameters
 models                      whole networks
@@ -39,6 +40,7 @@ from fnn.backprop import Graph, grad, graph, value_and_grad, vjp
 from fnn.birth import find_nonfinite
 from fnn.check import GradientError, check_grads, check_rule
 from fnn.footprint import memory
+from fnn.heap import keep_memory
 from fnn.layers import summary
 from fnn.operation import Operation, RuleError, rule
 from fnn.sweeps import Halving, SweepResult, sweep
@@ -88,6 +90,7 @@ __all__ = [
     "grad",
     "graph",
     "initializers",
+    "keep_memory",
     "layers",
     "logs",
     "loss_surface",

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "meshes": "",
     "frames": "",
     "readings": "",
+    "heap": "",
     "jaxpr": "frames",
     "operation": "arguments meshes jaxpr",
     "convolution": "meshes jaxpr operation",
