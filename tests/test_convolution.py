@@ -99,6 +99,8 @@ FORMULAS = {
         {"window_strides": (2, 3), "padding": ((1, 0), (2, 1))},
     ),
     "grey": ((2, 6, 5, 1), (3, 3, 1, 4), {"rhs_dilation": (1, 2)}),
+    "grey, many out": ((2, 7, 6, 1), (5, 5, 1, 24), {"window_strides": (2, 1)}),
+    "single features to many": ((2, 13, 12, 2), (7, 7, 1, 48), {"feature_group_count": 2}),
     "depthwise": ((2, 6, 5, 3), (3, 3, 1, 6), {"feature_group_count": 3}),
     "depthwise, of a small image": ((2, 3, 2, 4), (3, 3, 1, 8), {"feature_group_count": 4}),
     "groups": ((2, 6, 5, 4), (3, 3, 2, 6), {"feature_group_count": 2, "window_strides": (2, 1)}),
@@ -153,6 +155,24 @@ def test_formulas_agree_with_jax(name, cached, monkeypatch):
     ours = lambda x, w: conv_general_dilated_p.bind(x, w, **params)
     plain = lambda x, w: lax.conv_general_dilated_p.bind(x, w, **params)
     must_agree(ours, plain, x, w)
+
+
+@pytest.mark.parametrize(
+    "side, outs, padding, by_library",
+    [
+        (5, 32, "same", True),
+        (5, 32, 0, True),
+        (5, 16, "same", False),
+        (6, 32, 3, False),  # y is larger than x: there the library is slow
+    ],
+)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_from_single_features_to_many_goes_the_library(side, outs, padding, by_library, groups):
+    f = lambda x, w: ops.convolution(x, w, padding=padding, groups=groups)
+    x, w = R(0, 8, 14, 14, groups), R(1, outs * groups, 1, side, side)
+    x, w = x.astype(jnp.float32), w.astype(jnp.float32)
+    text = jax.jit(f).lower(x, w).as_text()
+    assert text.count("stablehlo.convolution") == (groups if by_library else 0)
 
 
 @pytest.mark.parametrize("each", sweep([1, 2], [1]))

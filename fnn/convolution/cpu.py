@@ -18,8 +18,8 @@ times slower. So the axes are put in this order here. What the library is slow a
 * Of some groups of features, each is a convolution of its own; of many small ones, all are one
   product of patches.
 * With one feature in (a grey image; a depthwise convolution) there is no product to be done:
-  shifted copies of x are multiplied and added. The sums of the weight's gradient are products with
-  ones, where the cache holds what is summed.
+  shifted copies of x are multiplied and added, but for many features out. The sums of the weight's
+  gradient are products with ones, where the cache holds what is summed.
 * To few features, each pixel is multiplied with all of the window's weights in one product, whose
   parts are then shifted and added. So it is where y is larger than x, as the gradient of the input
   is if that had no padding: the library would multiply the zeros around x. Of one pixel alone
@@ -132,7 +132,7 @@ def _by_formula(
             if y is not None:
                 return _in_order(y, y_spec)
     if batch_group_count > 1:
-        if is_gradient and weights.pays_for_each(x, window, out, batch_group_count):
+        if is_gradient and weights.pays_for_each(x, w, window, out, batch_group_count):
             y = _for_each_group(x, 0, w, window, out, batch_group_count, **how)
         elif is_gradient or out_places <= windows.MANY or x.shape[0] == batch_group_count:
             # Many places are no matter where each group has one feature: their rows are a loop.
@@ -234,6 +234,10 @@ def _pixels_then_shifts(
 
 def _window_by_window(x, w, window: Window, out, groups: int, **how) -> jax.Array:
     few = math.prod(w.shape[:-2]) <= windows.FEW
+    if w.shape[-2] == 1 and _to_many(x, w, window, out, groups):
+        if groups == 1:
+            return _library(x, w, window, out, **how)
+        return _for_each_group(x, x.ndim - 1, w, window, out, groups, **how)
     if w.shape[-2] == 1 and (few or groups > 1):
         return _multiply_and_add(x, w, window, out, groups)
     if 1 < groups <= 16 and _pays_for_each(w, groups):
@@ -254,6 +258,27 @@ def _window_by_window(x, w, window: Window, out, groups: int, **how) -> jax.Arra
     ins = _filled(w.shape[-2], w.shape[-1], window)
     x, w = _with_features(x, x.ndim - 1, ins), _with_features(w, w.ndim - 2, ins)
     return _library(x, w, window, out, **how)
+
+
+def _to_many(x, w, window: Window, out, groups: int) -> bool:
+    """Whether the library is faster than sums, from one feature to so many; as measured."""
+    is_flat = w.ndim == 4 and x.dtype == jnp.float32  # of others the library is slow
+    if not is_flat or groups > 16 or w.shape[-1] < 24 * groups:
+        return False
+    least = 25
+    if windows.ROWS_ON_ONE_CORE:
+        least = 4 if groups == 1 else 16
+    # Of other paddings than "same" and "valid" it is slow, and where y is large.
+    usual = all(
+        pads == (0, 0) or n == -(-size // stride)
+        for pads, n, size, stride in zip(
+            window.padding, out, x.shape[1:], window.strides, strict=False
+        )
+    )
+    entries, places = x.shape[0] * math.prod(out) * w.shape[-1], math.prod(w.shape[:-2])
+    is_large = entries * x.dtype.itemsize > 2 * windows.FOR_PIXELS
+    is_worth = groups == 1 or entries * places >= 2**19 * groups
+    return usual and not is_large and is_worth and places >= least
 
 
 def _pays_for_each(w, groups: int) -> bool:

@@ -162,11 +162,18 @@ def pays_as_product(x, w, out) -> bool:
     return outs > 16 and size * w.shape[-2] >= least and bytes_each <= most
 
 
-def pays_for_each(x, window: Window, out, groups: int) -> bool:
-    """Whether a weight's gradient is faster as a convolution for each group of features."""
-    features = x.shape[0] // groups
+def pays_for_each(x, w, window: Window, out, groups: int) -> bool:
+    """Whether a weight's gradient is faster as a convolution for each group of features.
+
+    As measured. The images are its features in: of few the library is slow, and of three axes.
+    """
+    features, each, images = x.shape[0] // groups, w.shape[-1] // groups, w.shape[-2]
     is_plain = math.prod(out) > 1 and all(d == 1 for d in window.between)
-    return is_plain and groups <= 32 and 1 < features <= 16
+    if not is_plain or groups > 32 or features == 1 or x.ndim > 4:
+        return False
+    is_same = w.shape[:-2] == x.shape[1:-1]
+    to_few = windows.ROWS_ON_ONE_CORE or each <= 32
+    return features <= _MANY or (images >= 8 and is_same and to_few)
 
 
 def place_by_place(x, w, window: Window, out, groups: int, **how) -> jax.Array:
