@@ -16,6 +16,7 @@ from fnn import ops
 from fnn.layers import (
     EVALUATE,
     LSTM,
+    Attention,
     BatchNorm,
     Dropout,
     Layer,
@@ -863,6 +864,20 @@ def test_summary_counts_all_turns_of_loops():
     once = flops(LSTM(8), sequence)
     assert flops(repeat(LSTM(8), 3), sequence) == pytest.approx(3 * once, abs=60)
     assert flops(LSTM(8, remat=True), sequence) == pytest.approx(once, abs=60)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window": 100}])
+def test_summary_counts_all_blocks_of_attention(options):
+    """Products of whole blocks of 128 positions, in a loop from two on; and softmax beside them."""
+    features, count = 64, 512
+    layer = Attention(4, **options)
+    found = summary(layer, jnp.zeros((count, features))).flops
+    blocks = {1: 16, 2: 10, 3: 7}[1 + len(options)]  # of 4 x 4; the window's reach one beside
+    products = 8 * count * features**2 + blocks * 4 * 128**2 * features
+    assert products < found < 1.12 * products
+    assert summary(repeat(layer, 3), jnp.zeros((count, features))).flops == pytest.approx(
+        3 * found, rel=1e-3
+    )
 
 
 def test_summary_of_a_network_with_state_and_several_inputs():

@@ -19,9 +19,11 @@ from fnn.layers import (
     GRU,
     LSTM,
     RNN,
+    Attention,
     Dropout,
     LayerError,
     Linear,
+    WeightNorm,
     bidirectional,
     chain,
     network,
@@ -404,6 +406,35 @@ def test_layers_on_layers():
     assert not np.allclose(trained, y)
     of_steps = [summary(LSTM(6), jnp.zeros((n, 4))).flops for n in (1, 40)]
     assert 40 * 2 * 24 * (4 + 6) < of_steps[1] < 1.1 * 40 * of_steps[0]
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        chain(bidirectional(LSTM(3)), Dropout(0.5), bidirectional(GRU(2))),
+        chain(LSTM(3), GRU(3, reverse=True), repeat(RNN(3, reverse=True), 2)),
+        chain(below=chain(bidirectional(LSTM(2)), jnp.tanh), above=WeightNorm(LSTM(3))),
+    ],
+)
+def test_a_chain_hands_the_mask_on(net):
+    """Parameters that aren't those of the start, by whose biases no padding would be seen."""
+    params = net.init(KEY, X, 4)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    draw = lambda k, a: jax.random.normal(k, a.shape, a.dtype)
+    params = jax.tree.unflatten(tree, list(map(draw, keys, leaves)))
+    wanted = jax.jit(net)(params, X[:4])
+    for mask in (4, jnp.arange(len(X)) < 4):
+        found = jax.jit(net)(params, X.at[4:].set(jnp.nan), mask)
+        np.testing.assert_allclose(found[:4], wanted, rtol=1e-5, atol=1e-6)
+        assert not jnp.any(found[4:])
+
+
+def test_a_chain_hands_nothing_else_on():
+    """What the first part takes as its second input is its own, unless it is a mask."""
+    net = chain(Attention(2), LSTM(3))
+    x, memory = jnp.ones((5, 4)), jnp.ones((3, 4))
+    assert net(net.init(KEY, x, memory), x, memory).shape == (5, 3)
 
 
 def test_a_cell_draws_anew_in_each_step():

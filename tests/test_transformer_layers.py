@@ -315,6 +315,17 @@ def test_summary_and_errors():
             LayerError,
             r"shape \(positions, in\), but got \(8,\)",
         ),
+        (
+            lambda: Attention(2)(Attention(2).init(KEY, x), x[:, :6]),
+            LayerError,
+            r"^Attention\(2\) has a q.W of shape \(8, 8\), so it wants an input of shape "
+            r"\(positions, 8\), but got",
+        ),
+        (
+            lambda: Attention(2)(Attention(2).init(KEY, x, x), x, x[:, :6]),
+            LayerError,
+            r"has a k.W of shape \(8, 8\), so it wants a memory of shape \(positions, 8\), but got",
+        ),
         (lambda: Attention(2)({"q": {}}, x), LayerError, r"keys \['k', 'out', 'q', 'v'\]"),
         (lambda: Embedding(5, 0), ValueError, "features must be"),
         (lambda: PositionEmbedding(4)({}, x[0]), LayerError, r"\(positions, features\)"),

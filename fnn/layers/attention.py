@@ -16,8 +16,10 @@ from fnn.initializers import Initializer, xavier_uniform, zeros
 from fnn.layers.layer import Layer, LayerError, check_parts, last_axis, set_count
 from fnn.layers.linear import Linear, check_options
 from fnn.layers.mode import EVALUATE, Mode
+from fnn.layers.net import in_loop, is_watched
 from fnn.layers.once import unless_there
 from fnn.ops import alibi_slopes, attention, ring_attention, rotary
+from fnn.ops.sequences.attention import turns_of
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -154,6 +156,7 @@ class Attention(Layer):
         check_parts(self, params, list(parts))
         source = x if memory is None else memory
         features = self._features(x)
+        self._check_inputs(params, x, memory)
 
         def heads_of(name: str, x: Any) -> Any:
             count = self.heads if name == "q" else self._kv_heads
@@ -181,9 +184,32 @@ class Attention(Layer):
             options |= {"mesh": across.mesh, "axis": across.sequence}
             y = ring_attention(q, *keys_and_values(), block=self.block, **options)
         else:
-            y = attention(q, *keys_and_values(), block=self.block, **options)
+            k, v = keys_and_values()
+            if is_watched():
+                self._tell_of_blocks(q, k, v, options)
+            y = attention(q, k, v, block=self.block, **options)
         y = parts["out"](params["out"], y.reshape(x.shape[0], self.heads * features))
         return y, state
+
+    def _check_inputs(self, params: Any, x: Any, memory: Any) -> None:
+        """Raise unless x, and the memory, have as many features as q, k and v were made for."""
+        for name in ("q", "k", "v"):
+            of_memory = memory is not None and name != "q"
+            given = memory if of_memory else x
+            shape: tuple[int, ...] = getattr(params[name].get("W"), "shape", ())
+            if len(shape) == 2 and shape[-1] != given.shape[-1]:
+                what = "a memory" if of_memory else "an input"
+                raise LayerError(
+                    f"{self} has a {name}.W of shape {shape}, so it wants {what} of shape "
+                    f"(positions, {shape[-1]}), but got {given.shape}."
+                )
+
+    def _tell_of_blocks(self, q: Any, k: Any, v: Any, options: dict) -> None:
+        turns, queries, keys = turns_of(q, k, v, block=self.block, **options)
+        if turns > 1:
+            of = lambda a, count: jax.ShapeDtypeStruct((count, *a.shape[1:]), a.dtype)
+            with in_loop(OneBlock(max(queries, keys)), turns) as note:
+                note({}, {}, (of(q, queries), of(k, keys), of(v, keys)), of(q, queries))
 
     def _continued(
         self, q: Any, keys_and_values: Callable, memory: Any, options: dict, state: dict
@@ -272,3 +298,13 @@ class Attention(Layer):
             "v": linear(self._kv_heads * features, self.weight_init, qkv_bias),
             "out": linear(last_axis(self, x), self.out_init or self.weight_init, self.use_bias),
         }
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class OneBlock(Layer):
+    """Some queries' attention to some keys, of all: `summary` counts its FLOPs."""
+
+    block: int
+
+    def __call__(self, params: Any, q: Any, k: Any, v: Any) -> Any:
+        return attention(q, k, v, block=self.block)

@@ -23,7 +23,7 @@ from fnn import arguments
 from fnn.eager import once
 from fnn.layers.layer import Layer, LayerError, as_layer, run
 from fnn.layers.mode import EVALUATE, Mode
-from fnn.layers.net import Net, Network, in_loop
+from fnn.layers.net import Net, Network, hands_mask_on, in_loop
 from fnn.layers.stages import pipelined
 
 Part = Layer | Callable
@@ -34,7 +34,8 @@ def chain(*layers: Part, **named: Part) -> Network:
 
     Args:
         *layers: layers or functions of one array, in order; or
-        **named: the same by name. Not both. (The first may take several inputs.)
+        **named: the same by name. Not both. (The first may take several inputs. Where it takes a
+            mask of steps as its second, as `LSTM` does, all that take one get it.)
 
     Returns:
         A Network; its parameters are a dict with an entry for each part that has some, under
@@ -78,9 +79,12 @@ def residual(*layers: Part, **named: Part) -> Network:
     return Network(_residual, _parts("residual", layers, named))
 
 
+@hands_mask_on
 def _chain(net: Net, *xs: Any) -> Any:
-    for part in net:
-        xs = (part(*xs),)
+    layers = list(net._parts.values())
+    mask = xs[1:2] if layers and layers[0].takes_mask else ()
+    for number, (part, layer) in enumerate(zip(net, layers, strict=True)):
+        xs = (part(*xs, *(mask if number and layer.takes_mask else ())),)
     return xs[0] if len(xs) == 1 else xs
 
 
@@ -153,6 +157,10 @@ class Repeat(Layer):
             object.__setattr__(self, name, number)
         if not callable(self.remat) and self.remat is not None:
             arguments.flag("repeat", "remat", self.remat)
+
+    @property
+    def takes_mask(self) -> bool:  # type: ignore[override]
+        return self.block.takes_mask
 
     def init(self, key: chex.PRNGKey, *xs: Any) -> dict:
         arguments.key("repeat.init", "key", key)

@@ -105,6 +105,10 @@ class DropConnect(Layer):
     layer: Layer
     rate: float
 
+    @property
+    def takes_mask(self) -> bool:  # type: ignore[override]
+        return self.layer.takes_mask
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "layer", as_layer(self.layer, "DropConnect, layer"))
         set_number(self, "rate", least=0, most=1)

@@ -45,7 +45,13 @@ from fnn.layers.mode import EVALUATE
 
 
 class Layer:
-    """The base of all layers; see the head of this file."""
+    """The base of all layers; see the head of this file.
+
+    Attributes:
+        takes_mask: whether its second input says which steps count; a chain hands it on to such.
+    """
+
+    takes_mask = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Layer:
         if inspect.get_annotations(cls) and "__dataclass_fields__" not in cls.__dict__:

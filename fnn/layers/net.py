@@ -65,6 +65,15 @@ def network(**parts: Layer | Callable) -> Callable[[Callable], Network]:
     return decorate
 
 
+_HAND_MASK_ON: set[Callable] = set()
+
+
+def hands_mask_on(body: Callable) -> Callable:
+    """Decorate a network's body that gives its second input, a mask, to all parts that take one."""
+    _HAND_MASK_ON.add(body)
+    return body
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Network(Layer):
     """A layer made of layers; see `network`, which makes it.
@@ -81,6 +90,11 @@ class Network(Layer):
         arguments.function("Network", "body", self.body, "a function body(net, x)")
         parts = self.parts if isinstance(self.parts, Mapping) else dict(self.parts)
         object.__setattr__(self, "parts", _as_parts(self._name, parts))
+
+    @property
+    def takes_mask(self) -> bool:  # type: ignore[override]
+        """Whether its body hands a mask on, and its first part takes one."""
+        return self.body in _HAND_MASK_ON and bool(self.parts) and self.parts[0][1].takes_mask
 
     def init(self, key: chex.PRNGKey, *xs: Any) -> dict:
         arguments.key(f"{self._name}.init", "key", key)
@@ -293,6 +307,11 @@ def watching(watch: Watch) -> Iterator[None]:
     """
     with _watched_as(_Watched(watch)):
         yield
+
+
+def is_watched() -> bool:
+    """Whether somebody is told of the calls of parts."""
+    return _watched.get() is not None
 
 
 @contextlib.contextmanager

@@ -297,6 +297,10 @@ class WeightNorm(Layer):
 
     layer: Layer
 
+    @property
+    def takes_mask(self) -> bool:  # type: ignore[override]
+        return self.layer.takes_mask
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "layer", as_layer(self.layer, "WeightNorm, layer"))
 
@@ -347,6 +351,10 @@ class SpectralNorm(Layer):
 
     layer: Layer
     iterations: int = 1
+
+    @property
+    def takes_mask(self) -> bool:  # type: ignore[override]
+        return self.layer.takes_mask
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layer", as_layer(self.layer, "SpectralNorm, layer"))

@@ -10,7 +10,8 @@ A step that is masked doesn't happen: the memory stays as it is, and the output 
 padding behind a sequence changes nothing, and in the reverse direction, which begins with it, a
 sequence starts at its own end. What stands in a masked step is never looked at.
 
-Several layers, one on top of the other, are a chain; those of one width may be repeated:
+Several layers, one on top of the other, are a chain, which hands the mask on to all of them; those
+of one width may be repeated:
 
     chain(LSTM(256), Dropout(0.5), repeat(LSTM(256), 3))
 
@@ -44,7 +45,7 @@ from fnn.layers.layer import (
     set_number,
 )
 from fnn.layers.mode import EVALUATE, Mode
-from fnn.layers.net import Net, Network, in_loop
+from fnn.layers.net import Net, Network, hands_mask_on, in_loop
 from fnn.precision import wide_dtype, widest
 
 
@@ -56,6 +57,8 @@ class Recurrent(Layer):
     reverse: bool = False
     remat: bool = False
     return_carry: bool = False
+
+    takes_mask = True
 
     def __post_init__(self) -> None:
         for option in ("reverse", "remat", "return_carry"):
@@ -509,6 +512,7 @@ def bidirectional(forward: Recurrent, backward: Recurrent | None = None) -> Netw
     return Network(_bidirectional, {"forward": forward, "backward": backward})
 
 
+@hands_mask_on
 def _bidirectional(net: Net, x: Any, *others: Any) -> Any:
     ys = net.forward(x, *others), net.backward(x, *others)
     if isinstance(ys[0], tuple):  # they return what they carry

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from fnn import arguments
 from fnn.ops.arguments import block_size, is_integer, must_be_array, must_be_real
-from fnn.ops.sequences.blockwise import blockwise_attention
+from fnn.ops.sequences.blockwise import Blocks, blockwise_attention
 from fnn.ops.sequences.cudnn import attention_by_cudnn, is_for_cudnn
 
 
@@ -106,6 +106,16 @@ def attention(
         return attention_by_cudnn(q, k, v, **static)
     y, _, _ = blockwise_attention(q, k, v, given, **static)
     return y
+
+
+def turns_of(q, k, v, *, causal, window, block, **given) -> tuple[int, int, int]:
+    """How often `attention` takes a block of queries and one of keys, and how many each has."""
+    given = {name: x for name, x in given.items() if x is not None}
+    if is_for_cudnn(q, k, v, given, causal, window):
+        return 1, q.shape[0], k.shape[0]
+    size = block_size("attention", block, on_cpu=128, elsewhere=512)
+    blocks = Blocks(q, k, v, given, causal, window, 1.0, size)
+    return len(blocks.pairs), blocks.size_q, blocks.size_k
 
 
 def check(q, k, v, mask, bias, slopes, q_positions, k_positions, op="attention") -> None:
