@@ -514,7 +514,7 @@ def test_gradients_of_examples_through_norms_of_weights():
     for path in ("['a']['v']", "['b']['W']"):
         kept, reason = why[path]
         assert kept == "dense" and reason.startswith("made from it by mul"), why
-        assert reason.endswith("its gradient is then a sum, and no pair of factors holds it"), why
+        assert "its gradient is then a sum, of which more than one pair" in reason, why
     wanted = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, batch)
     chex.assert_trees_all_close(formed, wanted, rtol=1e-9, atol=1e-12)
 

@@ -168,7 +168,8 @@ def to_torch(
 
     Returns:
         Names -> numpy arrays, to be saved by `safetensors.numpy.save_file`, or loaded by
-        `module.load_state_dict({name: torch.from_numpy(a) for name, a in these.items()})`.
+        `module.load_state_dict({name: torch.from_numpy(a) for name, a in these.items()})`. PyTorch
+        takes no bfloat16 from numpy: `torch.from_numpy(a.view("int16")).view(torch.bfloat16)`.
 
     Raises:
         TypeError, ValueError: the model has no layout, or not this library's.

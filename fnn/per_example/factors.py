@@ -195,7 +195,7 @@ def _lost_in(equation: Equation, needed: Sequence[bool]) -> str:
     if equation.name in ("mul", "div") and all(needed):
         return (
             f"{made}, of two values that both depend on parameters: its gradient is then a sum, "
-            "and no pair of factors holds it"
+            "of which more than one pair of factors would have to be kept"
         )
     return f"{made}, behind which no factors are kept"
 
