@@ -428,13 +428,19 @@ def test_a_chain_hands_the_mask_on(net):
         found = jax.jit(net)(params, X.at[4:].set(jnp.nan), mask)
         np.testing.assert_allclose(found[:4], wanted, rtol=1e-5, atol=1e-6)
         assert not jnp.any(found[4:])
+    np.testing.assert_array_equal(jax.jit(lambda p, x: net(p, x, mask=4))(params, X), found)
+    with pytest.raises(TypeError, match=r"was given mask= beside 2 inputs, wanted one, a sequence"):
+        net(params, X, 4, mask=4)
 
 
 def test_a_chain_hands_nothing_else_on():
     """What the first part takes as its second input is its own, unless it is a mask."""
     net = chain(Attention(2), LSTM(3))
     x, memory = jnp.ones((5, 4)), jnp.ones((3, 4))
-    assert net(net.init(KEY, x, memory), x, memory).shape == (5, 3)
+    params = net.init(KEY, x, memory)
+    assert net(params, x, memory).shape == (5, 3)
+    with pytest.raises(TypeError, match="was given mask=, but hands no mask on"):
+        net(params, x, mask=3)
 
 
 def test_a_cell_draws_anew_in_each_step():

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from fnn import arguments
 from fnn.eager import once
-from fnn.layers.layer import Layer, LayerError, as_layer, run
+from fnn.layers.layer import Layer, LayerError, as_layer, run, with_mask
 from fnn.layers.mode import EVALUATE, Mode
 from fnn.layers.net import Net, Network, hands_mask_on, in_loop
 from fnn.layers.stages import pipelined
@@ -175,8 +175,15 @@ class Repeat(Layer):
         return self._stacked(self.block.init_cache(length, *xs))
 
     def apply(
-        self, params: Any, state: Any, x: Any, *others: Any, mode: Mode = EVALUATE
+        self,
+        params: Any,
+        state: Any,
+        x: Any,
+        *others: Any,
+        mask: Any = None,
+        mode: Mode = EVALUATE,
     ) -> tuple[Any, dict]:
+        others = with_mask(self, (x, *others), mask)[1:]
         for path, leaf in jax.tree_util.tree_leaves_with_path((params, state)):
             if jnp.shape(leaf)[:1] != (self.n,):
                 place = jax.tree_util.keystr(path[1:])

@@ -222,6 +222,17 @@ def own_state(layer: Layer, length: int | None, *xs: Any) -> dict:
     return state if length is None else state | layer.init_cache(length, *xs)
 
 
+def with_mask(layer: Layer, xs: tuple, mask: Any) -> tuple:
+    """The inputs, with a mask of steps that was given by keyword as the second."""
+    if mask is None:
+        return xs
+    if not layer.takes_mask:
+        raise TypeError(f"{layer} was given mask=, but hands no mask on to a part that takes one.")
+    if len(xs) != 1:
+        raise TypeError(f"{layer} was given mask= beside {len(xs)} inputs, wanted one, a sequence.")
+    return (*xs, mask)
+
+
 def must_have_state(layer: Layer, state: dict, xs: tuple) -> None:
     """Raise a LayerError if a layer has a state and isn't given it.
 

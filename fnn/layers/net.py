@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn import arguments
-from fnn.layers.layer import Layer, LayerError, as_layer, keys_of, own_state, run
+from fnn.layers.layer import Layer, LayerError, as_layer, keys_of, own_state, run, with_mask
 from fnn.layers.mode import EVALUATE, Mode
 
 RESERVED = ("params", "state", "mode")
@@ -113,7 +113,10 @@ class Network(Layer):
         parts = self._inputs_of_parts(length, *xs)
         return _by_kind({name: own_state(p, length, *types) for name, p, types in parts})
 
-    def apply(self, params: Any, state: Any, *xs: Any, mode: Mode = EVALUATE) -> tuple[Any, dict]:
+    def apply(
+        self, params: Any, state: Any, *xs: Any, mask: Any = None, mode: Mode = EVALUATE
+    ) -> tuple[Any, dict]:
+        xs = with_mask(self, xs, mask)
         _check_trees(self, params, state)
         if not isinstance(mode, Mode):
             raise TypeError(
