@@ -50,6 +50,11 @@ MODELS = {
         (normal(1, 6, 6, 2),),
         wide=models.resnet((1, 1), 3, features=24, small=True),
     ),
+    "resnet, bottlenecks": Model(
+        models.resnet((1, 2), 3, bottleneck=True, features=2, small=True),
+        (normal(1, 6, 6, 2),),
+        wide=models.resnet((1, 2), 3, bottleneck=True, features=24, small=True),
+    ),
     "convnext": Model(
         models.convnext((1, 1), (4, 6), 3, layer_scale=0.5),
         (normal(1, 8, 8, 2),),
@@ -282,6 +287,7 @@ FACTORED = {
         **within("layer1.0", {"conv1.W": X, "conv2.W": X}),
         **within("layer2.0", {"conv1.W": X, "conv2.W": X}),
     },
+    "resnet, bottlenecks": {},
     "convnext": {
         "stem.0.W": X,
         "down1.1.W": X,

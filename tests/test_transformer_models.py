@@ -1,5 +1,7 @@
 """GPT-2, Llama, BERT, ViT and the encoder-decoder transformer."""
 
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -302,3 +304,122 @@ def test_a_temperature_of_almost_nothing_takes_the_likeliest():
 def test_heads_of_a_vision_transformer_divide_its_features():
     with pytest.raises(ValueError, match="heads must divide features, 10, but got 3"):
         models.vit(10, image=8, patch=4, features=10, depth=1, heads=3)
+
+
+# ------------------------------------------------------- the papers' formulas, written in NumPy
+
+
+def softmax(z):
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def affine(p, x):
+    return x @ p["W"].T + p["b"]
+
+
+def normalised(p, x, epsilon):
+    centred = x - x.mean(-1, keepdims=True)
+    variance = (centred**2).mean(-1, keepdims=True)
+    return p["scale"] * centred / np.sqrt(variance + epsilon) + p["bias"]
+
+
+def attended(p, x, memory, allowed, heads):
+    """softmax(q kᵀ / √features) v of each head, side by side, and the product with the output's."""
+    q, k, v = affine(p["q"], x), affine(p["k"], memory), affine(p["v"], memory)
+    found = []
+    for part in np.split(np.arange(q.shape[1]), heads):
+        scores = q[:, part] @ k[:, part].T / np.sqrt(len(part))
+        found.append(softmax(np.where(allowed, scores, -np.inf)) @ v[:, part])
+    return affine(p["out"], np.concatenate(found, 1))
+
+
+def feed_forward(p, x, activation):
+    return affine(p["output"], activation(affine(p["hidden"], x)))
+
+
+def gelu(x):
+    return x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))) / 2
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def encoder_block(p, x, mask, heads, activation, epsilon):
+    x = normalised(p["norm1"], x + attended(p["attend"], x, x, mask, heads), epsilon)
+    return normalised(p["norm2"], x + feed_forward(p["mlp"], x, activation), epsilon)
+
+
+def decoder_block(p, y, x, mask, heads):
+    past = np.tril(np.ones((len(y), len(y)), bool))
+    y = normalised(p["norm1"], y + attended(p["attend"], y, y, past, heads), 1e-5)
+    y = normalised(p["norm2"], y + attended(p["cross"], y, x, mask, heads), 1e-5)
+    return normalised(p["norm3"], y + feed_forward(p["mlp"], y, relu), 1e-5)
+
+
+def layers_of(stacked):
+    depth = len(jax.tree.leaves(stacked)[0])
+    return [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(depth)]
+
+
+def of_bert(p, tokens, segments, mask, heads):
+    x = p["embed"]["E"][tokens] + p["position"]["P"][: len(tokens)] + p["segment"]["E"][segments]
+    x = normalised(p["norm"], x, 1e-12)
+    for block in layers_of(p["blocks"]):
+        x = encoder_block(block, x, mask, heads, gelu, 1e-12)
+    return x, np.tanh(affine(p["pooler"], x[0]))
+
+
+def of_transformer(p, source, tokens, mask, heads):
+    E = p["embed"]["E"]
+    features = E.shape[1]
+
+    def embedded(tokens):
+        x = np.sqrt(features) * E[tokens]
+        for t in range(len(tokens)):
+            for i in range(0, features, 2):
+                angle = t / 10000 ** (i / features)
+                x[t, i : i + 2] += math.sin(angle), math.cos(angle)
+        return x
+
+    x, y = embedded(source), embedded(tokens)
+    for block in layers_of(p["encoder"]):
+        x = encoder_block(block, x, mask, heads, relu, 1e-5)
+    for block in layers_of(p["decoder"]):
+        y = decoder_block(block, y, x, mask, heads)
+    return y @ E.T
+
+
+def random_params(net, *xs):
+    """All random, biases and norms' scales too, in float64."""
+    rng = np.random.default_rng(1)
+    types = jax.eval_shape(net.init, KEY, *xs)
+    return jax.tree.map(lambda a: 0.6 * rng.normal(size=a.shape), types)
+
+
+def test_bert_is_the_formula():
+    """Learned positions, segments, norms after the sums, a mask of padding, gelu, the pooler."""
+    net = models.bert(VOCABULARY, 8, features=6, depth=2, heads=3, hidden=10)
+    tokens, segments = np.array([3, 1, 4, 1, 5, 9]), np.array([0, 0, 1, 1, 1, 0])
+    params = random_params(net, tokens)
+    for mask in (np.ones(6, bool), np.arange(6) < 4, np.arange(6) != 2):
+        found = jax.jit(net)(params, tokens, segments, mask)
+        wanted = of_bert(params, tokens, segments, mask, 3)
+        chex.assert_trees_all_close(found, wanted, rtol=1e-10, atol=1e-10)
+        assert found[0].dtype == found[1].dtype == np.float64
+    plain, _ = net(params, tokens)
+    wanted, _ = of_bert(params, tokens, np.zeros(6, int), np.ones(6, bool), 3)
+    np.testing.assert_allclose(plain, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_the_encoder_decoder_is_the_formula():
+    """Sinusoidal positions, one embedding for all, a causal decoder, attention to the source."""
+    net = models.transformer(VOCABULARY, features=6, depth=2, heads=3, hidden=10)
+    source, tokens = np.array([3, 1, 4, 1, 5, 9, 2]), np.array([2, 7, 1, 8])
+    params = random_params(net, source, tokens)
+    for mask in (np.ones(7, bool), np.arange(7) < 4, np.arange(7) != 2):
+        found = jax.jit(net)(params, source, tokens, mask)
+        wanted = of_transformer(params, source, tokens, mask, 3)
+        np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-10)
+        assert found.dtype == np.float64
