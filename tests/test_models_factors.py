@@ -53,7 +53,7 @@ MODELS = {
     "resnet, bottlenecks": Model(
         models.resnet((1, 2), 3, bottleneck=True, features=2, small=True),
         (normal(1, 6, 6, 2),),
-        wide=models.resnet((1, 2), 3, bottleneck=True, features=24, small=True),
+        wide=models.resnet((1, 2), 3, bottleneck=True, features=32, small=True),
     ),
     "convnext": Model(
         models.convnext((1, 1), (4, 6), 3, layer_scale=0.5),
@@ -272,6 +272,7 @@ def by_path(tree, is_leaf=None):
 # pixels.
 A, X, ROW = "Gᵀ A", "x convolved with G", "G added to the rows"
 ATTENTION = {f"attend.{name}.W": A for name in ("k", "out", "q", "v")}
+BOTTLENECK = {"conv1.W": X, "conv2.W": X, "conv3.W": X}
 OF_MLP = {"mlp.hidden.W": A, "mlp.output.W": A}
 
 
@@ -287,7 +288,12 @@ FACTORED = {
         **within("layer1.0", {"conv1.W": X, "conv2.W": X}),
         **within("layer2.0", {"conv1.W": X, "conv2.W": X}),
     },
-    "resnet, bottlenecks": {},
+    "resnet, bottlenecks": {
+        "fc.W": A,
+        "layer1.0.conv2.W": X,
+        **within("layer2.0", {**BOTTLENECK, "downsample.0.W": X}),
+        **within("layer2.1", BOTTLENECK),
+    },
     "convnext": {
         "stem.0.W": X,
         "down1.1.W": X,
@@ -333,6 +339,12 @@ FACTORED = {
 TOO_MANY = {
     "lenet": {"c1.W", "c3.W"},
     "resnet": {"conv1.W", "layer2.0.downsample.0.W"},
+    "resnet, bottlenecks": {
+        "conv1.W",
+        "layer1.0.conv1.W",
+        "layer1.0.conv3.W",
+        "layer1.0.downsample.0.W",
+    },
     "bert": {"segment.E"},
     "unet": {"down0.0.W", "output.W"},
 }
