@@ -18,6 +18,7 @@ from fnn.layers import (
     LSTM,
     Attention,
     BatchNorm,
+    DropConnect,
     Dropout,
     Layer,
     LayerError,
@@ -553,6 +554,77 @@ def test_a_network_with_dropout_has_factored_gradients():
     chex.assert_trees_all_close(fnn.per_example.materialize(grads), wanted, rtol=1e-5, atol=1e-6)
     text = str(fnn.per_example.explain(grads))
     assert re.search(r"\['output'\]\['W'\] .*gradient is Gᵀ A", text)
+
+
+@network(a=Linear(64), norm=BatchNorm(), b=Linear(32))
+def beside_a_batch_norm(net, x):
+    return net.b(ops.relu(net.norm(net.a(x))))
+
+
+# The layer, one example's shape, and the factors that are kept of it; all else stays dense.
+FACTORED = {
+    "Maxout": (Maxout(64, 3), (48,), {"['W']": "A (1 × 48), G (1 × 192)"}),
+    "Maxout at positions": (Maxout(64, 3), (5, 48), {"['W']": "A (5 × 48), G (5 × 192)"}),
+    "DropConnect": (DropConnect(Linear(64), 0.5), (48,), {"['W']": "A (1 × 48), G (1 × 64)"}),
+    "Linears beside a BatchNorm": (
+        beside_a_batch_norm,
+        (5, 48),
+        {"['a']['W']": "A (5 × 48), G (5 × 64)", "['b']['W']": "A (5 × 64), G (5 × 32)"},
+    ),
+}
+
+
+def factors_of(loss, params, batch):
+    """The factors by their paths, of shapes alone."""
+    _, g = jax.eval_shape(fnn.per_example.grads(loss), params, batch)
+    rows = fnn.per_example.explain(g)
+    return {row["path"]: row["kept"] for row in rows if row["kept"] != "dense"}
+
+
+@pytest.mark.parametrize("name", FACTORED)
+def test_weights_of_these_stay_factored(name):
+    layer, shape, wanted = FACTORED[name]
+    params, state = layer.init(KEY, jnp.zeros(shape)), layer.init_state(jnp.zeros(shape))
+    loss = lambda p, x: jnp.sum(jnp.sin(layer.apply(p, state, x)[0]))
+    assert factors_of(loss, params, jnp.zeros((3, *shape))) == wanted
+
+
+@exhaustive
+@pytest.mark.parametrize("name", FACTORED)
+def test_gradients_of_those_factors(name):
+    layer, shape, _ = FACTORED[name]
+    xs = jax.random.normal(KEY, (3, *shape))
+    state = layer.init_state(xs[0])
+    random = lambda p: jax.random.normal(KEY, p.shape) / 4
+    params = jax.tree.map(random, layer.init(KEY, xs[0]))
+    loss = lambda p, x: jnp.sum(jnp.sin(layer.apply(p, state, x)[0]))
+    found = jax.jit(lambda p, b: fnn.per_example.materialize(fnn.per_example.grads(loss)(p, b)[1]))
+    wanted = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, xs)
+    chex.assert_trees_all_close(found(params, xs), wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_dropped_weights_leave_no_factors():
+    """In training DropConnect's gradient is a product times the mask, which is of full rank."""
+    layer, keys = DropConnect(Linear(64), 0.5), jax.random.split(KEY, 3)
+    loss = lambda p, e: jnp.sum(jnp.sin(layer(p, e[0], mode=training(e[1]))))
+    params = layer.init(KEY, jnp.zeros(48))
+    assert factors_of(loss, params, (jnp.zeros((3, 48)), keys)) == {}
+
+
+def test_linears_beside_a_batch_norm_in_training():
+    """Over the positions of an example they stay factored; over examples there are no gradients."""
+    net, xs = beside_a_batch_norm, jnp.zeros((3, 5, 48))
+    params, state = net.init(KEY, xs[0]), net.init_state(xs[0])
+
+    def of_positions(p, x):
+        h, n = x @ p["a"]["W"].T + p["a"]["b"], p["norm"]
+        h = ops.relu(ops.batch_norm(h, n["scale"], n["bias"])[0])
+        return jnp.sum(jnp.sin(h @ p["b"]["W"].T))
+
+    assert factors_of(of_positions, params, xs) == FACTORED["Linears beside a BatchNorm"][2]
+    of_batch = lambda p, x: jnp.sum(net.apply(p, state, x, mode=training(KEY, axis="batch"))[0])
+    with pytest.raises(ValueError, match="the loss of one example depends on other examples"):
+        fnn.per_example.grads(of_batch)(params, xs)
 
 
 # --------------------------------------------------------------------- layers are dataclasses

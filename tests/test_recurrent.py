@@ -496,6 +496,51 @@ def test_per_example_gradients_stay_factored(layer):
     assert kept["['U']"] == f"A (3 × 8), G (3 × {rows})"
 
 
+@network(gate=Linear(32), new=Linear(32))
+def gated_cell(net, h, x):
+    f = jax.nn.sigmoid(net.gate(jnp.concatenate([h, x])))
+    h = (1 - f) * h + f * jnp.tanh(net.new(jnp.concatenate([f * h, x])))
+    return h, h
+
+
+OF_STEPS = {  # the layer, and what is kept of each weight, of six steps of 24 features
+    "bidirectional": (
+        bidirectional(LSTM(32)),
+        {
+            f"['{way}']['{weight}']": f"A (6 × {ins}), G (6 × 128)"
+            for way in ("forward", "backward")
+            for weight, ins in (("W", 24), ("U", 32))
+        },
+    ),
+    "a cell of one's own": (
+        recurrent(gated_cell, lambda x: jnp.zeros(32)),
+        {f"['{part}']['W']": "A (6 × 56), G (6 × 32)" for part in ("gate", "new")},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_STEPS)
+def test_weights_of_steps_stay_factored(name):
+    """By a row for each step; all but the weights is dense."""
+    layer, wanted = OF_STEPS[name]
+    xs = R(3, 4, 6, 24)
+    loss = lambda p, x: jnp.sum(jnp.sin(layer(p, x)))
+    _, g = jax.eval_shape(pe.grads(loss), layer.init(KEY, xs[0]), xs)
+    assert {r["path"]: r["kept"] for r in pe.explain(g) if r["kept"] != "dense"} == wanted
+
+
+@exhaustive
+@pytest.mark.parametrize("name", OF_STEPS)
+def test_per_example_gradients_of_steps(name):
+    layer, _ = OF_STEPS[name]
+    xs = R(3, 4, 6, 24)
+    params = jax.tree.map(lambda p: R(4, *p.shape) / 4, layer.init(KEY, xs[0]))
+    loss = lambda p, x: jnp.sum(jnp.sin(layer(p, x)))
+    found = jax.jit(lambda p, b: pe.materialize(pe.grads(loss)(p, b)[1]))(params, xs)
+    wanted = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, xs)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
 def test_per_example_gradients_of_operations_of_ones_own():
     """The product in either order, and rearranged; one that isn't a product stays dense."""
 
