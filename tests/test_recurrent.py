@@ -496,6 +496,76 @@ def test_per_example_gradients_stay_factored(layer):
     assert kept["['U']"] == f"A (3 × 8), G (3 × {rows})"
 
 
+# The operation, its arguments' shapes, the shapes of what the forward pass makes and keeps, and
+# which arguments are read again: of a cell over 7 examples, and of a sequence of 7 steps.
+KEPT = {
+    "lstm_cell": (ops.lstm_cell, {"z": (7, 20), "c": (7, 5)}, [(7, 5), (7, 20)], ["c"]),
+    "gru_cell": (
+        ops.gru_cell,
+        {"z": (7, 15), "u": (7, 15), "h": (7, 5)},
+        [(7, 20)],
+        ["h"],
+    ),
+    "lstm": (
+        ops.lstm,
+        {"z": (7, 20), "U": (20, 5), "h": (5,), "c": (5,)},
+        [(7, 5), (7, 5), (7, 20)],
+        ["U", "h", "c"],
+    ),
+    "gru": (
+        ops.gru,
+        {"z": (7, 15), "U": (15, 5), "b": (5,), "h": (5,)},
+        [(7, 5), (7, 20)],
+        ["U", "h"],
+    ),
+    "rnn": (ops.rnn, {"z": (7, 5), "U": (5, 5), "h": (5,)}, [(7, 5)], ["U", "h"]),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("dtype", sweep(["float32", "bfloat16"], ["bfloat16"]))
+def test_what_is_kept(name, dtype):
+    """The gates, 4 · hidden for each step (a GRU's with u's third), and what is carried; not z."""
+    op, shapes, made, read = KEPT[name]
+    args = [jnp.ones(shape, dtype) for shape in shapes.values()]
+    found = fnn.memory(op, compiled=False)(*args).residuals
+    assert found.arguments == read
+    types = [kind for kept in found.made for kind in kept.types]
+    assert sorted(types) == sorted(f"{dtype}[{', '.join(map(str, shape))}]" for shape in made)
+    # By JAX's own transformation no more: beside these, at most numbers and empty arrays.
+    leaves = jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(op, *args)[1], *args))
+    kept = [(x.shape, x.dtype) for x in leaves if x.size > 1]
+    wanted = [(shape, jnp.dtype(dtype)) for shape in made + [shapes[arg] for arg in read]]
+    assert sorted(kept, key=str) == sorted(wanted, key=str)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_a_mask_makes_no_more_to_be_kept(name):
+    op, shapes, made, _ = KEPT[name]
+    mask = jnp.arange(7) < 4
+    args = [jnp.ones(shape, "float32") for shape in shapes.values()]
+    found = fnn.memory(lambda *args: op(*args, mask), compiled=False)(*args)
+    assert found.kept == sum(4 * np.prod(shape) for shape in made)
+
+
+def test_the_gates_that_are_kept():
+    """As they come out of σ and tanh: i, f, g, o; and r, q, n and u's third."""
+    sigmoid = jax.nn.sigmoid
+    i, f, g, o, c = (R(k, 7, 5) for k in range(5))
+    gates_of = lambda op, *args: next(
+        x for x in jax.tree.leaves(jax.vjp(op, *args)[1]) if x.shape == (7, 20)
+    )
+    found = gates_of(ops.lstm_cell, jnp.concatenate([i, f, g, o], 1), c)
+    wanted = [sigmoid(i), sigmoid(f), jnp.tanh(g), sigmoid(o)]
+    np.testing.assert_allclose(found, jnp.concatenate(wanted, 1), rtol=1e-12)
+    z, u = R(0, 7, 15), R(1, 7, 15)
+    found = gates_of(ops.gru_cell, z, u, c)
+    (z_r, z_q, z_n), (u_r, u_q, u_n) = (jnp.split(x, 3, 1) for x in (z, u))
+    r = sigmoid(z_r + u_r)
+    wanted = [r, sigmoid(z_q + u_q), jnp.tanh(z_n + r * u_n), u_n]
+    np.testing.assert_allclose(found, jnp.concatenate(wanted, 1), rtol=1e-12)
+
+
 @network(gate=Linear(32), new=Linear(32))
 def gated_cell(net, h, x):
     f = jax.nn.sigmoid(net.gate(jnp.concatenate([h, x])))
