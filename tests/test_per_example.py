@@ -1106,6 +1106,19 @@ def test_batch_statistics_are_refused():
         jax.vmap(lambda x: pe.grads(inside)(w, x), axis_name="batch")(x[:, None])
 
 
+@pytest.mark.parametrize("collective", [lax.psum, lax.pmean])
+def test_statistics_within_an_example_are_its_own(collective):
+    """A `vmap` in the loss names an axis of one example, and no other example's."""
+    w, x = R(0, 3), R(1, 4, 5, 3)
+
+    def loss(w, x):
+        centred = lambda v: w @ v - collective(w @ v, "positions")
+        return jnp.sum(jnp.sin(jax.vmap(centred, axis_name="positions")(x)))
+
+    found = jax.jit(lambda w, x: pe.materialize(pe.grads(loss)(w, x)[1]))(w, x)
+    close(found, jax.vmap(jax.grad(loss), (None, 0))(w, x))
+
+
 def _carried(w, x):
     """What is carried starts as a constant; after a step it is the example's."""
     step = lambda c, x: (c + jnp.sum(w * x), lax.psum(c, "batch"))

@@ -56,8 +56,7 @@ def check_independent(flat: Program, kinds: Sequence[int]) -> None:
     side = sides(flat, kinds)
     for equation in flat.equations:
         ins = [side[i] for i in equation.ins]
-        # An asynchronous one is named by its start.
-        if equation.name.removesuffix("_start") in COLLECTIVES and EXAMPLE in ins:
+        if _is_collective(equation) and EXAMPLE in ins:
             raise ValueError(_DEPENDENT.format(what=equation.name))
         for role, inner in inner_jaxprs(equation).items():
             inner_flat = program(inner)
@@ -66,6 +65,15 @@ def check_independent(flat: Program, kinds: Sequence[int]) -> None:
                 check_independent(inner_flat, [CONSTANT] * count)
             elif count <= len(ins):
                 check_independent(inner_flat, _inner_kinds(equation, role, ins, count))
+
+
+def _is_collective(equation: Equation) -> bool:
+    """Over a named axis; of a `vmap` within the function there is but a numbered one left."""
+    # An asynchronous one is named by its start.
+    if equation.name.removesuffix("_start") not in COLLECTIVES:
+        return False
+    axes = equation.params.get("axes", ())
+    return not (axes and all(isinstance(axis, int) for axis in axes))
 
 
 def _inner_kinds(equation: Equation, role: str, ins: list[int], count: int) -> list[int]:
