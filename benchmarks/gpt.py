@@ -1,15 +1,17 @@
-"""One gradient of a GPT: ours against Flax NNX and Equinox, with equal weights.
+"""One gradient, or step, of a GPT: ours against Flax NNX and Equinox, with equal weights.
 
-    python benchmarks/gpt.py [--depth 12] [--time] [--markdown]
+    python benchmarks/gpt.py [--depth 12] [--step] [--time] [--markdown]
 
 Each is written as its library's users write it: blocks one after the other, the library's own
-attention layer, optax's loss of all logits. Temporary bytes are the compiler's. That all losses and
-gradients agree is checked.
+attention layer, optax's loss of all logits. With --step Adam changes the weights, and they and its
+state are donated. Temporary bytes are the compiler's. That all losses and gradients agree, or
+losses and weights after a step, is checked.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from measure import compiled, installed, interleaved, machine, ratio, table
+from measure import installed, interleaved, machine, ratio, table
 
 import fnn
 
 VOCABULARY, FEATURES, HEADS = 8192, 256, 4
+ADAM = optax.adam(1e-4)
 
 
 def mean_loss(logits, targets):
@@ -144,11 +147,29 @@ def in_nnx(params: Any, depth: int) -> tuple[Any, Callable]:
     return state, loss
 
 
+def run(program: Any, holder: list, step: bool, *text: jax.Array) -> Any:
+    """One call; a step leaves in `holder` what the next one starts from."""
+    result = jax.block_until_ready(program(*holder, *text))
+    if step:
+        holder[:] = result[1:]
+    return result
+
+
+def stepping(loss: Callable) -> Callable:
+    def step(weights, state, tokens, targets):
+        value, gradient = jax.value_and_grad(loss)(weights, tokens, targets)
+        updates, state = ADAM.update(gradient, state, weights)
+        return value, optax.apply_updates(weights, updates), state
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--step", action="store_true", help="a whole training step, with Adam")
     parser.add_argument("--time", action="store_true", help="run them too, in turns")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     options = parser.parse_args()
@@ -163,12 +184,18 @@ def main() -> None:
         made["Equinox"] = in_equinox(params, options.depth)
     runs, temporaries, sizes = {}, {}, {}
     for name, (weights, loss) in made.items():
-        program = compiled(jax.value_and_grad(loss), weights, tokens, targets)
-        value, gradient = program(weights, tokens, targets)
-        squares = sum(float(jnp.sum(x**2)) for x in jax.tree.leaves(gradient))
+        weights = jax.tree.map(jnp.copy, weights)  # each its own, to be donated
+        held = [weights, ADAM.init(weights)] if options.step else [weights]
+        function = stepping(loss) if options.step else jax.jit(jax.value_and_grad(loss))
+        program = function.lower(*held, tokens, targets).compile()
+        call = functools.partial(run, program, held, options.step, tokens, targets)
+        value, tree = call()[:2]
+        if options.step:  # the loss of the new weights, and the newer ones
+            value, tree = call()[:2]
+        squares = sum(float(jnp.sum(x**2)) for x in jax.tree.leaves(tree))
         sizes[name] = float(value), squares**0.5
         temporaries[name] = program.memory_analysis().temp_size_in_bytes
-        runs[name] = lambda p=program, w=weights: jax.block_until_ready(p(w, tokens, targets))
+        runs[name] = call
     for found in sizes.values():
         np.testing.assert_allclose(found, sizes["fnn"], rtol=1e-4)
     samples = interleaved(runs, rounds=5) if options.time else {}
@@ -178,7 +205,8 @@ def main() -> None:
         if samples:
             row.append(ratio(samples[name], samples["fnn"]))
         rows.append(row)
-    heads = ["gradient of a GPT", "temporary MB", "÷ fnn's"] + ["time ÷ fnn's"] * options.time
+    what = "training step" if options.step else "gradient"
+    heads = [f"{what} of a GPT", "temporary MB", "÷ fnn's"] + ["time ÷ fnn's"] * options.time
     print(machine())
     print(table(heads, rows, options.markdown))
 
