@@ -98,15 +98,16 @@ def top_k_routing(logits: chex.Array, k: int, capacity: int | None = None) -> Ro
     places = jnp.sum(before * in_order, axis=-1).reshape(k, tokens).T
     if capacity is None:
         capacity = max(tokens, 1)
-    has_place = places < capacity
-    weights = jnp.where(has_place, weights, 0)
+    else:
+        weights = jnp.where(places < capacity, weights, 0)
+        places = jnp.minimum(places, capacity)
     share = jnp.sum(is_chosen, axis=(0, 1)).astype(p.dtype) / max(k * tokens, 1)
     balance = count * jnp.sum(share * jnp.sum(p, axis=0)) / max(tokens, 1)
     z_loss = jnp.sum(jax.nn.logsumexp(z, axis=-1) ** 2) / max(tokens, 1)
     return Routing(
         experts.astype(jnp.int32),
         weights.astype(logits.dtype),
-        jnp.where(has_place, places, capacity),
+        places,
         capacity,
         balance,
         z_loss,

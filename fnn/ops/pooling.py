@@ -126,26 +126,35 @@ def _(where, g, *, space, windows, strides, pads, dilations):
 
 def _in_tiles(where, g, space, windows, pads):
     """g at the place `where` of each window, which lie side by side, and zeros elsewhere."""
-    first, kept, shape = g.ndim - len(windows) - 1, [], list(g.shape)
-    for axis, size in enumerate(windows):  # (..., out, window, out, window, features)
-        kept.append(first + 2 * axis)
-        shape.insert(kept[-1] + 1, size)
-    kept = [*range(first), *kept, len(shape) - 1]
+    first, (shape, kept) = g.ndim - len(windows) - 1, _tiles(g, windows)
     place = jnp.zeros((), where.dtype)
     for axis, size in enumerate(windows):
         place = place * jnp.asarray(size, where.dtype)
         place += lax.broadcasted_iota(where.dtype, shape, first + 2 * axis + 1)
     where, g = (lax.broadcast_in_dim(a, shape, kept) for a in (where, g))
-    tiles = jnp.where(where == place, g, jnp.zeros((), g.dtype))
-    sizes = [shape[axis] * size for axis, size in zip(kept[first:-1], windows, strict=True)]
-    tiles = tiles.reshape(*shape[:first], *sizes, shape[-1])
+    return _untiled(jnp.where(where == place, g, jnp.zeros((), g.dtype)), space, windows, pads)
+
+
+def _tiles(g, windows) -> tuple[list[int], list[int]]:
+    """The shape (..., out, window, out, window, features), and where g's axes are in it."""
+    first, kept, shape = g.ndim - len(windows) - 1, [], list(g.shape)
+    for axis, size in enumerate(windows):
+        kept.append(first + 2 * axis)
+        shape.insert(kept[-1] + 1, size)
+    return shape, [*range(first), *kept, len(shape) - 1]
+
+
+def _untiled(tiles, space, windows, pads):
+    """Windows side by side as x, whose space is this long: no padding, and what is left over."""
+    first = tiles.ndim - 2 * len(windows) - 1
+    sizes = [tiles.shape[first + 2 * i] * size for i, size in enumerate(windows)]
+    x = tiles.reshape(*tiles.shape[:first], *sizes, tiles.shape[-1])
     around = [
         (-low, n + low - size, 0) for n, size, (low, _) in zip(space, sizes, pads, strict=True)
     ]
     if not any(map(any, around)):
-        return tiles
-    around = [*[(0, 0, 0)] * first, *around, (0, 0, 0)]
-    return lax.pad(tiles, jnp.zeros((), g.dtype), around)
+        return x
+    return lax.pad(x, jnp.zeros((), x.dtype), [*[(0, 0, 0)] * first, *around, (0, 0, 0)])
 
 
 def average_pool(
@@ -186,29 +195,87 @@ def average_pool(
     arguments.flag(op, "count_padding", count_padding)
     x = jnp.asarray(x)
     windows, strides, pads, _ = _options(op, x, window, stride, padding, 1)
-    dtype, x = x.dtype, wide(x)
-    for i, size in enumerate(windows):
-        first = x.ndim - 1 - len(windows)
-        x = _mean_along(x, first + i, size, strides[i], pads[i], count_padding)
-    return x.astype(dtype)
+    space = x.shape[-1 - len(windows) : -1]
+    y = window_mean(
+        wide(x),
+        space=space,
+        windows=windows,
+        strides=strides,
+        pads=pads,
+        count_padding=bool(count_padding),
+    )
+    return y.astype(x.dtype)
 
 
-def _mean_along(x, axis: int, size: int, stride: int, pad: tuple[int, int], count_padding: bool):
-    n = x.shape[axis]
-    if size == n and pad == (0, 0):
-        return jnp.mean(x, axis, keepdims=True)
+@rule
+def window_mean(x, *, space, windows, strides, pads, count_padding):
+    """`average_pool` with its options spelled out for each axis of space, whose sizes `space` are.
+
+    Axis by axis: a sum of slices, over how many entries count.
+    """
+    for i, axis in enumerate(range(x.ndim - 1 - len(windows), x.ndim - 1)):
+        x = _sum_along(x, axis, windows[i], strides[i], pads[i])
+        x = _over_counts(x, axis, space[i], windows[i], strides[i], pads[i], count_padding)
+    return x
+
+
+@window_mean.forward
+def _(x, **options):
+    return window_mean.definition(x, **options), None
+
+
+@window_mean.backward
+def _(_, g, *, space, windows, strides, pads, count_padding):
+    """Each entry of x gets its windows' g, over how many entries count in them."""
+    first = g.ndim - 1 - len(windows)
+    for i in range(len(windows)):
+        counts = space[i], windows[i], strides[i], pads[i], count_padding
+        g = _over_counts(g, first + i, *counts)
+    if windows == strides:  # each entry of x is in one window at most
+        shape, kept = _tiles(g, windows)
+        return (_untiled(lax.broadcast_in_dim(g, shape, kept), space, windows, pads),)
+    for i in range(len(windows)):
+        g = _spread_along(g, first + i, space[i], windows[i], strides[i], pads[i])
+    return (g,)
+
+
+@window_mean.tangent
+def _(_, dx, **options):
+    return window_mean.definition(dx, **options)
+
+
+def _sum_along(x, axis: int, size: int, stride: int, pad: tuple[int, int]):
+    if size == x.shape[axis] and pad == (0, 0):
+        return jnp.sum(x, axis, keepdims=True)
     pads = [(0, 0)] * x.ndim
     pads[axis] = pad
     x = jnp.pad(x, pads)
-    count = (n + sum(pad) - size) // stride + 1
+    count = (x.shape[axis] - size) // stride + 1
     stops = [k + (count - 1) * stride + 1 for k in range(size)]
     cut = lambda k: lax.slice_in_dim(x, k, stops[k], stride, axis)
-    total = functools.reduce(jnp.add, map(cut, range(size)))
+    return functools.reduce(jnp.add, map(cut, range(size)))
+
+
+def _spread_along(g, axis: int, n: int, size: int, stride: int, pad: tuple[int, int]):
+    """Each of g to the `size` entries of x that its window holds, of n and the padding's."""
+    length, terms = n + sum(pad), []
+    reach = (g.shape[axis] - 1) * stride + 1
+    for k in range(size):
+        around = [(0, 0, 0)] * g.ndim
+        around[axis] = (k - pad[0], length - k - reach - pad[1], stride - 1)
+        terms.append(lax.pad(g, jnp.zeros((), g.dtype), around))
+    return functools.reduce(jnp.add, terms)
+
+
+def _over_counts(
+    x, axis: int, n: int, size: int, stride: int, pad: tuple[int, int], count_padding: bool
+):
+    """Over how many entries of n count in each window: all, or those that aren't padding."""
     if count_padding:
-        return total / size
-    starts = np.arange(count) * stride - pad[0]
+        return x / size
+    starts = np.arange(x.shape[axis]) * stride - pad[0]
     inside = np.minimum(starts + size, n) - np.maximum(starts, 0)
-    return total / np.expand_dims(inside, tuple(range(1, x.ndim - axis))).astype(x.dtype)
+    return x / np.expand_dims(inside, tuple(range(1, x.ndim - axis))).astype(x.dtype)
 
 
 def adaptive_average_pool(x: chex.Array, sizes: Sizes) -> jax.Array:
