@@ -30,6 +30,12 @@ product.defvjp(lambda w, x: (w * x, (w, x)), lambda r, g: (g * r[1], g * r[0]))
 EYE = jnp.eye(4)
 IDS = jnp.array([0, 2, 2])
 special = jax.scipy.special
+
+
+def _images(X):
+    return X[:, :, None, None] * jnp.arange(1.0, 9).reshape(4, 2)
+
+
 SHARD_MAP = {
     "elementwise": {
         "powers": lambda w, x: w**x + x**w + w**2 + w**3 + jnp.sqrt(x) * w + lax.rsqrt(w),
@@ -269,6 +275,11 @@ EXPLICIT = {
         "pool": lambda X, W, v, M: (
             lax.reduce_window(X, -jnp.inf, lax.max, (1, 2), (1, 2), "VALID")
             + lax.reduce_window(X, 0.0, lax.add, (1, 2), (1, 2), "VALID")
+        ),
+        "pool of images": lambda X, W, v, M: (
+            lax.reduce_window(_images(X), -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+            + fnn.ops.max_pool(_images(X), 2)
+            + fnn.ops.average_pool(_images(X), 2)
         ),
         "norm": lambda X, W, v, M: (
             (X - X.mean(-1, keepdims=True)) * lax.rsqrt(X.var(-1, keepdims=True) + 1e-3)

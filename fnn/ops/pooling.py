@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from fnn import arguments
+from fnn.meshes import sharding_of
 from fnn.operation import compiled_rule as rule
 from fnn.ops.arguments import must_be_real
 from fnn.ops.convolutions import Padding, Sizes, pads_of, sizes_of
@@ -108,7 +109,7 @@ def _(x, *, space, windows, strides, pads, dilations):
 @window_max.backward
 def _(where, g, *, space, windows, strides, pads, dilations):
     """g, at the place of each window that was largest; summed where windows overlap."""
-    if windows == strides and set(dilations) == {1}:  # each entry of x is in one window at most
+    if set(dilations) == {1} and _are_tiles(g, windows, strides):
         return (_in_tiles(where, g, space, windows, pads),)
     total = None
     for k, place in enumerate(np.ndindex(*windows)):
@@ -133,6 +134,14 @@ def _in_tiles(where, g, space, windows, pads):
         place += lax.broadcasted_iota(where.dtype, shape, first + 2 * axis + 1)
     where, g = (lax.broadcast_in_dim(a, shape, kept) for a in (where, g))
     return _untiled(jnp.where(where == place, g, jnp.zeros((), g.dtype)), space, windows, pads)
+
+
+def _are_tiles(g, windows, strides) -> bool:
+    """Whether each entry of x is in one window at most, and axes may be joined.
+
+    On a mesh with explicit axes JAX doesn't join them.
+    """
+    return windows == strides and sharding_of(g) is None
 
 
 def _tiles(g, windows) -> tuple[list[int], list[int]]:
@@ -231,7 +240,7 @@ def _(_, g, *, space, windows, strides, pads, count_padding):
     for i in range(len(windows)):
         counts = space[i], windows[i], strides[i], pads[i], count_padding
         g = _over_counts(g, first + i, *counts)
-    if windows == strides:  # each entry of x is in one window at most
+    if _are_tiles(g, windows, strides):
         shape, kept = _tiles(g, windows)
         return (_untiled(lax.broadcast_in_dim(g, shape, kept), space, windows, pads),)
     for i in range(len(windows)):

@@ -18,6 +18,7 @@ from jax import lax
 
 from fnn.backprop.primitives.convolution import dilated
 from fnn.backprop.rules import LocalRule, each
+from fnn.meshes import sharding_of
 from fnn.precision import wide_dtype
 
 # ------------------------------------------------------------------------ average pooling
@@ -148,7 +149,8 @@ def _place_by_place(
         window_strides=window_strides,
         window_dilation=window_dilation,
     )
-    add = _add_in_tiles if apart else _add_for_each_place
+    # On a mesh with explicit axes JAX joins none, as tiles are.
+    add = _add_in_tiles if apart and sharding_of(g) is None else _add_for_each_place
     gradient = add(g, argmax, starts, window_strides, padded.shape)
     unpadded = lax.pad(gradient, _scalar(0, g), [(-lo, -hi, 0) for lo, hi in padding])
     return lax.slice(unpadded, (0,) * x.ndim, unpadded.shape, base_dilation)
