@@ -16,8 +16,9 @@ def lenet(classes: int = 10) -> Network:
         C5  120 maps, 5 × 5 (one pixel is left)      F6  84 units           the classes' logits
 
     with tanh after each layer with weights but the last. As everybody does today, C3 sees all maps
-    of S2, not the paper's table of some; S2 and S4 have no weights; the last layer is linear, not
-    one of distances to 7 × 12 bitmaps. 61,706 parameters for images with one feature.
+    of S2, not the paper's table of some; S2 and S4 have no weights; tanh isn't scaled, as the
+    paper's 1.7159 tanh(2a/3); the last layer is linear, not one of distances to 7 × 12 bitmaps.
+    61,706 parameters for images with one feature.
 
     Args:
         classes: how many.

@@ -26,7 +26,8 @@ def unet(
                             same size on the way down (its middle); two convolutions 3×3, relu
         a convolution 1×1   the logits of each pixel's class
 
-    31,030,658 parameters for images with one feature.
+    31,030,658 parameters for images with one feature. The paper's dropout at the bottom, of a rate
+    that it doesn't tell, is left out.
 
     Args:
         classes: how many.
