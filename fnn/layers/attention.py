@@ -156,7 +156,8 @@ class Attention(Layer):
         check_parts(self, params, list(parts))
         source = x if memory is None else memory
         features = self._features(x)
-        self._check_inputs(params, x, memory)
+        if memory is not None or "cache" not in state:  # a cache has checks of its own
+            self._check_inputs(params, x, memory)
 
         def heads_of(name: str, x: Any) -> Any:
             count = self.heads if name == "q" else self._kv_heads
