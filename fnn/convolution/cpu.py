@@ -272,7 +272,7 @@ def _to_many(x, w, window: Window, out, groups: int) -> bool:
     usual = all(
         pads == (0, 0) or n == -(-size // stride)
         for pads, n, size, stride in zip(
-            window.padding, out, x.shape[1:], window.strides, strict=False
+            window.padding, out, x.shape[1:-1], window.strides, strict=True
         )
     )
     entries, places = x.shape[0] * math.prod(out) * w.shape[-1], math.prod(w.shape[:-2])

@@ -156,10 +156,9 @@ class Attention(Layer):
         check_parts(self, params, list(parts))
         source = x if memory is None else memory
         features = self._features(x)
-        if memory is not None or "cache" not in state:  # a cache has checks of its own
-            self._check_inputs(params, x, memory)
 
         def heads_of(name: str, x: Any) -> Any:
+            self._check_input(name, params[name], x, memory is not None and name != "q")
             count = self.heads if name == "q" else self._kv_heads
             return parts[name](params[name], x).reshape(x.shape[0], count, features)
 
@@ -192,18 +191,15 @@ class Attention(Layer):
         y = parts["out"](params["out"], y.reshape(x.shape[0], self.heads * features))
         return y, state
 
-    def _check_inputs(self, params: Any, x: Any, memory: Any) -> None:
-        """Raise unless x, and the memory, have as many features as q, k and v were made for."""
-        for name in ("q", "k", "v"):
-            of_memory = memory is not None and name != "q"
-            given = memory if of_memory else x
-            shape: tuple[int, ...] = getattr(params[name].get("W"), "shape", ())
-            if len(shape) == 2 and shape[-1] != given.shape[-1]:
-                what = "a memory" if of_memory else "an input"
-                raise LayerError(
-                    f"{self} has a {name}.W of shape {shape}, so it wants {what} of shape "
-                    f"(positions, {shape[-1]}), but got {given.shape}."
-                )
+    def _check_input(self, name: str, own: Any, x: Any, is_memory: bool) -> None:
+        """Raise unless x, or the memory, has as many features as q, k or v was made for."""
+        shape: tuple[int, ...] = getattr(own.get("W"), "shape", ())
+        if len(shape) == 2 and shape[-1] != x.shape[-1]:
+            raise LayerError(
+                f"{self} has a {name}.W of shape {shape}, so it wants "
+                f"{'a memory' if is_memory else 'an input'} of shape (positions, {shape[-1]}), but "
+                f"got {x.shape}."
+            )
 
     def _tell_of_blocks(self, q: Any, k: Any, v: Any, options: dict) -> None:
         turns, queries, keys = turns_of(q, k, v, block=self.block, **options)

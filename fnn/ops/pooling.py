@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from fnn import arguments
+from fnn.convolution.windows import with_zeros
 from fnn.meshes import sharding_of
 from fnn.operation import compiled_rule as rule
 from fnn.ops.arguments import must_be_real
@@ -114,15 +115,19 @@ def _(where, g, *, space, windows, strides, pads, dilations):
     total = None
     for k, place in enumerate(np.ndindex(*windows)):
         share = jnp.where(where == jnp.asarray(k, where.dtype), g, jnp.zeros((), g.dtype))
-        around = [(0, 0, 0)] * (g.ndim - len(windows) - 1)
+        around = [(0, 0, 0)] * g.ndim
         for i, at in enumerate(place):
-            low, stride = pads[i][0], strides[i]
-            before = at * dilations[i]
-            reach = before + (g.shape[i - len(windows) - 1] - 1) * stride + 1
-            around.append((before - low, space[i] + low - reach, stride - 1))
-        share = lax.pad(share, jnp.zeros((), g.dtype), [*around, (0, 0, 0)])
+            axis = g.ndim - len(windows) - 1 + i
+            before = at * dilations[i] - pads[i][0]
+            around[axis] = _around(g.shape[axis], before, strides[i], space[i])
+        share = lax.pad(share, jnp.zeros((), g.dtype), around)
         total = share if total is None else total + share
     return (total,)
+
+
+def _around(count: int, before: int, stride: int, n: int) -> tuple[int, int, int]:
+    """`lax.pad`'s zeros by which so many entries lie a stride apart, among n, from `before` on."""
+    return before, n - before - (count - 1) * stride - 1, stride - 1
 
 
 def _in_tiles(where, g, space, windows, pads):
@@ -256,9 +261,7 @@ def _(_, dx, **options):
 def _sum_along(x, axis: int, size: int, stride: int, pad: tuple[int, int]):
     if size == x.shape[axis] and pad == (0, 0):
         return jnp.sum(x, axis, keepdims=True)
-    pads = [(0, 0)] * x.ndim
-    pads[axis] = pad
-    x = jnp.pad(x, pads)
+    x = with_zeros(x, axis, *pad)
     count = (x.shape[axis] - size) // stride + 1
     stops = [k + (count - 1) * stride + 1 for k in range(size)]
     cut = lambda k: lax.slice_in_dim(x, k, stops[k], stride, axis)
@@ -267,11 +270,10 @@ def _sum_along(x, axis: int, size: int, stride: int, pad: tuple[int, int]):
 
 def _spread_along(g, axis: int, n: int, size: int, stride: int, pad: tuple[int, int]):
     """Each of g to the `size` entries of x that its window holds, of n and the padding's."""
-    length, terms = n + sum(pad), []
-    reach = (g.shape[axis] - 1) * stride + 1
+    terms = []
     for k in range(size):
         around = [(0, 0, 0)] * g.ndim
-        around[axis] = (k - pad[0], length - k - reach - pad[1], stride - 1)
+        around[axis] = _around(g.shape[axis], k - pad[0], stride, n)
         terms.append(lax.pad(g, jnp.zeros((), g.dtype), around))
     return functools.reduce(jnp.add, terms)
 

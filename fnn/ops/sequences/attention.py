@@ -100,7 +100,7 @@ def attention(
         "causal": causal,
         "window": window,
         "scale": arguments.fixed_number(where, "scale", scale),
-        "block": block_size(where, block, on_cpu=128, elsewhere=512),
+        "block": _block(block),
     }
     if is_for_cudnn(q, k, v, given, causal, window):
         return attention_by_cudnn(q, k, v, **static)
@@ -108,13 +108,17 @@ def attention(
     return y
 
 
+def _block(block: int | None) -> int:
+    """How many queries and keys a block has, at most."""
+    return block_size("attention", block, on_cpu=128, elsewhere=512)
+
+
 def turns_of(q, k, v, *, causal, window, block, **given) -> tuple[int, int, int]:
     """How often `attention` takes a block of queries and one of keys, and how many each has."""
     given = {name: x for name, x in given.items() if x is not None}
     if is_for_cudnn(q, k, v, given, causal, window):
         return 1, q.shape[0], k.shape[0]
-    size = block_size("attention", block, on_cpu=128, elsewhere=512)
-    blocks = Blocks(q, k, v, given, causal, window, 1.0, size)
+    blocks = Blocks(q, k, v, given, causal, window, 1.0, _block(block))
     return len(blocks.pairs), blocks.size_q, blocks.size_k
 
 
