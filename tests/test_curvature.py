@@ -622,6 +622,17 @@ def test_factors_of_stacks_tables_and_the_empirical_fisher():
     assert found["E"].G.shape == (1, 3, 3)
     close(found["E"].times(params["E"]).reshape(-1), found["E"].to_dense() @ flat(params["E"]))
 
+    # A table of positions, of which the first 4 are added: rows that all examples look up.
+    out, xs = normal(2, 3, 3), normal(3, N, 4, 3)
+    model = lambda P, x: out @ jnp.tanh(x + P[:4]).mean(0)
+    P = normal(4, 7, 3)
+    found = curvature.kronecker_factors(model, ops.softmax_cross_entropy)(P, (xs, LABELS))
+    close(found.A[0], jnp.array([1, 1, 1, 1, 0, 0, 0]) / 4)
+    J = jax.vmap(jax.jacobian(model), (None, 0))(P, xs)
+    z = jax.vmap(model, (None, 0))(P, xs)
+    H = jax.vmap(jax.hessian(ops.softmax_cross_entropy))(z, LABELS)
+    close(found.G[0], jnp.einsum("nzpi,nzy,nypj->ij", J, H, J) / N)
+
     model, params, xs = mlp(jnp.tanh)
     loss = ops.softmax_cross_entropy
     found = curvature.kronecker_factors(model, loss, empirical=True)(params, (xs, LABELS))

@@ -498,7 +498,7 @@ def test_norms_of_weights_are_pytorch_s():
 
 @exhaustive
 def test_gradients_of_examples_through_norms_of_weights():
-    net = chain(a=WeightNorm(Linear(6)), f=jnp.tanh, b=SpectralNorm(Linear(3)))
+    net = chain(a=WeightNorm(Linear(6)), f=jnp.tanh, b=SpectralNorm(Linear(5)))
     batch = normal(7, 4, 5)
     params, state = net.init(KEY, batch[0]), net.init_state(batch[0])
     loss = lambda p, x: jnp.sum(jnp.sin(net.apply(p, state, x)[0]) ** 2)
@@ -509,12 +509,12 @@ def test_gradients_of_examples_through_norms_of_weights():
         return g, fnn.per_example.materialize(g)
 
     grads, formed = both(params, batch)
-    # Kept whole: it isn't a product, as the layers' docstrings say.
+    # As the layers' docstrings say: that of v isn't a product, that of W is one of two positions.
     why = {row["path"]: (row["kept"], row["why"]) for row in fnn.per_example.explain(grads)}
-    for path in ("['a']['v']", "['b']['W']"):
-        kept, reason = why[path]
-        assert kept == "dense" and reason.startswith("made from it by mul"), why
-        assert "its gradient is then a sum, of which more than one pair" in reason, why
+    kept, reason = why["['a']['v']"]
+    assert kept == "dense" and reason.startswith("made from it by mul"), why
+    assert "its gradient is then a sum, of which more than one pair" in reason, why
+    assert why["['b']['W']"] == ("A (2 × 6), G (2 × 5)", "gradient is Gᵀ A"), why
     wanted = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, batch)
     chex.assert_trees_all_close(formed, wanted, rtol=1e-9, atol=1e-12)
 

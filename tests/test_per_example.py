@@ -328,6 +328,69 @@ def complex_at_positions():
 
 
 @case
+def rows_that_are_the_same_for_all():
+    """Positions: of P some rows are added to x, at known places."""
+    p = {name: R(i, 9, 4) for i, name in enumerate(("some", "first", "each", "from"))}
+    p |= {"columns": R(4, 3, 9), "deep": R(5, 2, 9, 4), "all": R(6, 5, 4)}
+
+    def loss(p, x):
+        y = x + p["some"][jnp.array([3, 1, 1, 8, 20])] + p["first"][:5] + p["each"][::2]
+        y += lax.dynamic_slice_in_dim(p["from"], 7, 5) + p["all"] + p["deep"][:, 2:7].sum(0)
+        return jnp.sum(jnp.sin(y) ** 2) + jnp.sum(jnp.cos(p["columns"][:, :5] @ x))
+
+    named = ("some", "first", "each", "from", "deep")
+    kept = dict.fromkeys(named, "Rows") | {"columns": "Product", "all": "Dense"}
+    return loss, p, R(7, 6, 5, 4), {"kept": kept}
+
+
+@case
+def rows_from_a_place_of_the_example():
+    p = {"P": R(0, 9, 4), "columns": R(1, 3, 9)}
+
+    def loss(p, e):
+        x, start = e
+        y = x + lax.dynamic_slice_in_dim(p["P"], start, 5)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(
+            lax.dynamic_slice(p["columns"], (0, start), (3, 2)) ** 3
+        )
+
+    starts = jnp.array([0, 3, -2, 8, 100, 4])
+    return loss, p, (R(2, 6, 5, 4), starts), {"kept": dict.fromkeys(p, "Rows")}
+
+
+@case
+def made_by_a_network():
+    """Of a weight and a bias that are made from an embedding z: gradients g zᵀ."""
+    p = {"H": R(0, 20, 3), "z": R(1, 3), "B": R(2, 4, 3), "P": R(3, 5, 3)}
+
+    def loss(p, x):
+        W = (p["H"] @ p["z"]).reshape(4, 5) + p["B"] @ p["P"].T
+        return jnp.sum(jnp.tanh(W @ x + p["B"] @ p["z"]) ** 2)
+
+    kept = {"H": "Product", "z": "Dense", "B": "Product", "P": "Product"}
+    return loss, p, R(4, 6, 5), {"kept": kept}
+
+
+@case
+def multiplied_by_one_number():
+    """A number that is a parameter, a length, and the largest singular value."""
+    p = {"W": R(0, 4, 5), "V": R(1, 5, 4), "U": R(2, 4, 4), "s": R(3), "k": R(4, 3, 3, 1, 2)}
+    p |= {"E": R(5, 7, 4)}
+    u, v = R(6, 4), R(7, 5)
+
+    def loss(p, e):
+        x, i = e
+        h = p["W"] / (u @ p["W"] @ v) @ x
+        h = p["V"] * p["s"] @ jnp.tanh(h) / 2
+        h = p["U"] / jnp.linalg.norm(p["U"]) @ jnp.tanh(h[:4]) + (p["E"] / p["s"])[i]
+        image = zoo.conv(h.reshape(1, 2, 2, 1), p["s"] * p["k"])
+        return jnp.sum(jnp.sin(h) ** 2) + jnp.sum(image**3)
+
+    kept = {"W": "Product", "V": "Product", "U": "Dense Product", "s": "Dense"}
+    return loss, p, (R(8, 6, 5), ints(9, 6, below=7)), {"kept": kept | {"k": "Convolution"}}
+
+
+@case
 def checkpoints():
     p = {"W": R(0, 4, 4), "V": R(1, 4, 4), "b": R(2, 4)}
 
@@ -808,6 +871,32 @@ def test_dense_gradients_of_two_dtypes_are_added_up(dtype):
     plain = np.float32(batch) * np.cos(np.float32(p["n"] * batch))
     assert total.dtype == dtype
     close(np.float32(total), 3 * plain, 5e-2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_terms_of_two_dtypes_make_one_norm(dtype):
+    """The input, and so a factor, is wider than the weight, of which a part is dense."""
+    w, x = R(0, 60, 50).astype(dtype), R(1, 4, 50)
+
+    def loss(w, x):
+        normed = w / jnp.sqrt(jnp.sum(w * w))
+        return jnp.sum(jnp.sin(normed.astype(x.dtype) @ x))
+
+    with jax.numpy_dtype_promotion("strict"):
+        _, g = pe.grads(loss)(w, x)
+        found = pe.norms(g), pe.gram(g), pe.second_moment(g), pe.dot(g, w)
+    assert [kinds(t) for t in jax.tree.leaves(g, is_leaf=lambda t: hasattr(t, "terms"))] == [
+        "Dense Product"
+    ]
+    exact = w.astype(float)
+    plain = jax.vmap(jax.grad(loss), (None, 0))(exact, x)
+    wanted = (
+        jnp.linalg.norm(plain, axis=(1, 2)),
+        jnp.einsum("nij,mij->nm", plain, plain),
+        (plain**2).mean(0),
+        jnp.einsum("nij,ij->n", plain, exact),
+    )
+    close(jax.tree.map(np.float64, found), wanted, {"bfloat16": 2e-2, "float32": 1e-5}[dtype])
 
 
 @pytest.mark.parametrize("promotion", ["standard", "strict"])

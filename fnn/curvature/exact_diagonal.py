@@ -37,7 +37,7 @@ from fnn.meshes import specs_of, with_auto_axes
 from fnn.per_example.inputs import parameters
 from fnn.per_example.meetings import MEETINGS
 from fnn.per_example.passages import PASSAGES
-from fnn.per_example.terms import Convolution, Product
+from fnn.per_example.terms import Convolution, Product, Term
 from fnn.precision import wide_together
 
 
@@ -207,7 +207,7 @@ def _through(
         values = start(example)
         apply_all(flat.equations[: layer.at], values)
         ins = [values[i] for i in equation.ins]
-        found = MEETINGS[equation.name](layer.argument, g, ins, equation.params)
+        found: Term | None = MEETINGS[equation.name](layer.argument, g, ins, equation.params)
         for at in reversed(layer.views):
             view = flat.equations[at]
             found = PASSAGES[view.name](0, found, [values[i] for i in view.ins], view, flat)

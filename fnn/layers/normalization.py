@@ -335,8 +335,8 @@ class SpectralNorm(Layer):
     `(out, ...)` is taken for a matrix; at first u is drawn from a fixed key, and v is 0, until a
     training step. (Of a v of 0, σ is ‖Wᵀ u‖.) The layer's cache, if it has one, stands beside.
 
-    `fnn.per_example` keeps W's gradient whole: it has a part u vᵀ, through σ, beside Gᵀ A / σ, and
-    that would be a second pair of factors.
+    `fnn.per_example` keeps W's gradient in factors: Gᵀ A / σ, and through σ a multiple of u vᵀ,
+    which is one position more.
 
     Args:
         layer: a layer without a state whose parameters have a W, such as `Linear(100)`.

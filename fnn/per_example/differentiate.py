@@ -28,7 +28,8 @@ from fnn.per_example.inputs import (
     value_and_aux,
 )
 from fnn.per_example.sides import EXAMPLE, PARAMETERS
-from fnn.per_example.terms import Dense, Term, Terms, economical, merged
+from fnn.per_example.terms import Dense, Term, Terms, economical, merged, no_wider
+from fnn.precision import wide_dtype
 
 
 def grads(loss: Callable, *, has_aux: bool = False) -> Callable:
@@ -156,7 +157,10 @@ def partial_evaluation_of_example(flat: Callable, leaves: list, example: list) -
 
 def leaf_gradient(gradient: Terms, path: str, leaf, thrifty: bool) -> FactoredGradient:
     """A parameter's terms, joined, and each formed where its factors don't pay."""
-    joined = merged(gradient.terms)
+    terms = gradient.terms
+    if len(terms) > 1:
+        terms = tuple(no_wider(t, wide_dtype(leaf.dtype)) for t in terms)
+    joined = merged(terms)
     if thrifty:
         joined = merged([economical(t) for t in joined])
     if any(isinstance(t, Dense) for t in joined) and len(joined) > 1 and thrifty:

@@ -6,7 +6,8 @@ where such a value meets one that depends on the example, its gradient becomes a
 `fnn/per_example/terms.py`): of a matrix product its two factors, the input and the upstream
 gradient, instead of their product. In equations among parameters alone the terms go on
 backwards: the gradient of W, given that of W.T, is the same product with its axes exchanged.
-What has no factors, or loses them, is a dense gradient and follows the rules as usual.
+What has no factors, or loses them, is a dense gradient and follows the rules as usual; at a product
+or a look-up among parameters it gets factors anew.
 
 So this is the sweep of `fnn/backprop/sweep.py`, with other rules:
 
@@ -155,12 +156,32 @@ def _among_parameters(rule: Rule, flat: Program) -> Rule:
             ]
             first = next(t for ts in lost for t in ts)
             why = first.why if isinstance(first, Dense) else _lost_in(equation, needed)
-            for k, product in enumerate(rule.backward(equation, needed, saved, dense, opaque)):
-                if needed[k] and product is not None:
-                    products[k].append(Dense(product, why))
+            left = list(needed)
+            for k, term in _new_factors(equation, needed, ins, dense).items():
+                products[k].append(term)
+                left[k] = False
+            if any(left):
+                for k, product in enumerate(rule.backward(equation, left, saved, dense, opaque)):
+                    if left[k] and product is not None:
+                        products[k].append(Dense(product, why))
         return [Terms(tuple(terms)) if terms else None for terms in products]
 
     return _keeping_inputs(rule, backward)
+
+
+# Where what a dense gradient becomes is larger than it is, and has factors: of y = H z, which is
+# used as a weight or a bias, H has g zᵀ; of P[:n] + x, P has g, added to the first n rows.
+_NEW_FACTORS = ("dot_general", "gather", "dynamic_slice", "slice")
+
+
+def _new_factors(equation: Equation, needed: Sequence[bool], ins: Sequence, g: Sequence) -> dict:
+    """The factors that a dense gradient g gets in an equation, by the number of the input."""
+    if equation.name not in _NEW_FACTORS:
+        return {}
+    meet = MEETINGS[equation.name]
+    larger = [k for k, wanted in enumerate(needed) if wanted and ins[k].size > g[0].size]
+    found = {k: meet(k, g[0], ins, equation.params) for k in larger}
+    return {k: term for k, term in found.items() if term is not None}
 
 
 def _keeping_inputs(rule: Rule, backward) -> ControlRule:

@@ -36,7 +36,7 @@ def inner(one: Term, other: Term):
                 row = rows.layout.without(0).to_parameter
                 return vdot(jax.vmap(row)(g[0]), picked)
     if isinstance(other, Dense):
-        return one.dot(other.value)
+        return one.dot(wide(other.value))
     return other.dot(one.materialize())
 
 

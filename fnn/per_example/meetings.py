@@ -83,15 +83,31 @@ def _gather(k, g, ins, params) -> Factored | None:
 
 
 def _dynamic_slice(k, g, ins, params) -> Factored | None:
-    """One row at a place that the example says."""
+    """Rows one after another, from a place that the example says."""
     table, *starts = ins
-    sizes = params["slice_sizes"]
-    axes = [d for d, (s, n) in enumerate(zip(sizes, table.shape, strict=True)) if s != n]
-    if k != 0 or len(axes) != 1 or sizes[axes[0]] != 1:
+    axis = _cut_axis(g, table)
+    if k != 0 or axis is None:
         return None
-    (axis,) = axes
-    index = _clamped(starts[axis], table.shape[axis])
-    return _rows(table, axis, lax.reshape(index, (1,)), g)
+    rows = g.shape[axis]
+    start = signed(_clamped(starts[axis], table.shape[axis] - rows + 1))
+    return _rows(table, axis, start + jnp.arange(rows, dtype=start.dtype), jnp.moveaxis(g, axis, 0))
+
+
+def _slice(k, g, ins, params) -> Factored | None:
+    """Rows from known places: P[:n]."""
+    (table,) = ins
+    axis = _cut_axis(g, table)
+    if axis is None:
+        return None
+    step = (params["strides"] or (1,) * table.ndim)[axis]
+    index = jnp.arange(params["start_indices"][axis], params["limit_indices"][axis], step)
+    return _rows(table, axis, index, jnp.moveaxis(g, axis, 0))
+
+
+def _cut_axis(part, table) -> int | None:
+    """The one axis along which a part is smaller than the table; None if there are others."""
+    axes = [d for d, (s, n) in enumerate(zip(part.shape, table.shape, strict=True)) if s != n]
+    return axes[0] if len(axes) == 1 else None
 
 
 def _clamped(index, size: int):
@@ -144,6 +160,7 @@ MEETINGS: dict[str, Callable[..., Factored | None]] = {
     "dot_general": _matrix_product,  # gᵀ x
     "conv_general_dilated": _convolution,  # x convolved with g
     "gather": _gather,  # g added to the rows that were looked up
-    "dynamic_slice": _dynamic_slice,  # g added to one row
+    "dynamic_slice": _dynamic_slice,  # g added to some rows
+    "slice": _slice,  # the same
     "linear_cross_entropy": _linear_cross_entropy,  # Gᵀ h, G by the logits
 }

@@ -19,8 +19,10 @@ import numpy
 from jax import lax
 
 from fnn.jaxpr import is_inexact
+from fnn.per_example.inner_products import dot
 from fnn.per_example.layout import Layout, Pad, Reshape, Reverse, Transpose, View
-from fnn.per_example.terms import Factored, Product
+from fnn.per_example.terms import Dense, Factored, Product, Term
+from fnn.precision import wide_dtype
 
 # Below, w is what is made, and v the argument k that it is made from.
 
@@ -86,7 +88,9 @@ def _pass_add(k, term, ins, equation, flat):
 
 
 def _pass_mul(k, term, ins, equation, flat):
-    """w = c v, with one number c: (c G)ᵀ A."""
+    """w = c v, with one number c: (c G)ᵀ A for v, ⟨Gᵀ A, v⟩ for c."""
+    if _is_one_number(k, ins):
+        return _along_one_number(term, ins[1 - k], ins[k])
     if ins[k].shape != flat.avals[equation.outs[0]].shape:
         return None
     c = _one_number(equation.ins[1 - k], ins[1 - k], flat)
@@ -94,11 +98,27 @@ def _pass_mul(k, term, ins, equation, flat):
 
 
 def _pass_div(k, term, ins, equation, flat):
-    """w = v / c, with one number c: (G / c)ᵀ A."""
+    """w = v / c, with one number c: (G / c)ᵀ A for v, −⟨Gᵀ A, w⟩ / c for c."""
+    if _is_one_number(k, ins) and k == 1:
+        c = ins[1]
+        return _along_one_number(_scaled(term, -1 / c), ins[0] / c, c)
     if k == 1 or ins[0].shape != flat.avals[equation.outs[0]].shape:
         return None
     c = _one_number(equation.ins[1], ins[1], flat)
     return None if c is None else _scaled(term, 1 / c)
+
+
+def _is_one_number(k: int, ins) -> bool:
+    """Is argument k one number that multiplies all entries of the other?"""
+    return jnp.shape(ins[k]) == () != jnp.shape(ins[1 - k])
+
+
+def _along_one_number(term: Factored, v, c) -> Dense | None:
+    """⟨Gᵀ A, v⟩, the gradient of the number that v is multiplied by."""
+    if jnp.iscomplexobj(v) or jnp.iscomplexobj(c):
+        return None
+    why = "it is, or makes, a number by which an array is multiplied"
+    return Dense(dot([term], v.astype(wide_dtype(term.g.dtype))).astype(c.dtype), why)
 
 
 def _scaled(term, c):
@@ -193,7 +213,7 @@ def _factor(term: Product, axis: int) -> tuple[str, str, int]:
     return name, {"out": "g", "ins": "a"}[name], i
 
 
-PASSAGES: dict[str, Callable[..., Factored | None]] = {
+PASSAGES: dict[str, Callable[..., Term | None]] = {
     # w is a rearrangement of v: the same factors, and the entries put back.
     "transpose": _pass_transpose,
     "reshape": _pass_reshape,

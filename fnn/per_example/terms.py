@@ -123,6 +123,20 @@ def merged(terms: Sequence[Term]) -> tuple[Term, ...]:
     return tuple(found)
 
 
+def no_wider(term: Term, dtype) -> Term:
+    """The term with no floats wider than those of a dtype, so that it adds up with others.
+
+    In mixed precision an input, and so a factor, may be wider than the parameter.
+    """
+    bits = jnp.finfo(dtype).bits
+    narrow = lambda x: (
+        x.astype(dtype)
+        if jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits > bits
+        else x
+    )
+    return jax.tree.map(narrow, term)
+
+
 def economical(term: Term) -> Term:
     """The gradient itself in place of factors that hold more numbers than it does.
 
