@@ -171,6 +171,10 @@ def matrices(kind, w, groups=1):
         return w.T[None]
     if kind is layers.ConvTranspose:
         w = w[..., ::-1, ::-1].swapaxes(0, 1)
+    if kind == "an LRU's B":  # (2, states, features)
+        w = w.reshape(-1, w.shape[2])
+    if kind == "an LRU's C":  # (2, features, states)
+        w = w.swapaxes(0, 1)
     return w.reshape(groups, w.shape[0] // groups, -1)
 
 
@@ -230,6 +234,33 @@ def tap_lstm(monkeypatch):
     monkeypatch.setattr(layers.LSTM, "apply", apply)
 
 
+def tap_lru(monkeypatch):
+    init = layers.LRU.init
+
+    def with_taps(layer, key, x):
+        params, steps = init(layer, key, x), len(x)
+        features, states = x.shape[1], 2 * layer.states  # both parts of the complex ones
+        probes = {"probe B": jnp.zeros((steps, 1, features))}
+        probes |= {"probe C": jnp.zeros((steps, 1, states))}
+        taps = {"tap B": jnp.zeros((steps, states)), "tap C": jnp.zeros((steps, features))}
+        return params | probes | taps
+
+    def apply(layer, params, state, x, mode=None):
+        B, C = (matrices(f"an LRU's {name}", params[name])[0] for name in "BC")
+        decay = jnp.exp(-jnp.exp(params["nu"]) + 1j * jnp.exp(params["theta"]))
+        s, ys = 0.0, []
+        for t in range(len(x)):
+            x_t = watched(x[t][None], params["probe B"][t])[0]
+            real, imaginary = jnp.split(B @ x_t + params["tap B"][t], 2)
+            s = decay * s + jnp.exp(params["gamma"]) * (real + 1j * imaginary)
+            halves = watched(jnp.concatenate([s.real, -s.imag])[None], params["probe C"][t])[0]
+            ys.append(C @ halves + params["tap C"][t] + params["D"] * x[t])
+        return jnp.stack(ys), state
+
+    monkeypatch.setattr(layers.LRU, "init", with_taps)
+    monkeypatch.setattr(layers.LRU, "apply", apply)
+
+
 # ----------------------------------------------------------------------------- the expected factors
 
 
@@ -238,6 +269,8 @@ def kind_of(path, w, stacked):
         return layers.Embedding
     if w.ndim - stacked == 4:
         return layers.ConvTranspose if "grow" in path else layers.Conv
+    if w.ndim - stacked == 3:
+        return f"an LRU's {path[-3]}"
     return layers.Linear
 
 
@@ -320,7 +353,7 @@ FACTORED = {
         "embed.E": ROW,
         "output.W": A,
         "blocks.gate.W": A,
-        **within("blocks.recurrence", {"B": f"{A} + {A}", "C": f"{A} + {A}"}),
+        **within("blocks.recurrence", {"B": A, "C": A}),
     },
     "vae": {
         **within("encode", {"hidden.W": A}),
@@ -412,6 +445,7 @@ def test_against_materialised_ones(name, monkeypatch):
     for kind in ROWS:
         tap(monkeypatch, kind)
     tap_lstm(monkeypatch)
+    tap_lru(monkeypatch)
     given = by_path(params)
     shapes = jax.eval_shape(net.init, KEY, *example)
     start = lambda path, t: given.get(keystr(path), np.zeros(t.shape))

@@ -99,13 +99,14 @@ class LRU(Layer):
 
     def apply(self, params: Any, state: Any, x: Any, *, mode: Mode = EVALUATE) -> tuple[Any, dict]:
         check_params(self, params, self._shapes(x), x)
-        B, C = params["B"], params["C"]
+        B, C = (arguments.array(f"{self}", name, params[name]) for name in "BC")
         size, angle = -jnp.exp(params["nu"]), jnp.exp(params["theta"])
-        # Nothing is multiplied by a matrix of complex numbers: the products are real.
-        inputs = jnp.stack([x @ B[0].T, x @ B[1].T]) * jnp.exp(params["gamma"])
+        # Nothing is multiplied by a matrix of complex numbers: the products are real. Both halves
+        # of a weight are in one, of which `fnn.per_example` keeps one pair of factors.
+        inputs = _driven(x, B) * jnp.exp(params["gamma"])  # (steps, 2, states)
         wide = wide_dtype(inputs.dtype)
         a = jnp.exp(jax.lax.complex(size.astype(wide), angle.astype(wide)))
-        b = jax.lax.complex(*inputs.astype(wide))
+        b = jax.lax.complex(inputs[:, 0].astype(wide), inputs[:, 1].astype(wide))
         cache = state.get("cache") if isinstance(state, dict) else None
         before = None
         if cache is not None:
@@ -116,8 +117,8 @@ class LRU(Layer):
             parts = {"real": s.real, "imaginary": s.imag} if len(x) else {}
             new = {name: part[-1].astype(cache[name].dtype) for name, part in parts.items()}
             state = state | {"cache": cache | new}
-        real, imaginary = s.real.astype(inputs.dtype), s.imag.astype(inputs.dtype)
-        return real @ C[0].T - imaginary @ C[1].T + params["D"] * x, state
+        halves = jnp.stack([s.real, -s.imag], axis=1).astype(inputs.dtype)
+        return _read(halves, C) + params["D"] * x, state
 
     def _shapes(self, x: Any) -> dict[str, tuple[int, ...]]:
         if not hasattr(x, "shape") or len(x.shape) != 2:
@@ -130,3 +131,21 @@ class LRU(Layer):
             "C": (2, features, self.states),
             "D": (features,),
         }
+
+
+# Of one step, as in generation, XLA would take longer to bring a weight into another order of axes
+# than to multiply by it: it is used as it lies.
+
+
+def _driven(x: Any, B: Any) -> jax.Array:
+    """Both halves of B times each step's x: `(steps, 2, states)`."""
+    if len(x) == 1:
+        return jnp.tensordot(B, x[0], 1)[None]
+    return jnp.tensordot(x, B, ((1,), (2,)))
+
+
+def _read(halves: Any, C: Any) -> jax.Array:
+    """The sum over both halves `(steps, 2, states)` of C times each: `(steps, features)`."""
+    if len(halves) == 1:
+        return jnp.sum(jnp.einsum("tks,kfs->ktf", halves, C), 0)
+    return jnp.tensordot(halves, C, ((1, 2), (0, 2)))
