@@ -14,7 +14,7 @@ import fnn
 from fnn import models, ops, text
 from fnn.check.report import Check, Kink, Report
 from fnn.layers import EVALUATE, Linear, chain, training
-from fnn.layers.adapters import AdaptedWeight
+from fnn.layers.low_rank import AdaptedWeight
 from fnn.layers.table import Summary
 from fnn.ops.experts import Routing
 from fnn.per_example import Explanation

@@ -25,7 +25,7 @@ Mode, EVALUATE, training                  whether a call trains
 summary                                   a network as a table
 """
 
-from fnn.layers.adapters import AdaptedWeight, adapted, lora, merge
+from fnn.layers.adapters import adapted, lora, merge
 from fnn.layers.attention import Attention
 from fnn.layers.combinators import chain, parallel, repeat, residual
 from fnn.layers.convolution import Conv, ConvTranspose, SqueezeExcite
@@ -35,6 +35,7 @@ from fnn.layers.experts import MixtureOfExperts
 from fnn.layers.gated import GatedMLP
 from fnn.layers.layer import Layer, LayerError
 from fnn.layers.linear import Linear
+from fnn.layers.low_rank import AdaptedKernel, AdaptedWeight
 from fnn.layers.maxout import Maxout
 from fnn.layers.mixer import MLP, MixerBlock
 from fnn.layers.mode import EVALUATE, Mode, training
@@ -80,6 +81,7 @@ __all__ = [
     "LSTM",
     "MLP",
     "RNN",
+    "AdaptedKernel",
     "AdaptedWeight",
     "Attention",
     "BatchNorm",

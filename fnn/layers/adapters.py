@@ -12,8 +12,6 @@ The frozen parameters are closed over, and training knows the adapters alone:
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,17 +20,17 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from fnn import arguments, text
+from fnn import arguments
 from fnn.layers.combinators import Repeat
 from fnn.layers.convolution import Conv, ConvTranspose, window_of
 from fnn.layers.dropout import DropConnect
 from fnn.layers.experts import MixtureOfExperts
 from fnn.layers.layer import Layer
+from fnn.layers.low_rank import AdaptedKernel, AdaptedWeight, merged
 from fnn.layers.net import Network
 from fnn.layers.normalization import SpectralNorm, WeightNorm
 from fnn.layers.once import Once
 from fnn.params import Where, choose, flatten, unflatten
-from fnn.precision import widest
 
 
 def lora(
@@ -60,7 +58,8 @@ def lora(
         Nested dicts like params, of what is chosen alone: in the place of a W of shape `(out, in)`
         `{"A": (rank, in), "B": (out, rank)}`, in float32 (float64 under x64). Of W's stacked along
         axes in front, as `repeat` has them, A and B are stacked as well. A kernel is the matrix
-        `(out, in · window)`. A is drawn from N(0, 1 / in), and B is 0: at first nothing changes.
+        `(out, in / groups · window)`, of a `ConvTranspose` `(in, out / groups · window)`.
+        A is drawn from N(0, 1 / in), and B is 0: at first nothing changes.
 
     Raises:
         TypeError, ValueError: an argument isn't of its kind, or nothing is chosen (the paths are
@@ -111,7 +110,14 @@ def adapted(
     vectors of their rank, and a matrix of W's size is never formed; nor is W's own gradient, as
     long as it isn't asked for. It multiplies by `@` alone, from both sides and transposed, which is
     how `Linear` and most layers use their weights. Elsewhere it is refused; `merge` then does, at
-    the price of a matrix of W's size. (A convolution's kernel is merged here, too.)
+    the price of a matrix of W's size.
+
+    In the place of a kernel stands an `AdaptedKernel`, of which `Conv` and `ConvTranspose` compute
+    W ∗ x + scale · B (A ∗ x): a convolution with A, to as many features as the rank, and a product
+    at each place. Of groups that don't have more outputs than the rank, as depthwise ones, A ∗ x
+    would be as large as the output, and the sum W + scale · B A is formed, which is small then. It
+    is formed as well where a layer changes another's weight: by `WeightNorm`, `SpectralNorm`, and
+    in training `DropConnect`.
 
     Args:
         params: the network's, as they were when the adapters were made.
@@ -132,93 +138,11 @@ def merge(
     The network then costs what it did before. Arguments and errors are as in `adapted`.
     """
 
-    return _replaced("merge", params, adapters, scale, _formed)
+    return _replaced("merge", params, adapters, scale, merged)
 
 
-def _formed(W, A, B, scale):
-    wide = widest(A.dtype, W.dtype)
-    change = jnp.matmul(B.astype(wide), A.astype(wide)).reshape(W.shape)
-    return (W.astype(wide) + scale * change).astype(W.dtype)
-
-
-def _beside(W, A, B, scale):
-    """W x + scale · B (A x), where W is used so; the sum of a kernel."""
-    return AdaptedWeight(W, A, B, scale) if W.ndim == A.ndim else _formed(W, A, B, scale)
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["W", "A", "B"],
-    meta_fields=["scale", "transposed"],
-)
-@dataclasses.dataclass(frozen=True, eq=False)
-class AdaptedWeight:
-    """W + scale · B A, or its transpose, known by its products alone."""
-
-    W: Any
-    A: Any
-    B: Any
-    scale: float = 1.0
-    transposed: bool = False
-
-    def __repr__(self) -> str:
-        fields = {name: getattr(self, name) for name in ("W", "A", "B", "scale", "transposed")}
-        return text.of_fields("AdaptedWeight", **fields)
-
-    __array_ufunc__ = None  # numpy's arrays leave products to this class
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self._plain.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.W.ndim
-
-    @property
-    def size(self) -> int:
-        return self.W.size
-
-    @property
-    def dtype(self) -> Any:
-        return self.W.dtype
-
-    @property
-    def T(self) -> AdaptedWeight:
-        return dataclasses.replace(self, transposed=not self.transposed)
-
-    def astype(self, dtype: Any) -> AdaptedWeight:
-        cast = {name: getattr(self, name).astype(dtype) for name in "WAB"}
-        return dataclasses.replace(self, **cast)
-
-    @property
-    def shown_in_errors(self) -> str:
-        return (
-            f"an adapted weight of shape {self.shape}, which multiplies by @ alone: merge(params, "
-            "adapters) makes an array of it"
-        )
-
-    def _refuse(self, *others: Any) -> Any:
-        raise TypeError(f"adapted: wanted an array, but got {self.shown_in_errors}.")
-
-    __getitem__ = __add__ = __radd__ = __sub__ = __rsub__ = _refuse
-    __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = _refuse
-
-    def __matmul__(self, x: Any) -> Any:
-        left, right = self._factors
-        return self._plain @ x + self.scale * (left @ (right @ x))
-
-    def __rmatmul__(self, x: Any) -> Any:
-        left, right = self._factors
-        return x @ self._plain + self.scale * ((x @ left) @ right)
-
-    @property
-    def _plain(self) -> Any:
-        return self.W.T if self.transposed else self.W
-
-    @property
-    def _factors(self) -> tuple[Any, Any]:
-        return (self.A.T, self.B.T) if self.transposed else (self.B, self.A)
+def _beside(W: Any, A: Any, B: Any, scale: float) -> AdaptedWeight | AdaptedKernel:
+    return (AdaptedWeight if W.ndim == A.ndim else AdaptedKernel)(W, A, B, scale)
 
 
 def _kernel_axes(net: Layer | None, path: str, axes: int) -> int | None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from fnn import arguments, ops
 from fnn.initializers import Initializer, he_normal, variance_scaling, zeros
 from fnn.layers.layer import Layer, LayerError, check_params, check_parts, initial, set_count
 from fnn.layers.linear import Linear, check_options
+from fnn.layers.low_rank import AdaptedKernel, as_array
 from fnn.ops.convolutions import Padding, Sizes, check_padding, sizes_of
 
 
@@ -72,7 +74,7 @@ class Conv(Layer):
 
     def __call__(self, params: Any, x: Any, **mode: Any) -> Any:
         check_params(self, params, self._shapes(x), x)
-        y = ops.convolution(
+        y = _convolution(
             x,
             params["W"],
             stride=self.stride,
@@ -160,7 +162,7 @@ class ConvTranspose(Layer):
 
     def __call__(self, params: Any, x: Any, **mode: Any) -> Any:
         check_params(self, params, self._shapes(x), x)
-        y = ops.conv_transpose(
+        y = _conv_transpose(
             x,
             params["W"],
             stride=self.stride,
@@ -226,6 +228,62 @@ class SqueezeExcite(Layer):
 
     def _parts(self, x: Any) -> tuple[Linear, Linear]:
         return Linear(self.hidden), Linear(image_features(self, x, 2))
+
+
+# ------------------------------------------------------------------------------- adapted kernels
+
+
+def _convolution(x: Any, W: Any, *, groups: int, **options: Any) -> jax.Array:
+    """`ops.convolution`; of an adapted kernel W ∗ x + scale · B (A ∗ x), with A for each group."""
+    if not _is_low(W, groups):
+        return ops.convolution(x, as_array(W), groups=groups, **options)
+    y = ops.convolution(x, W.W, groups=groups, **options)
+    z = _together(ops.convolution(_apart(x, W, groups), W.small, **options), W, groups)
+    change = z @ W.B.T if groups == 1 else _by_group("...gr,gor->...go", z, W.B, groups)
+    return y + (W.scale * change).astype(y.dtype)
+
+
+def _conv_transpose(x: Any, W: Any, *, groups: int, **options: Any) -> jax.Array:
+    """`ops.conv_transpose`; of an adapted kernel Wᵀ ∗ x + scale · Aᵀ ∗ (Bᵀ x), B being of x's."""
+    if not _is_low(W, groups):
+        return ops.conv_transpose(x, as_array(W), groups=groups, **options)
+    y = ops.conv_transpose(x, W.W, groups=groups, **options)
+    z = W.scale * (x @ W.B if groups == 1 else _by_group("...gi,gir->...gr", x, W.B, groups))
+    change = _together(ops.conv_transpose(_apart(z, W, groups), W.small, **options), W, groups)
+    return y + change.astype(y.dtype)
+
+
+def _is_low(W: Any, groups: int) -> bool:
+    """Whether it is an adapted kernel, of a rank below the rows of a group's matrix.
+
+    Else what is between B and A holds more numbers than a convolution's output (or a transposed
+    one's input), and the sum W + scale · B A takes less time and memory. So it is of depthwise
+    kernels: 7 × 7 of 64 features at rank 4 take a fifth of the time on a CPU.
+    """
+    return isinstance(W, AdaptedKernel) and W.B.shape[1] < W.shape[0] // groups
+
+
+def _by_group(form: str, x: Any, B: Any, groups: int) -> jax.Array:
+    """Each group of x's features with its own rows of B."""
+    x = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+    y = jnp.einsum(form, x, B.reshape(groups, -1, B.shape[1]))
+    return y.reshape(*y.shape[:-2], groups * y.shape[-1])
+
+
+def _apart(x: Any, W: Any, groups: int) -> jax.Array:
+    """Of an image each group of features as an image, on an axis in front of the space."""
+    if groups == 1:
+        return x
+    x = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+    return jnp.moveaxis(x, -2, -W.ndim)
+
+
+def _together(x: Any, W: Any, groups: int) -> jax.Array:
+    """The same, backwards."""
+    if groups == 1:
+        return x
+    x = jnp.moveaxis(x, -W.ndim, -2)
+    return x.reshape(*x.shape[:-2], groups * x.shape[-1])
 
 
 # ------------------------------------------------------------------- what the layers have in common

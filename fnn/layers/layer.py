@@ -41,6 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import arguments
+from fnn.layers.low_rank import as_array
 from fnn.layers.mode import EVALUATE
 
 
@@ -296,12 +297,13 @@ def set_count(layer: Layer, name: str) -> None:
 
 
 def weight(layer: Layer, params: Any, name: str = "W") -> Any:
-    """The weight of a layer's parameters that a layer around it changes."""
+    """The weight of a layer's parameters that a layer around it changes; of an adapted kernel the
+    sum, which is an array."""
     if not isinstance(params, dict) or name not in params:
         raise LayerError(
             f"{layer} wants parameters with the key '{name}', but got {keys_of(params)}."
         )
-    return params[name]
+    return as_array(params[name])
 
 
 def keys_of(params: Any) -> str:
