@@ -4,6 +4,9 @@ What a rule makes itself, zeros or places, must vary over the same devices and b
 as what it meets; the numbers, types and shardings are those of `jax.grad`.
 """
 
+import contextlib
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -362,3 +365,79 @@ def test_on_explicit_meshes_without_jit():
         for name, f in some.items():
             y, pullback = fnn.vjp(f, *args)
             close(pullback(jnp.cos(y)), theirs[name])
+
+
+# ------------------------------------------------------------------ what XLA itself gets wrong
+#
+# The images lie along one axis of a mesh that has two. XLA's gradient of a weight of groups is
+# then that of each part as often as there are copies of it, and jax.grad's with it.
+
+
+def plain_convolution(x, w, groups, **options):
+    space = "DHW"[3 - (w.ndim - 2) :]
+    given = {"window_strides": (1,) * len(space), "padding": "SAME"} | options
+    numbers = (f"N{space}C", f"OI{space}", f"N{space}C")
+    return lax.conv_general_dilated(
+        x, w, dimension_numbers=numbers, feature_group_count=groups, **given
+    )
+
+
+CONVOLUTIONS = {
+    "groups": ((8, 6, 6, 8), (8, 4, 3, 3), 2, {}),
+    "depthwise": ((8, 9, 9, 6), (12, 1, 7, 7), 6, {"window_strides": (2, 1)}),
+    "dilated": ((8, 7, 8, 4), (4, 2, 3, 2), 2, {"rhs_dilation": (2, 1), "padding": "VALID"}),
+    "transposed": (
+        (8, 5, 5, 4),
+        (4, 2, 3, 3),
+        2,
+        {"lhs_dilation": (2, 2), "padding": [(1, 2)] * 2},
+    ),
+    "volumes": ((8, 7, 7, 7, 4), (4, 1, 6, 6, 6), 4, {}),
+    "one axis": ((8, 9, 6), (6, 3, 5), 2, {}),
+}
+HOW = ("set", "not set", "explicit")
+
+
+@pytest.mark.parametrize("how", sweep(HOW, ["not set"]))
+@pytest.mark.parametrize("case", sweep(CONVOLUTIONS, ["groups"]))
+def test_a_weight_of_groups_on_some_axes_of_a_mesh(case, how):
+    shape, kernel, groups, options = CONVOLUTIONS[case]
+    rng = np.random.default_rng(0)
+    x, w = jnp.asarray(rng.normal(size=shape)), jnp.asarray(rng.normal(size=kernel))
+    plain = functools.partial(plain_convolution, groups=groups, **options)
+    loss = lambda f: lambda x, w: jnp.sum(jnp.sin(f(x, w)))
+    wanted = jax.jit(jax.grad(loss(plain), (0, 1)))(x, w)
+
+    kind = AxisType.Explicit if how == "explicit" else AxisType.Auto
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+    given = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((x, P("data")), (w, P()))]
+    with jax.set_mesh(mesh) if how != "not set" else contextlib.nullcontext():
+        found = {"fnn.grad": jax.jit(fnn.grad(loss(plain), (0, 1)))(*given)}
+        if "padding" not in options:
+            ours = lambda x, w: fnn.ops.convolution(
+                x,
+                w,
+                groups=groups,
+                padding=lax.padtype_to_pads(x.shape[1:-1], w.shape[2:], strides, "SAME"),
+                stride=strides,
+            )
+            strides = options.get("window_strides", (1,) * (w.ndim - 2))
+            for name, grad in (("jax.grad", jax.grad), ("fnn.grad of ours", fnn.grad)):
+                found[name] = jax.jit(grad(loss(ours), (0, 1)))(*given)
+    for name, gradients in found.items():
+        for one, other in zip(gradients, wanted, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+@exhaustive
+def test_images_whose_rows_lie_on_some_axes_of_an_explicit_mesh():
+    """There XLA is wrong without groups, too; a type tells how they lie."""
+    rng = np.random.default_rng(0)
+    x, w = jnp.asarray(rng.normal(size=(4, 8, 6, 3))), jnp.asarray(rng.normal(size=(5, 3, 3, 3)))
+    loss = lambda x, w: jnp.sum(jnp.sin(plain_convolution(x, w, 1)))
+    wanted = jax.jit(jax.grad(loss, 1))(x, w)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    rows = NamedSharding(mesh, P(None, "model"))
+    with jax.set_mesh(mesh):
+        found = jax.jit(fnn.grad(loss, 1))(jax.device_put(x, rows), w)
+    np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-9)

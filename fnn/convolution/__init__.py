@@ -8,6 +8,7 @@ CPUs is computed by other formulas. Its gradients are such convolutions again.
     cpu      which convolution is computed how on a CPU
     weights  the gradients of weights
     windows  how a window meets its input; some images at a time
+    divided  what XLA gets wrong where it divides arrays among devices
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from typing import Any
 
 from jax import lax
 
-from fnn.convolution import cpu
+from fnn.convolution import cpu, divided
 from fnn.jaxpr import Equation
 from fnn.operation import twin
 
-conv_general_dilated_p = twin(lax.conv_general_dilated_p, {"cpu": cpu.convolution})
+conv_general_dilated_p = twin(
+    lax.conv_general_dilated_p, {"cpu": cpu.convolution}, divided.convolution
+)
 
 
 def slow_in_a_loop(equation: Equation, avals: Sequence[Any]) -> bool:

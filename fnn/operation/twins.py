@@ -15,7 +15,9 @@ from fnn.meshes import same_varying_axes
 from fnn.operation.experimental import register_experimental
 
 
-def twin(original: Any, programs: Mapping[str, Callable]) -> Primitive:
+def twin(
+    original: Any, programs: Mapping[str, Callable], divided: Callable | None = None
+) -> Primitive:
     """A primitive with the name, the parameters and the derivatives of one of JAX's.
 
     Its gradients, and what it does under vmap, are the original's with the twin in the place of
@@ -26,6 +28,8 @@ def twin(original: Any, programs: Mapping[str, Callable]) -> Primitive:
         original: a primitive of two arrays with one result, linear in each of them.
         programs: by platform ("cpu", "cuda", ...), `(a, b, **params) -> result`. On platforms that
             aren't named, the original is what runs.
+        divided: what runs on any platform where the compiler divides arrays among devices:
+            `(a, b, **params) -> result`, or None where what runs elsewhere will do.
     """
     primitive = Primitive(original.name)
 
@@ -66,12 +70,35 @@ def twin(original: Any, programs: Mapping[str, Callable]) -> Primitive:
     primitive.def_abstract_eval(abstract)
     ad.defbilinear(primitive, transpose_a, transpose_b)
     batching.fancy_primitive_batchers[primitive] = batch
-    mlir.register_lowering(primitive, mlir.lower_fun(definition, multiple_results=False))
+    mlir.register_lowering(primitive, _lowering(definition, divided))
     for platform, run in programs.items():
-        lowering = mlir.lower_fun(run, multiple_results=False)
-        mlir.register_lowering(primitive, lowering, platform=platform)
+        mlir.register_lowering(primitive, _lowering(run, divided), platform=platform)
     register_experimental(primitive, definition)
     return primitive
+
+
+def _lowering(run: Callable, divided: Callable | None) -> Callable:
+    """The rule by which JAX lowers a primitive of one result to what `run` does, or `divided`."""
+
+    def either(a, b, **params):
+        found = divided(a, b, **params) if divided is not None else None
+        return run(a, b, **params) if found is None else found
+
+    alone, among = (mlir.lower_fun(f, multiple_results=False) for f in (run, either))
+
+    def lowered(context, *args, **params):
+        return (among if _is_divided(context) else alone)(context, *args, **params)
+
+    return lowered
+
+
+def _is_divided(context: Any) -> bool:
+    """Whether XLA divides the program that is being lowered; within `shard_map` JAX has done it."""
+    axes = context.module_context.axis_context
+    if hasattr(axes, "num_devices"):
+        return axes.num_devices is not None and axes.num_devices > 1
+    mesh = getattr(axes, "mesh", None)
+    return mesh is not None and set(axes.manual_axes) != set(mesh.axis_names)
 
 
 def bind_twin(primitive: Primitive, a, b, **params):

@@ -21,6 +21,7 @@ Each module imports only from those above it:
     convolution      that of a convolution's kernel
     rows             that of a table of which rows are looked up
     terms            one example's gradient of one parameter: a sum of these, or dense
+    inner_products   of one example's gradient, with an array or of two terms
 
     sides            what a value depends on: parameters, the example
     meetings         rules: where a parameter meets the example
@@ -29,7 +30,6 @@ Each module imports only from those above it:
     loops            rules: loops and checkpoints that hold both
     factors          the reverse sweep with these rules
 
-    inner_products   of one example's gradient, with an array or of two terms
     exact_norms      norms within rounding of the formed gradients'
     pairs            inner products of all pairs of examples
     sums             weighted sums over a batch
