@@ -122,9 +122,13 @@ def test_gpt2_by_its_formula():
 # --------------------------------------------------------------------------------- their modules
 
 
+def extra(name):
+    return pytest.importorskip(name, reason=f"no {name}: pip install -e '.[compare]'")
+
+
 def compare(net, module, ours, x, theirs=lambda y: y, library="transformers"):
     """Random weights of a module, loaded: the same output; and ours, loaded by the module."""
-    torch = pytest.importorskip("torch")
+    torch = extra("torch")
     torch.manual_seed(0)
     for w in module.parameters():
         w.data = 0.5 + 0.3 * torch.rand_like(w) if w.ndim < 2 else 0.3 * torch.randn_like(w)
@@ -147,7 +151,7 @@ def compare(net, module, ours, x, theirs=lambda y: y, library="transformers"):
 
 @exhaustive
 def test_gpt2_of_transformers():
-    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    transformers, torch = extra("transformers"), extra("torch")
     config = transformers.GPT2Config(
         vocab_size=11, n_positions=16, n_embd=8, n_layer=2, n_head=2, attn_pdrop=0, embd_pdrop=0
     )
@@ -161,7 +165,7 @@ def test_gpt2_of_transformers():
 
 @exhaustive
 def test_llama_of_transformers():
-    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    transformers, torch = extra("transformers"), extra("torch")
     config = transformers.LlamaConfig(
         vocab_size=11,
         hidden_size=8,
@@ -177,7 +181,7 @@ def test_llama_of_transformers():
 
 @exhaustive
 def test_vit_of_transformers():
-    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    transformers, torch = extra("transformers"), extra("torch")
     config = transformers.ViTConfig(
         hidden_size=8,
         num_hidden_layers=2,
@@ -196,7 +200,7 @@ def test_vit_of_transformers():
 
 @exhaustive
 def test_vit_of_torchvision():
-    torchvision, torch = pytest.importorskip("torchvision"), pytest.importorskip("torch")
+    torchvision, torch = extra("torchvision"), extra("torch")
     module = torchvision.models.VisionTransformer(8, 4, 2, 2, 8, 16, num_classes=5)
     x = INPUTS["vit"][1]
     theirs = torch.from_numpy(np.moveaxis(x, -1, 0)[None].copy()).float()
@@ -206,7 +210,7 @@ def test_vit_of_torchvision():
 @exhaustive
 @pytest.mark.parametrize("depth", [18, 50])
 def test_resnets_of_torchvision(depth):
-    torchvision, torch = pytest.importorskip("torchvision"), pytest.importorskip("torch")
+    torchvision, torch = extra("torchvision"), extra("torch")
     module = getattr(torchvision.models, f"resnet{depth}")(num_classes=5)
     net = getattr(models, f"resnet{depth}")(5)
     x = np.random.default_rng(0).normal(size=(64, 64, 3))
