@@ -120,6 +120,53 @@ def test_a_sequence_is_its_steps(way):
         chex.assert_trees_all_close(of_mode, wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", sweep(SEQUENCES, ["gru"]))
+def test_many_steps_of_sequences_that_share_their_weights(name):
+    """There U is multiplied transposed: in the same numbers, in both modes, from all inputs."""
+    op, reference, (step, *shapes) = SEQUENCES[name]
+    shared = [(0.5 * R(i, *s)) for i, s in enumerate(shapes, 1)]
+    args = (R(0, 2, 17, *step), *shared)
+    batched = lambda f: lambda zs, *rest: total(jax.vmap(lambda z: f(z, *rest))(zs))
+    ours, theirs = batched(lambda *a: op(*a)), batched(lambda *a: reference(*a))
+    of = tuple(range(len(args)))
+
+    def everything(f, gradient):
+        g = lambda *args: gradient(f, of)(*args)
+        return f(*args), g(*args), jax.jvp(g, args, args)[1]
+
+    wanted = jax.jit(lambda: everything(theirs, jax.grad))()
+    found = jax.jit(lambda: [everything(ours, d) for d in (jax.grad, fnn.grad, jax.jacfwd)])()
+    for of_mode in found:
+        chex.assert_trees_all_close(of_mode, wanted, rtol=1e-9, atol=1e-9)
+    # One more vmap, of weights or of sequences; and of weights of their own.
+    many = lambda axes: jax.vmap(lambda U, zs: ours(zs, U, *shared[1:]), axes)
+    Us, zs = jnp.stack([shared[0], -shared[0]]), jnp.stack([args[0], 2 * args[0]])
+    at = lambda x, axis, i: x[0] if axis is None else x[i]
+    for U_axis, z_axis in ((0, 0), (None, 0), (0, None)):
+        given = [x if axis == 0 else x[0] for x, axis in ((Us, U_axis), (zs, z_axis))]
+        expected = [theirs(at(zs, z_axis, i), at(Us, U_axis, i), *shared[1:]) for i in range(2)]
+        found = many((U_axis, z_axis))(*given)
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_weights_are_transposed_where_that_is_faster():
+    """Of several sequences that share them, of many steps."""
+    hidden = 3
+    U, carry = R(1, 4 * hidden, hidden), jnp.zeros(hidden)
+    one = lambda z, U: ops.lstm(z, U, carry, carry)[0]
+
+    def is_transposed(f, *args):
+        text = jax.jit(f).lower(*args).as_text()
+        return "(tensor<12x3xf64>) -> tensor<3x12xf64>" in text
+
+    several = jax.vmap(one, (0, None))
+    assert is_transposed(several, R(0, 4, 16, 12), U)
+    assert not is_transposed(several, R(0, 4, 15, 12), U)
+    assert not is_transposed(several, R(0, 1, 16, 12), U)
+    assert not is_transposed(one, R(0, 16, 12), U)
+    assert not is_transposed(jax.vmap(one), R(0, 4, 16, 12), R(1, 4, 12, 3))
+
+
 def test_a_batch_s_gradient_is_one_loop_each_way_and_one_product():
     """The weights' gradient isn't added up step by step, nor found by a loop of its own."""
     U, zs = R(1, 12, 3), R(0, 4, STEPS, 12)
