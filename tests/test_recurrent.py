@@ -97,18 +97,9 @@ def total(result):
     return sum(jnp.sum(jnp.sin(a * jnp.arange(1, a.size + 1).reshape(a.shape))) for a in leaves)
 
 
-@exhaustive
-@pytest.mark.parametrize("way", sweep(WAYS, QUICK), ids=str)
-def test_a_sequence_is_its_steps(way):
+def same_in_both_modes(ours, theirs, args):
     """Values, gradients in both modes, and second derivatives."""
-    name, masked, back = way
-    op, reference, (step, *shapes) = SEQUENCES[name]
-    args = (R(0, STEPS, *step), *(R(i, *s) for i, s in enumerate(shapes, 1)))
-    mask = MASK if masked else None
     of = tuple(range(len(args)))
-    ours = lambda *args: total(op(*args, mask, reverse=bool(back)))
-    known = None if mask is None else np.asarray(mask)
-    theirs = lambda *args: total(reference(*args, mask=known, reverse=bool(back)))
 
     def everything(f, gradient):
         g = lambda *args: gradient(f, of)(*args)
@@ -118,6 +109,19 @@ def test_a_sequence_is_its_steps(way):
     found = jax.jit(lambda: [everything(ours, d) for d in (jax.grad, fnn.grad, jax.jacfwd)])()
     for of_mode in found:
         chex.assert_trees_all_close(of_mode, wanted, rtol=1e-9, atol=1e-9)
+
+
+@exhaustive
+@pytest.mark.parametrize("way", sweep(WAYS, QUICK), ids=str)
+def test_a_sequence_is_its_steps(way):
+    name, masked, back = way
+    op, reference, (step, *shapes) = SEQUENCES[name]
+    args = (R(0, STEPS, *step), *(R(i, *s) for i, s in enumerate(shapes, 1)))
+    mask = MASK if masked else None
+    ours = lambda *args: total(op(*args, mask, reverse=bool(back)))
+    known = None if mask is None else np.asarray(mask)
+    theirs = lambda *args: total(reference(*args, mask=known, reverse=bool(back)))
+    same_in_both_modes(ours, theirs, args)
 
 
 @pytest.mark.parametrize("name", sweep(SEQUENCES, ["gru"]))
@@ -128,16 +132,7 @@ def test_many_steps_of_sequences_that_share_their_weights(name):
     args = (R(0, 2, 17, *step), *shared)
     batched = lambda f: lambda zs, *rest: total(jax.vmap(lambda z: f(z, *rest))(zs))
     ours, theirs = batched(lambda *a: op(*a)), batched(lambda *a: reference(*a))
-    of = tuple(range(len(args)))
-
-    def everything(f, gradient):
-        g = lambda *args: gradient(f, of)(*args)
-        return f(*args), g(*args), jax.jvp(g, args, args)[1]
-
-    wanted = jax.jit(lambda: everything(theirs, jax.grad))()
-    found = jax.jit(lambda: [everything(ours, d) for d in (jax.grad, fnn.grad, jax.jacfwd)])()
-    for of_mode in found:
-        chex.assert_trees_all_close(of_mode, wanted, rtol=1e-9, atol=1e-9)
+    same_in_both_modes(ours, theirs, args)
     # One more vmap, of weights or of sequences; and of weights of their own.
     many = lambda axes: jax.vmap(lambda U, zs: ours(zs, U, *shared[1:]), axes)
     Us, zs = jnp.stack([shared[0], -shared[0]]), jnp.stack([args[0], 2 * args[0]])
