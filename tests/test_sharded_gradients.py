@@ -414,6 +414,7 @@ def test_a_weight_of_groups_on_some_axes_of_a_mesh(case, how):
     with jax.set_mesh(mesh) if how != "not set" else contextlib.nullcontext():
         found = {"fnn.grad": jax.jit(fnn.grad(loss(plain), (0, 1)))(*given)}
         if "padding" not in options:
+            strides = options.get("window_strides", (1,) * (w.ndim - 2))
             ours = lambda x, w: fnn.ops.convolution(
                 x,
                 w,
@@ -421,7 +422,6 @@ def test_a_weight_of_groups_on_some_axes_of_a_mesh(case, how):
                 padding=lax.padtype_to_pads(x.shape[1:-1], w.shape[2:], strides, "SAME"),
                 stride=strides,
             )
-            strides = options.get("window_strides", (1,) * (w.ndim - 2))
             for name, grad in (("jax.grad", jax.grad), ("fnn.grad of ours", fnn.grad)):
                 found[name] = jax.jit(grad(loss(ours), (0, 1)))(*given)
     for name, gradients in found.items():

@@ -53,6 +53,8 @@ from fnn.convolution import weights, windows
 from fnn.convolution.windows import (
     Window,
     block_by_block,
+    in_order_of,
+    in_usual_order,
     matrix_of,
     out_space,
     padded,
@@ -109,10 +111,9 @@ def _by_formula(
         return None
     if out_sharding is not None or any(sharding_of(a) is not None for a in (x, w)):
         return None
-    x_spec, w_spec, y_spec = dimension_numbers
-    x = lax.transpose(x, (x_spec[0], *x_spec[2:], x_spec[1]))  # (batch, space..., in)
+    _, w_spec, y_spec = dimension_numbers
     as_it_lies = w
-    w = lax.transpose(w, (*w_spec[2:], w_spec[1], w_spec[0]))  # (window..., in, out)
+    x, w = in_usual_order(x, w, dimension_numbers)
     window = Window(*map(tuple, (window_strides, map(tuple, padding), lhs_dilation, rhs_dilation)))
     out = out_space(x, w, window)
     if min(*x.shape, *w.shape, *out, 1) == 0:
@@ -122,7 +123,7 @@ def _by_formula(
     is_gradient = places > out_places and feature_group_count == 1  # of a weight
     if max(feature_group_count, batch_group_count) == 1:
         if _is_of_one_pixel(x, window):
-            return _in_order(_of_one_pixel(x, as_it_lies, w_spec, window, out, **how), y_spec)
+            return in_order_of(_of_one_pixel(x, as_it_lies, w_spec, window, out, **how), y_spec)
         if is_gradient:
             y = weights.weight_as_it_lies(x, w, window, out, y_spec, **how)
             if y is not None:
@@ -130,7 +131,7 @@ def _by_formula(
         else:
             y = _with_w_as_it_lies(x, as_it_lies, w_spec, window, out, **how)
             if y is not None:
-                return _in_order(y, y_spec)
+                return in_order_of(y, y_spec)
     if batch_group_count > 1:
         if is_gradient and weights.pays_for_each(x, w, window, out, batch_group_count):
             y = _for_each_group(x, 0, w, window, out, batch_group_count, **how)
@@ -149,13 +150,7 @@ def _by_formula(
         y = _phase_by_phase(x, w, window, out, feature_group_count, **how)
     else:
         y = _window_by_window(x, w, window, out, feature_group_count, **how)
-    return _in_order(y, y_spec)
-
-
-def _in_order(y, y_spec) -> jax.Array:
-    """(batch, space..., features) with each axis where it belongs."""
-    order = (y_spec[0], *y_spec[2:], y_spec[1])
-    return lax.transpose(y, tuple(int(d) for d in numpy.argsort(order)))
+    return in_order_of(y, y_spec)
 
 
 def _is_of_one_pixel(x, window: Window) -> bool:

@@ -51,6 +51,19 @@ class Window(NamedTuple):
     holes: tuple[int, ...]
 
 
+def in_usual_order(x, w, numbers) -> tuple[jax.Array, jax.Array]:
+    """x as (batch, space..., in), and w as (window..., in, out)."""
+    x_spec, w_spec, _ = numbers
+    x = lax.transpose(x, (x_spec[0], *x_spec[2:], x_spec[1]))
+    return x, lax.transpose(w, (*w_spec[2:], w_spec[1], w_spec[0]))
+
+
+def in_order_of(y, y_spec) -> jax.Array:
+    """(batch, space..., features) with each axis where it belongs."""
+    order = (y_spec[0], *y_spec[2:], y_spec[1])
+    return lax.transpose(y, tuple(int(d) for d in numpy.argsort(order)))
+
+
 def out_space(x, w, window: Window) -> list[int]:
     """The output's size along each axis of space."""
     found = []

@@ -80,11 +80,15 @@ def twin(
 def _lowering(run: Callable, divided: Callable | None) -> Callable:
     """The rule by which JAX lowers a primitive of one result to what `run` does, or `divided`."""
 
+    alone = mlir.lower_fun(run, multiple_results=False)
+    if divided is None:
+        return alone
+
     def either(a, b, **params):
-        found = divided(a, b, **params) if divided is not None else None
+        found = divided(a, b, **params)
         return run(a, b, **params) if found is None else found
 
-    alone, among = (mlir.lower_fun(f, multiple_results=False) for f in (run, either))
+    among = mlir.lower_fun(either, multiple_results=False)
 
     def lowered(context, *args, **params):
         return (among if _is_divided(context) else alone)(context, *args, **params)

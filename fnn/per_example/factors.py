@@ -102,16 +102,13 @@ def _where_they_meet(rule: Rule, is_parameter: Sequence[bool]) -> Rule:
         ins, saved = saved
         products: list = [None] * len(ins)
         left = list(needed)
-        meet = MEETINGS.get(equation.name)
         if call_of(equation) is not None:
             found = operations.gradients(rule, equation, left, is_parameter, saved, g, opaque)
             if found is not None:
                 return _as_terms(found, is_parameter, equation)
-        for k, of_parameter in enumerate(is_parameter):
-            if meet is not None and of_parameter and needed[k]:
-                term = meet(k, g[0] if len(g) == 1 else g, ins, equation.params)
-                if term is not None:
-                    products[k], left[k] = Terms((term,)), False
+        wanted = [n and of_parameter for n, of_parameter in zip(needed, is_parameter, strict=True)]
+        for k, term in _met(equation, wanted, ins, g).items():
+            products[k], left[k] = Terms((term,)), False
         if any(left):
             found = rule.backward(equation, left, saved, g, opaque)
             for k, product in enumerate(_as_terms(found, is_parameter, equation)):
@@ -178,9 +175,18 @@ def _new_factors(equation: Equation, needed: Sequence[bool], ins: Sequence, g: S
     """The factors that a dense gradient g gets in an equation, by the number of the input."""
     if equation.name not in _NEW_FACTORS:
         return {}
-    meet = MEETINGS[equation.name]
-    larger = [k for k, wanted in enumerate(needed) if wanted and ins[k].size > g[0].size]
-    found = {k: meet(k, g[0], ins, equation.params) for k in larger}
+    larger = [n and x.size > g[0].size for n, x in zip(needed, ins, strict=True)]
+    return _met(equation, larger, ins, g)
+
+
+def _met(equation: Equation, wanted: Sequence[bool], ins: Sequence, g: Sequence) -> dict:
+    """The terms of the wanted inputs that have factors, by the number of the input."""
+    meet = MEETINGS.get(equation.name)
+    if meet is None:
+        return {}
+    upstream = g[0] if len(g) == 1 else g
+    numbers = [k for k, is_wanted in enumerate(wanted) if is_wanted]
+    found = {k: meet(k, upstream, ins, equation.params) for k in numbers}
     return {k: term for k, term in found.items() if term is not None}
 
 

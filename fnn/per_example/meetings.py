@@ -4,6 +4,8 @@ A table of rules, one for each primitive in which the gradient has factors:
 
     meet(k, g, ins, params) -> term, or None where it has no factors after all
 
+Of products and look-ups among parameters alone they make factors of a dense gradient, too.
+
 k is the number of the argument that is the parameter, g the upstream gradient (of several results
 a list, with None for zero), ins the arguments, params the equation's parameters.
 """

@@ -89,7 +89,7 @@ def _pass_add(k, term, ins, equation, flat):
 
 def _pass_mul(k, term, ins, equation, flat):
     """w = c v, with one number c: (c G)ᵀ A for v, ⟨Gᵀ A, v⟩ for c."""
-    if _is_one_number(k, ins):
+    if _is_scalar(k, ins):
         return _along_one_number(term, ins[1 - k], ins[k])
     if ins[k].shape != flat.avals[equation.outs[0]].shape:
         return None
@@ -99,7 +99,7 @@ def _pass_mul(k, term, ins, equation, flat):
 
 def _pass_div(k, term, ins, equation, flat):
     """w = v / c, with one number c: (G / c)ᵀ A for v, −⟨Gᵀ A, w⟩ / c for c."""
-    if _is_one_number(k, ins) and k == 1:
+    if _is_scalar(k, ins) and k == 1:
         c = ins[1]
         return _along_one_number(_scaled(term, -1 / c), ins[0] / c, c)
     if k == 1 or ins[0].shape != flat.avals[equation.outs[0]].shape:
@@ -108,7 +108,7 @@ def _pass_div(k, term, ins, equation, flat):
     return None if c is None else _scaled(term, 1 / c)
 
 
-def _is_one_number(k: int, ins) -> bool:
+def _is_scalar(k: int, ins) -> bool:
     """Is argument k one number that multiplies all entries of the other?"""
     return jnp.shape(ins[k]) == () != jnp.shape(ins[1 - k])
 
