@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import compiled_programs
 from jax import lax
 from sweeps import exhaustive, sweep
 
@@ -804,17 +805,11 @@ def test_a_checked_rule_made_in_a_function_is_not_kept():
 
 def test_eager_gradients_compile_once():
     f, x = lambda x: jnp.sum(jnp.tanh(x) ** 2 * 3), jnp.ones(5)
-    compiled = []
-    listen = lambda event, seconds, **_: compiled.append(event)
     for use in (lambda: fnn.grad(f)(x), lambda: fnn.value_and_grad(f)(x)):
         use()
-        jax.monitoring.register_event_duration_secs_listener(listen)
-        try:
-            del compiled[:]
+        with compiled_programs() as programs:
             use()
-        finally:
-            jax.monitoring.unregister_event_duration_listener(listen)
-        assert not [event for event in compiled if "backend_compile" in event]
+        assert not programs
 
 
 # -------------------------------------------------------------------------- other people's rules

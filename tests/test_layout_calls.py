@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import compiled_programs
 from jax.sharding import PartitionSpec as P
 from sweeps import exhaustive
 from test_layout_training import KEY, LAYOUTS, LOSS, NET, PARAMS, close
@@ -53,10 +54,12 @@ def counted(monkeypatch):
     return seen, programs
 
 
-def assert_one_program(step):
+def train_in_one_program(layout, data=(X, Y), **options):
+    with compiled_programs() as compiled:
+        step, result = train(layout, data, **options)
     assert len(step.programs.traces) == 1
-    # JAX's table of quick calls: beside what was compiled it sometimes has nothing.
-    assert step.programs.run._cache_size() <= 1
+    assert compiled.count("jit(run)") == 1
+    return result
 
 
 def sent(compiled):
@@ -69,11 +72,10 @@ def sent(compiled):
 
 def test_many_steps_a_call_in_one_program(counted, alone):
     seen, programs = counted
-    step, result = train(FULL, steps_per_call=2)
+    result = train_in_one_program(FULL, steps_per_call=2)
     close(result.params, alone.params)
     close(result.steps, alone.steps)
     assert seen == [("rows", 2), ("rows", 1)] * 3
-    assert_one_program(step)
     (_, args), data = programs[0], programs[0][1][2]
     assert all(x.sharding == FULL.everywhere for x in jax.tree.leaves(data))
     # And nothing is sent that one step alone doesn't send: the rows of a batch are there already.
@@ -122,10 +124,8 @@ def of_positions(params, example, mode):
 def test_data_that_do_not_fit_come_from_the_host(counted, alone, monkeypatch):
     seen, _ = counted
     monkeypatch.setattr(sources, "fits", lambda data, layout=None: False)
-    step, result = train(FULL)
-    close(result.params, alone.params)
+    close(train_in_one_program(FULL).params, alone.params)
     assert {kind for kind, _ in seen} == {"batch"} and len(seen) == 9
-    assert_one_program(step)
 
 
 def test_each_device_counts_in_what_fits(monkeypatch):
@@ -147,9 +147,9 @@ def test_a_stream_has_one_program(counted):
     batches = [(X[i : i + 16], Y[i : i + 16]) for i in range(0, 44, 16)]
     wanted = train(None, batches, epochs=2)[1]
     for place in (lambda x: x, FULL.place_batch, jnp.asarray):
-        step, result = train(FULL, [jax.tree.map(place, b) for b in batches], epochs=2)
+        placed = [jax.tree.map(place, b) for b in batches]
+        result = train_in_one_program(FULL, placed, epochs=2)
         close(result.params, wanted.params)
-        assert_one_program(step)
         assert result.steps["loss"].shape == (6,)
 
 
@@ -224,39 +224,34 @@ def test_evaluation_has_one_program():
     wanted = {"loss": np.mean(each[0])} | {n: np.mean(v, 0) for n, v in each[1].items()}
     for layout in (None, FULL):
         evaluation = Evaluation(lambda: loss)
-        for data in ((X, Y), [(X[:16], Y[:16]), (X[16:32], Y[16:32]), (X[32:], Y[32:])]):
-            size = None if isinstance(data, list) else 16
-            source = fnn.train.data.batches_of(
-                "evaluate",
-                data,
-                batch_size=size,
-                shuffle=False,
-                epochs=1,
-            )
-            found = evaluation.means(PARAMS, {}, source, None, False, layout=layout)
-            for name, value in wanted.items():
-                np.testing.assert_allclose(found[name], value, rtol=1e-6)
+        with compiled_programs() as compiled:
+            for data in ((X, Y), [(X[:16], Y[:16]), (X[16:32], Y[16:32]), (X[32:], Y[32:])]):
+                size = None if isinstance(data, list) else 16
+                source = fnn.train.data.batches_of(
+                    "evaluate", data, batch_size=size, shuffle=False, epochs=1
+                )
+                found = evaluation.means(PARAMS, {}, source, None, False, layout=layout)
+                for name, value in wanted.items():
+                    np.testing.assert_allclose(found[name], value, rtol=1e-6)
         assert evaluation.traces == ["means"]
-        assert evaluation._means._cache_size() <= 1
+        assert compiled.count("jit(means)") == 1
 
 
-def test_a_second_fit_compiles_nothing(caplog):
+def test_a_second_fit_compiles_nothing():
     step, _ = train(FULL)
-    with jax.log_compiles(True), caplog.at_level("WARNING"):
+    with compiled_programs() as compiled:
         fnn.fit(step, PARAMS, (X, Y), batch_size=16, epochs=1, key=KEY, progress=False)
-    told = [r.getMessage() for r in caplog.records]
-    assert not [message for message in told if message.startswith("Compiling")]
+    assert not compiled
 
 
-def test_a_second_fit_by_name_compiles_nothing(caplog):
+def test_a_second_fit_by_name_compiles_nothing():
     def run():
         fnn.fit(LOSS, PARAMS, (X, Y), ADAM, **OPTIONS, layout=FULL)
 
     run()
-    with jax.log_compiles(True), caplog.at_level("WARNING"):
+    with compiled_programs() as compiled:
         run()
-    told = [r.getMessage() for r in caplog.records]
-    assert not [message for message in told if message.startswith("Compiling")]
+    assert not compiled
 
 
 def test_a_layout_that_is_none():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import compiled_programs
 from sweeps import exhaustive, sweep
 
 import fnn
@@ -342,11 +343,12 @@ UPDATE = optax.GradientTransformation(_init, _update)
 def test_compiled_once_in_buffers_of_its_own(nonfinite):
     step = train_step(LOSS, optax.adam(0.1), nonfinite=nonfinite, **OPTIONS)
     state = step.init(PARAMS)
-    for _ in range(3):
-        old = state
-        state, _ = step(state, DATA)
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
-    assert step._compiled._cache_size() == 1
+    with compiled_programs() as programs:
+        for _ in range(3):
+            old = state
+            state, _ = step(state, DATA)
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+    assert programs.count("jit(step)") == 1
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(PARAMS))
 
 
