@@ -493,6 +493,16 @@ def test_a_cell_draws_anew_in_each_step():
     np.testing.assert_array_equal(again, dropped)
 
 
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_cell_starts_from_its_own_start(remat):
+    """With a cache and without; that of numpy's numbers too."""
+    layer = recurrent(lambda h, x: (h + x, h + x), lambda x: np.array([1, -2.0]), remat=remat)
+    x = R(0, 5, 2)
+    wanted = np.array([1, -2]) + np.cumsum(x, 0)
+    np.testing.assert_allclose(layer({}, x), wanted, rtol=1e-12)
+    np.testing.assert_allclose(layer.apply({}, layer.init_cache(5, x), x)[0], wanted, rtol=1e-12)
+
+
 def test_a_key_is_used_once_and_looked_at_first():
     drawn = {}
 

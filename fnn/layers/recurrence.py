@@ -2,7 +2,7 @@
 
 All of them are for one sequence `(steps, features)` and give `(steps, hidden)`:
 
-    ys = layer(params, x)                      from a memory of zeros
+    ys = layer(params, x)                      from a memory of zeros, or a cell's own start
     ys = layer(params, x, mask)                mask: booleans (steps,), or how many steps there are
     ys = layer(params, x, mask, carry)         from another memory; mask may be None
 
@@ -65,12 +65,13 @@ class Recurrent(Layer):
             arguments.flag(type(self).__name__, option, getattr(self, option))
 
     def start(self, x: Any) -> Any:
-        """What is carried into the first step: zeros; x is one step's input, or its type."""
+        """What is carried into the first step; x is one step's input, or its type."""
         raise NotImplementedError
 
     def nothing(self, params: Any, x: Any, types: Any) -> Any:
         """The memory to start from where none is given, of these types."""
-        return jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), types)
+        start = self.start(_step_of(x))
+        return jax.tree.map(lambda a, t: jnp.asarray(a, t.dtype), start, types)
 
     def steps(
         self, params: Any, x: Any, mask: Any, carry: Any, mode: Mode, keys: Any = None
