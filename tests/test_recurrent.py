@@ -503,6 +503,15 @@ def test_a_cell_starts_from_its_own_start(remat):
     np.testing.assert_allclose(layer.apply({}, layer.init_cache(5, x), x)[0], wanted, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int32", "int64", "uint8"])
+def test_the_number_of_steps_may_be_of_any_integer_dtype(dtype):
+    layer = RNN(3)
+    params = layer.init(KEY, X)
+    with jax.numpy_dtype_promotion("strict"):
+        found = layer(params, X, jnp.asarray(2, dtype))
+    np.testing.assert_array_equal(found, layer(params, X, 2))
+
+
 def test_a_key_is_used_once_and_looked_at_first():
     drawn = {}
 
@@ -741,6 +750,8 @@ def test_wrong_shapes_of_layers():
     ]:
         with pytest.raises(LayerError, match=match):
             layer(own, *args)
+    with pytest.raises(TypeError, match=r"^LSTM\(3\): mask must be an array, but got \[True"):
+        layer(own, X, [True] * 7)
     with pytest.raises(LayerError, match=r"U of shape \(12, 3\), but got one of shape \(3, 12\)"):
         layer(own | {"U": own["U"].T}, X)
     with pytest.raises(LayerError, match="has no cache"):

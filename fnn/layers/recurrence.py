@@ -46,7 +46,7 @@ from fnn.layers.layer import (
 )
 from fnn.layers.mode import EVALUATE, Mode
 from fnn.layers.net import Net, Network, hands_mask_on, in_loop
-from fnn.precision import wide_dtype, widest
+from fnn.precision import signed, wide_dtype, widest
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -540,13 +540,15 @@ def _check_steps(layer: Recurrent, x: Any) -> None:
 
 def _as_mask(layer: Recurrent, mask: Any, count: int) -> jax.Array:
     """Booleans, one for each step; of an integer, how many steps there are."""
+    arguments.array(f"{layer}", "mask", mask)
     shape, dtype = jnp.shape(mask), jnp.result_type(mask)
     if shape == () and jnp.issubdtype(dtype, jnp.integer):
         if arguments.is_known(mask) and not 0 <= int(mask) <= count:
             raise LayerError(
                 f"{layer} was told that {int(mask)} steps count, but the sequence has {count}."
             )
-        return jnp.arange(count) < mask
+        steps = signed(jnp.asarray(mask))
+        return jnp.arange(count, dtype=steps.dtype) < steps
     if shape != (count,) or not jnp.issubdtype(dtype, jnp.bool_):
         raise LayerError(
             f"{layer} wants a mask of booleans of shape {(count,)}, or an integer, the number of "
