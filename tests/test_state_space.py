@@ -161,6 +161,12 @@ def test_the_start_is_finite_where_the_ring_begins_at_nothing():
 
 
 @exhaustive
+def test_a_phase_smaller_than_the_smallest_angle_that_is_drawn():
+    angle = np.exp(LRU(4, phase=1e-9).init(KEY, R(0, 3, 2))["theta"])
+    assert np.all((angle > 0) & (angle <= 1e-9 * (1 + 1e-9)))
+
+
+@exhaustive
 def test_where_the_layer_starts():
     params = LRU(4000, least=0.5, most=0.9, phase=1.0).init(KEY, jnp.zeros((1, 2)))
     size, angle = np.exp(-np.exp(params["nu"])), np.exp(params["theta"])

@@ -79,7 +79,8 @@ class LRU(Layer):
         # No exact 0, of which ν is inf; and no exact 1, of which it is −inf, by rounding.
         info = jnp.finfo(dtype)
         square = jnp.clip(square, float(info.tiny), 1 - float(info.epsneg))
-        angle = jax.random.uniform(keys[1], (self.states,), dtype, minval=1e-6, maxval=self.phase)
+        least = min(1e-6, self.phase)
+        angle = jax.random.uniform(keys[1], (self.states,), dtype, minval=least, maxval=self.phase)
         normal = lambda key, name, size: (
             jax.random.normal(key, shapes[name], dtype) / jnp.sqrt(jnp.asarray(size, dtype))
         )
