@@ -417,6 +417,11 @@ def test_weight_norm():
     params = layer.init(KEY, X[0, 0])
     assert jax.tree.map(jnp.shape, params) == {"v": (3, 6), "g": (3,), "b": (3,)}
     np.testing.assert_allclose(layer(params, X), Linear(3)(Linear(3).init(KEY, X), X), rtol=1e-12)
+    for dtype, size in (("float64", 1e-200), ("float64", 1e200), ("float16", 1e-4)):
+        start = lambda key, shape, _, dtype=dtype, size=size: jnp.full(shape, size, dtype)
+        small = WeightNorm(Linear(3, weight_init=start, use_bias=False)).init(KEY, X[0, 0])
+        np.testing.assert_allclose(small["g"], size * np.sqrt(6), rtol=1e-3)
+        assert small["g"].dtype == dtype
     params["g"] = 2 * params["g"]
     params["v"] = params["v"] * jnp.asarray([[1e-200], [1.0], [1e200]])  # whose squares are none
     wanted = 2 * (layer(layer.init(KEY, X[0, 0]), X))

@@ -26,6 +26,7 @@ from fnn.layers.layer import (
 from fnn.layers.mode import EVALUATE, Mode
 from fnn.ops.arguments import must_be_real
 from fnn.ops.normalization import check_mask, power_iteration, standardize
+from fnn.precision import wide
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -307,7 +308,10 @@ class WeightNorm(Layer):
     def init(self, key: chex.PRNGKey, *xs: Any) -> dict:
         own = self.layer.init(key, *xs)
         v = weight(self, own)
-        lengths = jnp.linalg.norm(v.reshape(v.shape[0], -1), axis=1)
+        # As v's product with its direction, of which no square is too small or too large.
+        z = wide(v)
+        direction = ops.weight_norm(z, jnp.ones(v.shape[:1], z.dtype))
+        lengths = jnp.sum(direction * z, axis=tuple(range(1, v.ndim))).astype(v.dtype)
         return {name: w for name, w in own.items() if name != "W"} | {"v": v, "g": lengths}
 
     def init_state(self, *xs: Any) -> dict:
