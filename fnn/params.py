@@ -274,7 +274,7 @@ DTYPES = frozenset(map(np.dtype, ["?", *"bhilqBHILQefdF"])) | {np.dtype(jnp.bflo
 def _for_file(path: str, leaf: Any) -> np.ndarray:
     """A leaf as the format takes it: contiguous, and of a dtype that it knows."""
     dtype = getattr(leaf, "dtype", np.result_type(type(leaf)) if np.isscalar(leaf) else None)
-    if dtype not in DTYPES:
+    if dtype not in DTYPES or isinstance(leaf, jax.ShapeDtypeStruct):
         key = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
         hint = " Save jax.random.key_data(key) in its place." if key else ""
         raise TypeError(

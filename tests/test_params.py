@@ -164,6 +164,7 @@ def test_what_cannot_be_saved(tmp_path):
         "word": ("text", r"a\.word must be an array"),
         "complex128": (np.ones(2, complex), r"a\.complex128 must be an array"),
         "objects": (np.array([None]), r"a\.objects must be an array"),
+        "type": (jax.ShapeDtypeStruct((2,), jnp.float32), r"a\.type must be an array"),
     }.items():
         with pytest.raises(TypeError, match=said):
             by_path.save(file, {"a": {name: leaf}})
