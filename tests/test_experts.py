@@ -219,6 +219,12 @@ def test_in_networks():
         MixtureOfExperts(Linear(4), 3, 4)
 
 
+def test_positions_of_numpy():
+    layer, x = MixtureOfExperts(Linear(3), 2), np.ones((4, 5))
+    params = layer.init(KEY, x)
+    np.testing.assert_array_equal(layer(params, x), layer(params, jnp.asarray(x)))
+
+
 @exhaustive
 def test_no_positions():
     layer = layers.MixtureOfExperts(layers.GatedMLP(4), 3, return_losses=True)

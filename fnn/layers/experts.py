@@ -102,6 +102,7 @@ class MixtureOfExperts(Layer):
     def __call__(self, params: Any, x: Any, mode: Mode = EVALUATE) -> Any:
         features, capacity = self._features(x), self._capacity(x)
         self._check(params, features, x)
+        x = jnp.asarray(x)
         if not len(x):
             return self._of_nothing(params, x)
         routing = ops.top_k_routing(x @ params["router"]["W"].T, self.k, capacity)
