@@ -245,6 +245,12 @@ def test_positions(layer):
             layer(params, sequence(T + 1, D))
 
 
+def test_positions_of_integers_are_not_rounded():
+    x = sequence()
+    layer, zeros = SinusoidalPositions(), jnp.zeros((T, D), jnp.int32)
+    np.testing.assert_allclose(layer({}, zeros), layer({}, x) - x, atol=1e-6)
+
+
 def test_rotary_depends_on_differences():
     q, k = sequence(2, 1, D), sequence(2, 1, D, seed=1)
     at = lambda x, t: ops.rotary(x, jnp.asarray([t, t + 3]))

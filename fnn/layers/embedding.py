@@ -160,7 +160,8 @@ class SinusoidalPositions(_Positions):
 
     def _at(self, params: Any, positions: Any, x: Any) -> Any:
         check_params(self, params, {})
-        return sinusoidal_positions(positions, x.shape[-1], base=self.base).astype(x.dtype)
+        y = sinusoidal_positions(positions, x.shape[-1], base=self.base)
+        return y.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else y
 
 
 def _check_initializer(layer: Layer, option: str) -> None:
