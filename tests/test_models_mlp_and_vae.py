@@ -97,6 +97,9 @@ def test_vae_is_its_formula():
     np.testing.assert_allclose(
         models.negative_elbo(found, X[0], beta=3.0), error + 3 * kl, rtol=1e-9
     )
+    with jax.numpy_dtype_promotion("strict"):
+        found = models.negative_elbo(found, X[0], beta=jnp.float16(3))
+    np.testing.assert_allclose(found, error + 3 * kl, rtol=1e-9)
 
 
 @exhaustive

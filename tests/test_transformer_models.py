@@ -285,6 +285,17 @@ def test_a_gpt_learns_by_heart():
     assert max(losses) < 1, losses
 
 
+def test_numbers_of_generation_may_be_of_any_dtype():
+    net = tiny_gpt2(depth=1)
+    params = params_of(net, TOKENS)
+    draw = lambda **options: models.generate(net, params, TOKENS, 3, KEY, **options)
+    wanted = draw(temperature=0.5, top_p=0.75)
+    for dtype in ("float16", "float32", "float64"):
+        with jax.numpy_dtype_promotion("strict"):
+            found = draw(temperature=jnp.asarray(0.5, dtype), top_p=jnp.asarray(0.75, dtype))
+        np.testing.assert_array_equal(found, wanted)
+
+
 def test_of_equal_logits_no_more_are_likely_than_asked_for():
     for options in ({"top_k": 2, "top_p": None}, {"top_k": None, "top_p": 0.4}):
         np.testing.assert_array_equal(likely(jnp.ones(5), **options) == 1, [1, 1, 0, 0, 0])

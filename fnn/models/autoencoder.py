@@ -128,7 +128,7 @@ def negative_elbo(output: Reconstruction, x: chex.Array, *, beta: float = 1.0) -
             "the shape of the logits."
         )
     error = ops.sigmoid_binary_cross_entropy(output.logits, x)
-    return error + (beta * divergence).astype(error.dtype)
+    return error + (jnp.asarray(beta, divergence.dtype) * divergence).astype(error.dtype)
 
 
 def decode(model: Network, params: dict, z: chex.Array) -> jax.Array:

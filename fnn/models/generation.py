@@ -134,7 +134,8 @@ def _generate(net, params, prompt, inputs, key, temperature, top_p, *, n, top_k,
         # Differences from the largest, for a small temperature would make several of them inf.
         logits = wide(logits)
         least = jnp.finfo(logits.dtype).tiny
-        logits = (logits - jnp.max(logits)) / jnp.maximum(temperature, least).astype(logits.dtype)
+        t = jnp.asarray(temperature, logits.dtype)
+        logits = (logits - jnp.max(logits)) / jnp.maximum(t, least)
         logits = likely(logits, top_k, top_p)
         return jax.random.categorical(key, logits).astype(jnp.int32)
 
@@ -164,5 +165,5 @@ def likely(logits: jax.Array, top_k: int | None, top_p: Any) -> jax.Array:
         ordered = jnp.where(jnp.arange(logits.size) < top_k, ordered, -jnp.inf)
     if top_p is not None:
         p = jax.nn.softmax(wide(ordered))
-        ordered = jnp.where(jnp.cumsum(p) - p < top_p, ordered, -jnp.inf)
+        ordered = jnp.where(jnp.cumsum(p) - p < jnp.asarray(top_p, p.dtype), ordered, -jnp.inf)
     return jnp.zeros_like(logits).at[order].set(ordered, unique_indices=True)
