@@ -533,6 +533,14 @@ def test_state_is_kept_by_kind_and_batches_by_kind():
     assert ys.shape == (5, 2, 3)
 
 
+def test_what_init_makes_leaks_no_tracer():
+    net = chain(hidden=repeat(chain(Linear(3)), 2), norm=BatchNorm())
+    with jax.checking_leaks():
+        params, state = net.init(KEY, jnp.ones(3)), net.init_state(jnp.ones(3))
+    assert params["hidden"]["0"]["W"].shape == (2, 3, 3)
+    assert state["statistics"]["norm"]["mean"].shape == (3,)
+
+
 def test_mode_is_a_pytree_whose_one_leaf_is_the_key():
     mode = training(KEY, "batch")
     assert len(jax.tree.leaves(mode)) == 1 and jax.tree.leaves(EVALUATE) == []

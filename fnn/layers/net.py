@@ -139,8 +139,9 @@ class Network(Layer):
         making = _Making(None, length)
 
         def run_body(*xs):
-            making.key = jax.random.key(0)
-            return self.body(Net(self, {}, {}, EVALUATE, making), *xs)
+            # Not in `making`, which outlives the trace; what is noted goes to its dicts.
+            here = dataclasses.replace(making, key=jax.random.key(0))
+            return self.body(Net(self, {}, {}, EVALUATE, here), *xs)
 
         with jax.numpy_dtype_promotion("standard"):
             jax.eval_shape(run_body, *xs)
