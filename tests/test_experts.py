@@ -219,6 +219,15 @@ def test_in_networks():
         MixtureOfExperts(Linear(4), 3, 4)
 
 
+def test_strict_promotion_of_float32_with_x64():
+    layer, x = MixtureOfExperts(Linear(3), 2, 1, capacity_factor=1.0), R(0, 4, 5).astype("float32")
+    params = jax.tree.map(lambda a: a.astype("float32"), layer.init(KEY, x))
+    with jax.numpy_dtype_promotion("strict"):
+        found = jax.jit(layer)(params, x)
+    assert found.dtype == "float32"
+    np.testing.assert_allclose(found, layer(params, x), rtol=1e-5)
+
+
 def test_positions_of_numpy():
     layer, x = MixtureOfExperts(Linear(3), 2), np.ones((4, 5))
     params = layer.init(KEY, x)

@@ -95,7 +95,7 @@ def top_k_routing(logits: chex.Array, k: int, capacity: int | None = None) -> Ro
     # All first choices come before the second ones.
     in_order = is_chosen.swapaxes(0, 1).reshape(k * tokens, count)
     before = jnp.cumsum(in_order, axis=0) - in_order
-    places = jnp.sum(before * in_order, axis=-1).reshape(k, tokens).T
+    places = jnp.sum(before * in_order, axis=-1, dtype=jnp.int32).reshape(k, tokens).T
     if capacity is None:
         capacity = max(tokens, 1)
     else:
