@@ -117,6 +117,14 @@ def test_step_by_step_as_at_once(name):
     assert jnp.all(jnp.isnan(steps[T - 3 :, 1])), "beyond the cache"
 
 
+def test_going_on_from_a_cache_that_has_room_makes_no_nan():
+    layer, x = Attention(2, causal=True), sequence()
+    params = layer.init(KEY, x)
+    with jax.debug_nans(True):
+        y, _ = layer.extend(params, layer.init_cache(T, x), x)
+    np.testing.assert_allclose(y, layer(params, x), rtol=1e-5, atol=1e-6)
+
+
 CROSSED = {
     "all": {},
     "rotary": {"rotary": 100.0, "kv_heads": 2},

@@ -9,6 +9,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fnn import arguments
@@ -225,7 +226,8 @@ class Attention(Layer):
             block=max(size, size**2 // max(count, 1)),
             **options,
         )
-        y = jnp.where(fits, y, jnp.asarray(jnp.nan, y.dtype))
+        # NumPy's nan: one that JAX makes is found by jax.debug_nans.
+        y = jnp.where(fits, y, np.asarray(np.nan, y.dtype))
         return y, state | {"cache": {"k": k, "v": v, "position": start + count}}
 
     def _with_these(
