@@ -163,6 +163,14 @@ def test_where_nothing_has_a_direction():
     assert jax.grad(ops.pinball)(x, x).tolist() == [0, 0, 0, 0]
 
 
+def test_info_nce_under_jit_of_keys_known_outside():
+    positive = jnp.arange(6)
+    found = jax.jit(lambda x: ops.info_nce(x, Y, positive))(X)
+    np.testing.assert_allclose(found, ops.info_nce(X, Y, positive), rtol=1e-6)
+    with pytest.raises(ValueError, match="'positive' holds 5, but there are 5 keys"):
+        jax.jit(lambda x: ops.info_nce(x, Y[:5], positive))(X)
+
+
 def test_a_sequence_that_cannot_be_spelt():
     @jax.jit
     def of(labels, frames, length):

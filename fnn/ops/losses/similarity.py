@@ -5,6 +5,7 @@ from __future__ import annotations
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fnn import arguments
@@ -208,7 +209,8 @@ def info_nce(
             f"a query of shape {query.shape}."
         )
     if arguments.is_known(positive):
-        wrong = positive[(positive < 0) | (positive >= len(keys))]
+        known = np.asarray(positive)  # under jit JAX's comparison of known numbers is traced
+        wrong = known[(known < 0) | (known >= len(keys))]
         if wrong.size:
             raise ValueError(
                 f"{op}: argument 'positive' holds {wrong[0]}, but there are {len(keys)} keys."
