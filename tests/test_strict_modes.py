@@ -75,6 +75,26 @@ def test_debug_nans_finds_an_operation_s_nan():
         log(jnp.asarray(-1.0))
 
 
+def test_debug_nans_finds_none_where_labels_and_indices_are_right():
+    """Outside jit, where fnn.grad computes operation by operation."""
+    x, labels, ignored = jnp.ones((2, 3)), jnp.asarray([1, 2]), jnp.asarray([-100, 2])
+    layer = fnn.layers.Attention(1, causal=True)
+    params, cache = layer.init(jax.random.key(0), x), layer.init_cache(2, x)
+    with jax.debug_nans(True):
+        for f in (
+            lambda x: fnn.ops.softmax_cross_entropy(x, labels),
+            lambda x: fnn.ops.multiclass_hinge(x, labels),
+            lambda x: fnn.ops.linear_softmax_cross_entropy(x, x.T @ x, ignored, ignore=-100),
+            lambda x: fnn.ops.huber(x, x, delta=jnp.inf),
+            lambda x: fnn.ops.embedding(x, jnp.asarray([0, 1])),
+            lambda x: layer.apply(params, cache, x)[0],
+        ):
+            total = lambda x, f=f: jnp.sum(f(x))
+            found = total(x), fnn.grad(total)(x), jax.grad(total)(x)
+            chex.assert_tree_all_finite(found)
+            np.testing.assert_allclose(found[1], found[2], rtol=1e-5, atol=1e-6)
+
+
 # ---------------------------------------------------------------------- jet and checkify
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from fnn import arguments
@@ -20,6 +19,7 @@ from fnn.layers.mode import EVALUATE, Mode
 from fnn.layers.net import in_loop, is_watched
 from fnn.layers.once import unless_there
 from fnn.ops import alibi_slopes, attention, ring_attention, rotary
+from fnn.ops.arguments import one_or_nan
 from fnn.ops.sequences.attention import turns_of
 
 
@@ -226,8 +226,7 @@ class Attention(Layer):
             block=max(size, size**2 // max(count, 1)),
             **options,
         )
-        # NumPy's nan: one that JAX makes is found by jax.debug_nans.
-        y = jnp.where(fits, y, np.asarray(np.nan, y.dtype))
+        y = jnp.where(fits, y, one_or_nan(fits, y.dtype))
         return y, state | {"cache": {"k": k, "v": v, "position": start + count}}
 
     def _with_these(

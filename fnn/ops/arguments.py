@@ -78,6 +78,14 @@ def empty(x: chex.Array | None) -> jax.Array | None:
     return None if x is None else jnp.zeros((0,), x.dtype)
 
 
+def one_or_nan(is_right: chex.Array, dtype) -> jax.Array:
+    """1 where what a call asks for is there, NaN elsewhere, for code that can't raise.
+
+    It is √−1: a NaN that stands in a program `jax.debug_nans` reports, even if nothing is wrong.
+    """
+    return jnp.sqrt(jnp.where(is_right, 1, -1).astype(dtype))
+
+
 def _wanted(op, name, x, what):
     return (
         f"{op}: argument '{name}' of shape {x.shape} has dtype {x.dtype}, wanted {what} "

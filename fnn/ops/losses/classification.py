@@ -21,6 +21,7 @@ from fnn.ops.arguments import (
     must_be_alike,
     must_be_array,
     must_be_real,
+    one_or_nan,
 )
 from fnn.ops.probabilities import log_softmax, softmax
 from fnn.precision import signed, wide
@@ -93,7 +94,7 @@ def _(residuals, g, *, label_smoothing):
         q = q * jnp.sum(wide(p), axis=-1, keepdims=True)
     g, dtype = wide(g)[..., None], p.dtype
     if is_integer(labels):
-        g = g * jnp.where(_is_class(labels, p), 1, jnp.nan)[..., None].astype(g.dtype)
+        g = g * one_or_nan(_is_class(labels, p), g.dtype)[..., None]
     d_logits = (g * (wide(p) * total - q)).astype(dtype)
     if is_integer(labels):
         return d_logits, None
@@ -154,7 +155,7 @@ def _(scores, labels, *, margin):
 def _(residuals, g, *, margin):
     too_close, labels = residuals
     d = wide(g)
-    d = d * jnp.where(_is_class(labels, too_close), 1, jnp.nan).astype(d.dtype)
+    d = d * one_or_nan(_is_class(labels, too_close), d.dtype)
     wrong = jnp.where(too_close, d[..., None], 0)
     return _add_at_label(wrong, labels, -jnp.sum(wrong, axis=-1)).astype(g.dtype), None
 
@@ -392,7 +393,7 @@ def _pick(scores, labels):
     is_class = _is_class(labels, scores)
     index = jnp.where(is_class, signed(labels), 0)[..., None]
     picked = jnp.take_along_axis(scores, index, axis=-1, mode="promise_in_bounds")[..., 0]
-    return jnp.where(is_class, picked, jnp.nan)
+    return picked * one_or_nan(is_class, picked.dtype)
 
 
 def _add_at_label(x, labels, amount):

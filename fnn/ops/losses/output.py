@@ -20,7 +20,7 @@ from jax import lax
 from fnn import arguments
 from fnn.meshes import as_varying, broadcast, explicit_mesh, sharding_of
 from fnn.operation import compiled_rule as rule
-from fnn.ops.arguments import block_size, is_integer, must_be_array, must_be_real
+from fnn.ops.arguments import block_size, is_integer, must_be_array, must_be_real, one_or_nan
 from fnn.precision import product, signed, wide
 
 
@@ -307,8 +307,9 @@ def _at_labels(x, labels, blocks: _Blocks, ignore):
     """x, but 0 where the label is ignored, and NaN where it names no class."""
     index = signed(labels)
     is_class = (index >= 0) & (index < blocks.classes)
-    x = x * jnp.where(is_class, 1, jnp.nan).astype(x.dtype)
-    return x if ignore is None else jnp.where(index == ignore, 0, x)
+    if ignore is not None:
+        x, is_class = jnp.where(index == ignore, 0, x), is_class | (index == ignore)
+    return x * one_or_nan(is_class, x.dtype)
 
 
 def _over_positions(G, h, W):

@@ -110,7 +110,8 @@ def _huber(d, c):
 
 def _clip(d, delta):
     """d between ±δ; a select, for its derivative at |d| = δ is 0 from either side."""
-    return jnp.where(jnp.abs(d) < delta, d, (delta * jnp.sign(d)).astype(d.dtype))
+    at_ends = jnp.where(d < 0, -delta, delta)
+    return jnp.where(jnp.abs(d) >= delta, at_ends.astype(d.dtype), d)
 
 
 @rule

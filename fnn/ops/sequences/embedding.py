@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import arguments
-from fnn.ops.arguments import is_integer, must_be_real
+from fnn.ops.arguments import is_integer, must_be_real, one_or_nan
 from fnn.precision import signed
 
 
@@ -56,4 +56,4 @@ def embedding(E: chex.Array, index: chex.Array) -> jax.Array:
     is_row = (index >= 0) & (index < rows)
     place = E.at[jnp.where(is_row, index, 0)]
     found = place.get(mode="promise_in_bounds", wrap_negative_indices=False)
-    return jnp.where(is_row[..., None], found, jnp.asarray(jnp.nan, E.dtype))
+    return jnp.where(is_row[..., None], found, one_or_nan(is_row[..., None], E.dtype))
