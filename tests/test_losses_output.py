@@ -219,6 +219,7 @@ def test_errors():
         (ValueError, "label_smoothing must be", (h, W, labels), {"label_smoothing": 1.0}),
         (ValueError, "z_loss must be", (h, W, labels), {"z_loss": -1.0}),
         (TypeError, "ignore must be", (h, W, labels), {"ignore": 1.0}),
+        (ValueError, "ignore must be an integer", (h, W, labels), {"ignore": 2**63}),
         (ValueError, "block must be", (h, W, labels), {"block": 0}),
     ):
         with pytest.raises(error, match=f"linear_softmax_cross_entropy: .*{words}"):

@@ -76,7 +76,8 @@ def linear_softmax_cross_entropy(
     smoothing = arguments.fixed_number(where, "label_smoothing", label_smoothing, least=0, below=1)
     z_loss = arguments.fixed_number(where, "z_loss", z_loss, least=0)
     if ignore is not None:
-        ignore = arguments.integer(where, "ignore", ignore)
+        reach = jnp.iinfo(signed(labels).dtype)
+        ignore = arguments.integer(where, "ignore", ignore, least=reach.min, most=reach.max)
     loss, m, r = linear_cross_entropy(
         h,
         W,
