@@ -226,6 +226,23 @@ def test_numbers_of_any_size(size):
     chex.assert_trees_all_close(pull[2], jnp.full(v.shape, 4 / 5), rtol=1e-5)
 
 
+@pytest.mark.parametrize("block", [2, 16])
+def test_of_very_large_scores_the_largest_takes_all(block):
+    """Where scores are rounded to thousands, y is the values of one key, whose gradient is 1."""
+    q, v = arrays((16, 2, 8), (16, 2, 3))
+    f = lambda q, v: ops.attention(1e6 * q, 1e6 * q, v, causal=True, block=block)
+    both = jax.jit(lambda q, v: (f(q, v), jax.vjp(f, q, v)[1](jnp.ones_like(v))))
+    # As users compile it: without LLVM's optimisations a product and a sum are two operations.
+    y, pull = both.lower(q, v).compile({"xla_backend_optimization_level": 3})(q, v)
+    scores = np.einsum("qnh,knh->nqk", *[np.asarray(q, np.float64)] * 2)
+    best = np.argmax(np.where(np.tri(16, dtype=bool), scores, -np.inf), axis=-1)
+    heads = np.arange(2)[:, None]
+    np.testing.assert_allclose(y, np.moveaxis(np.asarray(v)[best, heads], 0, 1), rtol=1e-6)
+    counts = np.stack([np.bincount(of_head, minlength=16) for of_head in best], axis=1)
+    np.testing.assert_allclose(pull[1], np.repeat(counts[..., None], 3, axis=-1), rtol=1e-6)
+    chex.assert_tree_all_finite(pull)
+
+
 def temporaries(f, *types):
     gradient = jax.value_and_grad(lambda *args: jnp.sum(f(*args)), range(len(types)))
     return jax.jit(gradient).lower(*types).compile().memory_analysis().temp_size_in_bytes

@@ -52,7 +52,7 @@ def running(blocks: Blocks, q, k, v, given, total: tuple) -> tuple:
         old_largest, old_sum = blocks.queries(largest, i, 1), blocks.queries(sums, i, 1)
         new = jnp.maximum(old_largest, jnp.max(s, axis=-1))
         shift = jnp.where(new == -jnp.inf, 0, new)
-        p, faded = jnp.exp(s - shift[..., None]), jnp.exp(old_largest - shift)
+        p, faded = jnp.exp(_below(s, shift)), jnp.exp(old_largest - shift)
         new_y = old_y * _beside(faded) + product("cqgk,kch->qcgh", p, blocks.keys(parts.v, j))
         new_sum = old_sum * faded + jnp.sum(p, axis=-1)
         return (
@@ -337,7 +337,13 @@ class Blocks:
     def scores(self, parts: _Parts, i, j):
         """The scores (c, q, g, k) of a block, −inf where a query may not attend."""
         q, k = self.rows(parts.q, i), self.keys(parts.k, j)
-        s = self.plus_bias(parts, self.scale * product("qcgh,kch->cqgk", q, k), i, j)
+        if q.dtype == self.dtype:
+            # Not the scores: compilers make one operation of a product and the difference from the
+            # largest, which rounds once. Scores above 1e10 would exceed the largest by hundreds.
+            s = product("qcgh,kch->cqgk", self.scale * q, k)
+        else:
+            s = self.scale * product("qcgh,kch->cqgk", q, k)
+        s = self.plus_bias(parts, s, i, j)
         allowed = self.allowed(parts, i, j)
         return s if allowed is None else jnp.where(allowed, s, -jnp.inf)
 
@@ -352,10 +358,7 @@ class Blocks:
     def probabilities(self, parts: _Parts, m, r, i, j):
         """P (c, q, g, k), made again from the scores."""
         s, m, r = self.scores(parts, i, j), self.queries(m, i, 1), self.queries(r, i, 1)
-        s = s - m[..., None]
-        # Rounded otherwise than in forward, a very large score may exceed the largest by much.
-        s = s - lax.stop_gradient(jnp.maximum(s, 0))
-        return jnp.exp(s - r[..., None])
+        return jnp.exp(_below(s, m) - r[..., None])
 
     def allowed(self, parts: _Parts, i, j):
         """True where a query may attend to a key; None if all may."""
@@ -407,6 +410,15 @@ def _cut(size: int, block: int) -> tuple[int, int]:
     """How many blocks, and how large: as even as can be."""
     number = max(math.ceil(size / block), 1)
     return number, math.ceil(size / number)
+
+
+def _below(s, largest):
+    """Scores minus the largest of each query, at most 0.
+
+    Rounded otherwise than where it was found, a very large one may exceed it by much.
+    """
+    s = s - largest[..., None]
+    return s - lax.stop_gradient(jnp.maximum(s, 0))
 
 
 def _beside(x):
