@@ -251,6 +251,23 @@ def test_norms_and_products(dtype, name):
         assert (abs(dot - d @ w) <= 2 * error * np.linalg.norm(w) + 1e-37).all()
 
 
+def test_a_convolution_of_several_images_in_one_example():
+    """Each makes one pixel; what they give the kernel cancels."""
+    x = R(0, N, 1, 3, 3, 8)
+    x = np.concatenate([x, x * (1 + 1e-4 * R(1, *x.shape))], 1).astype(np.float32)
+
+    def loss(w, x):
+        y = lax.conv_general_dilated(
+            x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.sum(y[0] - y[1])
+
+    g = factored(loss, jnp.zeros((3, 3, 8, 64), jnp.float32), x)
+    assert g.terms[0].norm_by_gram
+    true = np.linalg.norm(rows((x[:, 0] - x[:, 1]).astype(float)), axis=1) * 64**0.5
+    np.testing.assert_allclose(g.norms(), true, 1e-5)
+
+
 @pytest.mark.exhaustive
 def test_the_example_of_the_issue():
     """42 of its 100 norms were nan. Jitted, eager, mapped, in a loop, under shard_map."""

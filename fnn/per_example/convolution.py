@@ -137,7 +137,8 @@ class Convolution:
 
     @property
     def positions(self) -> int:
-        return math.prod(self._space)
+        _, _, y_spec = self.parameters["dimension_numbers"]
+        return self.g.shape[y_spec[0]] * math.prod(self._space)
 
     @property
     def norm_by_gram(self) -> bool:
