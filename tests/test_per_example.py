@@ -900,6 +900,27 @@ def test_terms_of_two_dtypes_make_one_norm(dtype):
     close(jax.tree.map(np.float64, found), wanted, {"bfloat16": 2e-2, "float32": 1e-5}[dtype])
 
 
+@pytest.mark.parametrize("size", [1e-8, 1e8])
+def test_weights_are_scaled_in_their_own_dtype_and_used_in_float16(size):
+    """The numbers by which they are multiplied are out of float16's range; no gradient is."""
+    p = {"V": R(0, 6, 5) / size, "W": R(1, 6, 5) * size, "s": np.array(size)}
+    p |= {"P": R(2, 6, 6) / size, "Q": R(3, 6, 5) * size}
+
+    def loss(p, x):
+        made = p["s"] * p["V"], p["W"] / p["s"], p["P"] @ p["Q"]
+        y = [w.astype(x.dtype) @ x for w in made]
+        return sum(jnp.sum(jnp.sin(v.astype(jnp.float32))) for v in y)
+
+    x = R(4, 3, 5)
+    plain = jax.vmap(jax.grad(loss), (None, 0))(p, x)
+    with jax.numpy_dtype_promotion("strict"):
+        p = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), p)
+        found = pe.materialize(gradients(loss, p, jnp.asarray(x, jnp.float16))[1])
+    for name, g in found.items():
+        largest = np.abs(plain[name]).max()
+        np.testing.assert_allclose(g / largest, plain[name] / largest, atol=2e-2, err_msg=name)
+
+
 @pytest.mark.parametrize("promotion", ["standard", "strict"])
 def test_a_noise_multiplier_in_float32(promotion):
     """The norm that it multiplies is in float64."""

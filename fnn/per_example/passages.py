@@ -22,7 +22,7 @@ from fnn.jaxpr import is_inexact
 from fnn.per_example.inner_products import dot
 from fnn.per_example.layout import Layout, Pad, Reshape, Reverse, Transpose, View
 from fnn.per_example.terms import Dense, Factored, Product, Term
-from fnn.precision import wide_dtype
+from fnn.precision import wide, wide_dtype, widest
 
 # Below, w is what is made, and v the argument k that it is made from.
 
@@ -101,11 +101,11 @@ def _pass_div(k, term, ins, equation, flat):
     """w = v / c, with one number c: (G / c)ᵀ A for v, −⟨Gᵀ A, w⟩ / c for c."""
     if _is_scalar(k, ins) and k == 1:
         c = ins[1]
-        return _along_one_number(_scaled(term, -1 / c), ins[0] / c, c)
+        return _along_one_number(_scaled(term, -1 / wide(c)), ins[0] / c, c)
     if k == 1 or ins[0].shape != flat.avals[equation.outs[0]].shape:
         return None
     c = _one_number(equation.ins[1], ins[1], flat)
-    return None if c is None else _scaled(term, 1 / c)
+    return None if c is None else _scaled(term, 1 / wide(c))
 
 
 def _is_scalar(k: int, ins) -> bool:
@@ -122,7 +122,9 @@ def _along_one_number(term: Factored, v, c) -> Dense | None:
 
 
 def _scaled(term, c):
-    return dataclasses.replace(term, g=term.g * c.astype(term.g.dtype))
+    """(c G)ᵀ A, in c's dtype if that is wider: in G's, float16 perhaps, c may be inf or 0."""
+    dtype = widest(term.g.dtype, c.dtype)
+    return dataclasses.replace(term, g=term.g.astype(dtype) * c.astype(dtype))
 
 
 def _one_number(i: int, value, flat):
@@ -163,8 +165,10 @@ def _pass_product(k, term, ins, equation, flat):
     other = ins[1 - k]
     name, array, _ = _factor(term, 1 - k)  # the factor that runs along the other's axis
     x = getattr(term, array)
+    dtype = widest(x.dtype, other.dtype)  # w may have been cast to a narrower one
     other_kept = 1 - contract[1 - k][0]
-    x = lax.dot_general(x, other.astype(x.dtype), (((x.ndim - 1,), (other_kept,)), ((), ())))
+    contracted = ((x.ndim - 1,), (other_kept,)), ((), ())
+    x = lax.dot_general(x.astype(dtype), other.astype(dtype), contracted)
     inner = other.shape[contract[1 - k][0]]
     layout = dataclasses.replace(term.layout, **{name: (inner,)})
     # The parameter's axes: its own kept one, and the contracted one in place of the other's.
