@@ -900,6 +900,41 @@ def test_terms_of_two_dtypes_make_one_norm(dtype):
     close(jax.tree.map(np.float64, found), wanted, {"bfloat16": 2e-2, "float32": 1e-5}[dtype])
 
 
+def test_derivatives_where_one_parameter_has_no_gradient():
+    """A whole gradient's norm has a derivative where those of its parts are zero."""
+    p = {"W": R(0, 30, 20), "E": R(1, 7, 4), "b": R(2, 3)}
+    used = np.array([[1, 1, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0], [0, 0, 1.0]])
+    batch = R(3, 5, 2, 20), ints(4, 5, 3, below=7), used
+
+    def loss(p, e):
+        x, i, used = e
+        parts = x @ p["W"].T, jnp.sum(p["E"][i], axis=0), p["b"] * x[0, :3]
+        return sum(u * jnp.sum(jnp.sin(part)) for u, part in zip(used, parts, strict=True))
+
+    def ours(p):
+        g = pe.grads(loss)(p, batch)[1]
+        clipped = pe.clipped_grad(loss, 2.0)(p, batch).gradient
+        return pe.norms(g), pe.gram(g), pe.noise_scale(g), clipped
+
+    def plain(p):
+        g = jax.vmap(jax.grad(loss), (None, 0))(p, batch)
+        d = jnp.concatenate([x.reshape(5, -1) for x in jax.tree.leaves(g)], axis=1)
+        norms, mean = jnp.linalg.norm(d, axis=1), d.mean(0)
+        variance = jnp.sum((d - mean) ** 2) / 4
+        scale = variance / (jnp.sum(mean**2) - variance / 5)
+        c = jnp.minimum(1, 2 / norms)
+        return norms, d @ d.T, scale, jax.tree.map(lambda x: jnp.tensordot(c, x, 1), g)
+
+    direction = jax.tree.map(np.cos, p)
+
+    def derivatives(f):
+        total = lambda p: sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(f(p)))
+        both = lambda p: (jax.jvp(f, (p,), (direction,)), jax.grad(total)(p))
+        return compiled(both, p)
+
+    close(derivatives(ours), derivatives(plain))
+
+
 @pytest.mark.parametrize("size", [1e-8, 1e8])
 def test_weights_are_scaled_in_their_own_dtype_and_used_in_float16(size):
     """The numbers by which they are multiplied are out of float16's range; no gradient is."""

@@ -32,7 +32,7 @@ def measured(terms: Sequence[Term], factors: Sequence | None = None) -> Measured
             total = total + 2 * product
             bound = bound + 2 * found[i].length * found[k].length
     least = functools.reduce(jnp.add, [m.least for m in found])
-    return Measured(root(total), jnp.sqrt(bound), least)
+    return Measured(root(total), root(bound), least)
 
 
 def measured_in_range(terms: Sequence[Term]) -> Measured:

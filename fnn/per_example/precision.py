@@ -58,7 +58,7 @@ def norm_of(x, axes=None):
     """|x|, real, at least float32, over some axes or all; no square over- or underflows."""
     x = wide(x)
     scale = power_of_two(largest(x, axes))
-    norm = jnp.sqrt(jnp.sum(square(divided(x, scale)), axes))
+    norm = root(jnp.sum(square(divided(x, scale)), axes))
     return norm * lax.reshape(scale, norm.shape)
 
 
@@ -68,8 +68,9 @@ def square(x):
 
 
 def root(x):
-    """√x, of a sum that may round to a little less than zero."""
-    return jnp.sqrt(lax.max(x, jnp.zeros_like(x)))
+    """√x, of a sum that may round to a little less than zero; its derivative at zero is zero."""
+    is_zero = x <= 0
+    return jnp.where(is_zero, jnp.zeros_like(x), jnp.sqrt(jnp.where(is_zero, jnp.ones_like(x), x)))
 
 
 def vdot(x, y):

@@ -67,7 +67,7 @@ class Product:
         if not self.norm_by_gram:
             return Measured(norm_of(self.form()), length)
         products = (_gram(a) * _gram(g)).real
-        norm, length = root(jnp.sum(products)), jnp.sqrt(jnp.sum(jnp.abs(products)))
+        norm, length = root(jnp.sum(products)), root(jnp.sum(jnp.abs(products)))
         # A square that a row lost may count by what the other factor's row multiplied it with.
         info = jnp.finfo(norm.dtype)
         lost = math.sqrt(a.size) * norm_of(g_norms) + math.sqrt(g.size) * norm_of(a_norms)
