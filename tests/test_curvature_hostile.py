@@ -360,6 +360,8 @@ def test_batches_parameters_and_vectors_are_refused_by_name():
             of(p, (xs[:0], labels[:0]))
         with pytest.raises(TypeError, match=r"\['b'\] has dtype int"):
             of(p | {"b": jnp.zeros(3, int)}, (xs, labels))
+        with pytest.raises(TypeError, match=r"\['b'\] has dtype complex.*real and imaginary"):
+            of(p | {"b": jnp.zeros(3, complex)}, (xs, labels))
         with pytest.raises(TypeError, match=r"\['b'\] is no array but str"):
             of(p | {"b": "3"}, (xs, labels))
         with pytest.raises(ValueError, match="params is a tree without arrays"):

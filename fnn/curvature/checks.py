@@ -45,7 +45,13 @@ def checked_params(where: str, params: Any) -> Any:
     arguments.no_result(where, "params", params)
     if not jax.tree.leaves(params):
         raise ValueError(f"{where}: params is a tree without arrays: {arguments.show(params)}.")
-    _, leaves, tree = parameters(params)
+    paths, leaves, tree = parameters(params)
+    for path, leaf in zip(paths, leaves, strict=True):
+        if jnp.iscomplexobj(leaf):
+            raise TypeError(
+                f"{where}: the parameter {path or 'params'} has dtype {leaf.dtype}, but curvature "
+                "is with respect to real parameters: pass its real and imaginary parts as two."
+            )
     return jax.tree.unflatten(tree, leaves)
 
 
