@@ -397,3 +397,17 @@ def test_batches_parameters_and_vectors_are_refused_by_name():
         curvature.kfac(model, loss, xs)
     with pytest.raises(TypeError, match=r"\['b'\] has dtype int"):
         optimizer.init(p | {"b": jnp.zeros(3, int)})
+
+
+def test_a_network_without_outputs_has_no_curvature():
+    W, batch = jnp.ones((0, 4)), (jnp.ones((N, 4)), jnp.ones((N, 0)))
+    model, loss = lambda p, x: p["W"] @ x + p["b"], lambda z, t: jnp.sum(z**4 * t)
+    p = {"W": W, "b": jnp.ones(())}
+    zeros = jax.tree.map(jnp.zeros_like, p)
+    for of in curvature.ggn_diagonal, curvature.hessian_diagonal:
+        close(of(model, loss)(p, batch), zeros)
+    close(curvature.ggn_vector_product(model, loss)(p, batch)(p), zeros)
+    assert curvature.ggn_trace(model, loss)(p, batch) == 0
+    assert curvature.ggn_gram(model, loss)(p, batch).shape == (0, 0)
+    factors = curvature.kronecker_factors(model, loss)(p, batch)
+    assert not factors["b"].to_dense().any()

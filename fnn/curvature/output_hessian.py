@@ -134,7 +134,7 @@ class _ByAutodiff:
         values, vectors = self._eigen()
         kept = jnp.abs(values) if part == "all" else jnp.maximum(values, 0)
         root = vectors * jnp.sqrt(kept)[None]
-        return root.T.reshape(-1, *self.z.shape).astype(self.z.dtype)
+        return root.T.reshape(self.z.size, *self.z.shape).astype(self.z.dtype)
 
     def signs(self):
         values, _ = self._eigen()
