@@ -146,6 +146,16 @@ def varies_as(x, like):
     return as_varying(x, jax.typeof(like))
 
 
+def varies_with(tree: Any, others: Any) -> Any:
+    """A tree's arrays, marked under shard_map as varying wherever one of both trees' arrays does.
+
+    What a loop over the others carries must vary from the start as it does after a step.
+    """
+    axes = [varying_axes(jax.typeof(x)) for x in jax.tree.leaves((tree, others))]
+    union = frozenset().union(*axes)
+    return jax.tree.map(lambda x: _vary_over(x, union), tree)
+
+
 def mesh_here(mesh: Any) -> Any:
     """A mesh as shard_map and sharding constraints want it: the context's, where one is set."""
     current = jax.sharding.get_abstract_mesh()

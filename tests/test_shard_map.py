@@ -1,5 +1,7 @@
 """Operations inside `jax.shard_map`, with its checks: as the same plain functions without it."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -280,3 +282,32 @@ def test_an_argument_whose_gradient_is_zero():
     np.testing.assert_allclose(dx, 2 * (X * y) * y)
     np.testing.assert_allclose(dw, 0)
     np.testing.assert_allclose(moved.sum(), jnp.sum(2 * (X * y) * y * X))
+
+
+def _counting():
+    """A cell whose carry varies over the devices, beside a count and zeros that needn't."""
+
+    def step(net, carry, x):
+        h, count, _ = carry
+        h = jnp.tanh(net.linear(jnp.concatenate([h, x]))) + 0.1 * count
+        return (h, count + 1, jnp.zeros(2)), h
+
+    cell = fnn.layers.network(linear=fnn.layers.Linear(3))(step)
+    start = lambda x: (jnp.zeros(3), jnp.zeros(()), jnp.zeros(2))
+    return fnn.layers.recurrent(cell, start)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("layer", [fnn.layers.GRU(3), _counting()], ids=["GRU", "recurrent"])
+def test_recurrent_layers_start_alike_on_all_devices(layer, remat):
+    layer = dataclasses.replace(layer, remat=remat)
+    xs = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3)))
+    params = layer.init(jax.random.key(0), xs[0])
+
+    def loss(params, xs):
+        return jnp.sum(jnp.sin(jax.vmap(lambda x: layer(params, x))(xs)))
+
+    total = lambda params, xs: lax.psum(loss(params, xs), "data")
+    ours = jax.shard_map(total, mesh=a_mesh(), in_specs=(P(), P("data")), out_specs=P())
+    found, wanted = (jax.jit(jax.value_and_grad(f))(params, xs) for f in (ours, loss))
+    chex.assert_trees_all_close(found, wanted, rtol=1e-9, atol=1e-12)

@@ -46,6 +46,7 @@ from fnn.layers.layer import (
 )
 from fnn.layers.mode import EVALUATE, Mode
 from fnn.layers.net import Net, Network, hands_mask_on, in_loop
+from fnn.meshes import varies_as, varies_with
 from fnn.precision import signed, wide_dtype, widest
 
 
@@ -115,6 +116,7 @@ class Recurrent(Layer):
             mask = _as_mask(self, mask, len(x))
             kept = lambda a: mask.reshape(-1, *[1] * (a.ndim - 1))
             x = jax.tree.map(lambda a: jnp.where(kept(a), a, jnp.zeros((), a.dtype)), x)
+        start = varies_with(start, (params, x, mask, mode.key))
         ys, last = self._all_steps(params, x, mask, start, mode)
         if mask is not None:
             ys = jax.tree.map(lambda y: jnp.where(kept(y), y, jnp.zeros((), y.dtype)), ys)
@@ -472,7 +474,7 @@ class OfCell(Recurrent):
                 (new, y), _ = run(self.cell, params, {}, (carry, x), own)
                 note(params, {}, (carry, x), (new, y))
             _check_carry(self, new, carry)
-            new = jax.tree.map(lambda n, o: n.astype(o.dtype), new, carry)
+            new = jax.tree.map(lambda n, o: varies_as(n.astype(o.dtype), o), new, carry)
             if here is not None:
                 new = jax.tree.map(lambda n, o: jnp.where(here, n, o), new, carry)
             return new, y
