@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from sweeps import exhaustive, sweep
 
 import fnn
@@ -176,6 +178,20 @@ def test_pixels_and_features():
     y = ops.pixel_shuffle(x, 2)
     assert y.shape == (2, 6, 8, 3) and y[1, 3, 4, 2] == x[1, 1, 2, 2 * 4 + 1 * 2 + 0]
     assert jnp.array_equal(ops.pixel_unshuffle(y, 2), x)
+
+
+@pytest.mark.parametrize("spec", [("data",), (None, "data"), (None, None, "data")], ids=str)
+def test_pixels_and_features_on_an_explicit_mesh(spec):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    x = R(1, 4, 4, 4, 8)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, NamedSharding(mesh, P(*spec)))
+        for f in (ops.pixel_shuffle, ops.pixel_unshuffle):
+            found = jax.jit(functools.partial(f, scale=2))(sharded)
+            assert np.array_equal(found, f(x, 2))
+            assert found.sharding.spec[: len(spec)] == spec
+            gradient = jax.jit(jax.grad(lambda x, f=f: jnp.sum(f(x, 2) ** 2)))(sharded)
+            assert np.array_equal(gradient, 2 * x)
 
 
 def test_piecewise_linear():

@@ -9,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from sweeps import exhaustive, sweep
 
 import fnn
@@ -220,6 +222,20 @@ def test_vit_s_patches_are_a_convolution():
     assert net(params, x).shape == (3,)
     with pytest.raises(layers.LayerError, match=r"wants an image of shape \(8, 8, channels\)"):
         net(params, x[:4])
+
+
+def test_vit_on_an_explicit_mesh():
+    net = models.vit(3, image=4, patch=2, features=4, depth=1, heads=2, hidden=6)
+    xs = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4, 4, 2)))
+    params = net.init(KEY, xs[0])
+    loss = lambda params, xs: jnp.sum(jnp.sin(jax.vmap(lambda x: net(params, x))(xs)))
+    wanted = jax.jit(jax.value_and_grad(loss))(params, xs)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(xs, NamedSharding(mesh, P("data")))
+        params = jax.device_put(params, NamedSharding(mesh, P()))
+        found = jax.jit(jax.value_and_grad(loss))(params, sharded)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
 def test_options():

@@ -135,8 +135,10 @@ class _Patches(Layer):
                 f"{arguments.show(x)}."
             )
         n, size = self.side // self.size, self.size
-        x = x.reshape(n, size, n, size, x.shape[2])
-        return x.transpose(0, 2, 4, 1, 3).reshape(n * n, -1)
+        # One axis after the other: on explicit axes of a mesh JAX cuts, and joins, no two at once.
+        x = x.reshape(n, size, *x.shape[1:]).reshape(n, size, n, size, x.shape[2])
+        x = x.transpose(0, 2, 4, 1, 3)
+        return x.reshape(n * n, *x.shape[2:]).reshape(n * n, -1)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

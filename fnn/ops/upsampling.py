@@ -145,6 +145,8 @@ def pixel_shuffle(x: chex.Array, scale: int) -> jax.Array:
     n = len(lead)
     x = x.reshape(*lead, h, w, features // (s * s), s, s)
     x = jnp.transpose(x, (*range(n), n, n + 3, n + 1, n + 4, n + 2))
+    # One axis after the other: on explicit axes of a mesh JAX cuts, and joins, no two at once.
+    x = x.reshape(*lead, h * s, w, s, features // (s * s))
     return x.reshape(*lead, h * s, w * s, features // (s * s))
 
 
@@ -170,6 +172,7 @@ def pixel_unshuffle(x: chex.Array, scale: int) -> jax.Array:
             f"{op}: argument 'x' has shape {x.shape}, wanted a height and a width that {s} divides."
         )
     n = len(lead)
+    x = x.reshape(*lead, h // s, s, w, features)  # one axis after the other, as above
     x = x.reshape(*lead, h // s, s, w // s, s, features)
     x = jnp.transpose(x, (*range(n), n, n + 2, n + 4, n + 1, n + 3))
     return x.reshape(*lead, h // s, w // s, features * s * s)
