@@ -151,15 +151,18 @@ def varies_with(tree: Any, others: Any) -> Any:
 
     What a loop over the others carries must vary from the start as it does after a step.
     """
-    axes = [varying_axes(jax.typeof(x)) for x in jax.tree.leaves((tree, others))]
-    union = frozenset().union(*axes)
-    return jax.tree.map(lambda x: _vary_over(x, union), tree)
+    axes = _varying_axes_of_any(jax.tree.leaves((tree, others)))
+    return jax.tree.map(lambda x: _vary_over(x, axes), tree)
 
 
 def mesh_here(mesh: Any) -> Any:
     """A mesh as shard_map and sharding constraints want it: the context's, where one is set."""
     current = jax.sharding.get_abstract_mesh()
     return mesh if current.empty else current
+
+
+def _varying_axes_of_any(arrays) -> frozenset:
+    return frozenset().union(*[varying_axes(jax.typeof(x)) for x in arrays])
 
 
 def _vary_over(x, axes: frozenset):
@@ -174,11 +177,8 @@ def same_varying_axes(arrays):
     JAX's own operations do the same. Its transpose is the sum over the devices, which is how
     a replicated weight gets the gradient of the whole batch.
     """
-    axes = [varying_axes(jax.typeof(x)) for x in arrays]
-    union = frozenset().union(*axes)
-    if not union or all(a == union for a in axes):
-        return arrays
-    return [_vary_over(x, union) for x in arrays]
+    axes = _varying_axes_of_any(arrays)
+    return [_vary_over(x, axes) for x in arrays] if axes else arrays
 
 
 def barrier(tree):

@@ -134,11 +134,8 @@ class _Patches(Layer):
                 f"vit wants an image of shape ({self.side}, {self.side}, channels), but got "
                 f"{arguments.show(x)}."
             )
-        n, size = self.side // self.size, self.size
-        # One axis after the other: on explicit axes of a mesh JAX cuts, and joins, no two at once.
-        x = x.reshape(n, size, *x.shape[1:]).reshape(n, size, n, size, x.shape[2])
-        x = x.transpose(0, 2, 4, 1, 3)
-        return x.reshape(n * n, *x.shape[2:]).reshape(n * n, -1)
+        n = self.side // self.size
+        return ops.pixel_unshuffle(x, self.size).reshape(n * n, -1)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
